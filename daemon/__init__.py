@@ -1,0 +1,1 @@
+"""Continuous training by dropping files: the long-running process."""

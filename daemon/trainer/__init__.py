@@ -1,0 +1,1 @@
+"""The only home of torch, transformers and peft: one process for one run."""

@@ -1,0 +1,1 @@
+"""Fingerprints, seals, verdicts: no run continues from a checkpoint that is not its own."""
