@@ -1,0 +1,320 @@
+"""Settings: `dropforge.toml`, `DROPFORGE_*` variables and flags, checked once, in this order of increasing weight.
+
+Names are those of transformers and peft wherever they have one. A `Recipe` is the part of the settings that decides
+what a run computes; a sidecar may override some of it for one dataset, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from daemon.errors import ConfigError
+
+CONFIG_NAME = "dropforge.toml"
+ENV_PREFIX = "DROPFORGE_"
+ROOT_VARIABLE = "DROPFORGE_ROOT"
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A table of the configuration; unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSettings(Section):
+    """`[model]`: what the adapters are trained on."""
+
+    model_name_or_path: str = Field("", description="A local folder or a Hub id of the base model.")
+    revision: str | None = Field(None, description="Hub revision; a commit is safest.")
+    allow_downloads: bool = Field(False, description="May fetch the base model from the Hub when it is missing.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention kernel, always explicit."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of the frozen base weights; auto is bfloat16 where the device has it, else float32.",
+    )
+
+
+class TrainingSettings(Section):
+    """`[training]`: batch arithmetic, schedule, optimizer. May be overridden by a sidecar."""
+
+    start_from: Literal["latest", "base"] = Field(
+        "latest", description="Continue the current version's weights, or start a new adapter on the base."
+    )
+    num_train_epochs: PositiveFloat = Field(1.0, description="Passes over the data.")
+    max_steps: int = Field(-1, ge=-1, description="Stop after so many steps; -1: as the epochs say.")
+    per_device_train_batch_size: PositiveInt = Field(4, description="Rows a forward pass on one device.")
+    gradient_accumulation_steps: PositiveInt = Field(2, description="Forward passes a step.")
+    learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="Shape of the schedule."
+    )
+    warmup_steps: float = Field(0.03, ge=0, description="Steps of linear warm-up; below 1: a share of all steps.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0: none.")
+    optim: Literal["adamw_torch", "adamw_torch_fused"] = Field(
+        "adamw_torch_fused", description="Optimizer, by its name in transformers."
+    )
+    seed: int = Field(42, ge=0, description="Of weights, dropout and data order.")
+    gradient_checkpointing: bool = Field(False, description="Trade speed for memory.")
+    save_steps: PositiveInt = Field(100, description="Steps between sealed checkpoints.")
+    save_total_limit: PositiveInt = Field(2, description="Checkpoints of a run that are kept.")
+    logging_steps: PositiveInt = Field(10, description="Steps between logged losses.")
+
+
+class LoraSettings(Section):
+    """`[lora]`: shape of the adapter. May be overridden by a sidecar."""
+
+    r: PositiveInt = Field(16, description="Rank.")
+    lora_alpha: PositiveFloat = Field(32, description="Scale; the update is multiplied by lora_alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="Modules that get an adapter.")
+    modules_to_save: tuple[str, ...] = Field((), description="Modules that are trained and saved in full.")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r).")
+    use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
+
+
+class DataSettings(Section):
+    """`[data]`: how rows become tokens. May be overridden by a sidecar."""
+
+    max_length: PositiveInt = Field(2048, description="Tokens a row; longer rows are cut.")
+    train_on: Literal["auto", "completion", "assistant", "last_turn", "all"] = Field(
+        "auto",
+        description="Tokens that get a loss; auto: the completion, the assistant's turns, or all of a text.",
+    )
+    held_out_fraction: float = Field(0.02, ge=0, lt=1, description="Share of rows, by content, never trained.")
+    held_out_max_rows: int = Field(256, ge=0, description="Upper bound on held-out rows.")
+    on_bad_rows: Literal["reject", "skip"] = Field("reject", description="Refuse the file, or leave bad rows out.")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="Under skip: more bad rows refuse the file.")
+    max_line_bytes: PositiveInt = Field(16 * 2**20, description="Longest line that is read.")
+
+
+class InboxSettings(Section):
+    """`[inbox]`: when a dropped file is taken."""
+
+    settle_seconds: float = Field(2.0, ge=0, description="A file is taken when it stayed the same for so long.")
+    rescan_seconds: PositiveFloat = Field(5.0, description="Longest time between two scans of the folder.")
+
+
+class QueueSettings(Section):
+    """`[queue]`: attempts and limits of the trainer."""
+
+    max_attempts: PositiveInt = Field(3, description="Launches without new progress before a job has failed.")
+    retry_seconds: float = Field(30.0, ge=0, description="First back-off after a failed attempt; it doubles.")
+    stop_timeout: PositiveFloat = Field(60.0, description="Seconds a trainer gets to seal a checkpoint and leave.")
+
+
+class GuardSettings(Section):
+    """`[guard]`: seals, and what happens to cleared checkpoints."""
+
+    key_file: Path | None = Field(None, description="Key (mode 0600) that turns seals into HMACs.")
+    keep_cleared_sets: int = Field(3, ge=0, description="Cleared sets that are kept at least.")
+    keep_cleared_days: float = Field(14.0, ge=0, description="Older sets are purged.")
+    keep_cleared_bytes: int = Field(20 * 2**30, ge=0, description="Oldest sets are purged above this.")
+
+
+class PathSettings(Section):
+    """`[paths]`: relative ones start at the root."""
+
+    inbox: Path = Field(Path("inbox"), description="Watched folder.")
+    current_model: Path = Field(Path("current_model"), description="Model directory.")
+    state: Path = Field(Path("state"), description="Queue, status, logs, run directories.")
+
+
+class StatusSettings(Section):
+    """`[status]`: the status file."""
+
+    status_interval: PositiveFloat = Field(2.0, description="Seconds between heartbeats.")
+
+
+class LogSettings(Section):
+    """`[logging]`: `state/logs/dropforge.jsonl`."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level written.")
+    max_bytes: int = Field(64 * 2**20, ge=0, description="Rotate above this size; 0: never.")
+    backups: int = Field(5, ge=1, description="Rotated files that are kept.")
+
+
+class Recipe(Section):
+    """Everything besides the data that decides what a run computes."""
+
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    lora: LoraSettings = LoraSettings()
+    data: DataSettings = DataSettings()
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Recipe:
+        """This recipe with a sidecar's `[training]`, `[lora]` and `[data]` laid over it.
+
+        Raises ConfigError that names the key; `[model]` and everything else is refused.
+        """
+        for table, values in overrides.items():
+            if table not in ("training", "lora", "data") or not isinstance(values, Mapping):
+                raise ConfigError(
+                    operation="apply the sidecar",
+                    cause=f"[{table}] cannot be set for one dataset",
+                    hint="a sidecar may hold priority, force, [training], [lora] and [data]",
+                )
+        try:
+            return Recipe.model_validate(_layered(self.model_dump(), overrides))
+        except ValidationError as error:
+            raise ConfigError(operation="apply the sidecar", cause=explain(error)) from error
+
+
+class Settings(BaseSettings):
+    """All settings of one root, immutable."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    root: Path = Field(Path(), exclude=True, description="Directory that holds dropforge.toml.")
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    lora: LoraSettings = LoraSettings()
+    data: DataSettings = DataSettings()
+    inbox: InboxSettings = InboxSettings()
+    queue: QueueSettings = QueueSettings()
+    guard: GuardSettings = GuardSettings()
+    paths: PathSettings = PathSettings()
+    status: StatusSettings = StatusSettings()
+    logging: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `load` passes in: it lays the layers over each other itself, in one visible order."""
+        return (init_settings,)
+
+    @property
+    def inbox_dir(self) -> Path:
+        """The watched folder, absolute."""
+        return self.root / self.paths.inbox
+
+    @property
+    def model_dir(self) -> Path:
+        """The model directory, absolute."""
+        return self.root / self.paths.current_model
+
+    @property
+    def state_dir(self) -> Path:
+        """Queue, status, logs and run directories, absolute."""
+        return self.root / self.paths.state
+
+    @property
+    def store_path(self) -> Path:
+        """The job store."""
+        return self.state_dir / "queue.sqlite3"
+
+    @property
+    def status_path(self) -> Path:
+        """The status file."""
+        return self.state_dir / "status.json"
+
+    @property
+    def log_path(self) -> Path:
+        """The log, one JSON object a line."""
+        return self.state_dir / "logs" / "dropforge.jsonl"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The part that decides what a run computes."""
+        return Recipe(model=self.model, training=self.training, lora=self.lora, data=self.data)
+
+
+def find_root(flag: Path | None) -> Path:
+    """`--root`, else DROPFORGE_ROOT, else the current directory; absolute."""
+    chosen = flag or (Path(os.environ[ROOT_VARIABLE]) if os.environ.get(ROOT_VARIABLE) else Path.cwd())
+    return chosen.expanduser().resolve()
+
+
+def load(root: Path, flags: Mapping[str, Any] | None = None) -> Settings:
+    """Read and check the settings of `root`; `flags` are nested tables from the command line.
+
+    A root without `dropforge.toml` has the defaults. Raises ConfigError with every fault, one a line.
+    """
+    path = root / CONFIG_NAME
+    try:
+        table = tomllib.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        table = {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            operation="read",
+            subject=path,
+            cause=str(error),
+            hint="mend the file; `dropforge init` in an empty folder shows a complete example",
+        ) from error
+    _refuse_unknown_variables()
+    if "root" in table:
+        raise ConfigError(operation="use", subject=path, cause="unknown key root", hint="use --root or DROPFORGE_ROOT")
+    environment = EnvSettingsSource(Settings)()
+    try:
+        return Settings(root=root, **_layered(table, environment, flags or {}))
+    except ValidationError as error:
+        raise ConfigError(
+            operation="use",
+            subject=path,
+            cause=explain(error),
+            hint="`dropforge init` in an empty folder shows every key with its default",
+        ) from error
+
+
+def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of later layers laid over those of earlier ones, key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            below = merged.get(name)
+            merged[name] = {**below, **value} if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def explain(error: ValidationError) -> str:
+    """Pydantic's findings as `[table] key: what is wrong (got VALUE)`, joined by `; `."""
+    lines = []
+    for item in error.errors(include_url=False):
+        table, *keys = (str(part) for part in item["loc"]) if item["loc"] else ("",)
+        place = f"[{table}] {'.'.join(keys)}" if keys else table
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {place}")
+        else:
+            lines.append(f"{place}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r:.80})")
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _refuse_unknown_variables() -> None:
+    """A misspelt DROPFORGE_ variable would be ignored in silence."""
+    known = {ROOT_VARIABLE}
+    for name, info in Settings.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            known |= {f"{ENV_PREFIX}{name}__{key}".upper() for key in section.model_fields} | {
+                f"{ENV_PREFIX}{name}".upper()
+            }
+    for variable in sorted(os.environ):
+        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in known:
+            raise ConfigError(
+                operation="use",
+                subject=f"the environment variable {variable}",
+                cause="there is no such setting",
+                hint="write DROPFORGE_TABLE__KEY, for example DROPFORGE_TRAINING__LEARNING_RATE=1e-4",
+            )

@@ -1,0 +1,65 @@
+"""The daemon's errors: what was tried, on what, why it failed, what to do; the class fixes the exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+
+class DropforgeError(Exception):
+    """One failed operation, told in one sentence and a hint.
+
+    `str(error)` is `cannot OPERATION SUBJECT: CAUSE`, with `hint: HINT` on a second line when there is one.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, *, operation: str, subject: str | Path = "", cause: str, hint: str = "") -> None:
+        self.operation = operation
+        self.subject = str(subject)
+        self.cause = cause
+        self.hint = hint
+        super().__init__(operation, self.subject, cause, hint)
+
+    @property
+    def sentence(self) -> str:
+        """The error without its hint, on one line."""
+        target = f" {self.subject}" if self.subject else ""
+        return f"cannot {self.operation}{target}: {self.cause}"
+
+    def __str__(self) -> str:
+        return f"{self.sentence}\nhint: {self.hint}" if self.hint else self.sentence
+
+
+class ConfigError(DropforgeError):
+    """Settings that are missing, misspelt or out of range."""
+
+    exit_code = 2
+
+
+class RejectedData(DropforgeError):
+    """A dataset that cannot be trained as it is."""
+
+    exit_code = 3
+
+
+class NotFound(DropforgeError):
+    """A job, version or file that is not there."""
+
+    exit_code = 4
+
+
+class RootHeld(DropforgeError):
+    """Another daemon owns this root."""
+
+    exit_code = 5
+
+
+class TryLater(DropforgeError):
+    """Nothing is wrong; it cannot be done at this moment."""
+
+    exit_code = 75
+
+
+class StoreError(DropforgeError):
+    """The job store cannot be read or written; the daemon stops rather than guess."""

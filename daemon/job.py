@@ -1,0 +1,228 @@
+"""The data that travels: jobs and their states, datasets, the specification and the result of a run.
+
+Everything here is a value: no handles, no connections, no effects. What crosses a process boundary (Dataset, RunSpec,
+Progress, RunResult) is encoded as JSON by msgspec, straight from these definitions.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+RUN_SPEC_VERSION = 1
+
+
+class JobState(StrEnum):
+    """Where a job is. Its result is kept apart from its state."""
+
+    CLAIMED = "claimed"  # the file is ours; its rows are being checked
+    QUEUED = "queued"  # checked; waits for its turn
+    RUNNING = "running"  # a trainer has it
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"  # the data cannot be trained
+
+
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
+    JobState.CLAIMED: frozenset({JobState.QUEUED, JobState.REJECTED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset(
+        {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.QUEUED}  # QUEUED: interrupted
+    ),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset({JobState.QUEUED}),  # retry
+    JobState.CANCELLED: frozenset({JobState.QUEUED}),
+    JobState.REJECTED: frozenset({JobState.QUEUED}),
+}
+
+FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.REJECTED})
+OPEN_STATES = frozenset(JobState) - FINAL_STATES
+
+
+class Priority(StrEnum):
+    """Order in the queue; within one priority, arrival decides."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+    @property
+    def rank(self) -> int:
+        """0 runs first."""
+        return (Priority.HIGH, Priority.NORMAL, Priority.LOW).index(self)
+
+
+class FailureKind(StrEnum):
+    """Why a run did not succeed; decides whether and when it is tried again."""
+
+    BAD_DATA = "bad_data"  # no retry: the same rows fail again
+    CONFIG = "config"  # no retry: a person has to change the settings
+    OUT_OF_MEMORY = "out_of_memory"
+    DIVERGED = "diverged"  # loss, gradient or weights became NaN or infinite
+    STALLED = "stalled"
+    LOST = "lost"  # killed, or the machine went down
+    NO_SPACE = "no_space"
+    INTERNAL = "internal"
+
+
+class Outcome(StrEnum):
+    """How one attempt ended, as the trainer itself reports it."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"  # asked to stop; a checkpoint was sealed; continue later
+
+
+def utc_now() -> str:
+    """Now, as ISO 8601 in UTC with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def new_job_id() -> str:
+    """A name that sorts by time and is safe as a folder name: `20261123-041500-9f3a`."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A claimed file that was read once from end to end."""
+
+    name: str  # the file's name as it was dropped
+    path: str  # where it lies now
+    size_bytes: int
+    rows: int  # rows that will be trained or held out
+    digest: str  # BLAKE3 of the bytes, hex
+    format: str  # messages | prompt_completion | text | ...
+    skipped_rows: int = 0  # bad rows left out under on_bad_rows = "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run over one dataset, as the store knows it."""
+
+    id: str
+    name: str  # the file's name as it was dropped; may hold any byte but '/' and NUL (surrogateescape)
+    state: JobState
+    priority: Priority = Priority.NORMAL
+    path: str = ""  # where the file lies now
+    source: str = ""  # where it was dropped
+    source_inode: int = 0  # survives the claim's rename, so that a submitter recognises its own file
+    size_bytes: int = 0
+    force: bool = False  # train even if the same content was trained before
+    dataset: Dataset | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # the sidecar's [training], [lora], [data]
+    recipe: Mapping[str, Any] | None = None  # frozen when the job is queued
+    attempt: int = 0  # launches so far
+    max_step: int = 0  # highest sealed step over all attempts
+    not_before: float = 0.0  # seconds since the epoch; back-off after a failure
+    reason: str = ""  # why it is in this state, for people
+    failure: FailureKind | None = None
+    version: str | None = None  # the version that it was promoted as
+    created_at: str = ""
+    updated_at: str = ""
+    started_at: str | None = None  # of the latest attempt
+    finished_at: str | None = None
+    result: RunResult | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One move of one job."""
+
+    at: str
+    job_id: str
+    old: str | None
+    new: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """All that a trainer needs to know, written to `run.json` in its run directory before it starts."""
+
+    schema_version: int
+    job_id: str
+    attempt: int
+    dataset: Dataset
+    recipe: Mapping[str, Any]  # see daemon.config.Recipe
+    run_dir: str
+    model_dir: str
+    key_file: str | None = None  # of the guard's seal
+    state_dir: str = ""
+    daemon_pid: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The run's arithmetic, decided before the first step."""
+
+    rows: int  # rows that are trained
+    held_out_rows: int
+    dropped_rows: int  # rows without one trained token after truncation
+    tokens: int  # tokens of the trained rows, one epoch
+    trained_tokens: int  # of them, those with a label
+    global_batch_size: int  # rows a step
+    steps_per_epoch: int
+    epochs: float
+    total_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a running trainer is; `progress.json`, replaced after each step."""
+
+    phase: str  # starting | preparing | evaluating | training | saving | finishing
+    step: int = 0
+    total_steps: int = 0
+    start_step: int = 0  # where this attempt began
+    epoch: float = 0.0
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    held_out_loss: float | None = None
+    resumed_from: str | None = None
+    last_checkpoint_step: int = 0
+    at: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What one attempt did; `result.json`, written last."""
+
+    outcome: Outcome
+    failure: FailureKind | None = None
+    message: str = ""
+    hint: str = ""
+    steps_planned: int = 0
+    steps_run: int = 0  # the run's step counter at its end, over all attempts
+    start_step: int = 0
+    resumed_from: str | None = None
+    verdict: str = ""
+    reasons: tuple[str, ...] = ()
+    cleared: int = 0
+    train_loss: float | None = None
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+    tokens_per_second: float | None = None
+    tokens_trained: int = 0
+    rows: int = 0
+    dropped_rows: int = 0
+    held_out_rows: int = 0
+    wall_seconds: float = 0.0
+    candidate: str | None = None  # the finished adapter, complete, under the model directory's .staging
+    adapter_digest: str | None = None
+    lora_norm: float | None = None  # Frobenius norm over all lora_B
+    warnings: tuple[str, ...] = ()
+
+
+def run_dir(state_dir: Path, job_id: str) -> Path:
+    """Where a job's specification, progress, result and log lie."""
+    return state_dir / "runs" / job_id
