@@ -1,18 +1,21 @@
 """The data that travels: jobs and their states, datasets, the specification and the result of a run.
 
-Everything here is a value: no handles, no connections, no effects. What crosses a process boundary (Dataset, RunSpec,
-Progress, RunResult) is encoded as JSON by msgspec, straight from these definitions.
+Everything here is a value: no handles, no connections, no effects. `to_json` and `from_json` carry them across process
+boundaries and through the store, straight from these definitions.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 RUN_SPEC_VERSION = 1
 
@@ -226,3 +229,19 @@ class RunResult:
 def run_dir(state_dir: Path, job_id: str) -> Path:
     """Where a job's specification, progress, result and log lie."""
     return state_dir / "runs" / job_id
+
+
+T = TypeVar("T")
+
+
+def to_json(value: object, *, indent: int | None = None) -> str:
+    """ASCII JSON. File names of any bytes (surrogateescape) survive, which msgspec's own encoder would refuse."""
+    return json.dumps(msgspec.to_builtins(value), ensure_ascii=True, allow_nan=False, indent=indent)
+
+
+def from_json(text: str | bytes, kind: type[T]) -> T:
+    """The inverse of `to_json`. Raises ValueError when the text is not such a value."""
+    try:
+        return msgspec.convert(json.loads(text), kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from error
