@@ -7,12 +7,13 @@ what a run computes; a sidecar may override some of it for one dataset, and noth
 from __future__ import annotations
 
 import os
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.errors import ConfigError
@@ -29,6 +30,15 @@ class Section(BaseModel):
     """A table of the configuration; unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_means_unset(cls, values: Any) -> Any:
+        """TOML has no null: an empty string stands for it where null is the default."""
+        if not isinstance(values, Mapping):
+            return values
+        unset = {name for name, field in cls.model_fields.items() if field.default is None}
+        return {name: None if value == "" and name in unset else value for name, value in values.items()}
 
 
 class ModelSettings(Section):
@@ -116,6 +126,15 @@ class QueueSettings(Section):
     stop_timeout: PositiveFloat = Field(60.0, description="Seconds a trainer gets to seal a checkpoint and leave.")
 
 
+class ExecutorSettings(Section):
+    """`[executor]`: how a trainer is started."""
+
+    command: tuple[str, ...] = Field(
+        (sys.executable, "-m", "daemon.trainer"),
+        description="Program and arguments; the run directory is appended. For a trainer in an environment of its own.",
+    )
+
+
 class GuardSettings(Section):
     """`[guard]`: seals, and what happens to cleared checkpoints."""
 
@@ -187,6 +206,7 @@ class Settings(BaseSettings):
     data: DataSettings = DataSettings()
     inbox: InboxSettings = InboxSettings()
     queue: QueueSettings = QueueSettings()
+    executor: ExecutorSettings = ExecutorSettings()
     guard: GuardSettings = GuardSettings()
     paths: PathSettings = PathSettings()
     status: StatusSettings = StatusSettings()
@@ -236,8 +256,11 @@ class Settings(BaseSettings):
 
     @property
     def recipe(self) -> Recipe:
-        """The part that decides what a run computes."""
-        return Recipe(model=self.model, training=self.training, lora=self.lora, data=self.data)
+        """The part that decides what a run computes; a base model in a folder of the root is named in full."""
+        model = self.model
+        if model.model_name_or_path and (self.root / model.model_name_or_path).is_dir():
+            model = model.model_copy(update={"model_name_or_path": str(self.root / model.model_name_or_path)})
+        return Recipe(model=model, training=self.training, lora=self.lora, data=self.data)
 
 
 def find_root(flag: Path | None) -> Path:

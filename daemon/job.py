@@ -123,6 +123,8 @@ class Job:
     recipe: Mapping[str, Any] | None = None  # frozen when the job is queued
     attempt: int = 0  # launches so far
     max_step: int = 0  # highest sealed step over all attempts
+    step_at_launch: int = 0  # max_step when the latest attempt began
+    fruitless: int = 0  # attempts in a row that sealed no new step
     not_before: float = 0.0  # seconds since the epoch; back-off after a failure
     reason: str = ""  # why it is in this state, for people
     failure: FailureKind | None = None

@@ -135,6 +135,7 @@ class JobStore:
                 job,
                 state=JobState.RUNNING,
                 attempt=attempt,
+                step_at_launch=job.max_step,
                 reason=f"attempt {attempt}",
                 started_at=utc_now(),
                 updated_at=utc_now(),

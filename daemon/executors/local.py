@@ -1,0 +1,100 @@
+"""LocalExecutor: the trainer as a child process of this machine, in a process group of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from daemon.executors.base import Exit
+from daemon.job import RunSpec, from_json, to_json
+from daemon.processes import ProcessIdentity, identify
+from guard.atomic import write_atomic
+
+SPEC_NAME = "run.json"
+IDENTITY_NAME = "trainer.json"
+LOG_NAME = "trainer.log"
+# What an attempt leaves behind and the next one must not read as its own.
+ATTEMPT_FILES = ("result.json", "progress.json", IDENTITY_NAME)
+
+
+class LocalExecutor:
+    """Starts `command RUN_DIR`; stdout and stderr go to `trainer.log` there."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = list(command)
+        self._children: dict[Path, subprocess.Popen[bytes]] = {}
+        self._adopted: dict[Path, ProcessIdentity] = {}
+
+    def launch(self, spec: RunSpec) -> None:
+        """Write the specification, start the process, note who it is."""
+        run_dir = Path(spec.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in ATTEMPT_FILES:
+            (run_dir / name).unlink(missing_ok=True)
+        write_atomic(run_dir / SPEC_NAME, to_json(spec, indent=1))
+        with (run_dir / LOG_NAME).open("ab") as log:
+            child = subprocess.Popen(
+                [*self._command, str(run_dir)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._children[run_dir] = child
+        identity = identify(child.pid)
+        # A crash before this line leaves a trainer that nobody knows: its own death signal ends it, and until then
+        # the model lock keeps a second one from doing harm.
+        if identity is not None:
+            write_atomic(run_dir / IDENTITY_NAME, to_json(identity))
+
+    def adopt(self, run_dir: Path) -> bool:
+        """Recognise a living trainer of an earlier daemon by pid, start time and boot."""
+        try:
+            identity = from_json((run_dir / IDENTITY_NAME).read_bytes(), ProcessIdentity)
+        except (OSError, ValueError):
+            return False
+        if not identity.alive:
+            return False
+        self._adopted[run_dir] = identity
+        return True
+
+    def poll(self, run_dir: Path) -> Exit | None:
+        """How the trainer ended, None while it runs."""
+        child = self._children.get(run_dir)
+        if child is None:
+            identity = self._adopted.get(run_dir)
+            return None if identity is not None and identity.alive else Exit()
+        code = child.poll()
+        if code is None:
+            return None
+        self._signal(run_dir, signal.SIGKILL)  # what it may have left in its group, before the pid is forgotten
+        del self._children[run_dir]
+        return Exit(signal=-code) if code < 0 else Exit(code=code)
+
+    def ask(self, run_dir: Path) -> None:
+        """SIGTERM to the trainer itself."""
+        child = self._children.get(run_dir)
+        identity = self._adopted.get(run_dir)
+        if child is not None and child.poll() is None:
+            child.terminate()
+        elif identity is not None and identity.alive:
+            os.kill(identity.pid, signal.SIGTERM)
+
+    def end(self, run_dir: Path) -> None:
+        """SIGKILL to the whole process group."""
+        identity = self._adopted.get(run_dir)
+        if identity is None or identity.alive:
+            self._signal(run_dir, signal.SIGKILL)
+
+    def _signal(self, run_dir: Path, number: signal.Signals) -> None:
+        child = self._children.get(run_dir)
+        identity = self._adopted.get(run_dir)
+        group = child.pid if child is not None else identity.pid if identity is not None else 0
+        if group > 1:
+            try:
+                os.killpg(group, number)
+            except ProcessLookupError:
+                return  # the group is empty already

@@ -1,0 +1,73 @@
+"""The components of a run's fingerprint, gathered without torch: what guard compares, name by name."""
+
+from __future__ import annotations
+
+import os
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from daemon.config import Recipe
+from daemon.job import Dataset
+from guard import DigestCache, Fingerprint, digest_model_files, digest_tokenizer_files
+
+
+def fingerprint_run(
+    *,
+    dataset: Dataset,
+    recipe: Recipe,
+    base_path: Path,
+    base_revision: str | None,
+    parent_version: str | None,
+    parent_digest: str | None,
+    precision: str,
+    cache_path: Path | None = None,
+) -> Fingerprint:
+    """Everything that decides what a run computes, and some things worth recording that do not.
+
+    `cache_path` keeps digests of base-model files between runs, keyed by size, mtime and inode.
+    """
+    training, lora, data = recipe.training, recipe.lora, recipe.data
+    components: dict[str, Any] = {
+        "dataset.digest": dataset.digest,
+        "dataset.rows": dataset.rows,
+        "dataset.name": dataset.name,
+        "dataset.path": dataset.path,
+        "data.format": dataset.format,
+        "split.held_out_fraction": data.held_out_fraction,
+        "data.order_seed": training.seed,
+        "data.max_length": data.max_length,
+        "data.truncation": "right",
+        "data.packing": False,
+        "data.train_on": data.train_on,
+        "tokenizer.digest": digest_tokenizer_files(base_path),
+        "model.name": recipe.model.model_name_or_path,
+        "model.digest": digest_model_files(base_path, DigestCache(cache_path) if cache_path else None),
+        "model.revision": base_revision,
+        "parent.version": parent_version,
+        "parent.digest": parent_digest,
+        "start_from": training.start_from,
+        "training.global_batch_size": training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        "training.world_size": 1,
+        "training.precision": precision,
+        "training.attn_implementation": recipe.model.attn_implementation,
+        "training.loss": "mean over trained tokens of a step",
+        "host.name": socket.gethostname(),
+        "host.pid": os.getpid(),
+    }
+    components |= {f"lora.{name}": value for name, value in lora.model_dump(mode="json").items()}
+    separate = {"start_from"}
+    components |= {
+        f"training.{name}": value for name, value in training.model_dump(mode="json").items() if name not in separate
+    }
+    components |= {f"versions.{name}": minor_version(name) for name in ("torch", "transformers", "peft")}
+    return Fingerprint(components)
+
+
+def minor_version(package: str) -> str | None:
+    """`major.minor` of an installed package, None when it is missing."""
+    try:
+        return ".".join(version(package).split("+")[0].split(".")[:2])
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,227 @@
+"""The daemon. READ FIRST: `tick` is the order of events - intake, reap, dispatch, publish, wait.
+
+One thread does everything; others (watchdog's) only ring the bell. Nothing in a tick blocks on a large file or on a
+trainer: those live in processes of their own.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Any
+
+import guard
+from daemon import versions
+from daemon.bell import Bell
+from daemon.config import Settings
+from daemon.errors import DropforgeError, RootHeld
+from daemon.executors.base import Executor
+from daemon.executors.local import LocalExecutor
+from daemon.intake import Intake, settle_files
+from daemon.job import FINAL_STATES, Job, JobState
+from daemon.notify import notify
+from daemon.scheduler import Scheduler
+from daemon.status import RECENT_JOBS, WAITING_FILES, StatusSnapshot, finished_job, running_job, write_status
+from daemon.store import JobStore
+
+BUSY_SECONDS = 0.25  # between two looks at a running trainer's progress
+REFRESH_SECONDS = 60.0  # the current version is read again at least so often, whoever changed it
+
+
+class Service:
+    """One daemon on one root. `run` returns the exit code; everything before it raises DropforgeError."""
+
+    def __init__(self, settings: Settings, *, log: Any, executor: Executor | None = None) -> None:
+        self.settings = settings
+        self.log = log
+        self.bell = Bell()
+        self.stopping = False
+        self._stop_requests = 0
+        self._reload_requested = False
+        self._executor = executor or LocalExecutor(settings.executor.command)
+        self._published = 0.0
+        self._last: tuple[Any, ...] = ()
+        self._model: dict[str, Any] | None = None
+        self._model_read = 0.0
+        self._status_failed = False
+        self._ticks = 0
+        self._ended: list[Job] = []  # jobs in a final state when serving ended
+
+    def run(self, *, once: bool = False) -> int:
+        """Serve until asked to stop; with `once`, until inbox and queue are empty.
+
+        Returns 0; with `once` 1 if a job failed, 3 if only refused data was met. Raises RootHeld when another daemon
+        owns the root.
+        """
+        self.settings.state_dir.mkdir(parents=True, exist_ok=True)
+        self.settings.model_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = guard.ModelLock(self.settings.state_dir, owner="dropforge daemon")
+            lock.acquire()
+        except guard.ModelLocked as error:
+            raise RootHeld(
+                operation="serve",
+                subject=self.settings.root,
+                cause=f"another daemon holds it ({error.holder})",
+                hint="`dropforge status` shows it; stop it first, or choose another --root",
+            ) from error
+        try:
+            return self._serve(once=once)
+        finally:
+            lock.release()
+
+    def _serve(self, *, once: bool) -> int:
+        self._listen()
+        self._publish(status="starting", reason="recovering", force=True)
+        self.store = JobStore(self.settings.store_path)
+        self.intake = Intake(self.settings, self.store, bell=self.bell, log=self.log)
+        self.scheduler = Scheduler(self.settings, self.store, self._executor, settle=self._settle, log=self.log)
+        self.scheduler.recover()
+        self.intake.open()
+        before = {job.id for job in self.store.jobs(FINAL_STATES)} if once else set()
+        notify("READY=1", f"STATUS=watching {self.settings.inbox_dir}")
+        self.log.info("daemon.started", root=str(self.settings.root), watch_mode=self.intake.view().watch_mode)
+        try:
+            while not self._finished(once=once):
+                self.tick()
+        finally:
+            self.intake.close()
+            self._publish(status="stopped", reason="", force=True)
+            self.log.info("daemon.stopped")
+            self.store.close()
+        if not once:
+            return 0
+        after = {job.state for job in self._ended if job.id not in before}
+        return 1 if JobState.FAILED in after else 3 if JobState.REJECTED in after else 0
+
+    def tick(self) -> None:
+        """One round. The order is the story of one file, seen from the end that is nearest to done."""
+        self.bell.clear()
+        self._ticks += 1
+        self.intake.tick(accept=not self.stopping)
+        self.scheduler.reap()
+        if not self.stopping:
+            self.scheduler.dispatch()
+        self._publish()
+        notify("WATCHDOG=1")
+        self.bell.wait(self._patience())
+
+    def _finished(self, *, once: bool) -> bool:
+        if self._stop_requests and not self.stopping:
+            self.stopping = True
+            self.log.info("daemon.stopping", running=self.scheduler.run.job.id if self.scheduler.run else None)
+            notify("STOPPING=1", "STATUS=sealing a checkpoint")
+            self.scheduler.ask_to_leave()
+        elif self._stop_requests > 1 and self.scheduler.run is not None:
+            self._stop_requests = 1
+            self.scheduler.ask_to_leave()
+        done = self.stopping and self.scheduler.run is None
+        if once and not done:
+            view = self.intake.view()
+            busy = self.scheduler.run or view.waiting or view.scanning or view.deferred
+            done = (
+                not busy and self._looked_twice() and not self.store.jobs({JobState.CLAIMED, JobState.QUEUED}, limit=1)
+            )
+        if done:
+            self._ended = self.store.jobs(FINAL_STATES)
+        return done
+
+    def _patience(self) -> float:
+        """Seconds until something may be due although no bell rings."""
+        due = [self.settings.status.status_interval]
+        if self.scheduler.run is not None or self.stopping:
+            due.append(BUSY_SECONDS)
+        for seconds in (self.intake.next_due_seconds(), self.scheduler.next_start):
+            if seconds is not None:
+                due.append(seconds)
+        return max(0.0, min(due))
+
+    def _settle(self, job: Job) -> None:
+        """Move a finished job's file; if that fails now, the next start does it."""
+        try:
+            settle_files(self.settings, job)
+        except (DropforgeError, guard.GuardError, OSError) as error:
+            self.log.error("file.not_moved", job=job.id, error=str(error))
+        self._model_read = 0.0
+
+    def _publish(self, *, status: str | None = None, reason: str = "", force: bool = False) -> None:
+        """Write status.json at each change and at each heartbeat."""
+        snapshot = self._snapshot() if status is None else StatusSnapshot(status=status, reason=reason)
+        now = time.monotonic()
+        job = snapshot.job or {}
+        shown = (snapshot.status, snapshot.reason, dict(snapshot.queue), job.get("id"), job.get("phase"))
+        due = now - self._published >= self.settings.status.status_interval
+        if not (force or due or shown != self._last):
+            return
+        try:
+            write_status(self.settings.status_path, snapshot)
+        except OSError as error:
+            if not self._status_failed:  # once: a full disk must not fill the log as well
+                self.log.error("status.not_written", error=str(error))
+            self._status_failed = True
+            return
+        self._status_failed = False
+        self._published, self._last = now, shown
+        notify(f"STATUS={snapshot.status}: {snapshot.reason}" if snapshot.reason else f"STATUS={snapshot.status}")
+
+    def _snapshot(self) -> StatusSnapshot:
+        view = self.intake.view()
+        run = self.scheduler.run
+        counts = self.store.counts()
+        if self.stopping:
+            status, reason = "stopping", "a checkpoint is being sealed" if run else ""
+        elif run is not None:
+            status, reason = "training", run.job.id
+        elif view.waiting or view.scanning:
+            first = view.waiting[0].reason if view.waiting else "rows are being checked"
+            status, reason = "waiting", first
+        elif counts[JobState.QUEUED]:
+            status, reason = "waiting", self.store.queue(limit=1)[0].reason
+        else:
+            status, reason = "idle", ""
+        return StatusSnapshot(
+            status=status,
+            reason=reason,
+            status_interval=self.settings.status.status_interval,
+            watch_mode=view.watch_mode,
+            queue={**counts, "deferred": view.deferred},
+            job=running_job(run.job, run.progress) if run else None,
+            waiting=tuple(
+                {"file": item.name, "reason": item.reason, "since": item.since} for item in view.waiting[:WAITING_FILES]
+            ),
+            recent=tuple(finished_job(job) for job in self.store.jobs(FINAL_STATES, limit=RECENT_JOBS, newest=True)),
+            model=self._current_model(),
+            warnings=tuple(view.warnings),
+        )
+
+    def _current_model(self) -> dict[str, Any] | None:
+        now = time.monotonic()
+        if not self._model_read or now - self._model_read > REFRESH_SECONDS:
+            self._model_read = now
+            try:
+                version = versions.current_version(self.settings.model_dir)
+            except DropforgeError as error:
+                self.log.error("version.unreadable", error=str(error))
+                version = None
+            self._model = (
+                {
+                    "version": version.name,
+                    "dataset": version.record.get("dataset"),
+                    "created_at": version.record.get("created_at"),
+                }
+                if version
+                else None
+            )
+        return self._model
+
+    def _listen(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_stop)
+        signal.signal(signal.SIGINT, self._on_stop)
+        signal.signal(signal.SIGCHLD, self._on_child)
+
+    def _on_stop(self, number: int, frame: object) -> None:
+        self._stop_requests += 1
+        self.bell.set()
+
+    def _on_child(self, number: int, frame: object) -> None:
+        self.bell.set()

@@ -1,0 +1,104 @@
+"""`dropforge submit`: a file into the inbox, so that no reader ever meets half of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from daemon.config import Settings
+from daemon.errors import DropforgeError, NotFound, TryLater
+from daemon.job import FINAL_STATES, Job, Priority
+from daemon.status import read_status
+from daemon.store import JobStore
+from daemon.text import escape
+from guard.atomic import fsync_dir
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A file that was dropped; the claim's rename keeps its inode."""
+
+    path: Path
+    inode: int
+
+
+def submit(settings: Settings, file: Path, *, priority: Priority, force: bool) -> Placed:
+    """Copy `file` beside the inbox's files under a hidden name, then give it its own; an equal name gets a number.
+
+    Raises NotFound when there is no such file, DropforgeError when the inbox cannot be written.
+    """
+    if not file.is_file():
+        raise NotFound(operation="submit", subject=escape(str(file)), cause="there is no such file")
+    folder = settings.inbox_dir if priority is Priority.NORMAL else settings.inbox_dir / priority.value
+    if not settings.inbox_dir.is_dir():
+        raise NotFound(
+            operation="submit to",
+            subject=settings.inbox_dir,
+            cause="there is no inbox",
+            hint="`dropforge init` makes one",
+        )
+    folder.mkdir(exist_ok=True)
+    hidden = folder / f".submit-{os.getpid()}-{time.monotonic_ns()}.part"
+    try:
+        shutil.copyfile(file, hidden)
+        with hidden.open("rb") as written:
+            os.fsync(written.fileno())
+        inode = hidden.stat().st_ino
+        placed = _place(hidden, folder, file.name, force=force)
+    except OSError as error:
+        raise DropforgeError(operation="submit to", subject=folder, cause=error.strerror or str(error)) from error
+    finally:
+        hidden.unlink(missing_ok=True)
+    fsync_dir(folder)
+    return Placed(path=placed, inode=inode)
+
+
+def _place(hidden: Path, folder: Path, name: str, *, force: bool) -> Path:
+    """Give the copy the first free of NAME, NAME-2, ... by a link, which unlike a rename never replaces a file.
+
+    With `force`, its sidecar comes first: a file without one would be taken as it is.
+    """
+    stem, suffix = (name[: -len(".jsonl")], ".jsonl") if name.endswith(".jsonl") else (name, "")
+    number = 1
+    while True:
+        target = folder / (name if number == 1 else f"{stem}-{number}{suffix}")
+        sidecar = target.with_name(f"{target.name.removesuffix('.jsonl')}.job.toml")
+        number += 1
+        if target.exists() or (force and sidecar.exists()):
+            continue
+        if force:
+            sidecar.write_text("force = true\n", encoding="ascii")
+        try:
+            os.link(hidden, target)
+        except FileExistsError:
+            continue
+        return target
+
+
+def wait_for(settings: Settings, placed: Placed) -> Job:
+    """Wait until the job over this file is in a final state. Raises TryLater when no daemon lives to run it."""
+    store: JobStore | None = None
+    try:
+        while True:
+            snapshot = read_status(settings.status_path)
+            if store is None and settings.store_path.exists():
+                store = JobStore(settings.store_path)
+            found = store.with_inode(placed.inode)[-1:] if store else []
+            if found and found[0].state in FINAL_STATES:
+                return found[0]
+            if snapshot is None or not snapshot["alive"]:
+                raise TryLater(
+                    operation="wait for",
+                    subject=escape(placed.path.name),
+                    cause="no daemon is running on this root; the file stays in the inbox",
+                    hint="`dropforge run` starts one",
+                )
+            time.sleep(POLL_SECONDS)
+    finally:
+        if store is not None:
+            store.close()

@@ -1,0 +1,100 @@
+"""Find the base model: a local folder, or a snapshot of the Hub in the local cache, fetched only when that is allowed.
+
+Nothing here imports torch, and no code of a model is ever run: a configuration with `auto_map` is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from daemon.config import ModelSettings
+from daemon.job import FailureKind
+from daemon.trainer.failure import RunFailure
+
+# What a causal language model in safetensors form consists of; no .bin, no .py.
+SNAPSHOT_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A base model on this machine."""
+
+    name: str  # as configured
+    path: Path
+    revision: str | None  # commit of the Hub snapshot, None for a local folder
+
+
+def resolve_base(model: ModelSettings) -> BaseModel:
+    """The base model's folder. Raises RunFailure(CONFIG) when it is missing, incomplete or would need foreign code."""
+    name = model.model_name_or_path
+    if not name:
+        raise RunFailure(
+            FailureKind.CONFIG,
+            "no base model is configured",
+            hint="set model_name_or_path under [model] in dropforge.toml, or try `dropforge init --tiny`",
+        )
+    local = Path(name).expanduser()
+    if local.is_dir():
+        base = BaseModel(name=name, path=local.resolve(), revision=None)
+    elif local.is_absolute() or name.startswith((".", "~")):
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"the base model {name} is not a folder",
+            hint="check model_name_or_path under [model] in dropforge.toml",
+        )
+    else:
+        base = _snapshot(model)
+    _check(base)
+    return base
+
+
+def _snapshot(model: ModelSettings) -> BaseModel:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import snapshot_download
+
+    name = model.model_name_or_path
+    try:
+        path = Path(
+            snapshot_download(
+                name,
+                revision=model.revision,
+                local_files_only=not model.allow_downloads,
+                allow_patterns=list(SNAPSHOT_PATTERNS),
+            )
+        )
+    # The Hub client has a dozen error classes of its own, network ones among them; each means the same to the user.
+    except Exception as error:
+        allowed = model.allow_downloads
+        raise RunFailure(
+            FailureKind.CONFIG if not allowed else FailureKind.LOST,
+            f"the base model {name} is not in the local cache" if not allowed else f"cannot fetch {name}: {error}",
+            hint=f"`hf download {name}` as the service's user, or allow_downloads = true under [model]"
+            if not allowed
+            else "check the network and the spelling; the job is tried again",
+        ) from error
+    return BaseModel(name=name, path=path, revision=path.name)
+
+
+def _check(base: BaseModel) -> None:
+    config_path = base.path / "config.json"
+    try:
+        config = json.loads(config_path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunFailure(
+            FailureKind.CONFIG, f"the base model has no readable {config_path}: {error}", hint="fetch the model again"
+        ) from error
+    if not isinstance(config, dict) or "auto_map" in config:
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"the base model {base.name} needs code of its own (auto_map in config.json), which is never run",
+            hint="choose a model whose architecture transformers has built in",
+        )
+    if not any(base.path.glob("*.safetensors")):
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"the base model in {base.path} has no *.safetensors weights",
+            hint="pickled weights are never loaded; convert the model to safetensors",
+        )

@@ -1,0 +1,46 @@
+"""The model card of a version: what it is, what it learned from, how to load it."""
+
+from __future__ import annotations
+
+from daemon.config import Recipe
+from daemon.job import Plan, RunResult, RunSpec
+from daemon.text import escape
+from daemon.versions import Version
+
+
+def model_card(spec: RunSpec, recipe: Recipe, planned: Plan, result: RunResult, parent: Version | None) -> str:
+    """Markdown with the metadata header that the Hub and peft read."""
+    training, lora = recipe.training, recipe.lora
+    held_out = (
+        f"{result.held_out_before:.4f} before, {result.held_out_after:.4f} after, over {planned.held_out_rows} rows"
+        if result.held_out_before is not None and result.held_out_after is not None
+        else "no row was held out"
+    )
+    base = recipe.model.model_name_or_path
+    return f"""---
+library_name: peft
+base_model: {base}
+tags: [lora, dropforge]
+---
+
+# LoRA adapter of {base}
+
+| | |
+|---|---|
+| dataset | {escape(spec.dataset.name)}, {spec.dataset.rows} rows, BLAKE3 `{spec.dataset.digest}` |
+| continues | {f"version {parent.name}" if parent else "the base model"} |
+| steps | {result.steps_run} of {result.steps_planned}, {planned.global_batch_size} rows each, {planned.epochs:g} epochs |
+| adapter | r = {lora.r}, lora_alpha = {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {lora.target_modules} |
+| schedule | {training.lr_scheduler_type}, peak learning rate {training.learning_rate:g}, {training.optim}, seed {training.seed} |
+| held-out loss | {held_out} |
+| job | {spec.job_id}, attempt {spec.attempt} |
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""

@@ -1,0 +1,146 @@
+"""The base model with its adapter: a new LoRA, or the current version's, continued.
+
+Weights are read from safetensors only and no model's own code is run. There is exactly one place that adds an adapter, and
+it refuses a model that has one: a second adapter would start again from nothing and look like success.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from daemon.config import LoraSettings, ModelSettings
+from daemon.job import FailureKind
+from daemon.trainer.base import BaseModel
+from daemon.trainer.failure import RunFailure
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def precision_of(model: ModelSettings) -> str:
+    """The dtype of the frozen base weights: "float32" or "bfloat16"."""
+    if model.dtype != "auto":
+        return model.dtype
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+
+
+def load_tokenizer(base: BaseModel) -> Any:
+    """The base model's tokenizer; its padding token is set (to EOS where it has none)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"the base model in {base.path} has no usable tokenizer: {error}",
+            hint="fetch the model again, tokenizer.json included",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent: Path | None) -> PeftModel:
+    """Base model plus a trainable adapter named "default": `parent`'s weights, or a fresh one with lora_B = 0.
+
+    Raises RunFailure(CONFIG) when the parent's shape is not the recipe's.
+    """
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            dtype=getattr(torch, precision_of(model)),
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise RunFailure(
+            FailureKind.CONFIG, f"cannot load the base model in {base.path}: {error}", hint="fetch the model again"
+        ) from error
+    if getattr(network, "peft_config", None):
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"the base model in {base.path} carries an adapter already",
+            hint="point model_name_or_path at a plain base model",
+        )
+    network.config.use_cache = False
+    if parent is None:
+        return get_peft_model(network, lora_config(lora, base))
+    refuse_other_shape(parent, lora)
+    return PeftModel.from_pretrained(network, parent, is_trainable=True, local_files_only=True)
+
+
+def lora_config(lora: LoraSettings, base: BaseModel) -> LoraConfig:
+    """peft's configuration from our own settings, field by field; never from a file that was found or dropped."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.name,
+        revision=base.revision,
+        r=lora.r,
+        lora_alpha=_whole(lora.lora_alpha),
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        modules_to_save=list(lora.modules_to_save) or None,
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+
+
+def refuse_other_shape(parent: Path, lora: LoraSettings) -> None:
+    """Raise RunFailure(CONFIG), naming both shapes and the two ways out, unless `parent` has the recipe's shape."""
+    saved = json.loads((parent / ADAPTER_CONFIG).read_bytes())
+    wanted: dict[str, Any] = {
+        "r": lora.r,
+        "lora_alpha": _whole(lora.lora_alpha),
+        "bias": lora.bias,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "modules_to_save": sorted(lora.modules_to_save) or None,
+    }
+    # peft resolves "all-linear" to names when it saves, so only an explicit list can be compared.
+    if not isinstance(lora.target_modules, str):
+        wanted["target_modules"] = sorted(lora.target_modules)
+    found = {name: _comparable(saved.get(name)) for name in wanted}
+    if found != wanted:
+        different = ", ".join(
+            f"{name} {found[name]} -> {wanted[name]}" for name in wanted if found[name] != wanted[name]
+        )
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"the recipe's LoRA cannot continue version {parent.name}: {different}",
+            hint='set [lora] back to the version\'s shape, or start_from = "base" under [training] for a new adapter',
+        )
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Name to trainable tensor, as it is now (no copy)."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def lora_b_norm(model: PeftModel) -> float:
+    """Frobenius norm over all lora_B; 0 means that the adapter does nothing."""
+    squares = [
+        float(tensor.double().pow(2).sum()) for name, tensor in adapter_tensors(model).items() if "lora_B" in name
+    ]
+    return math.sqrt(sum(squares))
+
+
+def all_finite(model: PeftModel) -> bool:
+    """Whether no trainable weight is NaN or infinite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in adapter_tensors(model).values())
+
+
+def _whole(value: float) -> float | int:
+    """32 rather than 32.0: peft writes and compares integers."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _comparable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value

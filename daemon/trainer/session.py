@@ -1,0 +1,129 @@
+"""What every trainer process does around its run: read the specification, hear signals, write the last word.
+
+Torch-free, so that a run can fail with a clear sentence before seconds of imports, and so that another engine (the tests'
+quick one) is conducted by the same code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from daemon.job import RUN_SPEC_VERSION, FailureKind, Outcome, RunResult, RunSpec, from_json
+from daemon.trainer.failure import Interrupted, RunFailure
+from daemon.trainer.report import RESULT_NAME, Reporter
+from guard import FileChanged, GuardError, ModelLocked, digest_file
+
+SPEC_NAME = "run.json"
+EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 75
+_PR_SET_PDEATHSIG = 1
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT: finish the step, seal a checkpoint, leave."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.requested = True
+
+    def check(self) -> None:
+        """Raise Interrupted where nothing has been trained yet and so nothing needs saving."""
+        if self.requested:
+            raise Interrupted
+
+
+Engine = Callable[[RunSpec, Reporter, StopFlag], RunResult]
+
+
+def conduct(run_dir: Path, load_engine: Callable[[], Engine]) -> int:
+    """Run one attempt in this process and write `result.json`; returns the exit code.
+
+    `load_engine` does the heavy imports. A run that ends without a result (SIGKILL, a crash of the interpreter) is told
+    apart by that: the daemon calls it lost.
+    """
+    stop = StopFlag()
+    die_with_parent()
+    (run_dir / RESULT_NAME).unlink(missing_ok=True)
+    report = Reporter(run_dir)
+    try:
+        spec = read_spec(run_dir)
+        if spec.daemon_pid and os.getppid() != spec.daemon_pid:
+            raise Interrupted  # the daemon died before the death signal was set
+        report.progress(phase="starting")
+        stop.check()
+        result = load_engine()(spec, report, stop)
+    except Interrupted:
+        result = RunResult(outcome=Outcome.INTERRUPTED, message="stopped before the first step")
+    except RunFailure as failure:
+        result = failed(failure.kind, failure.message, failure.hint)
+    except FileChanged as error:
+        result = failed(FailureKind.BAD_DATA, error.cause, "drop a finished copy")
+    except ModelLocked as error:
+        result = failed(FailureKind.LOST, str(error), "the job is tried again when the model directory is free")
+    except GuardError as error:
+        result = failed(FailureKind.INTERNAL, f"cannot {error.operation} {error.path}: {error.cause}", error.hint)
+    except MemoryError as error:
+        result = failed(FailureKind.OUT_OF_MEMORY, f"out of memory: {error}", "lower per_device_train_batch_size")
+    except OSError as error:
+        traceback.print_exc()
+        kind = FailureKind.NO_SPACE if error.errno in (28, 122) else FailureKind.INTERNAL  # ENOSPC, EDQUOT
+        result = failed(kind, str(error), "free some space" if kind is FailureKind.NO_SPACE else "")
+    # The last line of defence: whatever else a library raises becomes a typed result, with its traceback in the log.
+    except Exception as error:
+        traceback.print_exc()
+        result = failed(*_classify(error))
+    report.result(result)
+    return {Outcome.SUCCEEDED: EXIT_DONE, Outcome.FAILED: EXIT_FAILED, Outcome.INTERRUPTED: EXIT_INTERRUPTED}[
+        result.outcome
+    ]
+
+
+def failed(kind: FailureKind, message: str, hint: str = "") -> RunResult:
+    """A result that says why."""
+    return RunResult(outcome=Outcome.FAILED, failure=kind, message=message, hint=hint)
+
+
+def read_spec(run_dir: Path) -> RunSpec:
+    """The specification that the daemon wrote. Raises RunFailure(INTERNAL) when it is of another version."""
+    text = (run_dir / SPEC_NAME).read_bytes()
+    found = json.loads(text).get("schema_version")
+    if found != RUN_SPEC_VERSION:
+        raise RunFailure(
+            FailureKind.INTERNAL,
+            f"{SPEC_NAME} has version {found}, this trainer knows {RUN_SPEC_VERSION}",
+            hint="daemon and trainer must be of one installation; restart the daemon",
+        )
+    return from_json(text, RunSpec)
+
+
+def check_unchanged(spec: RunSpec) -> None:
+    """The bytes that were checked are the bytes that are trained, whoever still holds the file open."""
+    if digest_file(Path(spec.dataset.path)).blake3_hex != spec.dataset.digest:
+        raise RunFailure(
+            FailureKind.BAD_DATA,
+            f"{spec.dataset.name} changed after it was checked",
+            hint="a program still writes to it; drop a finished copy",
+        )
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the daemon dies: the run then seals a checkpoint and leaves, never an orphan."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _classify(error: Exception) -> tuple[FailureKind, str, str]:
+    message = f"{type(error).__name__}: {error}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's class, by name: torch may not even be imported here
+        return FailureKind.OUT_OF_MEMORY, message, "lower per_device_train_batch_size or max_length"
+    return FailureKind.INTERNAL, message, "the traceback is in the trainer's log"
