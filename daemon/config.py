@@ -130,7 +130,7 @@ class ExecutorSettings(Section):
     """`[executor]`: how a trainer is started."""
 
     command: tuple[str, ...] = Field(
-        (sys.executable, "-m", "daemon.trainer"),
+        (sys.executable, "-P", "-m", "daemon.trainer"),
         description="Program and arguments; the run directory is appended. For a trainer in an environment of its own.",
     )
 
@@ -291,7 +291,7 @@ def load(root: Path, flags: Mapping[str, Any] | None = None) -> Settings:
         raise ConfigError(operation="use", subject=path, cause="unknown key root", hint="use --root or DROPFORGE_ROOT")
     environment = EnvSettingsSource(Settings)()
     try:
-        return Settings(root=root, **_layered(table, environment, flags or {}))
+        return Settings.model_validate({"root": root, **_layered(table, environment, flags or {})})
     except ValidationError as error:
         raise ConfigError(
             operation="use",

@@ -44,8 +44,8 @@ STORY: Mapping[str, tuple[str, str]] = {
     "file.claimed": ("claimed", "{file} as job {job}"),
     "dataset.checked": ("checked", "{rows} rows ({format}), {size_bytes} bytes, BLAKE3 {digest:.16}..."),
     "job.started": ("started", "job {job}, attempt {attempt}"),
-    "guard.decided": ("verdict", "{verdict}{because}"),
-    "guard.checkpoints_cleared": ("cleared", "{cleared} checkpoints -> {path}"),
+    "guard.run_decided": ("verdict", "{verdict}{because}"),
+    "guard.checkpoints_cleared": ("cleared", "{cleared} checkpoints -> {set}"),
     "run.planned": ("planned", "{arithmetic}"),
     "run.started": ("training", "from step {start_step} of {total_steps}"),
     "run.evaluated": ("held out", "loss {when}: {held_out_loss:.4f} over {rows} rows"),
@@ -118,7 +118,7 @@ def run_demo(folder: Path | None) -> int:
     console.print(f"building a tiny Llama and its tokenizer from the example data in {root}", markup=False)
     settings = init(root, tiny=True, tables=TABLES)
     daemon = subprocess.Popen(
-        [sys.executable, "-m", "daemon", "--root", str(root), "run"],
+        [sys.executable, "-P", "-m", "daemon", "--root", str(root), "run"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=(root / "daemon.err").open("wb"),

@@ -39,7 +39,7 @@ def init(root: Path, *, tiny: bool = False, tables: Mapping[str, Mapping[str, An
     chosen: dict[str, dict[str, Any]] = {name: dict(values) for name, values in (TINY_TABLES if tiny else {}).items()}
     for name, values in (tables or {}).items():
         chosen.setdefault(name, {}).update(values)
-    settings = Settings(root=root, **chosen)
+    settings = Settings.model_validate({"root": root, **chosen})
     for folder in (settings.inbox_dir, settings.model_dir, settings.state_dir):
         folder.mkdir(parents=True, exist_ok=True)
     if tiny:
@@ -51,7 +51,14 @@ def init(root: Path, *, tiny: bool = False, tables: Mapping[str, Mapping[str, An
 def build_tiny_in_child(folder: Path) -> None:
     """Build the tiny base model in a process of its own: only the trainer package imports torch."""
     done = subprocess.run(
-        [sys.executable, "-m", "daemon.trainer.tiny", str(folder), *map(str, sorted(examples_dir().glob("*.jsonl")))],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "daemon.trainer.tiny",
+            str(folder),
+            *map(str, sorted(examples_dir().glob("*.jsonl"))),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -119,9 +119,8 @@ class Service:
         if once and not done:
             view = self.intake.view()
             busy = self.scheduler.run or view.waiting or view.scanning or view.deferred
-            done = (
-                not busy and self._looked_twice() and not self.store.jobs({JobState.CLAIMED, JobState.QUEUED}, limit=1)
-            )
+            waiting = self.store.jobs({JobState.CLAIMED, JobState.QUEUED}, limit=1)
+            done = self._ticks > 0 and not busy and not waiting
         if done:
             self._ended = self.store.jobs(FINAL_STATES)
         return done

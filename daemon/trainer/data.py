@@ -15,7 +15,7 @@ import torch
 
 from daemon.config import DataSettings, TrainingSettings
 from daemon.job import FailureKind, Plan
-from daemon.rows import MessagesRow, PairRow, Row, TextRow
+from daemon.rows import Row
 from daemon.trainer.failure import RunFailure
 
 IGNORE = -100  # transformers' losses skip this label
@@ -88,24 +88,27 @@ def held_out_rank(content_digest: str) -> float:
 
 def encode(row: Row, tokenizer: Any, data: DataSettings) -> tuple[list[int], list[int]]:
     """input_ids and labels of one row, both (T,), before truncation."""
-    match row:
-        case TextRow(text=text):
-            ids = _with_eos(tokenizer(text)["input_ids"], tokenizer)
-            return ids, list(ids)
-        case PairRow(prompt=str() as prompt, completion=str() as completion):
-            return _encode_text_pair(prompt, completion, tokenizer, everything=data.train_on == "all")
-        case PairRow(prompt=prompt, completion=completion, tools=tools):
-            return _encode_chat(
-                [*prompt, *completion],
-                len(prompt),
-                tools,
-                tokenizer,
-                "completion" if data.train_on == "auto" else data.train_on,
-            )
-        case MessagesRow(messages=messages, tools=tools):
-            return _encode_chat(
-                messages, 0, tools, tokenizer, "assistant" if data.train_on == "auto" else data.train_on
-            )
+    if row.kind == "text":
+        ids = _with_eos(tokenizer(row.text)["input_ids"], tokenizer)
+        return ids, list(ids)
+    if row.kind == "messages":
+        return _encode_chat(
+            row.messages, 0, row.tools, tokenizer, "assistant" if data.train_on == "auto" else data.train_on
+        )
+    if isinstance(row.prompt, str) and isinstance(row.completion, str):
+        return _encode_text_pair(row.prompt, row.completion, tokenizer, everything=data.train_on == "all")
+    prompt, completion = _as_messages(row.prompt, "user"), _as_messages(row.completion, "assistant")
+    return _encode_chat(
+        [*prompt, *completion],
+        len(prompt),
+        row.tools,
+        tokenizer,
+        "assistant" if data.train_on == "auto" else data.train_on,
+    )
+
+
+def _as_messages(part: Any, role: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": part}] if isinstance(part, str) else list(part or ())
 
 
 def _encode_text_pair(prompt: str, completion: str, tokenizer: Any, *, everything: bool) -> tuple[list[int], list[int]]:

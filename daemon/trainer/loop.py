@@ -20,6 +20,7 @@ from daemon.trainer.data import Collator, EpochBatches, Example
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.report import Reporter
 from daemon.trainer.session import StopFlag
+from guard import Checkpoint
 
 
 class RunTrainer(Trainer):
@@ -129,7 +130,10 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
             resumed_from=self._resumed.name if self._resumed else None,
         )
         self._report.event(
-            "run.started", start_step=self.start_step, total_steps=self._plan.total_steps, resumed_from=self._resumed
+            "run.started",
+            start_step=self.start_step,
+            total_steps=self._plan.total_steps,
+            resumed_from=self._resumed.name if self._resumed else None,
         )
 
     def on_epoch_begin(
@@ -183,10 +187,12 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         if logs and "loss" in logs:
             self._report.event("run.stepped", step=state.global_step, **{k: round(v, 8) for k, v in logs.items()})
 
-    def sealed(self, path: Path, step: int) -> None:
+    def sealed(self, checkpoint: Checkpoint) -> None:
         """A checkpoint of ours is intact on disk."""
-        self._report.progress(last_checkpoint_step=step)
-        self._report.event("checkpoint.sealed", step=step, path=path)
+        self._report.progress(last_checkpoint_step=checkpoint.step)
+        self._report.event(
+            "checkpoint.sealed", step=checkpoint.step, path=str(checkpoint.path), size_bytes=checkpoint.size_bytes
+        )
 
 
 def held_out_loss(

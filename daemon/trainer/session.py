@@ -18,7 +18,7 @@ from pathlib import Path
 from daemon.job import RUN_SPEC_VERSION, FailureKind, Outcome, RunResult, RunSpec, from_json
 from daemon.trainer.failure import Interrupted, RunFailure
 from daemon.trainer.report import RESULT_NAME, Reporter
-from guard import FileChanged, GuardError, ModelLocked, digest_file
+from guard import FileChanged, GuardError, ModelLocked, WeightsNotFinite, digest_file
 
 SPEC_NAME = "run.json"
 EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 75
@@ -70,6 +70,8 @@ def conduct(run_dir: Path, load_engine: Callable[[], Engine]) -> int:
         result = failed(FailureKind.BAD_DATA, error.cause, "drop a finished copy")
     except ModelLocked as error:
         result = failed(FailureKind.LOST, str(error), "the job is tried again when the model directory is free")
+    except WeightsNotFinite as error:
+        result = failed(FailureKind.DIVERGED, error.cause, "lower learning_rate; nothing of this run is promoted")
     except GuardError as error:
         result = failed(FailureKind.INTERNAL, f"cannot {error.operation} {error.path}: {error.cause}", error.hint)
     except MemoryError as error:

@@ -175,7 +175,6 @@ def training_arguments(recipe: Recipe, staging_dir: Path, run_dir: Path, precisi
         logging_strategy="steps",
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,  # the filter writes NaN as 0.0
-        logging_dir=None,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -1,0 +1,37 @@
+"""Fixtures that every kind of test shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.root import Root
+
+
+@pytest.fixture
+def make_root(tmp_path: Path) -> Iterator[Callable[..., Root]]:
+    """Make roots; whatever still runs in them is ended afterwards."""
+    made: list[Root] = []
+
+    def make(name: str = "root", **options: Any) -> Root:
+        made.append(Root(tmp_path / name, **options))
+        return made[-1]
+
+    yield make
+    for root in made:
+        root.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model small enough for many runs: about 400,000 parameters, the product's own recipe."""
+    from daemon.init import examples_dir
+    from daemon.trainer.tiny import TinyShape, build_tiny
+
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    shape = TinyShape(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    build_tiny(folder, [examples_dir() / "gsm8k_more_messages.jsonl"], shape=shape)
+    return folder

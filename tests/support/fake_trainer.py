@@ -1,0 +1,146 @@
+"""A quick engine in place of torch: real locks, verdicts, seals and candidates; a step costs microseconds.
+
+Run as `python -P fake_trainer.py BEHAVIOUR.json RUN_DIR` through `[executor] command`. What it "learns" is a chain of
+digests over (row order, step), so that two runs over the same steps end with the same weights, and a step that was
+skipped or taken twice shows.
+
+BEHAVIOUR.json may hold, by attempt ("1", "2", ...) or "*":
+  step_seconds        how long a step takes
+  die_at              SIGKILL to itself after this step (before its checkpoint)
+  fail                {"kind": ..., "message": ...}: end with this failure after the first step
+  lie_about_steps     claim success after so many steps fewer than planned
+  ignore_terminate    true: do not listen to SIGTERM
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+import guard
+from daemon import versions
+from daemon.config import Recipe
+from daemon.fingerprint import fingerprint_run
+from daemon.job import FailureKind, Outcome, RunResult, RunSpec
+from daemon.rows import iter_rows
+from daemon.trainer.failure import RunFailure
+from daemon.trainer.report import Reporter
+from daemon.trainer.session import StopFlag, check_unchanged, conduct
+
+STATE_NAME = "trainer_state.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def train(spec: RunSpec, report: Reporter, stop: StopFlag, behaviour: dict[str, Any]) -> RunResult:
+    recipe = Recipe.model_validate(spec.recipe)
+    model_dir = Path(spec.model_dir)
+    if behaviour.get("ignore_terminate"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    check_unchanged(spec)
+    rows = sum(1 for _ in iter_rows(Path(spec.dataset.path), spec.dataset.format, recipe.data))
+    batch = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+    total = (
+        recipe.training.max_steps
+        if recipe.training.max_steps > 0
+        else math.ceil(recipe.training.num_train_epochs * math.ceil(rows / batch))
+    )
+    with guard.ModelLock(model_dir, owner=f"job {spec.job_id}"):
+        parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
+        fingerprint = fingerprint_run(
+            dataset=spec.dataset,
+            recipe=recipe,
+            base_path=Path(recipe.model.model_name_or_path),
+            base_revision=None,
+            parent_version=parent.name if parent else None,
+            parent_digest=parent.digest if parent else None,
+            precision="float32",
+        )
+        prepared = guard.prepare_run(
+            model_dir,
+            fingerprint=fingerprint,
+            dataset_path=Path(spec.dataset.path),
+            lora_config={"r": recipe.lora.r, "alpha": recipe.lora.lora_alpha, "dropout": recipe.lora.lora_dropout},
+            log=lambda name, data: report.event(name, **data),
+        )
+        weights = parent.digest if parent else "base"
+        start = 0
+        if prepared.resume_from is not None:
+            state = json.loads((prepared.resume_from / STATE_NAME).read_bytes())
+            start, weights = state["global_step"], state["weights"]
+        report.event("run.started", start_step=start, total_steps=total, resumed_from=str(prepared.resume_from))
+        last = total - behaviour.get("lie_about_steps", 0)
+        step = start
+        for step in range(start + 1, last + 1):
+            time.sleep(behaviour.get("step_seconds", 0))
+            weights = blake3(f"{weights}:{spec.dataset.digest}:{step}".encode()).hexdigest()
+            report.progress(phase="training", step=step, total_steps=total, start_step=start, loss=1 / step)
+            if "fail" in behaviour:
+                raise RunFailure(FailureKind(behaviour["fail"]["kind"]), behaviour["fail"]["message"], hint="a hint")
+            if behaviour.get("die_at") == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if step % recipe.training.save_steps == 0 or step == last or stop.requested:
+                seal(prepared, step, weights, fingerprint)
+                guard.rotate(model_dir, keep=recipe.training.save_total_limit)
+                report.event("checkpoint.sealed", step=step)
+            if stop.requested:
+                break
+        result = RunResult(
+            outcome=Outcome.SUCCEEDED if step >= last else Outcome.INTERRUPTED,
+            steps_planned=total,
+            steps_run=step,
+            start_step=start,
+            resumed_from=prepared.resume_from.name if prepared.resume_from else None,
+            verdict=prepared.verdict.kind.name.lower(),
+            reasons=prepared.verdict.reasons,
+            cleared=prepared.cleared.cleared if prepared.cleared else 0,
+            train_loss=1.0,
+            held_out_before=2.0,
+            held_out_after=1.0,
+            rows=rows,
+            message=f"stopped at step {step}" if step < last else "",
+        )
+        if result.outcome is Outcome.INTERRUPTED:
+            return result
+        candidate = prepared.staging_dir / f"candidate-{spec.job_id}"
+        candidate.mkdir(exist_ok=True)
+        write_adapter(candidate, weights)
+        return RunResult(**{**vars(result), "candidate": str(candidate)})
+
+
+def seal(prepared: guard.PreparedRun, step: int, weights: str, fingerprint: guard.Fingerprint) -> None:
+    """A small checkpoint in the Trainer's form, sealed for real."""
+    folder = prepared.staging_dir / f"checkpoint-{step}"
+    folder.mkdir(exist_ok=True)
+    write_adapter(folder, weights)
+    (folder / "optimizer.pt").write_bytes(b"PK\x05\x06" + bytes(18))
+    (folder / "scheduler.pt").write_bytes(b"PK\x05\x06" + bytes(18))
+    (folder / STATE_NAME).write_text(json.dumps({"global_step": step, "weights": weights}))
+    guard.seal_checkpoint(folder, step=step, fingerprint=fingerprint, into=prepared.model_dir / f"checkpoint-{step}")
+
+
+def write_adapter(folder: Path, weights: str) -> None:
+    """A whole safetensors file whose one tensor is the digest chain."""
+    data = bytes.fromhex(blake3(weights.encode()).hexdigest())
+    header = json.dumps({"lora_B": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    (folder / WEIGHTS_NAME).write_bytes(struct.pack("<Q", len(header)) + header + data)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16}))
+
+
+def main() -> int:
+    behaviours, run_dir = json.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2])
+    attempt = str(json.loads((run_dir / "run.json").read_bytes())["attempt"])
+    behaviour = {**behaviours.get("*", {}), **behaviours.get(attempt, {})}
+    return conduct(run_dir, lambda: lambda spec, report, stop: train(spec, report, stop, behaviour))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
