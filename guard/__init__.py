@@ -1,1 +1,150 @@
-"""Fingerprints, seals, verdicts: no run continues from a checkpoint that is not its own."""
+"""Fingerprints, seals, verdicts: no run continues from a checkpoint that is not its own.
+
+    with guard.ModelLock(model_dir, owner="my script"):
+        prepared = guard.prepare_run(model_dir, fingerprint=..., dataset_path=..., lora_config=...)
+        trainer.add_callback(guard.SealCallback(prepared))
+        trainer.train(resume_from_checkpoint=prepared.resume_from)
+
+`SealCallback` needs transformers, which is imported when it is first asked for; everything else needs blake3
+alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .atomic import append_line_durable, fsync_dir, fsync_tree, rename_durable, write_atomic
+from .checkpoints import (
+    Checkpoint,
+    CheckpointState,
+    Stray,
+    list_checkpoints,
+    newest_intact,
+    rotate,
+    scan_checkpoints,
+    seal_checkpoint,
+    survey,
+    verify_checkpoint,
+)
+from .clear import ClearPlan, ClearResult, plan_clear
+from .compat import (
+    clear_checkpoints,
+    compute_dataset_hash,
+    load_dataset_metadata,
+    save_dataset_metadata,
+    validate_checkpoint_compatibility,
+)
+from .components import COMPONENTS, Component, ComponentKind
+from .digest import DigestCache, FileDigest, digest_file, digest_model_files, digest_tokenizer_files
+from .errors import (
+    ClearRefused,
+    DatasetUnreadable,
+    FileChanged,
+    FileUnreadable,
+    GuardError,
+    ModelLocked,
+    NotFound,
+    NotLocked,
+    RunRefused,
+    SealBroken,
+    StampTooNew,
+    StampUnusable,
+    StorageError,
+    UsageError,
+    WeightsNotFinite,
+)
+from .fingerprint import JSON, DatasetFingerprint, Difference, Fingerprint, fingerprint_dataset
+from .lock import ModelLock
+from .prepare import PreparedRun, assess, prepare_run
+from .purge import PurgePlan, PurgeResult, plan_purge, purge_cleared
+from .restore import RestoreResult, cleared_sets, restore_set
+from .seal import load_key
+from .stamp import Stamp, StampKind, StampReading, mark_finished, read_stamp, write_stamp
+from .verdict import Verdict, VerdictKind, decide
+
+if TYPE_CHECKING:
+    from .callback import SealCallback
+
+__all__ = [
+    "COMPONENTS",
+    "JSON",
+    "Checkpoint",
+    "CheckpointState",
+    "ClearPlan",
+    "ClearRefused",
+    "ClearResult",
+    "Component",
+    "ComponentKind",
+    "DatasetFingerprint",
+    "DatasetUnreadable",
+    "Difference",
+    "DigestCache",
+    "FileChanged",
+    "FileDigest",
+    "FileUnreadable",
+    "Fingerprint",
+    "GuardError",
+    "ModelLock",
+    "ModelLocked",
+    "NotFound",
+    "NotLocked",
+    "PreparedRun",
+    "PurgePlan",
+    "PurgeResult",
+    "RestoreResult",
+    "RunRefused",
+    "SealBroken",
+    "SealCallback",
+    "Stamp",
+    "StampKind",
+    "StampReading",
+    "StampTooNew",
+    "StampUnusable",
+    "StorageError",
+    "Stray",
+    "UsageError",
+    "Verdict",
+    "VerdictKind",
+    "WeightsNotFinite",
+    "append_line_durable",
+    "assess",
+    "clear_checkpoints",
+    "cleared_sets",
+    "compute_dataset_hash",
+    "decide",
+    "digest_file",
+    "digest_model_files",
+    "digest_tokenizer_files",
+    "fingerprint_dataset",
+    "fsync_dir",
+    "fsync_tree",
+    "list_checkpoints",
+    "load_dataset_metadata",
+    "load_key",
+    "mark_finished",
+    "newest_intact",
+    "plan_clear",
+    "plan_purge",
+    "prepare_run",
+    "purge_cleared",
+    "read_stamp",
+    "rename_durable",
+    "restore_set",
+    "rotate",
+    "save_dataset_metadata",
+    "scan_checkpoints",
+    "seal_checkpoint",
+    "survey",
+    "validate_checkpoint_compatibility",
+    "verify_checkpoint",
+    "write_atomic",
+    "write_stamp",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SealCallback":
+        from .callback import SealCallback
+
+        return SealCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

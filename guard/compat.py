@@ -1,0 +1,105 @@
+"""Five functions of an earlier generation, with the same names, arguments and results; thin over the core.
+
+They know the dataset and three numbers of the adapter, so they can prove less than `prepare_run` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .atomic import PathLike
+from .clear import Logger, plan_clear
+from .errors import GuardError
+from .fingerprint import Fingerprint, fingerprint_dataset, name_size_hash, to_json_value
+from .lock import locked
+from .prepare import make_stamp
+from .stamp import StampKind, load_raw_stamp, read_stamp, write_stamp
+from .verdict import Verdict, VerdictKind
+
+_PEFT_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+
+
+def compute_dataset_hash(dataset_path: PathLike) -> str:
+    """md5 of `name:size`, as old metadata has it.
+
+    The content is not read: a same-size edit has the same hash.
+    """
+    return name_size_hash(dataset_path)[1]
+
+
+def save_dataset_metadata(output_dir: PathLike, dataset_path: PathLike, lora_config: Any) -> None:
+    """Record that `output_dir` belongs to this dataset (content included) and adapter."""
+    lora = _lora_components(lora_config)
+    content = fingerprint_dataset(dataset_path)
+    fingerprint = Fingerprint(
+        {**content.components(), "dataset.path": str(Path(dataset_path).absolute()), **lora}
+    )
+    stamp = make_stamp(
+        fingerprint=fingerprint, dataset_path=dataset_path, lora_config=_lora_dict(lora_config)
+    )
+    with locked(output_dir, owner="save_dataset_metadata"):
+        write_stamp(output_dir, stamp)
+
+
+def load_dataset_metadata(output_dir: PathLike) -> dict[str, Any] | None:
+    """The metadata as it stands in the file; None when missing, unreadable or not an object."""
+    return load_raw_stamp(output_dir)
+
+
+def validate_checkpoint_compatibility(
+    output_dir: PathLike, dataset_path: PathLike, lora_config: Any
+) -> tuple[bool, str | None]:
+    """Whether the metadata is of this dataset and adapter, and if not, why not.
+
+    Missing or broken metadata is incompatible. Metadata of the old form is judged by name and size alone.
+    """
+    reading = read_stamp(output_dir)
+    if reading.stamp is None:
+        return False, f"the metadata is {reading.kind.value}: {reading.reason}"
+    recorded = reading.stamp.fingerprint
+    try:
+        if reading.kind is StampKind.LEGACY or recorded is None:
+            old = Fingerprint(
+                {"dataset.digest": reading.stamp.dataset_hash, **_lora_components(reading.stamp.lora_config)}
+            )
+            known: dict[str, Any] = {"dataset.digest": compute_dataset_hash(dataset_path)}
+        else:
+            old = recorded
+            # 32 hex digits are md5 of name and size: what was too large to read then is not read now.
+            by_size = len(str(recorded.components.get("dataset.digest") or "")) == 32
+            known = {
+                **fingerprint_dataset(dataset_path, mode="name_size" if by_size else "content").components()
+            }
+    except GuardError as exc:
+        return False, str(exc).splitlines()[0]
+    new = Fingerprint({**old.components, **known, **_lora_components(lora_config)})
+    reasons = [str(change) for change in old.differences(new) if change.is_identity]
+    if reading.stamp.finished is not None:
+        reasons.insert(0, f"the run that wrote it finished as version {reading.stamp.finished}")
+    return (False, "; ".join(reasons)) if reasons else (True, None)
+
+
+def clear_checkpoints(output_dir: PathLike, logger: Logger | None = None) -> int:
+    """Move every checkpoint folder into `.cleared/`; returns how many. Nothing is deleted."""
+    if not Path(output_dir).is_dir():
+        return 0
+    everything = Verdict(kind=VerdictKind.STALE, reasons=("the caller asked for it",))
+    with locked(output_dir, owner="clear_checkpoints"):
+        return plan_clear(output_dir, verdict=everything, reason="requested").execute(logger).cleared
+
+
+def _lora_dict(lora_config: Any) -> dict[str, Any]:
+    if lora_config is None:
+        return {}
+    if not isinstance(lora_config, Mapping) and hasattr(lora_config, "to_dict"):  # peft's own class
+        lora_config = lora_config.to_dict()
+    value = to_json_value(lora_config)
+    if not isinstance(value, dict):
+        raise TypeError(f"lora_config is a {type(lora_config).__name__}, not a mapping")
+    return value
+
+
+def _lora_components(lora_config: Any) -> dict[str, Any]:
+    return {f"lora.{_PEFT_NAMES.get(name, name)}": value for name, value in _lora_dict(lora_config).items()}

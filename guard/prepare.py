@@ -1,0 +1,142 @@
+"""Everything that happens to a model directory before a run, in the one right order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .atomic import PathLike
+from .checkpoints import list_checkpoints, survey, verify_checkpoint
+from .clear import ClearResult, plan_clear
+from .fingerprint import Fingerprint, name_size_hash
+from .layout import ensure_staging
+from .lock import require_lock
+from .stamp import Stamp, read_stamp, require_known_form, write_stamp
+from .verdict import Verdict, VerdictKind, decide, explain_passed_over
+
+Log = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """What a Trainer needs to know to run from the right state.
+
+    `resume_from` goes to `Trainer.train(resume_from_checkpoint=...)`: None means from the start; never pass
+    True. `staging_dir` exists and is empty; checkpoints that a Trainer writes there are sealed and moved into
+    place.
+    """
+
+    model_dir: Path
+    fingerprint: Fingerprint
+    verdict: Verdict
+    resume_from: Path | None
+    cleared: ClearResult | None
+    staging_dir: Path
+
+
+def assess(
+    model_dir: PathLike, *, fingerprint: Fingerprint, key: bytes | None = None, digests: bool = True
+) -> Verdict:
+    """The verdict for a run, from what is on the disk; changes nothing.
+
+    Looks at no more checkpoints than it needs. `digests` are taken of what could be resumed from. Raises
+    StampTooNew.
+    """
+    reading = read_stamp(model_dir)
+    require_known_form(model_dir, reading)
+    stamp = reading.stamp
+    agrees = (
+        stamp is not None
+        and stamp.finished is None
+        and stamp.fingerprint is not None
+        and stamp.fingerprint.same_run(fingerprint)
+    )
+    if agrees:
+        checkpoints = survey(model_dir, fingerprint=fingerprint, key=key, digests=digests)
+    else:
+        # The stamp has decided; that there is a checkpoint at all is what still matters.
+        newest = list_checkpoints(model_dir)[0][-1:]
+        checkpoints = tuple(verify_checkpoint(path, key=key, digests=False) for _, path in newest)
+    return decide(stamp=reading, fingerprint=fingerprint, checkpoints=checkpoints)
+
+
+def prepare_run(
+    model_dir: PathLike,
+    *,
+    fingerprint: Fingerprint,
+    dataset_path: PathLike,
+    lora_config: Mapping[str, Any],
+    key: bytes | None = None,
+    log: Log | None = None,
+) -> PreparedRun:
+    """Decide, clear what does not belong, stamp, and say where to resume from.
+
+    Under the model directory's lock. Raises NotLocked, StampTooNew, ClearRefused, StorageError, NotFound (no
+    such dataset); a run that was not prepared leaves checkpoints and stamp as they were.
+    """
+    folder = Path(model_dir)
+    require_lock(folder, "prepare a run in")
+    tell = log if log is not None else _silent
+    # Whatever can fail without touching anything comes first.
+    stamp = make_stamp(fingerprint=fingerprint, dataset_path=dataset_path, lora_config=lora_config)
+    verdict = assess(folder, fingerprint=fingerprint, key=key)
+    tell("guard.run_decided", verdict.to_json())
+    for checkpoint in verdict.passed_over:
+        tell(
+            "guard.checkpoint_passed_over",
+            {
+                "path": str(checkpoint.path),
+                "step": checkpoint.step,
+                "state": checkpoint.state.value,
+                "reason": explain_passed_over(checkpoint, fingerprint),
+                "resume_from": str(verdict.checkpoint.path) if verdict.checkpoint is not None else None,
+            },
+        )
+    plan = plan_clear(folder, verdict=verdict, key=key)
+    for stray in plan.left_alone:
+        tell("guard.entry_left_alone", {"path": str(stray.path), "reason": stray.reason})
+    # Clear before stamping: a crash here leaves no checkpoints, which reads as FRESH. The other way round,
+    # old checkpoints would stand beside a stamp that calls them the new run's.
+    cleared: ClearResult | None = plan.execute()
+    if cleared is not None and cleared.set_path is not None:
+        tell(
+            "guard.checkpoints_cleared",
+            {
+                "set": str(cleared.set_path),
+                "reason": plan.reason,
+                "cleared": cleared.cleared,
+                "size_bytes": cleared.size_bytes,
+            },
+        )
+    else:
+        cleared = None
+    if verdict.kind is not VerdictKind.RESUME:
+        write_stamp(folder, stamp)
+        tell("guard.run_stamped", {"identity": fingerprint.identity_digest, "dataset": stamp.dataset_name})
+    return PreparedRun(
+        model_dir=folder,
+        fingerprint=fingerprint,
+        verdict=verdict,
+        resume_from=verdict.checkpoint.path if verdict.checkpoint is not None else None,
+        cleared=cleared,
+        staging_dir=ensure_staging(folder),
+    )
+
+
+def _silent(_event: str, _data: dict[str, Any]) -> None:
+    pass
+
+
+def make_stamp(*, fingerprint: Fingerprint, dataset_path: PathLike, lora_config: Mapping[str, Any]) -> Stamp:
+    """The stamp of a run. Raises NotFound when there is no such dataset."""
+    path = Path(dataset_path)
+    _, name_size = name_size_hash(path)
+    return Stamp(
+        dataset_name=path.name,
+        dataset_hash=name_size,
+        dataset_path=str(path.absolute()),
+        lora_config=dict(lora_config),
+        fingerprint=fingerprint,
+    )

@@ -1,0 +1,149 @@
+"""Purging: the only place where cleared checkpoints are deleted.
+
+By count, age and size; the newest set is always kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .atomic import PathLike, append_line_durable, rename_durable
+from .clear import JOURNAL_NAME
+from .errors import ClearRefused, storage_errors
+from .layout import CLEARED_NAME, unused_name
+from .lock import require_lock
+from .restore import cleared_sets
+from .seal import list_tree
+
+# A set is renamed before it is deleted: a half-deleted one must not be offered for restoring.
+_PURGING_PREFIX = ".purging-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondemnedSet:
+    path: Path
+    size_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PurgeResult:
+    purged: tuple[str, ...]
+    size_bytes: int
+
+
+@dataclass(kw_only=True)
+class PurgePlan:
+    """What would be deleted for good, and why. `execute` runs it once."""
+
+    model_dir: Path
+    sets: tuple[CondemnedSet, ...]
+    kept: tuple[Path, ...]
+    leftovers: tuple[Path, ...]
+    _executed: bool = field(default=False, init=False)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(item.size_bytes for item in self.sets)
+
+    def __str__(self) -> str:
+        lines = [f"  {item.path.name}  {item.size_bytes:>15,} bytes  {item.reason}" for item in self.sets]
+        head = f"delete {len(self.sets)} cleared sets of {self.model_dir} ({self.size_bytes:,} bytes)"
+        return "\n".join([head, *lines, f"kept: {len(self.kept)} sets"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "sets": [
+                {"set": item.path.name, "size_bytes": item.size_bytes, "reason": item.reason}
+                for item in self.sets
+            ],
+            "kept": [path.name for path in self.kept],
+            "size_bytes": self.size_bytes,
+        }
+
+    def execute(self) -> PurgeResult:
+        """Delete, under the model directory's lock. Raises ClearRefused the second time, StorageError."""
+        require_lock(self.model_dir, "purge")
+        if self._executed:
+            raise ClearRefused(operation="purge", path=self.model_dir, cause="this plan was executed already")
+        self._executed = True
+        for path in self.leftovers:
+            with storage_errors("purge", path):
+                shutil.rmtree(path)
+        for item in self.sets:
+            with storage_errors("purge", item.path):
+                root = item.path.parent
+                entry = {"event": "clear.purged", "set": item.path.name, "size_bytes": item.size_bytes}
+                append_line_durable(root / JOURNAL_NAME, json.dumps({**entry, "reason": item.reason}))
+                trash = root / unused_name(root, _PURGING_PREFIX + item.path.name)
+                rename_durable(item.path, trash)
+                shutil.rmtree(trash)
+        return PurgeResult(purged=tuple(item.path.name for item in self.sets), size_bytes=self.size_bytes)
+
+
+def plan_purge(
+    model_dir: PathLike,
+    *,
+    keep_sets: int | None = None,
+    keep_days: float | None = None,
+    keep_bytes: int | None = None,
+    now: datetime | None = None,
+) -> PurgePlan:
+    """Plan which sets to delete; changes nothing.
+
+    Kept are at most `keep_sets` sets, none older than `keep_days`, and no more than `keep_bytes` together,
+    from the newest on. None is no limit. The newest set is always kept.
+    """
+    moment = (now if now is not None else datetime.now(UTC)).astimezone(UTC)
+    condemned: list[CondemnedSet] = []
+    kept: list[Path] = []
+    kept_bytes = 0
+    with storage_errors("plan a purge of", model_dir):
+        for path in reversed(cleared_sets(model_dir)):
+            size_bytes = list_tree(path).size_bytes
+            days = (moment - _cleared_at(path)).total_seconds() / 86_400
+            reason = None
+            if kept and keep_sets is not None and len(kept) >= keep_sets:
+                reason = f"more than {keep_sets} sets"
+            elif kept and keep_days is not None and days > keep_days:
+                reason = f"{days:.1f} days old, more than {keep_days:g}"
+            elif kept and keep_bytes is not None and kept_bytes + size_bytes > keep_bytes:
+                reason = f"more than {keep_bytes:,} bytes"
+            if reason is None:
+                kept.append(path)
+                kept_bytes += size_bytes
+            else:
+                condemned.append(CondemnedSet(path=path, size_bytes=size_bytes, reason=reason))
+        root = Path(model_dir, CLEARED_NAME)
+        leftovers = (
+            sorted(root.glob(_PURGING_PREFIX + "*")) if root.is_dir() and not root.is_symlink() else []
+        )
+    return PurgePlan(
+        model_dir=Path(model_dir),
+        sets=tuple(reversed(condemned)),
+        kept=tuple(kept),
+        leftovers=tuple(leftovers),
+    )
+
+
+def _cleared_at(path: Path) -> datetime:
+    return datetime.strptime(path.name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+
+
+def purge_cleared(
+    model_dir: PathLike,
+    *,
+    keep_sets: int | None = None,
+    keep_days: float | None = None,
+    keep_bytes: int | None = None,
+    now: datetime | None = None,
+) -> PurgeResult:
+    """Plan and execute."""
+    return plan_purge(
+        model_dir, keep_sets=keep_sets, keep_days=keep_days, keep_bytes=keep_bytes, now=now
+    ).execute()
