@@ -1,0 +1,223 @@
+"""One line of JSON, parsed strictly, with the column of what is wrong.
+
+Python's own parser accepts NaN, lone surrogates and unlimited nesting; everything here refuses them, because a row that
+half of the tools downstream read differently is not a row. Columns count characters from 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from json.decoder import scanstring  # type: ignore[attr-defined]  # the C scanner; typeshed leaves it out
+from typing import Any, NoReturn
+
+MAX_DEPTH = 100  # brackets open at once; real rows need about ten
+MAX_DIGITS = 4300  # Python's own limit on integers in decimal, which msgspec shares
+EXCERPT_CHARS = 60
+
+Path = Sequence[str | int]
+
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_BRACKETS = re.compile(_STRING + r"|[\[\]{}]", re.DOTALL)
+_CONSTANTS = re.compile(_STRING + r"|(NaN|-?Infinity)", re.DOTALL)
+_NUMBERS = re.compile(_STRING + r"|(-?\d[\d.eE+-]*)", re.DOTALL)
+_SURROGATE_HINT = re.compile(r"\\u[dD][89A-Fa-f]")
+_ESCAPES = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_KINDS: Mapping[type, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+class LineFault(Exception):
+    """What is wrong with one line: its column (1-based, in characters) and the reason, in words."""
+
+    def __init__(self, column: int, reason: str) -> None:
+        super().__init__(reason)
+        self.column = column
+        self.reason = reason
+
+
+def kind_of(value: object) -> str:
+    """A JSON value's type, with its article."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object on `line` (without byte order mark; surrounding white space is allowed).
+
+    Of repeated keys the last counts, as in every common parser. Raises LineFault.
+    """
+    text = decode_utf8(line)
+    if text.startswith("\ufeff"):
+        raise LineFault(1, "a byte order mark inside the file")
+    if control := _CONTROL.search(text):
+        name = "NUL" if control.group() == "\0" else f"control character U+{ord(control.group()):04X}"
+        raise LineFault(control.start() + 1, f"{name}, which JSON allows only as an escape")
+    _refuse_depth(text)
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise _in_words(error, text) from error
+    except _Constant as error:
+        _raise_at(_CONSTANTS, text, f"{error}, which is not JSON")
+    except _Number as error:
+        _raise_at(_NUMBERS, text, str(error), _bad_number)
+    if not isinstance(value, dict):
+        raise LineFault(_skip_space(text, 0) + 1, f"expected an object, found {kind_of(value)}")
+    _refuse_surrogates(text)
+    return value
+
+
+def decode_utf8(line: bytes) -> str:
+    """The line as text. Raises LineFault."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode("utf-8")) + 1
+        raise LineFault(column, f"byte 0x{line[error.start]:02x} is not UTF-8") from None
+
+
+def column_of(line: bytes, path: Path) -> int:
+    """Column of the value at `path` in a line that `parse_object` accepts; of its nearest parent when it is missing."""
+    text = line.decode("utf-8")
+    position = _skip_space(text, 0)
+    for step in path:
+        found = _child(text, position, step)
+        if found is None:
+            break
+        position = found
+    return position + 1
+
+
+def excerpt(line: bytes, column: int) -> str:
+    """A short piece of the line around `column`, safe on any terminal: control and odd characters are escaped."""
+    # At most four bytes a character: enough of a line of any length to show what is around the column.
+    text = line[: 4 * (column + EXCERPT_CHARS)].decode("utf-8", "backslashreplace").strip("\r\n")
+    start = max(0, min(column - 1 - EXCERPT_CHARS // 2, len(text) - EXCERPT_CHARS))
+    piece = text[start : start + EXCERPT_CHARS]
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in piece)
+    return f"{'…' if start else ''}{shown}{'…' if start + EXCERPT_CHARS < len(text) else ''}"
+
+
+class _Constant(Exception):
+    pass
+
+
+class _Number(Exception):
+    pass
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _Constant(name)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise _Number(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise _Number("a number that is out of range")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer, parse_float=_finite)
+
+
+def _bad_number(token: str) -> bool:
+    try:
+        _finite(token) if set(token) & set(".eE") else _integer(token)
+    except _Number:
+        return True
+    except ValueError:
+        return False
+    return False
+
+
+def _raise_at(pattern: re.Pattern[str], text: str, reason: str, accept: Any = bool) -> NoReturn:
+    for match in pattern.finditer(text):
+        if match.group(1) and accept(match.group(1)):
+            raise LineFault(match.start() + 1, reason)
+    raise LineFault(1, reason)
+
+
+def _refuse_depth(text: str) -> None:
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    depth = 0
+    for match in _BRACKETS.finditer(text):
+        first = match.group()[0]
+        if first in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise LineFault(match.start() + 1, f"nested deeper than {MAX_DEPTH} levels")
+        elif first in "]}":
+            depth -= 1
+
+
+def _refuse_surrogates(text: str) -> None:
+    if not _SURROGATE_HINT.search(text):
+        return
+    high: re.Match[str] | None = None
+    for match in _ESCAPES.finditer(text):
+        code = int(match.group(1), 16) if match.group(1) else 0
+        paired = high is not None and high.end() == match.start() and 0xDC00 <= code <= 0xDFFF
+        if high is not None and not paired:
+            break
+        if high is None and 0xDC00 <= code <= 0xDFFF:
+            high = match
+            break
+        high = match if not paired and 0xD800 <= code <= 0xDBFF else None
+    if high is not None:
+        raise LineFault(high.start() + 1, f"{high.group()} is half of a surrogate pair")
+
+
+def _in_words(error: json.JSONDecodeError, text: str) -> LineFault:
+    rest = text[error.pos :].strip()
+    if error.msg == "Extra data":
+        reason = "a second value on the same line" if rest[:1] in tuple('{["') else "more text after the object"
+    elif not rest:
+        reason = "the line ends inside the JSON value"
+    else:
+        reason = error.msg[0].lower() + error.msg[1:]
+    return LineFault(error.pos + 1, reason)
+
+
+def _skip_space(text: str, position: int) -> int:
+    found = _SPACE.match(text, position)
+    return found.end() if found else position
+
+
+def _child(text: str, position: int, step: str | int) -> int | None:
+    """Where the member `step` of the object or array at `position` begins."""
+    found: int | None = None
+    opened = text[position]
+    if (opened == "{") is not isinstance(step, str) or opened not in "[{":
+        return None
+    index = 0
+    position = _skip_space(text, position + 1)
+    while text[position] not in "]}":
+        key: str | int = index
+        if opened == "{":
+            key, position = scanstring(text, position + 1, True)
+            position = _skip_space(text, _skip_space(text, position) + 1)
+        if key == step:
+            found = position  # not returned yet: of repeated keys the last counts
+        _, position = _DECODER.raw_decode(text, position)
+        position = _skip_space(text, position)
+        if text[position] == ",":
+            position = _skip_space(text, position + 1)
+        index += 1
+    return found
