@@ -1,0 +1,96 @@
+"""Settings: file, environment and flags, checked once, each fault named by table and key."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from daemon import config
+from daemon.errors import ConfigError
+from daemon.init import init, render_config
+
+
+def write(root: Path, text: str) -> Path:
+    (root / config.CONFIG_NAME).write_text(text)
+    return root
+
+
+def test_flags_outweigh_the_environment_which_outweighs_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "[training]\nseed = 1\nlearning_rate = 0.1\nnum_train_epochs = 9\n")
+    monkeypatch.setenv("DROPFORGE_TRAINING__SEED", "2")
+    monkeypatch.setenv("DROPFORGE_TRAINING__LEARNING_RATE", "0.2")
+    training = config.load(tmp_path, {"training": {"seed": 3}}).training
+    assert (training.seed, training.learning_rate, training.num_train_epochs) == (3, 0.2, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[training]\nlr = 1\n", "unknown key [training] lr"),
+        ("[trainig]\n", "unknown key trainig"),
+        ("[training]\nlearning_rate = -1\n", "[training] learning_rate"),
+        ("[training]\nlearning_rate = nan\n", "[training] learning_rate"),
+        ("[lora]\nr = 'eight'\n", "[lora] r"),
+        ("[training\n", "line 1"),
+        ("root = '/'\n", "unknown key root"),
+    ],
+)
+def test_a_fault_is_named_by_table_and_key(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(write(tmp_path, text))
+    assert named in str(caught.value)
+    assert "hint:" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(write(tmp_path, "[training]\nseed = -1\n[lora]\nr = 0\n"))
+    assert "[training] seed" in str(caught.value)
+    assert "[lora] r" in str(caught.value)
+
+
+def test_a_misspelt_variable_is_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DROPFORGE_TRAINING__LR", "1")
+    with pytest.raises(ConfigError, match="DROPFORGE_TRAINING__LR"):
+        config.load(tmp_path)
+
+
+def test_the_written_file_reads_back_as_the_defaults(tmp_path: Path) -> None:
+    """What `dropforge init` writes explains every key; with every # removed it still says the same."""
+    text = render_config({})
+    everything = "\n".join(line.removeprefix("# ") if " = " in line else line for line in text.splitlines())
+    assert tomllib.loads(everything)
+    written = config.load(write(tmp_path, everything))
+    assert written == config.Settings(root=tmp_path)
+
+
+def test_init_never_overwrites_a_configuration(tmp_path: Path) -> None:
+    init(tmp_path)
+    before = (tmp_path / config.CONFIG_NAME).read_bytes()
+    with pytest.raises(ConfigError, match="already"):
+        init(tmp_path)
+    assert (tmp_path / config.CONFIG_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("table", ["model", "paths", "executor", "guard", "queue", "inbox"])
+def test_a_sidecar_reaches_only_the_recipe(table: str) -> None:
+    with pytest.raises(ConfigError, match=rf"\[{table}\]"):
+        config.Recipe().with_overrides({table: {"anything": 1}})
+
+
+def test_a_sidecar_changes_what_it_names_and_nothing_else() -> None:
+    recipe = config.Recipe(training=config.TrainingSettings(seed=7)).with_overrides(
+        {"training": {"learning_rate": 1e-5}}
+    )
+    assert (recipe.training.seed, recipe.training.learning_rate) == (7, 1e-5)
+
+
+def test_a_base_model_in_a_folder_of_the_root_is_found_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(tmp_path, "[model]\nmodel_name_or_path = 'base'\n")
+    assert config.load(tmp_path).recipe.model.model_name_or_path == str(tmp_path / "base")

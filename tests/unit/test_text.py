@@ -1,0 +1,29 @@
+"""Untrusted text: no name can forge a line, a colour, or the direction of what follows."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.text import escape
+
+
+@given(st.text(max_size=100).map(lambda text: text + "\x1b[31m\n\u202e"))
+def test_nothing_that_a_terminal_interprets_is_left(text: str) -> None:
+    assert all(unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in escape(text, most=10_000))
+
+
+def test_what_is_replaced_stays_readable() -> None:
+    assert escape(os.fsdecode(b"caf\xe9\n\t.jsonl")) == "caf\\xe9\\n\\t.jsonl"
+    assert escape("Ærøskøbing 数据.jsonl") == "Ærøskøbing 数据.jsonl"
+
+
+def test_different_texts_are_shown_differently() -> None:
+    assert escape("a\nb") != escape("a\\nb")
+
+
+def test_long_text_is_cut() -> None:
+    assert len(escape("x" * 5000)) == 200
