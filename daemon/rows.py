@@ -282,9 +282,7 @@ def _prompt_completion(row: Mapping[str, Any], prompt_key: str, completion_key: 
             completion=_messages(completion, (completion_key,)),
             tools=_tools(row),
         )
-    return RowContent(
-        kind="prompt_completion", prompt=_text(row, prompt_key), completion=_text(row, completion_key)
-    )
+    return RowContent(kind="prompt_completion", prompt=_text(row, prompt_key), completion=_text(row, completion_key))
 
 
 def _instruction(row: Mapping[str, Any]) -> list[Message]:

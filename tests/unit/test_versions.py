@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -76,7 +75,7 @@ def test_a_file_of_the_users_own_is_not_replaced_by_a_link(tmp_path: Path) -> No
 def test_a_link_that_leads_astray_is_an_error(tmp_path: Path, target: str) -> None:
     promote(tmp_path, "one", b"1")
     (tmp_path / "latest").unlink()
-    os.symlink(target, tmp_path / "latest")
+    (tmp_path / "latest").symlink_to(target)
     with pytest.raises(DropforgeError, match="no version"):
         versions.current_version(tmp_path)
 
