@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from daemon.config import CONFIG_NAME, Section, Settings
 from daemon.errors import ConfigError, DropforgeError
@@ -86,22 +88,28 @@ def examples_dir() -> Path:
 def render_config(chosen: Mapping[str, Mapping[str, Any]]) -> str:
     """A dropforge.toml with every key: set where `chosen` has it, else commented out at its default."""
     lines = [
-        "# Dropforge. Every key with its default; remove the # to change one. `dropforge check FILE` tries a dataset.",
-        "",
+        "# Dropforge. Every key with its default; remove the # to change one. `dropforge check FILE` tries a dataset."
     ]
-    for name, info in Settings.model_fields.items():
-        section = info.annotation
-        if not (isinstance(section, type) and issubclass(section, Section)):
-            continue
-        lines += [f"[{name}]"]
+    for name, section in sections(Settings):
+        values: Any = chosen
+        for part in name.split("."):
+            values = values.get(part, {})
+        lines += ["", f"[{name}]"]
         for key, field in section.model_fields.items():
-            value = chosen.get(name, {}).get(key, field.default)
-            mark = "" if key in chosen.get(name, {}) else "# "
-            if key == "model_name_or_path" and not mark.strip() and not value:
-                mark = "# "
-            lines.append(f"{mark}{key} = {toml_value(value)}".ljust(44) + f"  # {field.description}")
-        lines.append("")
-    return "\n".join(lines)
+            if isinstance(field.default, Section):
+                continue
+            mark = "" if key in values else "# "
+            line = f"{mark}{key} = {toml_value(values.get(key, field.default))}"
+            lines.append(f"{line:<44}  # {field.description}")
+    return "\n".join(lines) + "\n"
+
+
+def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Every table of the settings with its dotted name, in order; a table's own tables follow it."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield prefix + name, info.annotation
+            yield from sections(info.annotation, f"{prefix}{name}.")
 
 
 def toml_value(value: Any) -> str:

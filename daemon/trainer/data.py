@@ -93,7 +93,7 @@ def encode(row: Row, tokenizer: Any, data: DataSettings) -> tuple[list[int], lis
         return ids, list(ids)
     if row.kind == "messages":
         return _encode_chat(
-            row.messages, 0, row.tools, tokenizer, "assistant" if data.train_on == "auto" else data.train_on
+            row.messages or [], 0, row.tools, tokenizer, "assistant" if data.train_on == "auto" else data.train_on
         )
     if isinstance(row.prompt, str) and isinstance(row.completion, str):
         return _encode_text_pair(row.prompt, row.completion, tokenizer, everything=data.train_on == "all")
@@ -216,7 +216,7 @@ def plan(examples: Examples, training: TrainingSettings) -> Plan:
     )
 
 
-class EpochBatches(torch.utils.data.Sampler[list[int]]):
+class EpochBatches(torch.utils.data.Sampler[list[int]]):  # type: ignore[misc]  # torch is not followed
     """Batches of row indices in an order that depends on seed and epoch alone, never on the process's random state.
 
     A resumed run sets the epoch and skips: it meets the same rows in the same batches.

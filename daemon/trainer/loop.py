@@ -23,7 +23,7 @@ from daemon.trainer.session import StopFlag
 from guard import Checkpoint
 
 
-class RunTrainer(Trainer):
+class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed by the type checker
     """A Trainer that takes its rows in our order and tells each step's loss."""
 
     def __init__(
@@ -54,7 +54,7 @@ class RunTrainer(Trainer):
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]  # accelerate is untyped
+        return self.accelerator.prepare(loader)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; its loss is this pass's share of the step's."""
@@ -83,7 +83,7 @@ class RunTrainer(Trainer):
         return int(self.state.global_step)
 
 
-class LossWatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+class LossWatch(TrainerCallback):  # type: ignore[misc]  # likewise
     """Watches every step: stops on request, fails on the first number that is not finite, tells the daemon."""
 
     def __init__(
