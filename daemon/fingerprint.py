@@ -53,8 +53,8 @@ def fingerprint_run(
         "training.precision": precision,
         "training.attn_implementation": recipe.model.attn_implementation,
         "training.loss": "mean over trained tokens of a step",
-        "host.name": socket.gethostname(),
-        "host.pid": os.getpid(),
+        "attempt.host": socket.gethostname(),
+        "attempt.pid": os.getpid(),
     }
     components |= {f"lora.{name}": value for name, value in lora.model_dump(mode="json").items()}
     separate = {"start_from"}

@@ -86,17 +86,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
 class LossWatch(TrainerCallback):  # type: ignore[misc]  # likewise
     """Watches every step: stops on request, fails on the first number that is not finite, tells the daemon."""
 
-    def __init__(
-        self, *, report: Reporter, stop: StopFlag, plan: Plan, trainer: RunTrainer, resumed: Path | None
-    ) -> None:
+    def __init__(self, *, report: Reporter, stop: StopFlag, plan: Plan, trainer: RunTrainer) -> None:
         self._report = report
         self._stop = stop
         self._plan = plan
         self._trainer = trainer
-        self._resumed = resumed
         self._losses: list[float] = []
         self._began = 0.0
-        self.start_step = 0
+        self._start_step = 0
         self.tokens = 0  # trained over in this attempt, padding not counted
 
     @property
@@ -115,26 +112,13 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]  # likewise
     ) -> None:
         """Check that the Trainer plans what we planned."""
         self._began = time.monotonic()
-        self.start_step = int(state.global_step)
+        self._start_step = int(state.global_step)
         if state.max_steps != self._plan.total_steps:
             raise RunFailure(
                 FailureKind.INTERNAL, f"the Trainer plans {state.max_steps} steps, we planned {self._plan.total_steps}"
             )
         # A resumed state brings the old intervals along; these may differ between attempts.
         state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
-        self._report.progress(
-            phase="training",
-            step=self.start_step,
-            start_step=self.start_step,
-            total_steps=self._plan.total_steps,
-            resumed_from=self._resumed.name if self._resumed else None,
-        )
-        self._report.event(
-            "run.started",
-            start_step=self.start_step,
-            total_steps=self._plan.total_steps,
-            resumed_from=self._resumed.name if self._resumed else None,
-        )
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,7 +136,7 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]  # likewise
                 hint="lower learning_rate, or look for odd rows near there; nothing of this run is kept",
             )
         self._losses.append(loss)
-        steps_done = state.global_step - self.start_step
+        steps_done = state.global_step - self._start_step
         elapsed = time.monotonic() - self._began
         self.tokens += tokens
         self._report.progress(

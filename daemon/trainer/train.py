@@ -99,18 +99,28 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             pad_token_id=tokenizer.pad_token_id,
             tokenizer=tokenizer,
         )
-        watch = LossWatch(report=report, stop=stop, plan=planned, trainer=trainer, resumed=prepared.resume_from)
+        watch = LossWatch(report=report, stop=stop, plan=planned, trainer=trainer)
         trainer.add_callback(watch)
         trainer.add_callback(
             guard.SealCallback(prepared, keep=recipe.training.save_total_limit, key=key, on_sealed=watch.sealed)
+        )
+        start_step = prepared.verdict.checkpoint.step if prepared.verdict.checkpoint else 0
+        resumed_from = prepared.resume_from.name if prepared.resume_from else None
+        report.event("run.started", start_step=start_step, total_steps=planned.total_steps, resumed_from=resumed_from)
+        report.progress(
+            phase="training",
+            step=start_step,
+            start_step=start_step,
+            total_steps=planned.total_steps,
+            resumed_from=resumed_from,
         )
         steps_run = trainer.run(prepared.resume_from, planned)
         result = RunResult(
             outcome=Outcome.SUCCEEDED,
             steps_planned=planned.total_steps,
             steps_run=steps_run,
-            start_step=watch.start_step,
-            resumed_from=prepared.resume_from.name if prepared.resume_from else None,
+            start_step=start_step,
+            resumed_from=resumed_from,
             verdict=prepared.verdict.kind.name.lower(),
             reasons=prepared.verdict.reasons,
             cleared=prepared.cleared.cleared if prepared.cleared else 0,
@@ -168,7 +178,8 @@ def training_arguments(recipe: Recipe, staging_dir: Path, run_dir: Path, precisi
         data_seed=training.seed,
         bf16=precision == "bfloat16" and torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=training.gradient_checkpointing,
+        # Named only when asked for: the library deprecates the argument under either name from one release to the next.
+        **({"gradient_checkpointing": True} if training.gradient_checkpointing else {}),
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=None,  # rotation is the guard's: it knows which checkpoints are intact

@@ -1,0 +1,48 @@
+"""`python -m daemon.trainer.lengths FILE FORMAT RECIPE_JSON`: how long a dataset's rows are, in tokens, as JSON.
+
+For `dropforge check`: the same encoding as a run's, without a model and without torch's start-up being paid twice.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from daemon.config import Recipe
+from daemon.rows import iter_rows
+from daemon.trainer.base import resolve_base
+from daemon.trainer.data import IGNORE, encode
+from daemon.trainer.failure import RunFailure
+from daemon.trainer.model import load_tokenizer
+
+# Upper bounds of the histogram's bins, in tokens; a row longer than the last is counted in one more bin.
+BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def measure(path: Path, format_: str, recipe: Recipe) -> dict[str, Any]:
+    """Tokens and trained tokens over all rows, before truncation, and a histogram of lengths. Raises RunFailure."""
+    tokenizer = load_tokenizer(resolve_base(recipe.model))
+    counts = [0] * (len(BINS) + 1)
+    tokens = trained = cut = 0
+    for row in iter_rows(path, format_, recipe.data):
+        ids, labels = encode(row, tokenizer, recipe.data)
+        tokens += len(ids)
+        trained += sum(label != IGNORE for label in labels[1:])
+        cut += len(ids) > recipe.data.max_length
+        counts[next((at for at, bound in enumerate(BINS) if len(ids) <= bound), len(BINS))] += 1
+    return {
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "rows_over_max_length": cut,
+        "lengths": [{"up_to": bound, "rows": rows} for bound, rows in zip((*BINS, None), counts, strict=True) if rows],
+    }
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2], Recipe.model_validate_json(sys.argv[3]))))
+    except RunFailure as failure:
+        print(json.dumps({"error": failure.message, "hint": failure.hint}))
+        sys.exit(1)

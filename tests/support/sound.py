@@ -1,0 +1,49 @@
+"""One invariant check that any test may end with: is everything in this root accounted for?"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from daemon.job import FINAL_STATES, JobState
+from daemon.versions import list_versions
+from tests.support.root import Root
+from tests.support.sound_model import assert_model_dir_sound
+
+
+def assert_sound(root: Root) -> None:
+    """Every job is in one state and its file in one place; versions, lineage and jobs agree; nothing half-done is left."""
+    settings = root.settings
+    assert_model_dir_sound(settings.model_dir)
+    jobs = {job.id: job for job in root.jobs()}
+    inbox = settings.inbox_dir
+    places = {
+        name: {entry.name for entry in os.scandir(inbox / name)} if (inbox / name).is_dir() else set()
+        for name in ("processing", "done", "failed")
+    }
+    for job in jobs.values():
+        at = [name for name, ids in places.items() if job.id in ids]
+        if job.state in FINAL_STATES:
+            expected = ["failed"] if job.state in (JobState.FAILED, JobState.REJECTED) else ["done"]
+            if job.state is JobState.CANCELLED:
+                expected = [name for name in at if name in ("done", "failed")]
+        else:
+            expected = ["processing"]
+        assert at == expected, f"job {job.id} is {job.state}, its file is in {at}"
+        assert any(entry.name == job.name for entry in os.scandir(inbox / at[0] / job.id)), f"{job.id} lost its file"
+    for name, ids in places.items():
+        assert ids <= jobs.keys(), f"{name}/ holds {ids - jobs.keys()}, which no job knows"
+
+    succeeded = {job.version: job for job in jobs.values() if job.state is JobState.SUCCEEDED}
+    for job in succeeded.values():
+        assert job.result is not None
+        assert job.result.steps_run == job.result.steps_planned >= 1
+    assert len(succeeded) == sum(job.state is JobState.SUCCEEDED for job in jobs.values()), "two jobs claim one version"
+    running = {job.id for job in jobs.values() if job.state is JobState.RUNNING}
+    assert len(running) <= 1
+    for version in list_versions(settings.model_dir):
+        owner = version.record["job"]
+        assert succeeded.get(version.name) == jobs[owner] or owner in running, f"{version.name} has no job"
+    lines = settings.log_path.read_bytes().splitlines() if settings.log_path.exists() else []
+    for line in lines:
+        json.loads(line)

@@ -1,0 +1,43 @@
+"""What is generated is up to date; what a document names exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from daemon.cli import app
+from tests.support.root import REPOSITORY, environment
+
+
+def test_generated_parts_are_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_that_the_readme_names_exists() -> None:
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    named = set(re.findall(r"^dropforge (\w+)", (REPOSITORY / "README.md").read_text(), re.MULTILINE))
+    assert named
+    assert named <= commands
+
+
+@pytest.mark.parametrize("word", ["mock", "TODO", "FIXME", "for now"])
+def test_the_product_has_nothing_that_only_pretends(word: str) -> None:
+    done = subprocess.run(
+        ["git", "grep", "-nIw", word, "--", "daemon", "guard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == ""

@@ -1,0 +1,222 @@
+"""Rows to token ids and labels: exactly the completion, the assistant's turns, or the whole text is learned."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from daemon.config import DataSettings, TrainingSettings
+from daemon.fingerprint import fingerprint_run
+from daemon.job import Dataset, FailureKind
+from daemon.rows import Row
+from daemon.trainer.data import IGNORE, Collator, EpochBatches, Example, encode, held_out_rank, plan, tokenise
+from daemon.trainer.failure import RunFailure
+from guard.components import COMPONENTS
+
+DATA = DataSettings(max_length=512)
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4."},
+    {"role": "user", "content": "And 3 + 3?"},
+    {"role": "assistant", "content": "It is 6."},
+]
+# Renders like the tiny model's own template, without generation markers; and one whose beginnings do not nest.
+PLAIN = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+COUNTING = "{{ messages|length }}" + PLAIN
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def row(**fields: Any) -> Row:
+    kind = "messages" if "messages" in fields else "text" if "text" in fields else "prompt_completion"
+    return Row(kind=kind, line=1, content_digest="80" * 16, **fields)  # type: ignore[arg-type]
+
+
+def learned(tokenizer: Any, ids: list[int], labels: list[int]) -> str:
+    assert len(ids) == len(labels)
+    assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
+    return str(tokenizer.decode([label for label in labels if label != IGNORE]))
+
+
+@pytest.mark.parametrize("template", [None, PLAIN])
+def test_of_a_conversation_the_assistants_turns_are_learned_with_their_ends(
+    tokenizer: Any, template: str | None
+) -> None:
+    """With generation markers and by comparing prefixes alike."""
+    tokenizer = _with_template(tokenizer, template)
+    text = learned(tokenizer, *encode(row(messages=TURNS), tokenizer, DATA))
+    assert text.replace("\n", "") == "4.<|end|>It is 6.<|end|>"
+
+
+def test_a_turn_with_weight_0_is_context_alone(tokenizer: Any) -> None:
+    turns = [dict(turn) for turn in TURNS]
+    turns[2]["weight"] = 0
+    assert learned(tokenizer, *encode(row(messages=turns), tokenizer, DATA)).strip() == "It is 6.<|end|>"
+
+
+def test_the_last_turn_alone_or_everything_can_be_learned(tokenizer: Any) -> None:
+    last = encode(row(messages=TURNS), tokenizer, DATA.model_copy(update={"train_on": "last_turn"}))
+    assert learned(tokenizer, *last).strip() == "It is 6.<|end|>"
+    ids, labels = encode(row(messages=TURNS), tokenizer, DATA.model_copy(update={"train_on": "all"}))
+    assert ids == labels
+
+
+def test_a_template_whose_beginnings_do_not_nest_is_refused_with_a_way_out(tokenizer: Any) -> None:
+    with pytest.raises(RunFailure, match="renders a conversation's beginning differently") as caught:
+        encode(row(messages=TURNS), _with_template(tokenizer, COUNTING), DATA)
+    assert caught.value.kind is FailureKind.CONFIG
+    assert "train_on" in caught.value.hint
+
+
+def test_without_a_chat_template_conversations_are_refused(tokenizer: Any) -> None:
+    bare = _with_template(tokenizer, None)
+    bare.chat_template = None
+    with pytest.raises(RunFailure, match="no chat template"):
+        encode(row(messages=TURNS), bare, DATA)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("Q: 2+2? A:", " 4"), ("abc", "def"), ("", "alone"), ("héllo ", "wörld")]
+)
+def test_of_a_pair_the_completion_and_the_end_are_learned(tokenizer: Any, prompt: str, completion: str) -> None:
+    ids, labels = encode(row(prompt=prompt, completion=completion), tokenizer, DATA)
+    assert tokenizer.decode(ids) == prompt + completion + tokenizer.eos_token
+    assert learned(tokenizer, ids, labels).endswith(completion + tokenizer.eos_token)
+    assert labels[-1] == tokenizer.eos_token_id
+
+
+def test_a_pair_of_message_lists_learns_the_completions_turns_only(tokenizer: Any) -> None:
+    ids, labels = encode(row(prompt=TURNS[:4], completion=TURNS[4:]), tokenizer, DATA)
+    assert learned(tokenizer, ids, labels).strip() == "It is 6.<|end|>"
+
+
+def test_a_text_is_learned_whole_with_its_end(tokenizer: Any) -> None:
+    ids, labels = encode(row(text="some text"), tokenizer, DATA)
+    assert ids == labels
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_rows_without_a_trained_token_are_dropped_and_named_and_none_left_is_bad_data(tokenizer: Any) -> None:
+    long = Row(kind="prompt_completion", prompt="word " * 600, completion="x", line=7, content_digest="80" * 16)
+    examples = tokenise([row(text="fine"), long], tokenizer, DATA)
+    assert (len(examples.train), examples.dropped_lines, examples.truncated_rows) == (1, (7,), 1)
+    with pytest.raises(RunFailure, match="none of 1 rows") as caught:
+        tokenise([long], tokenizer, DATA)
+    assert caught.value.kind is FailureKind.BAD_DATA
+
+
+def test_a_row_stays_on_its_side_of_the_split_whatever_else_the_file_holds(tokenizer: Any) -> None:
+    rows = [
+        Row(kind="text", text=f"row {n}", line=n, content_digest=f"{n * 0x0101010101010101:032x}") for n in range(200)
+    ]
+    data = DATA.model_copy(update={"held_out_fraction": 0.3})
+    whole = {example.content_digest for example in tokenise(rows, tokenizer, data).held_out}
+    part = {example.content_digest for example in tokenise(reversed(rows[::2]), tokenizer, data).held_out}
+    assert part == {one.content_digest for one in rows[::2]} & whole
+    assert all(held_out_rank(digest) < 0.3 for digest in whole)
+
+
+def test_when_all_rows_would_be_held_out_they_are_trained(tokenizer: Any) -> None:
+    only = Row(kind="text", text="only row", line=1, content_digest="00" * 16)
+    examples = tokenise([only], tokenizer, DATA)
+    assert (len(examples.train), len(examples.held_out)) == (1, 0)
+
+
+def test_padding_is_neither_attended_nor_learned() -> None:
+    batch = Collator(pad_token_id=9)(
+        [
+            Example(input_ids=[1, 2, 3], labels=[IGNORE, 2, 3], line=1, content_digest=""),
+            Example(input_ids=[4], labels=[4], line=2, content_digest=""),
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["labels"].tolist() == [[IGNORE, 2, 3], [4, IGNORE, IGNORE]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_order_depends_on_seed_and_epoch_alone_and_every_row_comes_once() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        torch.manual_seed(epoch * 7 + seed)  # the process's own random state must not matter
+        batches = EpochBatches(23, 4, seed)
+        batches.set_epoch(epoch)
+        return [index for batch in batches for index in batch]
+
+    assert sorted(order(1, 0)) == list(range(23))
+    assert order(1, 0) == order(1, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+    assert len(EpochBatches(23, 4, 1)) == 6
+
+
+def test_the_order_of_rows_does_not_depend_on_how_a_step_is_divided() -> None:
+    """Half the device batch and twice the accumulation: the same rows in every step."""
+
+    def steps(size: int, accumulation: int) -> list[list[int]]:
+        batches = list(EpochBatches(40, size, 5))
+        return [list(chain(*batches[at : at + accumulation])) for at in range(0, len(batches), accumulation)]
+
+    assert steps(4, 2) == steps(2, 4) == steps(8, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulation", "epochs", "max_steps", "steps"),
+    [(1, 4, 2, 1.0, -1, 1), (5, 4, 2, 1.0, -1, 1), (8, 4, 2, 1.0, -1, 1), (9, 4, 2, 3.0, -1, 6), (9, 4, 2, 0.5, -1, 1), (9, 4, 2, 1.0, 40, 40)],
+)  # fmt: skip
+def test_planned_steps(rows: int, batch: int, accumulation: int, epochs: float, max_steps: int, steps: int) -> None:
+    from daemon.trainer.data import Examples
+
+    example = Example(input_ids=[1, 2], labels=[1, 2], line=1, content_digest="")
+    training = TrainingSettings(
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+    )
+    planned = plan(Examples(train=[example] * rows, held_out=[], dropped_lines=(), truncated_rows=0), training)
+    assert planned.total_steps == steps
+
+
+def test_every_component_of_a_run_is_in_the_guards_table(tiny_base: Path) -> None:
+    """One that is not counts as identity, and would make every checkpoint stale the moment it varies."""
+    from daemon.config import ModelSettings, Recipe
+
+    fingerprint = fingerprint_run(
+        dataset=Dataset(name="x", path="/x", size_bytes=1, rows=1, digest="00", format="text"),
+        recipe=Recipe(model=ModelSettings(model_name_or_path=str(tiny_base))),
+        base_path=tiny_base,
+        base_revision=None,
+        parent_version=None,
+        parent_digest=None,
+        precision="float32",
+    )
+    known = {component.name for component in COMPONENTS}
+    sections = {name.removesuffix("*") for name in known if name.endswith(".*")}
+    unknown = {
+        name
+        for name in fingerprint.components
+        if name not in known and not any(name.startswith(section) for section in sections)
+    }
+    assert unknown == set()
+    assert json.dumps(fingerprint.to_json())
+
+
+def _with_template(tokenizer: Any, template: str | None) -> Any:
+    """A copy of the tokenizer, with another template unless None."""
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    if template is not None:
+        other.chat_template = template
+    return other
