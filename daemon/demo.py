@@ -45,7 +45,7 @@ STORY: Mapping[str, tuple[str, str]] = {
     "dataset.checked": ("checked", "{rows} rows ({format}), {size_bytes} bytes, BLAKE3 {digest:.16}..."),
     "job.started": ("started", "job {job}, attempt {attempt}"),
     "guard.run_decided": ("verdict", "{verdict}{because}"),
-    "guard.checkpoints_cleared": ("cleared", "{cleared} checkpoints -> {set}"),
+    "guard.checkpoints_cleared": ("cleared", "{cleared} of its checkpoints -> {set}"),
     "run.planned": ("planned", "{arithmetic}"),
     "run.started": ("training", "from step {start_step} of {total_steps}"),
     "run.evaluated": ("held out", "loss {when}: {held_out_loss:.4f} over {rows} rows"),
@@ -98,7 +98,8 @@ class Story:
         if not word:
             return
         reasons = event.get("reasons") or ()
-        values = {**event, "because": f": {'; '.join(reasons[:3])}" if reasons else ""}
+        because = f" at step {event['step']}" if event.get("verdict") == "resume" else f": {'; '.join(reasons[:3])}"
+        values = {**event, "because": because}
         try:
             text = form.format(**values)
         except (KeyError, ValueError, TypeError):

@@ -176,6 +176,7 @@ class Plan:
     steps_per_epoch: int
     epochs: float
     total_steps: int
+    warmup_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,8 @@ def progress_line(job: Mapping[str, Any]) -> str:
 def jobs(found: Sequence[Job]) -> Table:
     """One line a job."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("job", "dataset", "state", "rows", "steps", "held-out loss", "version", "reason"):
+    table.add_column("job", no_wrap=True)
+    for name in ("dataset", "state", "rows", "steps", "held-out loss", "version", "reason"):
         table.add_column(name, overflow="fold")
     for item in found:
         result = item.result
@@ -165,7 +166,8 @@ def losses(before: float | None, after: float | None) -> str:
 
 def _recent(entries: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", title="recent", title_justify="left")
-    for name in ("job", "dataset", "state", "steps", "held-out loss", "version"):
+    table.add_column("job", no_wrap=True)
+    for name in ("dataset", "state", "steps", "held-out loss", "version"):
         table.add_column(name, overflow="fold")
     for entry in entries:
         table.add_row(

@@ -213,7 +213,18 @@ def plan(examples: Examples, training: TrainingSettings) -> Plan:
         steps_per_epoch=steps_per_epoch,
         epochs=training.num_train_epochs,
         total_steps=total,
+        warmup_steps=warmup(training.warmup_steps, total),
     )
+
+
+def warmup(wanted: float, total_steps: int) -> int:
+    """Warm-up in whole steps: a number of them, or below 1 a share of all, rounded down; never the whole run.
+
+    The learning rate of the first warm-up step is zero. Rounded up, as the Trainer does it, a run of one step would be
+    all warm-up, and train nothing.
+    """
+    steps = int(wanted) if wanted >= 1 else int(wanted * total_steps)
+    return min(steps, max(total_steps - 1, 0))
 
 
 class EpochBatches(torch.utils.data.Sampler[list[int]]):  # type: ignore[misc]  # torch is not followed

@@ -38,7 +38,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     """
     started = time.monotonic()
     recipe = Recipe.model_validate(spec.recipe)
-    model_dir, run_dir = Path(spec.model_dir), Path(spec.run_dir)
+    model_dir = Path(spec.model_dir)
     key = guard.load_key(Path(spec.key_file)) if spec.key_file else None
 
     report.progress(phase="preparing")
@@ -89,12 +89,13 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         evaluated = held_out_sample(examples, recipe.data.held_out_max_rows)
         report.progress(phase="evaluating", total_steps=planned.total_steps)
         loss_before = held_out_loss(model, evaluated, tokenizer.pad_token_id, recipe.training, stop)
-        report.event("run.evaluated", when="before", held_out_loss=loss_before, rows=len(evaluated))
+        if loss_before is not None:
+            report.event("run.evaluated", when="before", held_out_loss=loss_before, rows=len(evaluated))
 
         # 4. Train; every checkpoint is staged, sealed, renamed.
         trainer = RunTrainer(
             model=model,
-            args=training_arguments(recipe, prepared.staging_dir, run_dir, precision),
+            args=training_arguments(recipe, planned, prepared.staging_dir, precision),
             examples=examples.train,
             pad_token_id=tokenizer.pad_token_id,
             tokenizer=tokenizer,
@@ -141,7 +142,8 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         # 5. Nothing that is not whole leaves this function as a success.
         require_whole_run(steps_run, planned, watch.mean_loss)
         loss_after = held_out_loss(model, evaluated, tokenizer.pad_token_id, recipe.training, stop)
-        report.event("run.evaluated", when="after", held_out_loss=loss_after, rows=len(evaluated))
+        if loss_after is not None:
+            report.event("run.evaluated", when="after", held_out_loss=loss_after, rows=len(evaluated))
         report.progress(phase="finishing", step=steps_run, held_out_loss=loss_after)
         norm = lora_b_norm(model)
         require_learned(model, before, norm)
@@ -159,7 +161,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         return result
 
 
-def training_arguments(recipe: Recipe, staging_dir: Path, run_dir: Path, precision: str) -> TrainingArguments:
+def training_arguments(recipe: Recipe, planned: Plan, staging_dir: Path, precision: str) -> TrainingArguments:
     """transformers' arguments from the recipe; what they default to in silence is spelled out."""
     training = recipe.training
     return TrainingArguments(
@@ -170,7 +172,7 @@ def training_arguments(recipe: Recipe, staging_dir: Path, run_dir: Path, precisi
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_steps,
+        warmup_steps=planned.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optim,
@@ -228,9 +230,9 @@ def require_learned(model: Any, before: dict[str, torch.Tensor], norm: float) ->
     unchanged = all(torch.equal(before[name], tensor.cpu()) for name, tensor in after.items())
     if unchanged or norm == 0.0:
         raise RunFailure(
-            FailureKind.INTERNAL,
+            FailureKind.CONFIG,
             "the run left the adapter as it was" if unchanged else "the adapter amounts to nothing (lora_B is zero)",
-            hint="learning_rate and warm-up decide how far a short run moves; look at both",
+            hint="look at learning_rate and warmup_steps: they decide how far a short run moves",
         )
 
 

@@ -188,6 +188,17 @@ def test_planned_steps(rows: int, batch: int, accumulation: int, epochs: float, 
     assert planned.total_steps == steps
 
 
+@pytest.mark.parametrize(
+    ("wanted", "total", "steps"),
+    [(0.03, 1, 0), (0.03, 33, 0), (0.03, 100, 3), (5, 1, 0), (5, 5, 4), (5, 50, 5), (0, 9, 0)],
+)
+def test_warm_up_never_takes_the_whole_run(wanted: float, total: int, steps: int) -> None:
+    """A run of one step that is all warm-up has a learning rate of zero: a success that trained nothing."""
+    from daemon.trainer.data import warmup
+
+    assert warmup(wanted, total) == steps
+
+
 def test_every_component_of_a_run_is_in_the_guards_table(tiny_base: Path) -> None:
     """One that is not counts as identity, and would make every checkpoint stale the moment it varies."""
     from daemon.config import ModelSettings, Recipe

@@ -1,0 +1,279 @@
+"""One job's way from the inbox to its end, with a quick engine in place of torch: everything else is real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from daemon.job import FailureKind, JobState
+from daemon.versions import list_versions
+from tests.support.root import Root, wait_until
+from tests.support.sound import assert_sound
+
+MakeRoot = Callable[..., Root]
+ONE_ROW_A_STEP = {"training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 500}}
+
+
+def texts(count: int, word: str = "row") -> list[dict[str, str]]:
+    return [{"text": f"{word} {number}"} for number in range(count)]
+
+
+def test_a_larger_finished_run_on_disk_takes_no_step_from_the_next_dataset(make_root: MakeRoot) -> None:
+    """4,000 steps of A lie there; B has 2,487 to go, and runs 2,487."""
+    root = make_root(behaviour={}, tables=ONE_ROW_A_STEP)
+    root.start()
+    root.drop("a.jsonl", texts(4000, "a"))
+    assert root.finished("a.jsonl").state is JobState.SUCCEEDED, root.errors()
+    assert (root.settings.model_dir / "checkpoint-4000").is_dir()
+    root.drop("b.jsonl", texts(2487, "b"))
+    job = root.finished("b.jsonl")
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    assert (job.result.start_step, job.result.steps_run, job.result.steps_planned) == (0, 2487, 2487)
+    assert job.result.cleared == 2
+    assert any("dataset.digest" in reason for reason in job.result.reasons)
+    cleared = [event for event in root.events("guard.checkpoints_cleared") if event["job"] == job.id]
+    assert cleared
+    assert cleared[0]["cleared"] == 2
+    assert root.stop() == 0
+    assert_sound(root)
+
+
+def test_an_unfinished_run_is_not_continued_by_another_dataset(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={"1": {"die_at": 1200}}, tables={**ONE_ROW_A_STEP, "queue": {"retry_seconds": 3600.0}})
+    root.start()
+    root.drop("a.jsonl", texts(2000, "a"))
+    wait_until(lambda: (job := root.job("a.jsonl")) and job.attempt == 1 and job.state is JobState.QUEUED)
+    root.behave({})
+    root.drop("b.jsonl", texts(300, "b"))
+    job = root.finished("b.jsonl")
+    assert job.result is not None
+    assert (job.result.start_step, job.result.steps_run, job.result.cleared) == (0, 300, 2)
+
+
+def test_a_killed_trainer_comes_back_and_resumes(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={"1": {"die_at": 1700}}, tables=ONE_ROW_A_STEP)
+    whole = make_root("whole", behaviour={}, tables=ONE_ROW_A_STEP)
+    for each in (root, whole):
+        each.start()
+        each.drop("a.jsonl", texts(2000))
+    job, expected = root.finished("a.jsonl"), whole.finished("a.jsonl")
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+    assert job.result is not None
+    assert job.result.resumed_from == "checkpoint-1500"
+    weights = [
+        (each.settings.model_dir / "latest" / "adapter_model.safetensors").read_bytes() for each in (root, whole)
+    ]
+    assert weights[0] == weights[1]
+    assert expected.attempt == 1
+    moves = [(event["event"], event.get("attempt")) for event in root.log() if event["event"].startswith("job.")]
+    assert moves == [("job.started", 1), ("job.requeued", 1), ("job.started", 2), ("job.succeeded", 2)]
+
+
+def test_a_trainer_that_only_claims_success_is_not_believed(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={"*": {"lie_about_steps": 1}}, tables=ONE_ROW_A_STEP)
+    root.drop("a.jsonl", texts(10))
+    assert root.run("run", "--once").returncode == 1
+    job = root.job("a.jsonl")
+    assert job is not None
+    assert (job.state, job.failure) == (JobState.FAILED, FailureKind.INTERNAL)
+    assert "9 of 10 planned steps" in job.reason
+    assert list_versions(root.settings.model_dir) == []
+    assert_sound(root)
+
+
+def test_a_trainer_that_never_gets_anywhere_fails_the_job_and_the_next_one_trains(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={"*": {"die_at": 1}}, tables=ONE_ROW_A_STEP)
+    root.start()
+    root.drop("a.jsonl", texts(10, "a"))
+    job = root.finished("a.jsonl")
+    assert (job.state, job.failure, job.attempt) == (JobState.FAILED, FailureKind.LOST, 3)
+    assert "SIGKILL" in job.reason
+    root.behave({})
+    root.drop("b.jsonl", texts(10, "b"))
+    assert root.finished("b.jsonl").state is JobState.SUCCEEDED
+    assert_sound(root)
+
+
+@pytest.mark.parametrize("kind", [FailureKind.BAD_DATA, FailureKind.DIVERGED, FailureKind.CONFIG])
+def test_what_would_fail_again_is_tried_once_and_reported(make_root: MakeRoot, kind: FailureKind) -> None:
+    root = make_root(behaviour={"*": {"fail": {"kind": kind, "message": "told why"}}})
+    root.drop("a.jsonl", texts(20))
+    assert root.run("run", "--once").returncode == 1
+    job = root.job("a.jsonl")
+    assert job is not None
+    assert (job.state, job.failure, job.attempt, job.reason) == (JobState.FAILED, kind, 1, "told why")
+    report = (root.settings.inbox_dir / "failed" / job.id / "report.txt").read_text()
+    assert "told why" in report
+    assert "a hint" in report
+    assert_sound(root)
+
+
+def test_the_daemon_killed_in_mid_run_is_followed_by_one_that_finishes(make_root: MakeRoot) -> None:
+    root = make_root(
+        behaviour={"*": {"step_seconds": 0.005}},
+        tables=ONE_ROW_A_STEP | {"training": {**ONE_ROW_A_STEP["training"], "save_steps": 50}},
+    )
+    root.start()
+    root.drop("a.jsonl", texts(400))
+    job = root.running("a.jsonl", step=50)
+    trainer = root.trainer(job)
+    root.kill()
+    wait_until(lambda: not trainer.alive, what="the trainer to follow its daemon")
+    root.behave({})
+    root.start()
+    done = root.finished("a.jsonl")
+    assert done.state is JobState.SUCCEEDED, root.errors()
+    assert done.result is not None
+    assert done.result.start_step >= 50
+    assert done.result.steps_run == 400
+    assert root.stop() == 0
+    assert_sound(root)
+
+
+def test_a_trainer_that_outlives_its_daemon_is_ended_not_doubled(make_root: MakeRoot) -> None:
+    """One that ignores SIGTERM, its death signal included, is recognised by pid, start time and boot, and ended."""
+    root = make_root(
+        behaviour={"*": {"step_seconds": 0.01, "ignore_terminate": True}},
+        tables={**ONE_ROW_A_STEP, "queue": {"stop_timeout": 0.5}},
+    )
+    root.start()
+    root.drop("a.jsonl", texts(20_000))
+    job = root.running("a.jsonl")
+    wait_until(lambda: (status := root.status()) and status["job"] and status["job"]["step"] > 3)
+    trainer = root.trainer(job)
+    root.kill()
+    assert trainer.alive
+    root.configure(training={"max_steps": 10})
+    root.behave({})
+    root.start()
+    wait_until(lambda: not trainer.alive, what="the orphan to be ended")
+    assert [event["job"] for event in root.events("trainer.adopted")] == [job.id]
+    again = wait_until(lambda: (found := root.job("a.jsonl")) and found.attempt == 2 and found, what="attempt 2")
+    assert again
+    assert again.fruitless == 0
+
+
+def test_stop_ends_a_trainer_that_does_not_listen(make_root: MakeRoot) -> None:
+    root = make_root(
+        behaviour={"*": {"step_seconds": 0.01, "ignore_terminate": True}},
+        tables={**ONE_ROW_A_STEP, "queue": {"stop_timeout": 0.5}},
+    )
+    root.start()
+    root.drop("a.jsonl", texts(20_000))
+    job = root.running("a.jsonl")
+    wait_until(lambda: (status := root.status()) and status["job"] and status["job"]["step"] > 3)
+    trainer = root.trainer(job)
+    assert root.stop() == 0
+    assert not trainer.alive
+    stopped = root.job("a.jsonl")
+    assert stopped is not None
+    assert (stopped.state, stopped.fruitless) == (JobState.QUEUED, 0)
+    assert_sound(root)
+
+
+def test_one_job_runs_at_a_time_in_order_of_priority_and_arrival(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={"*": {"step_seconds": 0.02}}, tables=ONE_ROW_A_STEP)
+    root.start()
+    root.drop("first.jsonl", texts(40, "first"))
+    root.running("first.jsonl")
+    for name, folder in (("second", ""), ("low", "low"), ("high", "high")):
+        root.drop(f"{name}.jsonl", texts(5, name), folder=folder)
+        wait_until(lambda name=name: root.job(f"{name}.jsonl"), what=name)  # type: ignore[misc]
+    assert all(
+        root.finished(f"{name}.jsonl").state is JobState.SUCCEEDED for name in ("first", "second", "low", "high")
+    )
+    started = [event["dataset"] for event in root.events("job.started")]
+    assert started == ["first.jsonl", "high.jsonl", "second.jsonl", "low.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", ["empty"]),
+        (b'{"text": "fine"}\n{"text": "cut', ["line 2"]),
+        (b'{"text": "fine"}\n{"something": "else"}\n', ["line 2", "text"]),
+        (b'{"nothing": "usable"}\n', ["line 1", "nothing"]),
+        (b"not json at all\n", ["line 1"]),
+    ],
+    ids=["empty", "truncated", "deviating row", "no usable key", "no json"],
+)
+def test_bad_data_is_refused_with_line_and_reason_and_the_next_file_trains(
+    make_root: MakeRoot, content: bytes, told: list[str]
+) -> None:
+    root = make_root(behaviour={}, tables=ONE_ROW_A_STEP)
+    daemon = root.start()
+    root.drop("bad.jsonl", content)
+    job = root.finished("bad.jsonl")
+    assert job.state is JobState.REJECTED
+    folder = root.settings.inbox_dir / "failed" / job.id
+    wait_until((folder / "report.txt").exists, what="a report")
+    report = (folder / "report.txt").read_text()
+    for word in told:
+        assert word in report
+    assert "Traceback" not in report
+    assert json.loads((folder / "report.json").read_text())
+    assert (folder / "bad.jsonl").read_bytes() == content
+    root.drop("good.jsonl", texts(3))
+    assert root.finished("good.jsonl").state is JobState.SUCCEEDED
+    assert daemon.poll() is None
+    assert_sound(root)
+
+
+def test_a_second_daemon_leaves_with_5_and_names_the_first(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={})
+    first = root.start()
+    second = root.run("run")
+    assert second.returncode == 5
+    assert str(first.pid) in second.stderr
+    assert "Traceback" not in second.stderr
+    assert first.poll() is None
+
+
+def test_a_dead_daemon_is_told_from_a_living_one(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={})
+    root.start()
+    assert root.status()["alive"]  # type: ignore[index]
+    assert "idle" in root.run("status").stdout
+    root.kill()
+    assert root.status()["status"] == "idle"  # type: ignore[index]  # what the file claims
+    assert not root.status()["alive"]  # type: ignore[index]
+    assert "dead" in root.run("status").stdout
+
+
+def test_the_status_file_is_whole_and_its_keys_are_there_in_every_state(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={"*": {"step_seconds": 0.002}}, tables=ONE_ROW_A_STEP)
+    root.start()
+    root.drop("a.jsonl", texts(300))
+    root.drop("bad.jsonl", b"x")
+    found: set[str] = set()
+
+    def look() -> dict[str, Any]:
+        status = json.loads(root.settings.status_path.read_bytes())
+        assert {
+            "schema_version", "status", "reason", "pid", "timestamp", "watch_mode", "queue", "job", "recent", "model",
+            "warnings",
+        } <= status.keys()  # fmt: skip
+        found.add(status["status"])
+        return dict(status)
+
+    wait_until(lambda: look()["queue"].get("succeeded"))
+    status = wait_until(lambda: (now := look())["status"] == "idle" and now)
+    assert status
+    assert found >= {"training", "idle"}
+    assert status["model"]["version"] == "0001"
+    assert {entry["state"] for entry in status["recent"]} == {"succeeded", "rejected"}
+    root.stop()
+    assert look()["status"] == "stopped"
+
+
+def test_sigint_stops_like_sigterm(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={})
+    daemon = root.start()
+    os.kill(daemon.pid, signal.SIGINT)
+    assert daemon.wait(30) == 0
