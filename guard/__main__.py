@@ -1,0 +1,7 @@
+"""`python -m guard`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,325 @@
+"""The guard's command: fingerprint, check, verify, clear, seal.
+
+Exit codes: 0 done (check: fresh or resume), 1 failed or damage found, 2 usage, 3 stale, 4 not found, 5 the
+model directory is in use. Results go to stdout, errors to stderr; with --json both are one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    CheckpointState,
+    list_checkpoints,
+    scan_checkpoints,
+    seal_checkpoint,
+    verify_checkpoint,
+)
+from .clear import ClearPlan, plan_clear
+from .completeness import recorded_step, why_incomplete
+from .errors import (
+    EXIT_FAILED,
+    EXIT_STALE,
+    EXIT_USAGE,
+    GuardError,
+    NotFound,
+    SealBroken,
+    UsageError,
+    storage_errors,
+)
+from .fingerprint import Fingerprint, fingerprint_dataset
+from .lock import ModelLock
+from .prepare import assess, make_stamp
+from .recipe import proposed_run
+from .restore import restore_set
+from .seal import load_key
+from .stamp import StampKind, read_stamp, require_known_form, write_stamp
+from .verdict import VerdictKind
+
+
+def main(argv: list[str] | None = None, *, prog: str = "guard") -> int:
+    """Run one command, print its result, and return its exit code."""
+    try:
+        options = _parser(prog).parse_args(argv)
+    except SystemExit as exc:  # --help, or a wrong argument, which argparse has explained on stderr
+        return exc.code if isinstance(exc.code, int) else EXIT_USAGE
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        code = command(options)
+        sys.stdout.flush()
+    except GuardError as exc:
+        if options.json:
+            error = {"operation": exc.operation, "path": exc.path, "cause": exc.cause, "hint": exc.hint}
+            _print_json({"error": error, "exit_code": exc.exit_code})
+        else:
+            print(exc, file=sys.stderr)
+        return exc.exit_code
+    except BrokenPipeError:
+        # The reader (head, less) had enough. Without this the interpreter complains once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    return code
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="No run continues from a checkpoint that is not its own.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=command)
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+        return sub
+
+    sub = add("fingerprint", _fingerprint, "print the content digest of datasets, as b3sum does")
+    sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    sub.add_argument(
+        "--mode", choices=["content", "name_size"], default="content", help="name_size does not read the file"
+    )
+
+    sub = add(
+        "check",
+        _check,
+        "say whether a run over this dataset starts fresh, resumes, or finds stale checkpoints",
+    )
+    sub.add_argument("model_dir", type=Path, metavar="MODEL_DIR")
+    sub.add_argument("--dataset", type=Path, required=True, metavar="FILE")
+    _add_recipe(sub)
+    _add_key(sub)
+    sub.add_argument("--no-digests", action="store_true", help="trust file sizes; do not read the checkpoint")
+
+    sub = add("verify", _verify, "compare every checkpoint with its seal")
+    sub.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a model directory or one checkpoint")
+    _add_key(sub)
+    sub.add_argument("--no-digests", action="store_true", help="names and sizes only")
+
+    sub = add("clear", _clear, "move stale checkpoints into .cleared/, or bring a set back")
+    sub.add_argument("model_dir", type=Path, metavar="MODEL_DIR")
+    choice = sub.add_mutually_exclusive_group()
+    choice.add_argument("--dry-run", action="store_true", help="show the plan and change nothing")
+    choice.add_argument("--restore", metavar="SET", help="bring back what was cleared into this set")
+    sub.add_argument(
+        "--dataset", type=Path, metavar="FILE", help="clear for a run over this (default: as stamped)"
+    )
+    _add_recipe(sub)
+    _add_key(sub)
+
+    sub = add(
+        "seal", _seal, "seal a checkpoint that a script left, so that it can be verified and resumed from"
+    )
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    sub.add_argument(
+        "--dataset", type=Path, metavar="FILE", help="what it was trained on (default: as stamped)"
+    )
+    _add_recipe(sub)
+    _add_key(sub)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    text = "components in JSON or TOML (default: as stamped)"
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help=text)
+
+
+def _add_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--key-file", type=Path, metavar="FILE", help="the key that seals are made with (0600)"
+    )
+
+
+def _key(options: argparse.Namespace) -> bytes | None:
+    return load_key(options.key_file) if options.key_file is not None else None
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _require_folder(path: Path, operation: str) -> Path:
+    if not path.is_dir():
+        cause = "it is not a folder" if path.exists() else "there is no such folder"
+        raise NotFound(operation=operation, path=path, cause=cause)
+    return path
+
+
+def _fingerprint(options: argparse.Namespace) -> int:
+    results = []
+    for path in options.files:
+        found = fingerprint_dataset(path, mode=options.mode)
+        results.append(
+            {"path": str(path), "name": found.name, "size_bytes": found.size_bytes, "digest": found.digest}
+        )
+        if not options.json:
+            print(f"{found.digest}  {path}", flush=True)
+    if options.json:
+        _print_json({"mode": options.mode, "files": results})
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    folder = _require_folder(options.model_dir, "check")
+    reading = read_stamp(folder)
+    require_known_form(folder, reading)
+    run = proposed_run(dataset=options.dataset, recipe=options.recipe, stamp=reading)
+    verdict = assess(folder, fingerprint=run, key=_key(options), digests=not options.no_digests)
+    strays = list_checkpoints(folder)[1]
+    if options.json:
+        left_alone = [{"path": str(stray.path), "reason": stray.reason} for stray in strays]
+        _print_json({**verdict.to_json(), "left_alone": left_alone})
+    else:
+        print(verdict)
+        for stray in strays:
+            print(f"  {stray.path.name} is ignored: {stray.reason}")
+        if verdict.kind is VerdictKind.STALE:
+            print(f"hint: move them out of the way with: clear {folder} --dataset {options.dataset}")
+    return EXIT_STALE if verdict.kind is VerdictKind.STALE else 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    folder = _require_folder(options.model_dir, "verify")
+    key, digests = _key(options), not options.no_digests
+    if CHECKPOINT_NAME.fullmatch(folder.absolute().name):
+        checkpoints: Sequence[Checkpoint] = [verify_checkpoint(folder, key=key, digests=digests)]
+        strays = []
+    else:
+        checkpoints = scan_checkpoints(folder, key=key, digests=digests)
+        strays = list_checkpoints(folder)[1]
+    damaged = [c for c in checkpoints if c.state in (CheckpointState.TORN, CheckpointState.ALTERED)]
+    if options.json:
+        rows = [
+            {
+                "path": str(c.path),
+                "step": c.step,
+                "state": c.state.value,
+                "size_bytes": c.size_bytes,
+                "reason": c.reason,
+            }
+            for c in checkpoints
+        ]
+        left_alone = [{"path": str(stray.path), "reason": stray.reason} for stray in strays]
+        _print_json({"checkpoints": rows, "left_alone": left_alone, "damaged": len(damaged)})
+    elif not checkpoints and not strays:
+        print(f"no checkpoints in {folder}")
+    else:
+        print(f"{'step':>10}  {'state':<9}{'bytes':>16}  why")
+        for c in checkpoints:
+            print(f"{c.step:>10}  {c.state.value:<9}{c.size_bytes:>16,}  {c.reason}".rstrip())
+        for stray in strays:
+            print(f"{'-':>10}  {'ignored':<9}{'-':>16}  {stray.path.name}: {stray.reason}")
+    return EXIT_FAILED if damaged else 0
+
+
+def _clear(options: argparse.Namespace) -> int:
+    folder = _require_folder(options.model_dir, "clear")
+    key = _key(options)
+    if options.dry_run:
+        plan = _plan(folder, options, key)
+        if options.json:
+            _print_json({**plan.to_json(), "dry_run": True})
+        else:
+            print(plan)
+        return 0
+    with ModelLock(folder, owner="guard clear"):
+        if options.restore is not None:
+            result = restore_set(folder, options.restore)
+            if options.json:
+                paths = [str(path) for path in result.restored]
+                _print_json({"restored": paths, "stamp_restored": result.stamp_restored})
+            else:
+                stamp = " and their metadata" if result.stamp_restored else ""
+                print(f"restored {len(result.restored)} checkpoints{stamp} to {folder}")
+            return 0
+        plan = _plan(folder, options, key)
+        if not options.json:
+            print(plan)
+        cleared = plan.execute()
+        if options.json:
+            _print_json({**plan.to_json(), "dry_run": False})
+        elif cleared.set_path is not None:
+            print(f"cleared; bring it back with: clear {folder} --restore {cleared.set_path.name}")
+    return 0
+
+
+def _plan(folder: Path, options: argparse.Namespace, key: bytes | None) -> ClearPlan:
+    if options.dataset is None:
+        return plan_clear(folder, key=key)
+    reading = read_stamp(folder)
+    require_known_form(folder, reading)
+    run = proposed_run(dataset=options.dataset, recipe=options.recipe, stamp=reading)
+    return plan_clear(folder, verdict=assess(folder, fingerprint=run, key=key), key=key)
+
+
+def _seal(options: argparse.Namespace) -> int:
+    folder = _require_folder(options.checkpoint, "seal").absolute()
+    model_dir, key = folder.parent, _key(options)
+    match = CHECKPOINT_NAME.fullmatch(folder.name)
+    step = int(match[1]) if match else recorded_step(folder)
+    if step is None:
+        raise UsageError(
+            operation="seal",
+            path=folder,
+            cause="neither its name nor trainer_state.json says its step",
+            hint="name it checkpoint-<step>",
+        )
+    with ModelLock(model_dir, owner="guard seal"):
+        with storage_errors("seal", folder):
+            incomplete = why_incomplete(folder, step=step)
+        if incomplete is not None:
+            raise SealBroken(
+                operation="seal", path=folder, cause=incomplete, hint="a torn checkpoint cannot be made whole"
+            )
+        run = _run_to_seal(model_dir, options)
+        sealed = seal_checkpoint(folder, step=step, fingerprint=run, key=key)
+        if match and read_stamp(model_dir).kind is StampKind.MISSING and options.dataset is not None:
+            lora = {n.removeprefix("lora."): v for n, v in run.components.items() if n.startswith("lora.")}
+            stamp = make_stamp(fingerprint=run, dataset_path=options.dataset, lora_config=lora)
+            write_stamp(model_dir, stamp)
+    if options.json:
+        _print_json(
+            {
+                "path": str(sealed.path),
+                "step": step,
+                "size_bytes": sealed.size_bytes,
+                "run": run.identity_digest,
+            }
+        )
+    else:
+        print(f"sealed {sealed.path} (step {step}, {sealed.size_bytes:,} bytes)")
+    return 0
+
+
+def _run_to_seal(model_dir: Path, options: argparse.Namespace) -> Fingerprint:
+    """Whose checkpoint this is: as told, in agreement with the stamp, or else as stamped."""
+    reading = read_stamp(model_dir)
+    require_known_form(model_dir, reading)
+    stamped = reading.stamp.fingerprint if reading.stamp is not None else None
+    if options.dataset is None:
+        if stamped is None or options.recipe is not None:
+            raise UsageError(
+                operation="seal",
+                path=options.checkpoint,
+                cause="what it was trained on is not known",
+                hint="name the dataset: --dataset FILE [--recipe FILE]",
+            )
+        return stamped
+    run = proposed_run(dataset=options.dataset, recipe=options.recipe, stamp=reading)
+    if stamped is not None and not stamped.same_run(run):
+        changes = "; ".join(str(change) for change in stamped.differences(run) if change.is_identity)
+        raise SealBroken(
+            operation="seal",
+            path=options.checkpoint,
+            cause=f"the metadata beside it is of another run: {changes}",
+            hint="clear that run's checkpoints first, or name its dataset and recipe",
+            exit_code=EXIT_STALE,
+        )
+    return run
