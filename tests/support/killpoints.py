@@ -65,7 +65,8 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class KilledRun:
-    """`root` is the folder that the run worked in; `at` the number of the call, 0 for the run that completed.
+    """`root` is the folder that the run worked in; `at` the number of the call, 0 for the run that
+    completed.
     """
 
     root: Path

@@ -48,7 +48,8 @@ def _check_stamp(model_dir: Path) -> None:
 
 
 def _check_temporary_files(model_dir: Path) -> None:
-    """Temporary files live under .staging/, but for the seal of a checkpoint that is being sealed in place.
+    """Temporary files live under .staging/, but for the seal of a checkpoint that is being sealed in
+    place.
     """
     for path in model_dir.rglob("*.tmp"):
         if not _TEMPORARY.fullmatch(path.name) or "staging" in {part.lstrip(".") for part in path.parts}:

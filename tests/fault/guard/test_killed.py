@@ -58,7 +58,8 @@ def start_again(model_dir: Path, changes: Mapping[str, Any] | None = None) -> gu
 
 
 def whereabouts(model_dir: Path) -> dict[str, list[Path]]:
-    """Every intact checkpoint below the model directory, by name: in place, in staging, or in a cleared set.
+    """Every intact checkpoint below the model directory, by name: in place, in staging, or in a cleared
+    set.
     """
     found: dict[str, list[Path]] = {}
     for path in sorted(model_dir.rglob("checkpoint-*")):
@@ -132,7 +133,8 @@ def test_sealing_in_place_is_all_or_nothing(template: Path, tmp_path: Path) -> N
 
 
 def test_a_resume_that_sweeps_is_killed_and_still_resumes(template: Path, tmp_path: Path) -> None:
-    """Torn checkpoints and leftovers of staging go to `.cleared/`; whenever that is cut off, the run resumes.
+    """Torn checkpoints and leftovers of staging go to `.cleared/`; whenever that is cut off, the run
+    resumes.
     """
 
     def prepare(root: Path) -> dict[str, Any]:
@@ -181,7 +183,8 @@ def test_the_stamp_is_the_old_one_or_the_new_one(template: Path, tmp_path: Path,
 
 
 def cleared_three_times(template: Path, root: Path) -> list[str]:
-    """Four sets, the oldest first; afterwards the directory belongs to a fourth run and has no checkpoints.
+    """Four sets, the oldest first; afterwards the directory belongs to a fourth run and has no
+    checkpoints.
     """
     arguments = copy_of(template, root)
     model_dir = Path(arguments["model_dir"])

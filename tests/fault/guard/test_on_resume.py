@@ -28,7 +28,8 @@ PEAK = 1e-3  # the learning rate of make_trainer; linear over 4 steps
 
 
 class Lab:
-    """The base model, a dataset of 16 rows (4 steps), and what a plain and a guarded run over it left behind.
+    """The base model, a dataset of 16 rows (4 steps), and what a plain and a guarded run over it left
+    behind.
     """
 
     def __init__(self, root: Path) -> None:
@@ -219,7 +220,8 @@ def test_optimizer_or_scheduler_missing(lab: Lab, copy: Callable[[Path], Path], 
 
 
 def test_the_newest_checkpoint_torn(lab: Lab, copy: Callable[[Path], Path]) -> None:
-    """Unguarded: it is chosen, and every retry fails the same way. Guarded: from the one before, and said so.
+    """Unguarded: it is chosen, and every retry fails the same way. Guarded: from the one before, and said
+    so.
     """
 
     def tear(directory: Path) -> Path:
@@ -265,7 +267,8 @@ def test_one_bit_flipped(lab: Lab, copy: Callable[[Path], Path], name: str) -> N
 
 
 def test_a_loss_that_is_not_a_number(lab: Lab, tmp_path: Path) -> None:
-    """Unguarded: logged as a number, "success", NaN weights saved. Guarded: refused, and nothing is sealed.
+    """Unguarded: logged as a number, "success", NaN weights saved. Guarded: refused, and nothing is
+    sealed.
     """
     settings: dict[str, Any] = {"base": lab.base, "dataset": lab.rows, "learning_rate": 1e38}
     trainer, _ = make_trainer(output_dir=tmp_path / "plain", **settings)
@@ -371,3 +374,13 @@ def test_the_example_of_the_readme(lab: Lab, tmp_path: Path, monkeypatch: pytest
     third, seen = run_script()
     assert (third.verdict.kind, seen.steps) == (VerdictKind.STALE, [1, 2, 3, 4])
     assert_model_dir_sound(tmp_path / "out")
+
+
+def test_the_table_has_every_field_of_peft_s_lora_config() -> None:
+    """A field that a new peft brings is identity all the same, until somebody has thought about it."""
+    from peft import LoraConfig
+
+    missing = {f"lora.{name}" for name in LoraConfig(task_type="CAUSAL_LM").to_dict()} - {
+        component.name for component in guard.COMPONENTS
+    }
+    assert missing == set()

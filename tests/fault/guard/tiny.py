@@ -1,4 +1,5 @@
-"""A real Trainer on a tiny random Llama with LoRA: a run of a few steps takes tenths of a second on one core.
+"""A real Trainer on a tiny random Llama with LoRA: a run of a few steps takes tenths of a second on one
+core.
 """
 
 from __future__ import annotations
