@@ -15,6 +15,7 @@ import anything that starts threads (torch).
 from __future__ import annotations
 
 import builtins
+import errno
 import importlib
 import io
 import itertools
@@ -38,7 +39,7 @@ from typing import Any, Literal
 # These decide at import which functions of os they use; they have to see the real ones.
 _ = (pathlib, shutil, tempfile)
 
-When = Literal["before", "after", "torn"]
+When = Literal["before", "after", "torn", "full"]
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 _COUNTED = (
@@ -48,6 +49,8 @@ _COUNTED = (
     *("fsync", "fdatasync", "sync"),
 )
 _WRITES = ("write", "pwrite")
+# What needs space: from the moment on that the disk is full, these fail, and the others go on working.
+_ALLOCATING = {"write", "pwrite", "open", "mkdir", "symlink", "link", "posix_fallocate"}
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -154,8 +157,30 @@ def killed_runs(
                     shutil.rmtree(run.root)
 
 
+def full_disk_runs(
+    target: str, prepare: Callable[[Path], Mapping[str, Any]], base: Path
+) -> Iterator[KilledRun]:
+    """Run `target` once for every call that changes the disk, with a disk that is full from that call on.
+
+    The target is not killed: it has to catch its own error and return what it makes of it.
+    """
+    with KillServer() as server:
+
+        def start(number: int | None) -> KilledRun:
+            root = base / f"full-{number or 0:04}"
+            root.mkdir(parents=True)
+            outcome = server.run(target, prepare(root), kill_at=number, when="full")
+            assert outcome.error is None, f"{target} let an error through:\n{outcome.error}"
+            return KilledRun(root=root, at=number or 0, when="full", outcome=outcome)
+
+        whole = start(None)
+        for number in range(1, len(whole.outcome.calls) + 1):
+            run = start(number)
+            yield run
+            shutil.rmtree(run.root)
+
+
 # -- the child
-# ---------------------------------------------------------------------------------------------------
 
 
 class _Counter:
@@ -178,6 +203,10 @@ class _Counter:
         with self.lock:
             self.count += 1
             mine = self.count == self.kill_at
+            if self.when == "full" and self.kill_at is not None and self.count >= self.kill_at:
+                if mine or name in _ALLOCATING:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), detail)
+                return call()
             self.real_write(
                 self.log_fd, f"C{self.count} {name} {detail}".replace("\n", "\\n").encode() + b"\n"
             )

@@ -49,6 +49,26 @@ def stamp(model_dir: str, dataset: str) -> None:
         guard.mark_finished(model_dir, "0001")
 
 
+def clear(model_dir: str) -> list[str] | None:
+    """Plan and execute a clear of everything; on failure return the class, the message and the hint."""
+    everything = guard.Verdict(kind=guard.VerdictKind.STALE, reasons=("for the test",))
+    try:
+        with guard.ModelLock(model_dir, owner="scenario"):
+            guard.plan_clear(model_dir, verdict=everything).execute()
+    except guard.GuardError as error:
+        return [type(error).__name__, error.cause, error.hint]
+    return None
+
+
+def try_seal(model_dir: str, step: int, staged: bool) -> list[str] | None:
+    """`seal`; on failure return the class, the message and the hint."""
+    try:
+        seal(model_dir, step, staged)
+    except guard.GuardError as error:
+        return [type(error).__name__, error.cause, error.hint]
+    return None
+
+
 def purge(model_dir: str) -> None:
     """Delete all cleared sets but the newest."""
     with guard.ModelLock(model_dir, owner="scenario"):

@@ -15,7 +15,7 @@ import pytest
 import guard
 from guard import CheckpointState, VerdictKind
 from tests.fault.guard import scenarios
-from tests.support.killpoints import KilledRun, killed_runs
+from tests.support.killpoints import KilledRun, full_disk_runs, killed_runs
 from tests.support.sound_model import assert_model_dir_sound
 from tests.unit.guard.conftest import make_checkpoint, make_fingerprint
 
@@ -180,6 +180,55 @@ def test_the_stamp_is_the_old_one_or_the_new_one(template: Path, tmp_path: Path,
         assert_model_dir_sound(model_dir)
     expected = {"missing": {"missing", "current"}, "unreadable": {"unreadable", "missing", "current"}}
     assert kinds == expected.get(before, {"current"})
+
+
+def test_a_full_disk_gives_one_clear_error_and_a_clear_leaves_everything_as_it_was(
+    template: Path, tmp_path: Path
+) -> None:
+    """The disk is full from any call of the clear on; moving things back needs no space."""
+
+    def prepare(root: Path) -> dict[str, Any]:
+        return {"model_dir": copy_of(template, root)["model_dir"]}
+
+    failed = 0
+    for run in full_disk_runs("tests.fault.guard.scenarios:clear", prepare, tmp_path):
+        model_dir = run.root / "model"
+        if (
+            run.outcome.result is None
+        ):  # it was full for something that does not matter, such as the holder's name
+            continue
+        failed += 1
+        name, cause, hint = run.outcome.result
+        assert name in ("ClearRefused", "StorageError"), run
+        assert "no space left" in cause, run
+        assert "free some space" in hint, run
+        assert [c.step for c in guard.scan_checkpoints(model_dir, digests=True) if c.is_intact] == [
+            10,
+            20,
+            30,
+        ], run
+        assert guard.cleared_sets(model_dir) == [], run
+        assert not list(model_dir.rglob("*.tmp")), run
+        assert_model_dir_sound(model_dir)
+        assert start_again(model_dir).resume_from == model_dir / "checkpoint-30", run
+    assert failed > 10
+
+
+def test_a_full_disk_while_sealing_leaves_the_earlier_checkpoints_good(
+    template: Path, tmp_path: Path
+) -> None:
+    def prepare(root: Path) -> dict[str, Any]:
+        arguments = copy_of(template, root)
+        make_checkpoint(Path(arguments["model_dir"], ".staging", "checkpoint-40"), 40)
+        return {"model_dir": arguments["model_dir"], "step": 40, "staged": True}
+
+    for run in full_disk_runs("tests.fault.guard.scenarios:try_seal", prepare, tmp_path):
+        model_dir = run.root / "model"
+        assert_model_dir_sound(model_dir)
+        if run.outcome.result is not None:
+            assert "no space left" in run.outcome.result[1], run
+            assert "free some space" in run.outcome.result[2], run
+        assert start_again(model_dir).verdict.kind is VerdictKind.RESUME, run
 
 
 def cleared_three_times(template: Path, root: Path) -> list[str]:

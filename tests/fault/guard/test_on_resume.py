@@ -286,7 +286,6 @@ def test_a_loss_that_is_not_a_number(lab: Lab, tmp_path: Path) -> None:
 
 
 # -- the callback itself
-# -----------------------------------------------------------------------------------------
 
 
 def test_resuming_otherwise_than_decided_is_refused_before_the_first_step(

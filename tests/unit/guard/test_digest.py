@@ -194,7 +194,6 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
 
 
 # -- datasets
-# -----------------------------------------------------------------------------------------------------
 
 
 def test_the_same_content_elsewhere_is_the_same_dataset_and_a_same_size_edit_is_another(
@@ -231,7 +230,6 @@ def test_a_dataset_that_cannot_be_read_says_so(tmp_path: Path) -> None:
 
 
 # -- models and tokenizers
-# ----------------------------------------------------------------------------------------
 
 
 def make_model(folder: Path) -> Path:
