@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 from .atomic import PathLike, append_line_durable, fsync_dir, write_atomic
 from .checkpoints import Stray, list_checkpoints, scan_checkpoints, verify_checkpoint
 from .errors import ClearRefused, GuardError, NotFound, explain_os_error, hint_for, storage_errors
-from .layout import CLEARED_NAME, STAGING_NAME, TRASH_PREFIX, ensure_own_folder, unused_name
+from .layout import CLEARED_NAME, STAGING_NAME, TRASH_PREFIX, ensure_own_folder, ensure_staging, unused_name
 from .lock import require_lock
 from .seal import list_tree
 from .stamp import load_raw_stamp, read_stamp, require_known_form
@@ -179,7 +179,9 @@ class ClearPlan:
                 "cleared_at": self.cleared_at,
                 "stamp": load_raw_stamp(self.model_dir),
             }
-            write_atomic(self.set_path / SET_RECORD, json.dumps(record, indent=1) + "\n")
+            # A crash must leave no temporary file in the set: those have a place of their own.
+            staging = ensure_staging(self.model_dir)
+            write_atomic(self.set_path / SET_RECORD, json.dumps(record, indent=1) + "\n", temp_dir=staging)
             _note(
                 journal, event="clear.begun", set=self.set_path.name, reason=self.reason, at=self.cleared_at
             )

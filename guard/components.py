@@ -143,6 +143,11 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     _identity("training.label_smoothing_factor", "another loss is another run"),
     _identity("training.neftune_noise_alpha", "adds noise to the embeddings"),
     _identity("training.group_by_length", "the order of the rows"),
+    _identity("training.train_sampling_strategy", "the order of the rows"),
+    _identity("training.ignore_data_skip", "a resumed run would begin the rows anew"),
+    _identity("training.average_tokens_across_devices", "how the loss of a batch is averaged"),
+    _identity("training.use_liger_kernel", "other arithmetic"),
+    _identity("training.torch_compile", "other arithmetic"),
     _identity("training.dataloader_drop_last", "the number of steps of an epoch"),
     # -- the software (major.minor)
     _identity("versions.torch", "kernels and random numbers change between minor versions"),
