@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.errors import ConfigError
@@ -86,6 +86,22 @@ class LoraSettings(Section):
     use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
 
 
+class ColumnSettings(Section):
+    """`[data.columns]`: which columns of a flat file are what; `prompt` and `completion`, or `text` alone."""
+
+    prompt: str | None = Field(None, description="Column that is the prompt; it gets no loss.")
+    completion: str | None = Field(None, description="Column that is trained as the answer.")
+    text: str | None = Field(None, description="Column that is trained as a whole.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ColumnSettings:
+        if (self.prompt is None) is not (self.completion is None):
+            raise ValueError("prompt and completion are set together")
+        if self.text is not None and self.prompt is not None:
+            raise ValueError("set prompt and completion, or text, not both")
+        return self
+
+
 class DataSettings(Section):
     """`[data]`: how rows become tokens. May be overridden by a sidecar."""
 
@@ -99,13 +115,31 @@ class DataSettings(Section):
     on_bad_rows: Literal["reject", "skip"] = Field("reject", description="Refuse the file, or leave bad rows out.")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="Under skip: more bad rows refuse the file.")
     max_line_bytes: PositiveInt = Field(16 * 2**20, description="Longest line that is read.")
+    max_expansion: float = Field(
+        100.0, ge=1, description="A .gz or .zst may expand to so many times its size (and always to 64 MiB)."
+    )
+    columns: ColumnSettings = Field(ColumnSettings(), description="Columns of files in no known format.")
 
 
 class InboxSettings(Section):
-    """`[inbox]`: when a dropped file is taken."""
+    """`[inbox]`: when a dropped file is taken, and what happens to it afterwards."""
 
     settle_seconds: float = Field(2.0, ge=0, description="A file is taken when it stayed the same for so long.")
-    rescan_seconds: PositiveFloat = Field(5.0, description="Longest time between two scans of the folder.")
+    quiet_seconds: float = Field(
+        0.02,
+        ge=0,
+        description="A file renamed in or closed whole waits only so long; its sidecar may follow meanwhile.",
+    )
+    take_on_close: bool = Field(
+        True,
+        description="A file written in place may be taken once closed; false: it settles. For writers that reopen.",
+    )
+    rescan_seconds: PositiveFloat = Field(5.0, description="Longest time between two looks at the folder.")
+    poll_seconds: PositiveFloat = Field(1.0, description="The same where the folder cannot be watched.")
+    max_queued: PositiveInt = Field(1000, description="Jobs that may wait; further files stay in the inbox.")
+    on_success: Literal["keep", "delete"] = Field("keep", description="A trained file: kept in done/, or deleted.")
+    keep_done_days: float = Field(0.0, ge=0, description="Trained files in done/ are deleted after; 0: never.")
+    scan_processes: int = Field(0, ge=0, description="Processes that check one large file; 0: as many as cores.")
 
 
 class QueueSettings(Section):

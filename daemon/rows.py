@@ -282,9 +282,7 @@ def _prompt_completion(row: Mapping[str, Any], prompt_key: str, completion_key: 
             completion=_messages(completion, (completion_key,)),
             tools=_tools(row),
         )
-    return RowContent(
-        kind="prompt_completion", prompt=_text(row, prompt_key), completion=_text(row, completion_key)
-    )
+    return RowContent(kind="prompt_completion", prompt=_text(row, prompt_key), completion=_text(row, completion_key))
 
 
 def _instruction(row: Mapping[str, Any]) -> list[Message]:
@@ -445,4 +443,9 @@ def _nonempty_list(value: Any, path: JsonPath) -> None:
 def describe_keys(row: Mapping[str, Any]) -> str:
     """What a row of no known format has, and the way out when it is two columns of text."""
     shown = ", ".join(json.dumps(key) for key in list(row)[:8]) or "no keys"
-    return f"no known format has these keys: {shown}{', …' if len(row) > 8 else ''}"
+    found = f"no known format has these keys: {shown}{', …' if len(row) > 8 else ''}"
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    if len(texts) == 2:
+        prompt, completion = (json.dumps(key) for key in texts)
+        found += f"; perhaps [data.columns] prompt = {prompt}, completion = {completion}"
+    return found

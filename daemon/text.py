@@ -1,0 +1,24 @@
+"""Untrusted text made safe to print: in a log, on a terminal, in a report."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def escape(text: str, *, most: int = 200) -> str:
+    """`text` on one line, without control, bidirectional or undecodable characters, cut to `most` characters.
+
+    What is replaced stays readable: a newline is shown as \\n, an odd byte as \\xff.
+    """
+    shown = "".join(_visible(character) for character in text)
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
+def _visible(character: str) -> str:
+    if character == "\\":
+        return "\\\\"
+    if 0xDC80 <= ord(character) <= 0xDCFF:  # a byte that is not UTF-8, kept by surrogateescape
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        return character.encode("unicode_escape").decode("ascii")
+    return character
