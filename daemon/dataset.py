@@ -22,7 +22,6 @@ from daemon.job import Dataset, from_json, to_json
 from daemon.rows import DataRules, Format, Rules
 from daemon.scan import (
     PARALLEL_ABOVE_BYTES,
-    STOP_AFTER_BAD_ROWS,
     LineProblem,
     Tally,
     scan_blocks,
@@ -119,7 +118,7 @@ def scan_dataset(
         raise RejectedDataset(
             DatasetReport(name=target.name, size_bytes=size, whole=False, reason=fault.reason, hint=fault.hint)
         ) from fault
-    report = judge(target.name, size, format_, tally, digest, rules)
+    report = judge(tally, format_, rules, name=target.name, size_bytes=size, digest=digest)
     if report.reason or format_ is None:
         raise RejectedDataset(report)
     dataset = Dataset(
@@ -134,7 +133,9 @@ def scan_dataset(
     return Scan(dataset=dataset, report=report)
 
 
-def judge(name: str, size_bytes: int, format_: Format | None, tally: Tally, digest: str, rules: Rules) -> DatasetReport:
+def judge(
+    tally: Tally, format_: Format | None, rules: Rules, *, name: str, size_bytes: int, digest: str
+) -> DatasetReport:
     """What the counts mean: an empty `reason` accepts the file."""
     rows = tally.finish() if format_ is not None else 0
     reason = hint = ""
@@ -252,7 +253,7 @@ def answer(request: Request, report_progress: Callable[[Reply], None]) -> Reply:
 def main(arguments: list[str]) -> int:
     """`serve PARENT_PID`: requests on stdin, replies on stdout, until stdin ends."""
     if len(arguments) != 2 or arguments[0] != "serve":
-        print("usage: python -m daemon.dataset serve PARENT_PID", file=sys.stderr)  # noqa: T201  a usage line
+        print("usage: python -m daemon.dataset serve PARENT_PID", file=sys.stderr)
         return 2
     die_with_parent(int(arguments[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

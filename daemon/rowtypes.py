@@ -43,7 +43,9 @@ class _Part(Struct, gc=False, forbid_unknown_fields=True):
 
 _Content = str | list[_Part]
 
-_CORE: dict[str, list[tuple[str, Any, Any]]] = {
+_Field = tuple[str, Any, Any]  # key, type, default (`...`: required)
+
+_CORE: dict[str, list[_Field]] = {
     "system": [("content", _Content, ...), ("name", _OptionalText, None)],
     "developer": [("content", _Content, ...), ("name", _OptionalText, None)],
     "user": [("content", _Content, ...), ("name", _OptionalText, None)],
@@ -120,7 +122,8 @@ class RowDecoder:
         return [name for name in wanted if name is not None]
 
     def _build(self) -> None:
-        extras = [(name, _Depth3, None) for name in self._row_extras]
+        core: list[_Field]
+        extras: list[_Field] = [(name, _Depth3, None) for name in self._row_extras]
         match self._format:
             case Format.MESSAGES:
                 message = _message_type(tuple(self._message_extras))
@@ -153,7 +156,7 @@ def _message_type(extras: tuple[str, ...]) -> Any:
     for role, fields in _CORE.items():
         named = {name for name, _, _ in fields}
         # A key that one role uses may stand, unused, in another one's message.
-        unused = [(name, _Depth3, None) for name in extras if name not in named]
+        unused: list[_Field] = [(name, _Depth3, None) for name in extras if name not in named]
         made = _struct(role.capitalize(), fields + unused, tag_field="role", tag=role)
         union = made if union is None else union | made
     return union
@@ -167,10 +170,10 @@ def _turn_type() -> Any:
     return union
 
 
-def _struct(name: str, fields: list[tuple[str, Any, Any]], **options: Any) -> Any:
+def _struct(name: str, fields: list[_Field], **options: Any) -> Any:
     """A Struct type whose keys may be any strings."""
     rename = {}
-    members = []
+    members: list[tuple[str, Any] | _Field] = []
     for index, (key, kind, default) in enumerate(sorted(fields, key=lambda field: field[2] is not ...)):
         attribute = key if key.isidentifier() and not keyword.iskeyword(key) and key[0] != "_" else f"x{index}"
         while attribute in {member[0] for member in members}:

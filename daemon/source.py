@@ -86,7 +86,7 @@ def open_regular(path: Path | str) -> int:
 
 
 class DatasetSource:
-    """An opened dataset. `blocks` and `lines` read it once, from the start, and `on_raw` sees every byte of the file."""
+    """An opened dataset. `blocks` and `lines` read it once, from the start; `on_raw` sees every byte of the file."""
 
     def __init__(self, descriptor: int, *, compression: str | None, max_expansion: float) -> None:
         self._descriptor = descriptor
