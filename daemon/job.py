@@ -127,6 +127,7 @@ class Job:
     fruitless: int = 0  # attempts in a row that sealed no new step
     not_before: float = 0.0  # seconds since the epoch; back-off after a failure
     reason: str = ""  # why it is in this state, for people
+    duplicate_of: str | None = None  # the job that trained the same content; this one was not trained
     failure: FailureKind | None = None
     version: str | None = None  # the version that it was promoted as
     created_at: str = ""

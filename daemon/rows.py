@@ -1,8 +1,8 @@
 """Rows of a dataset: which formats there are, what a row must hold, and the three kinds that training sees.
 
-A file has one format. Whatever it is, a row becomes one of three kinds: chat `messages` as OpenAI writes them, a `prompt`
-with its `completion` (text, or lists of messages), or plain `text`. The pass over a dropped file and the trainer's
-reading go through `normalise`, so a row that is skipped by one is skipped by the other.
+A file has one format. Whatever it is, a row becomes one of three kinds: chat `messages` as OpenAI writes them, a
+`prompt` with its `completion` (text, or lists of messages), or plain `text`. The pass over a dropped file and the
+trainer's reading go through `normalise`, so a row that is skipped by one is skipped by the other.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ class RowContent:
 class Row(RowContent):
     """One row that can be trained.
 
-    Messages hold `role`, `content` (text; None only beside `tool_calls`) and where given `name`, `weight`, `tool_call_id`,
-    `reasoning_content` and `tool_calls`, whose `arguments` are objects, as chat templates expect them.
+    Messages hold `role`, `content` (text; None only beside `tool_calls`) and where given `name`, `weight`,
+    `tool_call_id`, `reasoning_content` and `tool_calls`, whose `arguments` are objects, as chat templates expect them.
     """
 
     line: int  # 1-based
@@ -443,4 +443,9 @@ def _nonempty_list(value: Any, path: JsonPath) -> None:
 def describe_keys(row: Mapping[str, Any]) -> str:
     """What a row of no known format has, and the way out when it is two columns of text."""
     shown = ", ".join(json.dumps(key) for key in list(row)[:8]) or "no keys"
-    return f"no known format has these keys: {shown}{', …' if len(row) > 8 else ''}"
+    found = f"no known format has these keys: {shown}{', …' if len(row) > 8 else ''}"
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    if len(texts) == 2:
+        prompt, completion = (json.dumps(key) for key in texts)
+        found += f"; perhaps [data.columns] prompt = {prompt}, completion = {completion}"
+    return found

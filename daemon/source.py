@@ -8,16 +8,19 @@ machine.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 BLOCK_BYTES = 256 * 1024  # fits the second-level cache with what is made from it; larger blocks were measured slower
 BOM = b"\xef\xbb\xbf"
+MAX_WINDOW_BYTES = 2**27  # of zstd, as its own command line accepts without --long
+ZSTD_STEP_BYTES = 512  # 4 bytes may stand for a block of 128 KiB: this bounds one step's output at 16 MiB
 FREE_EXPANSION_BYTES = 64 * 2**20  # a file may always expand to this much
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _KINDS = (
@@ -83,7 +86,7 @@ def open_regular(path: Path | str) -> int:
 
 
 class DatasetSource:
-    """An opened dataset. `blocks` and `lines` read it once, from the start, and `on_raw` sees every byte of the file."""
+    """An opened dataset. `blocks` and `lines` read it once, from the start; `on_raw` sees every byte of the file."""
 
     def __init__(self, descriptor: int, *, compression: str | None, max_expansion: float) -> None:
         self._descriptor = descriptor
@@ -117,28 +120,22 @@ class DatasetSource:
 
         A longer line is passed over in bounded memory and comes as TooLong.
         """
-        number = 0
-        parts: list[bytes] = []  # of a line that spans blocks
-        held = 0
-        first = True
-        for block in self.blocks():
-            start = 0
-            while start < len(block):
-                end = block.find(b"\n", start) + 1
-                piece = block[start:end] if end else block[start:]
-                start = end or len(block)
-                held += len(piece)
-                if held <= max_line_bytes + 1:
-                    parts.append(piece)
-                else:
-                    parts.clear()
-                if not end:
-                    break
+        number, first = 0, True
+        for whole in whole_lines(self.blocks(), max_line_bytes):
+            if isinstance(whole, TooLong):
+                number, first = number + 1, False
+                yield number, whole
+                continue
+            for line in io.BytesIO(whole):
                 number += 1
-                yield number, _joined(parts, held, max_line_bytes, first)
-                first, held, parts = False, 0, []
-        if held:
-            yield number + 1, _joined(parts, held, max_line_bytes, first)
+                yield number, line.removeprefix(BOM) if first else line
+                first = False
+
+    def range(self, low: int, high: int) -> Iterator[bytes]:
+        """The file's bytes in [low, high), as they are, in blocks; several processes may read at once."""
+        while low < high and (block := os.pread(self._descriptor, min(BLOCK_BYTES, high - low), low)):
+            low += len(block)
+            yield block
 
     def _raw_blocks(self, size: int) -> Iterator[bytes]:
         while block := os.read(self._descriptor, size):
@@ -149,7 +146,8 @@ class DatasetSource:
 
     def _capped(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
         limit = max(FREE_EXPANSION_BYTES, int(self.signature().size_bytes * self._max_expansion))
-        total = 0
+        total = size = 0
+        held: list[bytes] = []
         for block in blocks:
             total += len(block)
             if total > limit:
@@ -157,7 +155,13 @@ class DatasetSource:
                     f"it expands to more than {limit} bytes, {self._max_expansion:g} times its size",
                     "decompress it first, or raise [data] max_expansion",
                 )
-            yield block
+            held.append(block)
+            size += len(block)
+            if size >= BLOCK_BYTES:  # small pieces would cost more to take apart than to join
+                yield b"".join(held)
+                held, size = [], 0
+        if held:
+            yield b"".join(held)
 
 
 def open_dataset(path: Path, *, max_expansion: float) -> DatasetSource:
@@ -167,13 +171,39 @@ def open_dataset(path: Path, *, max_expansion: float) -> DatasetSource:
     return DatasetSource(open_regular(path), compression=compression, max_expansion=max_expansion)
 
 
-def _joined(parts: list[bytes], held: int, max_line_bytes: int, first: bool) -> bytes | TooLong:
-    if held > max_line_bytes + 1:
-        return TooLong(max_line_bytes)
-    line = parts[0] if len(parts) == 1 else b"".join(parts)
-    if len(line.rstrip(b"\r\n")) > max_line_bytes:
-        return TooLong(max_line_bytes)
-    return line.removeprefix(BOM) if first else line
+def whole_lines(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[bytes | TooLong]:
+    """The same bytes, cut after newlines; the last piece may lack one. TooLong stands for a line that is left out."""
+    held: list[bytes] = []  # the beginning of a line that spans blocks
+    held_bytes = 0
+    passing = False  # inside a line that is left out
+    # No piece is larger than a line may be: only a line that spans pieces can be too long.
+    for piece in (block[at : at + max_line_bytes] for block in blocks for at in range(0, len(block), max_line_bytes)):
+        start = 0
+        if held or passing:
+            start = piece.find(b"\n") + 1
+            if not start:
+                held_bytes += len(piece)
+                if not passing:
+                    held.append(piece)
+                    if held_bytes > max_line_bytes + len(b"\r"):
+                        passing, held = True, []
+                        yield TooLong(max_line_bytes)
+                continue
+            if not passing:
+                yield _bounded(b"".join((*held, piece[:start])), max_line_bytes)
+            held, held_bytes, passing = [], 0, False
+        end = piece.rfind(b"\n") + 1
+        if end > start:
+            yield piece[start:end]
+        rest = max(end, start)
+        if rest < len(piece):
+            held, held_bytes = [piece[rest:]], len(piece) - rest
+    if held:
+        yield _bounded(b"".join(held), max_line_bytes)
+
+
+def _bounded(line: bytes, max_line_bytes: int) -> bytes | TooLong:
+    return line if len(line.rstrip(b"\r\n")) <= max_line_bytes else TooLong(max_line_bytes)
 
 
 def _gunzip(raw: Iterator[bytes], size: int) -> Iterator[bytes]:
@@ -198,16 +228,18 @@ def _gunzip(raw: Iterator[bytes], size: int) -> Iterator[bytes]:
 def _unzstd(raw: Iterator[bytes]) -> Iterator[bytes]:
     import zstandard
 
-    frame = zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj()
-    begun = False
+    frame, begun = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj(), False
     try:
-        for data in raw:
-            while data:
-                begun = True
-                yield from _nonempty(frame.decompress(data))
-                data = frame.unused_data if frame.eof else b""  # noqa: PLW2901  the next frame
-                if frame.eof:
-                    frame, begun = zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj(), False
+        for block in raw:
+            for start in range(0, len(block), ZSTD_STEP_BYTES):
+                data = block[start : start + ZSTD_STEP_BYTES]
+                while data:
+                    begun = True
+                    yield from _nonempty(frame.decompress(data))
+                    data = frame.unused_data if frame.eof else b""
+                    if frame.eof:  # files may hold several frames, one after the other
+                        frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
+                        begun = False
     except zstandard.ZstdError as error:
         raise SourceFault(f"it is not sound zstd: {error}", "compress and drop it again") from error
     if begun:

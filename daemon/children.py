@@ -1,0 +1,27 @@
+"""Child processes: they end with the daemon, and how they ended is told in words."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Let the kernel kill this process when the thread that started it ends; leave at once if that has happened."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def describe_exit(returncode: int) -> str:
+    """A child's return code as subprocess gives it (negative: the signal), in words."""
+    if returncode >= 0:
+        return f"it ended with exit code {returncode}"
+    try:
+        name = signal.Signals(-returncode).name
+    except ValueError:
+        name = f"signal {-returncode}"
+    return f"it was ended by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")

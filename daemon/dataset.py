@@ -1,0 +1,272 @@
+"""One pass over a claimed file: every row checked, rows and bytes counted, BLAKE3 digest taken.
+
+The daemon runs it in a child process (`python -m daemon.dataset serve`), which reads requests and writes replies, one
+JSON object a line: what a hostile file may do to a parser, it does there. Memory stays flat at any size.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from daemon.children import die_with_parent
+from daemon.errors import RejectedData, TryLater
+from daemon.job import Dataset, from_json, to_json
+from daemon.rows import DataRules, Format, Rules
+from daemon.scan import (
+    PARALLEL_ABOVE_BYTES,
+    LineProblem,
+    Tally,
+    scan_blocks,
+    scan_parallel,
+)
+from daemon.source import SourceFault, open_dataset
+from daemon.text import escape
+from guard import GuardError
+from guard.digest import digest_file
+
+MEMORY_LIMIT_BYTES = 4 * 2**30  # of the child's address space: a row that needs more is an error, not a dead machine
+PROGRESS_SECONDS = 0.5
+FORMATS_HINT = (
+    "one JSON object a line: messages; prompt and completion; text; instruction and output; conversations;"
+    " or name your columns under [data.columns]"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetReport:
+    """What the pass found, good or bad."""
+
+    name: str
+    size_bytes: int
+    format: str | None = None
+    lines: int = 0
+    rows: int = 0  # good ones
+    bad_rows: int = 0
+    problems: tuple[LineProblem, ...] = ()  # the first bad lines
+    bad_lines: tuple[int, ...] = ()  # numbers of the first thousand
+    whole: bool = True  # the file was read to its end; else counts are of the part that was read
+    digest: str | None = None  # BLAKE3 of the file's bytes, when it was read whole
+    reason: str = ""  # why it is refused; empty: it is not
+    hint: str = ""
+
+
+class RejectedDataset(RejectedData):
+    """A dataset that cannot be trained; `report` says where and why."""
+
+    def __init__(self, report: DatasetReport) -> None:
+        super().__init__(
+            operation="use", subject=escape(report.name), cause=report.reason, hint=report.hint or FORMATS_HINT
+        )
+        self.report = report
+
+
+class DatasetChanged(TryLater):
+    """The file was written to while it was read, or since."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """A dataset that passed, and what the pass found on the way (rows left out under on_bad_rows = "skip")."""
+
+    dataset: Dataset
+    report: DatasetReport
+
+
+def scan_dataset(
+    path: str | Path,
+    data: DataRules,
+    *,
+    processes: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Scan:
+    """Read `path` once from end to end; `progress` is told how many of its bytes are done.
+
+    Above 64 MiB a plain file is read by `processes` processes (0: as many as cores). Raises RejectedDataset;
+    DatasetChanged when it changed meanwhile; ChildProcessError when a helper died; OSError.
+    """
+    target = Path(path)
+    rules = Rules.of(data)
+    size = 0
+    try:
+        with open_dataset(target, max_expansion=rules.max_expansion) as source:
+            before = source.signature()
+            size = before.size_bytes
+            count = processes or os.cpu_count() or 1
+            if source.compression is None and count > 1 and size >= PARALLEL_ABOVE_BYTES:
+                format_, tally, digest = scan_parallel(source, rules, processes=count, progress=progress)
+            else:
+                hasher = blake3()
+                source.on_raw = hasher.update
+                format_, tally = scan_blocks(source.blocks(), rules, progress=lambda _: progress(source.raw_bytes_read))
+                digest = hasher.hexdigest()
+            if source.signature() != before:
+                raise DatasetChanged(
+                    operation="check",
+                    subject=escape(target.name),
+                    cause="it is still being written",
+                    hint="it is read again when it has settled",
+                )
+    except SourceFault as fault:
+        raise RejectedDataset(
+            DatasetReport(name=target.name, size_bytes=size, whole=False, reason=fault.reason, hint=fault.hint)
+        ) from fault
+    report = judge(tally, format_, rules, name=target.name, size_bytes=size, digest=digest)
+    if report.reason or format_ is None:
+        raise RejectedDataset(report)
+    dataset = Dataset(
+        name=target.name,
+        path=str(target),
+        size_bytes=size,
+        rows=report.rows,
+        digest=digest,
+        format=format_.value,
+        skipped_rows=report.bad_rows,
+    )
+    return Scan(dataset=dataset, report=report)
+
+
+def judge(
+    tally: Tally, format_: Format | None, rules: Rules, *, name: str, size_bytes: int, digest: str
+) -> DatasetReport:
+    """What the counts mean: an empty `reason` accepts the file."""
+    rows = tally.finish() if format_ is not None else 0
+    reason = hint = ""
+    share = tally.bad / max(1, rows + tally.bad)
+    if tally.lines == 0 or (format_ is not None and rows + tally.bad == 0) or (format_ is None and not tally.bad):
+        reason, hint = "it holds no rows", "drop a file with one JSON object a line"
+    elif format_ is None:
+        reason, hint = _unrecognised(tally)
+    elif tally.bad and rules.on_bad_rows == "reject":
+        some = "at least " if tally.stopped else ""
+        reason = f"{some}{tally.bad} of {tally.lines} lines {'is' if tally.bad == 1 else 'are'} bad"
+        hint = _row_hint(tally)
+    elif tally.bad and (share > rules.max_bad_fraction or not rows):
+        reason = f"{share:.2%} of the rows are bad, more than max_bad_fraction = {rules.max_bad_fraction:.2%}"
+        hint = "mend the lines above, or raise [data] max_bad_fraction"
+    return DatasetReport(
+        name=name,
+        size_bytes=size_bytes,
+        format=format_.value if format_ else None,
+        lines=tally.lines,
+        rows=rows,
+        bad_rows=tally.bad,
+        problems=tuple(tally.problems),
+        bad_lines=tuple(tally.bad_lines),
+        whole=not tally.stopped,
+        digest=digest if digest and not tally.stopped and format_ is not None else None,
+        reason=reason,
+        hint=hint,
+    )
+
+
+def _unrecognised(tally: Tally) -> tuple[str, str]:
+    first = tally.problems[0]
+    start = first.excerpt.lstrip()
+    if start.startswith("["):
+        return "it is one JSON array, not one object a line", "convert it: jq -c '.[]' FILE > NEW.jsonl"
+    if start in ("{", "}") or (start == "" and first.reason.startswith("the line ends")):
+        return "its JSON spans lines; one object a line is needed", "convert it: jq -c . FILE > NEW.jsonl"
+    if "the line is longer" in first.reason:
+        return f"line {first.line}: {first.reason}", "split it into rows, or raise [data] max_line_bytes"
+    return f"no format was recognised in its first lines; line {first.line}: {first.reason}", FORMATS_HINT
+
+
+def _row_hint(tally: Tally) -> str:
+    if any("max_line_bytes" in problem.reason for problem in tally.problems):
+        return "split the long rows, or raise [data] max_line_bytes; then drop the file again"
+    skip = 'set [data] on_bad_rows = "skip" (here or in a sidecar) to leave them out'
+    return f"mend the lines above and drop the file again, or {skip}"
+
+
+def verify_dataset(path: str | Path, dataset: Dataset) -> None:
+    """Read the file again and compare: what is trained must be what was checked.
+
+    Raises DatasetChanged when size or digest differ, RejectedData when it cannot be read.
+    """
+    try:
+        found = digest_file(path)
+    except GuardError as error:
+        raise RejectedData(operation="read", subject=escape(str(path)), cause=str(error)) from error
+    if (found.size_bytes, found.blake3_hex) != (dataset.size_bytes, dataset.digest):
+        raise DatasetChanged(
+            operation="train",
+            subject=escape(dataset.name),
+            cause=f"it was changed after it was checked (digest {dataset.digest[:16]}..., now"
+            f" {found.blake3_hex[:16]}...)",
+            hint="drop it again when its writer is done",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One file for the child to pass over."""
+
+    job_id: str
+    path: str
+    rules: Rules
+    processes: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What became of it; `kind` says which of the other fields are set."""
+
+    job_id: str
+    kind: str  # progress | passed | rejected | changed | failed
+    bytes_read: int = 0
+    dataset: Dataset | None = None
+    report: DatasetReport | None = None
+    message: str = ""
+
+
+def answer(request: Request, report_progress: Callable[[Reply], None]) -> Reply:
+    """Do what is asked. Never raises: whatever happens has a reply."""
+    told = time.monotonic()
+
+    def progress(count: int) -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told >= PROGRESS_SECONDS:
+            told = now
+            report_progress(Reply(job_id=request.job_id, kind="progress", bytes_read=count))
+
+    try:
+        scan = scan_dataset(request.path, request.rules, processes=request.processes, progress=progress)
+    except RejectedDataset as error:
+        return Reply(job_id=request.job_id, kind="rejected", report=error.report)
+    except DatasetChanged as error:
+        return Reply(job_id=request.job_id, kind="changed", message=error.sentence)
+    except MemoryError:
+        return Reply(job_id=request.job_id, kind="failed", message="a row needs too much memory")
+    except (OSError, ValueError, RecursionError) as error:
+        return Reply(job_id=request.job_id, kind="failed", message=f"{type(error).__name__}: {error}")
+    return Reply(job_id=request.job_id, kind="passed", dataset=scan.dataset, report=scan.report)
+
+
+def main(arguments: list[str]) -> int:
+    """`serve PARENT_PID`: requests on stdin, replies on stdout, until stdin ends."""
+    if len(arguments) != 2 or arguments[0] != "serve":
+        print("usage: python -m daemon.dataset serve PARENT_PID", file=sys.stderr)
+        return 2
+    die_with_parent(int(arguments[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+
+    def send(reply: Reply) -> None:
+        sys.stdout.write(to_json(reply) + "\n")
+        sys.stdout.flush()
+
+    for line in sys.stdin.buffer:
+        send(answer(from_json(line, Request), send))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

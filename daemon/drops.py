@@ -1,0 +1,325 @@
+"""What lies in the inbox: a scan finds it, looks tell when it is settled.
+
+`Drops` knows every name that may become a job and, for all others, why they are left alone. It opens nothing but
+regular files, and reads of those one byte.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from daemon.config import InboxSettings
+from daemon.inbox import OWN_FOLDERS, gone
+from daemon.job import Priority, utc_now
+from daemon.settle import Candidate, Kind, Look, MayBeTaken, Waits, decide, kind_of_name, sidecar_name
+from daemon.source import SourceFault, kind_of_mode, open_regular
+from daemon.watch import Heard
+from daemon.writers import Writing, find_writer, writing
+
+LOOKS_PER_TICK = 2000  # files looked at before the service gets its turn again
+FULL_SCAN_SECONDS = 60.0  # a folder whose times did not move is listed all the same after so long
+ORPHAN_SECONDS = 60.0  # a sidecar without its file is reported after so long
+SHOWN = 100  # files whose reasons are published
+SIDECAR_PAUSE = 0.05  # between looks at a file whose sidecar is being written
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0  # between looks at a file that is open for writing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A name that is left alone, and why."""
+
+    priority: Priority
+    name: str
+    reason: str
+    since: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A settled file and what its claim needs."""
+
+    candidate: Candidate
+    path: Path
+    look: Look
+    sidecar: Path | None
+    reason: str
+
+
+class Drops:
+    """Every drop that is not claimed yet. `now` is of one monotonic clock throughout."""
+
+    def __init__(self, folders: Mapping[Priority, Path], settings: InboxSettings) -> None:
+        self._folders = dict(folders)
+        self.settings = settings
+        self._candidates: dict[tuple[Priority, str], Candidate] = {}
+        self._sidecars: dict[tuple[Priority, str], Candidate] = {}
+        self._settled: dict[Priority, OrderedDict[str, Candidate]] = {p: OrderedDict() for p in Priority}
+        self._agenda: list[tuple[float, int, tuple[Priority, str]]] = []
+        self._order = itertools.count()
+        self.left_alone: dict[tuple[Priority, str], Found] = {}
+        self._folder_times: dict[Priority, tuple[int, ...]] = {}
+        self._listed_twice: dict[Priority, bool] = {}
+        self._listed_at = float("-inf")
+        self._claimed_at: dict[tuple[Priority, str], float] = {}
+
+    @property
+    def deferred(self) -> int:
+        """Settled files that wait for a place in the queue."""
+        return sum(len(settled) for settled in self._settled.values())
+
+    def waiting(self) -> Iterator[Candidate]:
+        """Files that are not settled yet."""
+        return (candidate for candidate in self._candidates.values() if not candidate.settled)
+
+    def hear(self, heard: Heard, now: float) -> None:
+        """Take in what the watch noted; each name is looked at now."""
+        for (priority, name), note in heard.notes.items():
+            kind = kind_of_name(name)
+            if kind in (Kind.DATA, Kind.SIDECAR):
+                candidate = self._know(priority, name, kind, now)
+                candidate.hear(note, now)
+                self._look_at(candidate, now)
+            elif kind is Kind.OTHER:
+                self._leave_other(priority, name)
+
+    def scan(self, now: float, *, full: bool) -> None:
+        """List the folders. One whose times stayed the same over two listings is skipped, unless `full`."""
+        full = full or now - self._listed_at >= FULL_SCAN_SECONDS
+        if full:
+            self._listed_at = now
+        for priority, folder in self._folders.items():
+            try:
+                found = folder.stat()
+            except OSError:
+                self._folder_times.pop(priority, None)
+                self._forget_missing(priority, set())
+                continue
+            times = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+            same = self._folder_times.get(priority) == times
+            # A name that came within the same clock tick as the last listing moved no time: one more listing shows it.
+            if same and self._listed_twice.get(priority) and not full:
+                continue
+            self._listed_twice[priority] = same
+            self._folder_times[priority] = times
+            self._list(priority, folder, now)
+
+    def look(self, now: float) -> None:
+        """Look again at the files whose time has come, at most LOOKS_PER_TICK of them."""
+        for _ in range(LOOKS_PER_TICK):
+            if not self._agenda or self._agenda[0][0] > now:
+                return
+            _, _, key = heapq.heappop(self._agenda)
+            candidate = self._candidates.get(key) or self._sidecars.get(key)
+            if candidate is not None and candidate.due <= now and not candidate.settled:
+                self._look_at(candidate, now)
+
+    def next_due(self, now: float) -> float | None:
+        """Seconds until a file should be looked at again."""
+        while self._agenda:
+            due, _, key = self._agenda[0]
+            candidate = self._candidates.get(key) or self._sidecars.get(key)
+            if candidate is None or candidate.settled or candidate.due != due:
+                heapq.heappop(self._agenda)
+                continue
+            return max(0.0, due - now)
+        return None
+
+    def take(self, now: float) -> Ready | None:
+        """The next settled file, high before normal before low, as it is at this moment; None when there is none."""
+        for settled in (self._settled[priority] for priority in Priority):
+            while settled:
+                _, candidate = settled.popitem(last=False)
+                candidate.settled = False
+                ready = self._examine(candidate, now)
+                if ready is not None:
+                    return ready
+                if candidate.key in self._candidates:
+                    self._push(candidate)
+        return None
+
+    def give_back(self, candidate: Candidate, now: float, *, seconds: float, reason: str) -> None:
+        """A settled file that could not be claimed: look again later."""
+        candidate.reason = reason
+        candidate.due = now + seconds
+        self._push(candidate)
+
+    def claimed(self, ready: Ready, now: float) -> None:
+        """The file is a job now. A name that comes back soon is a writer that had not finished: it must settle."""
+        self._candidates.pop(ready.candidate.key, None)
+        if ready.sidecar is not None:
+            self._sidecars.pop((ready.candidate.priority, ready.sidecar.name), None)
+        if not ready.candidate.renamed_in:
+            self._claimed_at[ready.candidate.key] = now
+
+    def came_back(self, candidate: Candidate, now: float) -> bool:
+        """Whether a file of this name was taken a moment ago: its writer goes on under the same name."""
+        self._claimed_at = {key: at for key, at in self._claimed_at.items() if now - at <= self.settings.settle_seconds}
+        return candidate.key in self._claimed_at
+
+    def alone(self, now: float) -> Iterator[Found]:
+        """Everything that will not be taken as it is: other kinds of files, and sidecars that nothing came to."""
+        yield from self.left_alone.values()
+        old = [sidecar for sidecar in self._sidecars.values() if now - sidecar.first_seen >= ORPHAN_SECONDS]
+        if not old:
+            return
+        wanted = {(priority, sidecar_name(name)) for priority, name in self._candidates}
+        for sidecar in old:
+            if sidecar.key not in wanted and sidecar.key not in self.left_alone:
+                reason = "a sidecar whose file has not come, or was taken before the sidecar came"
+                yield Found(priority=sidecar.priority, name=sidecar.name, reason=reason, since=sidecar.since)
+
+    def _know(self, priority: Priority, name: str, kind: Kind, now: float) -> Candidate:
+        table = self._candidates if kind is Kind.DATA else self._sidecars
+        candidate = table.get((priority, name))
+        if candidate is None:
+            candidate = Candidate(priority=priority, name=name, first_seen=now, since=utc_now(), due=now)
+            candidate.must_settle = self.came_back(candidate, now)
+            table[priority, name] = candidate
+        return candidate
+
+    def _list(self, priority: Priority, folder: Path, now: float) -> None:
+        names = set()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    names.add(entry.name)
+        except OSError:
+            return
+        self._forget_missing(priority, names)
+        for name in sorted(names):
+            kind = kind_of_name(name)
+            if kind is Kind.OTHER:
+                self._leave_other(priority, name)
+            elif kind is not Kind.UNFINISHED and (priority, name) not in self._known(kind):
+                self._push(self._know(priority, name, kind, now))
+
+    def _known(self, kind: Kind) -> dict[tuple[Priority, str], Candidate]:
+        return self._candidates if kind is Kind.DATA else self._sidecars
+
+    def _forget_missing(self, priority: Priority, names: set[str]) -> None:
+        for table in (self._candidates, self._sidecars, self.left_alone):
+            for key in [key for key in table if key[0] is priority and key[1] not in names]:
+                del table[key]
+        settled = self._settled[priority]
+        for name in [name for name in settled if name not in names]:
+            del settled[name]
+
+    def _leave_other(self, priority: Priority, name: str) -> None:
+        key = (priority, name)
+        if key in self.left_alone or (priority is Priority.NORMAL and name in OWN_FOLDERS):
+            return
+        try:
+            found = (self._folders[priority] / name).lstat()
+        except OSError:
+            return
+        kind = kind_of_mode(found.st_mode)
+        self._leave(key, "not a .jsonl, .jsonl.gz or .jsonl.zst file" if kind is None else f"left alone: it is {kind}")
+
+    def _leave(self, key: tuple[Priority, str], reason: str) -> None:
+        known = self.left_alone.get(key)
+        if known is None or known.reason != reason:
+            self.left_alone[key] = Found(priority=key[0], name=key[1], reason=reason, since=utc_now())
+
+    def _look_at(self, candidate: Candidate, now: float) -> None:
+        if candidate.settled:
+            return  # it is looked at again when its turn comes
+        ready = self._examine(candidate, now)
+        if candidate.key not in self._candidates and candidate.key not in self._sidecars:
+            return
+        if ready is None:
+            self._push(candidate)
+            return
+        if kind_of_name(candidate.name) is Kind.SIDECAR:
+            candidate.reason, candidate.due = "", now + ORPHAN_SECONDS
+            return
+        candidate.settled, candidate.reason = True, ready.reason
+        self._settled[candidate.priority][candidate.name] = candidate
+
+    def _push(self, candidate: Candidate) -> None:
+        heapq.heappush(self._agenda, (candidate.due, next(self._order), candidate.key))
+
+    def _examine(self, candidate: Candidate, now: float) -> Ready | None:
+        """One look. Returns what a claim needs when the file may be taken; else the candidate says why not."""
+        path = self._folders[candidate.priority] / candidate.name
+        try:
+            look = Look.of(path.lstat())
+        except OSError as error:
+            if gone(error):
+                self._drop(candidate)
+            else:
+                candidate.reason, candidate.due = error.strerror or str(error), now + _LONGEST_PAUSE
+            return None
+        if look.kind is not None:
+            self._drop(candidate)
+            self._leave(candidate.key, f"refused: it is {look.kind}, only regular files are trained")
+            return None
+        self.left_alone.pop(candidate.key, None)
+        candidate.see(look, now)
+        verdict = decide(candidate, now, self.settings)
+        if isinstance(verdict, Waits):
+            self._wait(candidate, verdict.reason, now + max(0.001, verdict.seconds))
+            return None
+        if not self._is_free(candidate, path, look, verdict, now):
+            return None
+        sidecar = None
+        if kind_of_name(candidate.name) is Kind.DATA:
+            sidecar = self._folders[candidate.priority] / sidecar_name(candidate.name)
+            if not os.path.lexists(sidecar):
+                sidecar = None
+            elif not self._sidecar_is_settled(candidate.priority, sidecar.name, now):
+                self._wait(candidate, "its sidecar is not settled", now + SIDECAR_PAUSE)
+                return None
+        return Ready(candidate=candidate, path=path, look=look, sidecar=sidecar, reason=verdict.reason)
+
+    def _sidecar_is_settled(self, priority: Priority, name: str, now: float) -> bool:
+        sidecar = self._know(priority, name, Kind.SIDECAR, now)
+        ready = self._examine(sidecar, now)
+        # One that is refused as a sidecar (a link, a folder) is taken as it is: the claim refuses the file with it.
+        return ready is not None or sidecar.key in self.left_alone
+
+    def _is_free(self, candidate: Candidate, path: Path, look: Look, verdict: MayBeTaken, now: float) -> bool:
+        """Whether nobody writes to it and, for the quick way, it is whole."""
+        try:
+            descriptor = open_regular(path)
+        except (OSError, SourceFault) as error:
+            reason = error.reason if isinstance(error, SourceFault) else f"cannot be read: {error.strerror}"
+            self._wait(candidate, reason, now + _LONGEST_PAUSE)
+            return False
+        try:
+            if Look.of(os.fstat(descriptor)) != look:
+                self._wait(candidate, "settling: it changed just now", now)
+                return False
+            writers = writing(descriptor)
+            if writers is Writing.SOMEBODY:
+                self._wait_for_writer(candidate, look, now)
+                return False
+            if verdict.whole_only and (
+                writers is not Writing.NOBODY or os.pread(descriptor, 1, look.size_bytes - 1) != b"\n"
+            ):
+                until = candidate.unchanged_since + self.settings.settle_seconds
+                self._wait(candidate, "settling: it may not be whole", max(now + 0.001, until))
+                return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _wait_for_writer(self, candidate: Candidate, look: Look, now: float) -> None:
+        pause = min(_LONGEST_PAUSE, max(_FIRST_PAUSE, (now - candidate.first_seen) / 4))
+        # All of /proc is searched for a name: not for every short copy.
+        writer = find_writer(look.device, look.inode) if pause >= 1.0 else None
+        candidate.reason = f"open for writing{f' by {writer.command} (pid {writer.pid})' if writer else ''}"
+        candidate.due = now + pause
+
+    def _wait(self, candidate: Candidate, reason: str, due: float) -> None:
+        candidate.reason, candidate.due = reason, due
+
+    def _drop(self, candidate: Candidate) -> None:
+        self._candidates.pop(candidate.key, None)
+        self._sidecars.pop(candidate.key, None)
+        self._settled[candidate.priority].pop(candidate.name, None)

@@ -1,0 +1,178 @@
+"""Where the files of jobs lie, and their moves: claim, settle, return.
+
+    inbox/x.jsonl -> inbox/processing/<job id>/x.jsonl -> inbox/done/<job id>/ or inbox/failed/<job id>/
+
+Each job has a folder of its own, so names never meet. A job's folder moves as a whole, by one rename, with the file,
+its sidecar and its reports in it; every step can be repeated.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from daemon.config import Settings
+from daemon.dataset import DatasetReport
+from daemon.errors import NotFound
+from daemon.job import FINAL_STATES, Job, JobState, Priority, from_json, to_json
+from daemon.report import REPORT_JSON, REPORT_TEXT, report_json, report_text
+from daemon.text import escape
+from guard.atomic import fsync_dir, rename_durable, write_atomic
+
+PROCESSING, DONE, FAILED = "processing", "done", "failed"
+PRIORITY_FOLDERS = {"high": Priority.HIGH, "low": Priority.LOW}
+OWN_FOLDERS = frozenset({PROCESSING, DONE, FAILED, *PRIORITY_FOLDERS})
+ROWS_JSON = "rows.json"  # what the pass found, kept beside the file until the report is written
+
+
+def folders(settings: Settings) -> dict[Priority, Path]:
+    """The watched folders."""
+    inbox = settings.inbox_dir
+    return {Priority.NORMAL: inbox, Priority.HIGH: inbox / "high", Priority.LOW: inbox / "low"}
+
+
+def create_folders(settings: Settings) -> None:
+    """Make the inbox and all its folders; a no-op when they are there."""
+    settings.inbox_dir.mkdir(parents=True, exist_ok=True)
+    for name in sorted(OWN_FOLDERS):
+        (settings.inbox_dir / name).mkdir(exist_ok=True)
+    fsync_dir(settings.inbox_dir)
+
+
+def processing_dir(settings: Settings, job_id: str) -> Path:
+    """The folder of a job that is not finished."""
+    return settings.inbox_dir / PROCESSING / job_id
+
+
+def final_dir(settings: Settings, job: Job) -> Path:
+    """Where the folder of a finished job belongs: trained content to done/, everything else to failed/."""
+    trained = job.state is JobState.SUCCEEDED or job.duplicate_of is not None
+    return settings.inbox_dir / (DONE if trained else FAILED) / job.id
+
+
+def locate(settings: Settings, job: Job) -> Path | None:
+    """Where the job's file lies now; None when it is nowhere (trained and deleted, or removed by hand)."""
+    for place in (PROCESSING, DONE, FAILED):
+        path = settings.inbox_dir / place / job.id / job.name
+        if os.path.lexists(path):
+            return path
+    return None
+
+
+def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None) -> Path:
+    """Rename a dropped file, and its sidecar, into the job's folder, durably; the job's row is written already.
+
+    The sidecar goes first: left behind alone, it would be taken for the next file of that name. Raises OSError.
+    """
+    folder = processing_dir(settings, job.id)
+    folder.mkdir(exist_ok=True)
+    if sidecar is not None:
+        with suppress(FileNotFoundError):
+            sidecar.rename(folder / sidecar.name)
+    target = folder / job.name
+    source.rename(target)
+    for changed in (folder, folder.parent, source.parent):
+        fsync_dir(changed)
+    return target
+
+
+def settle_files(settings: Settings, job: Job, report: DatasetReport | None = None) -> Path:
+    """Move a finished job's folder to done/ or failed/, with report.txt and report.json in it; returns that folder.
+
+    Can be repeated, and is after a crash. `report` (default: what the pass left beside the file) tells of bad rows.
+    Raises OSError, ValueError when the job is not finished.
+    """
+    if job.state not in FINAL_STATES:
+        raise ValueError(f"job {job.id} is {job.state}")
+    source, target = processing_dir(settings, job.id), final_dir(settings, job)
+    if not source.is_dir():
+        if target.is_dir():
+            return target
+        source.mkdir(parents=True)  # the file is gone; what became of the job is still worth telling
+    found = report if report is not None else read_rows_report(source)
+    deleted = job.state is JobState.SUCCEEDED and settings.inbox.on_success == "delete"
+    write_atomic(source / REPORT_JSON, report_json(job, found, file_deleted=deleted))
+    write_atomic(source / REPORT_TEXT, report_text(job, found, file_deleted=deleted))
+    if deleted:
+        (source / job.name).unlink(missing_ok=True)
+    target.parent.mkdir(exist_ok=True)
+    if target.exists():
+        rename_durable(target, _free_name(target))
+    rename_durable(source, target)
+    return target
+
+
+def return_for_retry(settings: Settings, job: Job) -> Path:
+    """Move a finished job's folder back to processing/; returns the file's path there. Can be repeated.
+
+    Raises NotFound when its file is nowhere, OSError.
+    """
+    target = processing_dir(settings, job.id)
+    path = locate(settings, job)
+    if path is None:
+        raise NotFound(
+            operation="find the file of",
+            subject=job.id,
+            cause=f"{escape(job.name)} is in none of processing/, done/ and failed/",
+            hint="drop it again",
+        )
+    if path.parent != target:
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            rename_durable(target, _free_name(target))
+        rename_durable(path.parent, target)
+    return target / job.name
+
+
+def write_rows_report(folder: Path, report: DatasetReport) -> None:
+    """Keep what the pass found beside the file, until its report is written."""
+    write_atomic(folder / ROWS_JSON, to_json(report))
+
+
+def read_rows_report(folder: Path) -> DatasetReport | None:
+    """What `write_rows_report` kept; None when there is none."""
+    try:
+        return from_json((folder / ROWS_JSON).read_bytes(), DatasetReport)
+    except (OSError, ValueError):
+        return None
+
+
+def remove_done(settings: Settings, job: Job) -> bool:
+    """Delete a trained job's folder from done/, for keep_done_days. Returns whether it was there."""
+    folder = settings.inbox_dir / DONE / job.id
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return False
+    fsync_dir(folder.parent)
+    return True
+
+
+def return_to_inbox(path: Path, inbox_folder: Path) -> Path:
+    """Put a file that was taken by mistake back under its name, or under a free one like it. Never replaces a file."""
+    target = inbox_folder / path.name
+    number = 1
+    while True:
+        try:
+            rename_durable(path, target)
+        except FileExistsError:
+            number += 1
+            stem, dot, rest = path.name.partition(".")
+            target = inbox_folder / f"{stem[:200]}-{number}{dot}{rest}"
+        else:
+            return target
+
+
+def gone(error: OSError) -> bool:
+    """Whether an error means that somebody else moved or removed the file."""
+    return error.errno in (errno.ENOENT, errno.ESTALE)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while os.path.lexists(path.with_name(f"{path.name}~{number}")):
+        number += 1
+    return path.with_name(f"{path.name}~{number}")

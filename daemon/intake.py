@@ -1,0 +1,325 @@
+"""From the inbox to the queue: watch, scan, settle, claim, pass, decide.
+
+`tick` is the order of events. Nothing in it blocks on a file's size: looks are lstat calls, claims are a row and a
+rename, rows are read in child processes.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from daemon import inbox
+from daemon.checking import Checking
+from daemon.config import Settings
+from daemon.drops import SHOWN, Drops, Ready
+from daemon.errors import NotFound
+from daemon.inbox import locate, return_for_retry, settle_files
+from daemon.job import Job, JobState, Priority, new_job_id
+from daemon.repair import repair
+from daemon.settle import Look
+from daemon.sidecar import RejectedSidecar, Sidecar, read_sidecar
+from daemon.store import JobStore
+from daemon.text import escape
+from daemon.watch import FolderWatch, Rings
+
+__all__ = ["Intake", "IntakeView", "Waiting", "locate", "return_for_retry", "settle_files"]
+
+CLAIM_SECONDS = 0.2  # of claims in a tick; the service has other things to do as well
+MIN_SCAN_SECONDS = 0.05  # between two scans, however often the bell rings
+FAILED_CLAIM_SECONDS = 5.0
+PURGE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """A file that is not taken yet, or whose rows cannot be read yet. `name` is safe to print."""
+
+    name: str
+    reason: str
+    since: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntakeView:
+    """What status shows of the inbox."""
+
+    watch_mode: str
+    waiting: tuple[Waiting, ...]  # will be taken when their reason is gone
+    deferred: int  # settled files that the queue has no place for
+    scanning: tuple[tuple[str, int, int], ...]  # job, bytes read, size
+    left_alone: tuple[Waiting, ...]  # will not be taken as they are
+    overflows: int
+    warnings: tuple[str, ...]
+
+
+class Intake:
+    """The inbox of one root. One thread calls everything; other threads only ring `bell`."""
+
+    def __init__(self, settings: Settings, store: JobStore, *, bell: Rings, log: Any) -> None:
+        self.settings = settings
+        self._store = store
+        self._bell = bell
+        self._log = log
+        folders = inbox.folders(settings)
+        self._drops = Drops(folders, settings.inbox)
+        self._watch = FolderWatch(folders, bell, log)
+        self._checking = Checking(settings, store, bell=bell, log=log)
+        self._told: set[tuple[Priority, str, str]] = set()
+        self._next_rescan = 0.0
+        self._scanned_at = float("-inf")
+        self._scan_wanted = True
+        self._next_purge = 0.0
+        self._full = False  # the queue has no place
+        self._accepting = True
+        self._missing = False
+        self._warnings: dict[str, str] = {}
+        self._overflows_told = 0
+
+    def open(self) -> None:
+        """Make the folders, mend what a crash left half done, start to watch. Raises OSError, StoreError."""
+        inbox.create_folders(self.settings)
+        for line in repair(self.settings, self._store, self._log):
+            self._warnings[line] = line
+        self._watch.start(time.monotonic())
+        self._checking.open()
+
+    def close(self) -> None:
+        """Stop watching and end the passes; their jobs stay claimed and are passed again at the next start."""
+        self._watch.stop()
+        self._checking.close()
+
+    def reload(self, settings: Settings) -> None:
+        """Take over new settings; the folders stay where they are until a restart."""
+        self.settings = settings
+        self._drops.settings = settings.inbox
+        self._checking.settings = settings
+        self._next_rescan = 0.0
+
+    def tick(self, *, accept: bool = True) -> None:
+        """One round: what was heard, what is due, claims, passes. `accept` false: nothing more is claimed."""
+        now = time.monotonic()
+        self._accepting = accept
+        self._listen(now)
+        self._drops.look(now)
+        if accept:
+            self._claim()
+        self._checking.tick()
+        if now >= self._next_purge:
+            self._next_purge = now + PURGE_SECONDS
+            self._purge()
+
+    def next_due_seconds(self) -> float | None:
+        """How long the service may sleep at most when nothing rings."""
+        now = time.monotonic()
+        due = [max(0.0, self._next_rescan - now)]
+        if (looks := self._drops.next_due(now)) is not None:
+            due.append(looks)
+        if self._scan_wanted:
+            due.append(max(0.0, self._scanned_at + MIN_SCAN_SECONDS - now))
+        if (passes := self._checking.next_due(now)) is not None:
+            due.append(passes)
+        if self._drops.deferred and self._accepting and not self._full:
+            due.append(0.0)
+        return min(due)
+
+    def view(self) -> IntakeView:
+        """What there is to tell now."""
+        now = time.monotonic()
+        waiting: list[Waiting] = []
+        for candidate in self._drops.waiting():
+            if len(waiting) >= SHOWN:
+                break
+            waiting.append(
+                Waiting(name=_shown(candidate.priority, candidate.name), reason=candidate.reason, since=candidate.since)
+            )
+        for name, since in self._checking.unsteady():
+            waiting.append(Waiting(name=name, reason="claimed, but still being written", since=since))
+        alone = tuple(
+            Waiting(name=_shown(found.priority, found.name), reason=found.reason, since=found.since)
+            for found, _ in zip(self._drops.alone(now), range(SHOWN), strict=False)
+        )
+        warnings = [*self._warnings.values(), *(f"{found.name}: {found.reason}" for found in alone)]
+        if self._watch.polling:
+            warnings.append(f"the inbox is polled: {self._watch.polling_reason}")
+        return IntakeView(
+            watch_mode=self._watch.mode,
+            waiting=tuple(waiting),
+            deferred=self._drops.deferred,
+            scanning=self._checking.busy(),
+            left_alone=alone,
+            overflows=self._watch.overflows,
+            warnings=tuple(warnings),
+        )
+
+    def _listen(self, now: float) -> None:
+        """What the doorbell noted, and a scan when one is due."""
+        if self._watch.lost:
+            self._next_rescan = 0.0
+        if now >= self._next_rescan:
+            self._rescan(now)
+        heard = self._watch.take()
+        if self._watch.overflows > self._overflows_told:
+            self._overflows_told = self._watch.overflows
+            self._log.warning("inbox.events_lost", overflows=self._watch.overflows)
+        self._scan_wanted |= heard.scan
+        self._drops.hear(heard, now)
+        if self._scan_wanted and now - self._scanned_at >= MIN_SCAN_SECONDS:
+            self._scan(now, full=True)
+
+    def _rescan(self, now: float) -> None:
+        self._watch.check(now)
+        seconds = self.settings.inbox.rescan_seconds
+        if self._watch.polling:
+            seconds = min(seconds, self.settings.inbox.poll_seconds)
+        self._next_rescan = now + seconds
+        missing = not self.settings.inbox_dir.is_dir()
+        if missing:
+            cause = f"the inbox {self.settings.inbox_dir} is missing"
+            self._warnings["missing"] = f"{cause}; it is watched again when it is back"
+        elif self._missing:
+            self._warnings.pop("missing", None)
+        self._missing = missing
+        if not missing and not (self.settings.inbox_dir / inbox.PROCESSING).is_dir():
+            inbox.create_folders(self.settings)  # another folder took the inbox's place
+        self._scan(now, full=False)
+        self._tell_left_alone(now)
+        self._checking.adopt()
+
+    def _scan(self, now: float, *, full: bool) -> None:
+        self._scan_wanted = False
+        self._drops.scan(now, full=full)
+        self._drops.look(now)
+        self._scanned_at = time.monotonic()
+
+    def _tell_left_alone(self, now: float) -> None:
+        """Report each thing that is left alone once."""
+        present = set()
+        for found in self._drops.alone(now):
+            key = (found.priority, found.name, found.reason)
+            present.add(key)
+            if key not in self._told:
+                self._log.warning("file.left_alone", file=_shown(found.priority, found.name), reason=found.reason)
+        self._told = present
+
+    def _claim(self) -> None:
+        """Claim settled files while the queue has a place and the tick has time."""
+        if not self._drops.deferred:
+            self._full = False
+            return
+        counts = self._store.counts()
+        room = self.settings.inbox.max_queued - counts[JobState.CLAIMED] - counts[JobState.QUEUED]
+        until = time.monotonic() + CLAIM_SECONDS
+        while room > 0 and (now := time.monotonic()) < until:
+            ready = self._drops.take(now)
+            if ready is None:
+                break
+            self._claim_one(ready, now)
+            room -= 1
+        self._full = room <= 0
+
+    def _claim_one(self, ready: Ready, now: float) -> None:
+        sidecar = Sidecar()
+        if ready.sidecar is not None:
+            with suppress(RejectedSidecar):  # told below, when it is read again in its final place
+                sidecar = read_sidecar(ready.sidecar, self.settings.recipe)
+        priority = sidecar.priority or ready.candidate.priority
+        job = self._new_job(ready, sidecar, priority)
+        shown = _shown(ready.candidate.priority, ready.candidate.name)
+        self._log.info("file.settled", file=shown, reason=ready.reason)
+        if self._drops.came_back(ready.candidate, now):
+            self._log.warning("file.came_back", file=shown, job=job.id)
+        job = self._store.add(job)
+        try:
+            target = inbox.claim_file(self.settings, job, ready.path, ready.sidecar)
+            taken = Look.of(target.lstat())
+        except OSError as error:
+            self._undo_claim(ready, job, error, now)
+            return
+        if not _same_file(ready.look, taken):
+            back = inbox.return_to_inbox(target, ready.path.parent)
+            reason = "another file took its place while it was being taken; that one is watched afresh"
+            self._checking.cancel(job, reason)
+            self._drops.claimed(ready, now)
+            self._log.warning("file.replaced", file=shown, job=job.id, now=escape(back.name))
+            self._scan_wanted = True
+            return
+        self._drops.claimed(ready, now)
+        self._log.info("file.claimed", file=shown, job=job.id, priority=priority.value)
+        self._checking.ask(job)
+
+    def _new_job(self, ready: Ready, sidecar: Sidecar, priority: Priority) -> Job:
+        job_id = new_job_id()
+        while self._is_used(job_id):  # four hex digits a second are few in a burst
+            job_id = new_job_id()
+        return Job(
+            id=job_id,
+            name=ready.candidate.name,
+            state=JobState.CLAIMED,
+            priority=priority,
+            path=str(inbox.processing_dir(self.settings, job_id) / ready.candidate.name),
+            source=str(ready.path),
+            source_inode=ready.look.inode,
+            size_bytes=ready.look.size_bytes,
+            force=sidecar.force,
+            overrides=sidecar.overrides,
+            reason="its rows are being checked",
+        )
+
+    def _is_used(self, job_id: str) -> bool:
+        if inbox.processing_dir(self.settings, job_id).exists():
+            return True
+        try:
+            self._store.get(job_id)
+        except NotFound:
+            return False
+        return True
+
+    def _undo_claim(self, ready: Ready, job: Job, error: OSError, now: float) -> None:
+        """The rename did not happen: the row is closed, and the file, if it is still there, waits."""
+        if inbox.gone(error):
+            self._drops.claimed(ready, now)
+            reason = "it was removed from the inbox before it could be taken"
+        else:
+            reason = f"it could not be moved: {error.strerror or error}"
+            self._drops.give_back(ready.candidate, now, seconds=FAILED_CLAIM_SECONDS, reason=reason)
+        self._log.warning("file.not_claimed", file=escape(ready.candidate.name), job=job.id, reason=reason)
+        self._checking.cancel(job, reason)
+
+    def _purge(self) -> None:
+        """Delete trained files older than keep_done_days, by the time at which their job finished."""
+        days = self.settings.inbox.keep_done_days
+        if not days:
+            return
+        before = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="milliseconds")
+        folder = self.settings.inbox_dir / inbox.DONE
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            try:
+                job = self._store.get(path.name)
+                trained = job.state is JobState.SUCCEEDED or job.duplicate_of is not None
+                old = job.finished_at is not None and job.finished_at < before
+                if trained and old and inbox.remove_done(self.settings, job):
+                    self._log.info("file.purged", job=job.id, file=escape(job.name), finished_at=job.finished_at)
+            except NotFound:
+                continue  # not ours: never deleted
+            except OSError as error:
+                self._log.error("file.not_purged", job=path.name, error=str(error))
+
+
+def _same_file(before: Look, after: Look) -> bool:
+    """The rename itself moves the ctime, and nothing else."""
+    return (before.device, before.inode, before.size_bytes, before.mtime_ns, before.mode) == (
+        after.device,
+        after.inode,
+        after.size_bytes,
+        after.mtime_ns,
+        after.mode,
+    )
+
+
+def _shown(priority: Priority, name: str) -> str:
+    prefix = "" if priority is Priority.NORMAL else f"{priority.value}/"
+    return prefix + escape(name)

@@ -1,0 +1,101 @@
+"""What became of a file, for people (`report.txt`) and programs (`report.json`), beside the file itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from daemon.dataset import DatasetReport
+from daemon.job import Job, JobState, to_json
+from daemon.text import escape
+
+REPORT_TEXT = "report.txt"
+REPORT_JSON = "report.json"
+REPORT_VERSION = 1
+_SHOWN_LINES = 100  # numbers of skipped lines in the text; the JSON has up to a thousand
+
+
+def report_json(job: Job, rows: DatasetReport | None, *, file_deleted: bool = False) -> str:
+    """The same facts as `report_text`, as one JSON object."""
+    value = {
+        "schema_version": REPORT_VERSION,
+        "job": job.id,
+        "file": job.name,
+        "source": job.source,
+        "state": job.state.value,
+        "reason": job.reason,
+        "duplicate_of": job.duplicate_of,
+        "version": job.version,
+        "failure": job.failure,
+        "dropped_at": job.created_at,
+        "finished_at": job.finished_at or job.updated_at,
+        "file_deleted": file_deleted,
+        "dataset": job.dataset,
+        "rows": rows,
+        "retry": retry_command(job),
+    }
+    return to_json(value, indent=2) + "\n"
+
+
+def report_text(job: Job, rows: DatasetReport | None, *, file_deleted: bool = False) -> str:
+    """A page of plain text; nothing from the file or its name reaches the terminal unescaped."""
+    verdict = "duplicate, not trained" if job.duplicate_of else job.state.value
+    lines = [
+        f"{escape(job.name)}: {verdict}",
+        "",
+        f"  job       {job.id}",
+        f"  dropped   {job.created_at} as {escape(job.source)}",
+        f"  finished  {job.finished_at or job.updated_at}",
+    ]
+    if job.dataset is not None:
+        found = job.dataset
+        lines.append(f"  rows      {found.rows:,} ({found.format}), {found.size_bytes:,} bytes")
+        lines.append(f"  BLAKE3    {found.digest}")
+    if job.version:
+        lines.append(f"  version   {job.version}")
+    if job.reason:
+        lines.append(f"  reason    {escape(job.reason, most=1000)}")
+    if file_deleted:
+        lines.append('  the file was deleted after training, as on_success = "delete" says')
+    if rows is not None:
+        lines += ["", *rows_text(rows)]
+    if job.state in (JobState.FAILED, JobState.REJECTED, JobState.CANCELLED):
+        lines += ["", "To try this file again as it is:", f"  {retry_command(job)}"]
+        if job.duplicate_of:
+            lines += ["or drop it with a sidecar that says `force = true`."]
+    return "\n".join(lines) + "\n"
+
+
+def rows_text(rows: DatasetReport) -> list[str]:
+    """What the pass found, line by line."""
+    lines = []
+    if rows.reason:
+        lines.append(f"Refused: {escape(rows.reason, most=1000)}.")
+    if rows.hint:
+        lines.append(f"What to do: {escape(rows.hint, most=1000)}.")
+    scope = "" if rows.whole else " (the file was not read to its end)"
+    lines.append(f"{rows.lines:,} lines, {rows.rows:,} good rows, {rows.bad_rows:,} bad ones{scope}.")
+    for problem in rows.problems:
+        lines.append(f"  line {problem.line}, column {problem.column}: {escape(problem.reason, most=300)}")
+        if problem.excerpt:
+            lines.append(f"      {problem.excerpt}")
+    if rows.bad_rows > len(rows.problems):
+        lines.append(f"  and {rows.bad_rows - len(rows.problems):,} more")
+    if not rows.reason and rows.bad_lines:
+        numbers = ", ".join(str(number) for number in rows.bad_lines[:_SHOWN_LINES])
+        more = ", …" if rows.bad_rows > _SHOWN_LINES else ""
+        lines.append(f'Left out of training (on_bad_rows = "skip"): lines {numbers}{more}')
+    return lines
+
+
+def retry_command(job: Job) -> str:
+    """What puts the job back into the queue."""
+    return f"dropforge retry {job.id}"
+
+
+def parse_report(text: str) -> dict[str, Any]:
+    """The inverse of `report_json`, as plain data. Raises ValueError."""
+    value = json.loads(text)
+    if not isinstance(value, dict) or value.get("schema_version") != REPORT_VERSION:
+        raise ValueError("not a report of this version")
+    return value

@@ -1,0 +1,161 @@
+"""When a dropped file has stopped changing: a pure decision from what was seen and when, on our own clock.
+
+No decision uses a file's times as a point in time (copies keep old ones, clocks jump); they only tell that something
+changed between two looks.
+"""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from daemon.config import InboxSettings
+from daemon.job import Priority
+from daemon.source import kind_of_mode
+from daemon.watch import Note
+
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SIDECAR_SUFFIX = ".job.toml"
+UNFINISHED_SUFFIXES = (".part", ".tmp", ".partial", ".crdownload", "~")
+FIRST_LOOKS_SECONDS = 0.25  # between two looks at a file that is still changing, at first
+
+
+class Kind(Enum):
+    """What a name in the inbox stands for."""
+
+    DATA = auto()
+    SIDECAR = auto()
+    UNFINISHED = auto()  # somebody's temporary name: ignored until it is renamed
+    OTHER = auto()
+
+
+def kind_of_name(name: str) -> Kind:
+    """By the name alone."""
+    lower = name.lower()
+    if name.startswith((".", "~")) or lower.endswith(UNFINISHED_SUFFIXES):
+        return Kind.UNFINISHED
+    if lower.endswith(SIDECAR_SUFFIX):
+        return Kind.SIDECAR
+    return Kind.DATA if lower.endswith(DATA_SUFFIXES) else Kind.OTHER
+
+
+def sidecar_name(name: str) -> str:
+    """`x.job.toml` for `x.jsonl`, `x.jsonl.gz` and `x.jsonl.zst`."""
+    suffix = next(suffix for suffix in reversed(DATA_SUFFIXES) if name.lower().endswith(suffix))
+    return name[: -len(suffix)] + SIDECAR_SUFFIX
+
+
+@dataclass(frozen=True)
+class Look:
+    """A file at one moment, from lstat. Two equal looks: nothing changed in between."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    mode: int
+
+    @classmethod
+    def of(cls, found: object) -> Look:
+        """From an os.stat_result."""
+        return cls(
+            found.st_dev,  # type: ignore[attr-defined]
+            found.st_ino,  # type: ignore[attr-defined]
+            found.st_size,  # type: ignore[attr-defined]
+            found.st_mtime_ns,  # type: ignore[attr-defined]
+            found.st_ctime_ns,  # type: ignore[attr-defined]
+            found.st_mode,  # type: ignore[attr-defined]
+        )
+
+    @property
+    def kind(self) -> str | None:
+        """What it is when it is not a regular file."""
+        return None if stat.S_ISREG(self.mode) else kind_of_mode(self.mode)
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A name in the inbox that may become a job, and what is known of it. Times are of our monotonic clock."""
+
+    priority: Priority  # of the folder that it lies in
+    name: str
+    first_seen: float
+    since: str  # the same moment, for people
+    look: Look | None = None
+    unchanged_since: float = 0.0
+    heard_at: float | None = None  # of the latest event
+    closes: int = 0  # events of this inode
+    renamed_in: bool = False
+    must_settle: bool = False  # its writer was seen to come back
+    reason: str = ""  # why it is not taken
+    due: float = 0.0  # when to look again
+    settled: bool = False  # it waits for a place in the queue only
+
+    @property
+    def key(self) -> tuple[Priority, str]:
+        """Folder and name."""
+        return self.priority, self.name
+
+    def see(self, look: Look, now: float) -> None:
+        """Take in a look; whatever changed starts the clock again."""
+        if look == self.look:
+            return
+        if self.look is not None and look.inode != self.look.inode:
+            self.closes, self.renamed_in, self.must_settle = 0, False, False
+        self.look = look
+        self.unchanged_since = now
+
+    def hear(self, note: Note, now: float) -> None:
+        """Take in what was heard of the name."""
+        self.heard_at = now
+        self.closes += note.closes
+        self.renamed_in |= note.renamed_in
+        # A writer that closes and opens again may do so once more: only time tells when it is done.
+        self.must_settle |= self.closes > 1
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Not yet: why, and how many seconds until it may be different."""
+
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MayBeTaken:
+    """It stayed the same for long enough. `whole_only`: it must also end in a newline and be nobody's to write."""
+
+    reason: str
+    whole_only: bool
+
+
+def decide(candidate: Candidate, now: float, settings: InboxSettings) -> Waits | MayBeTaken:
+    """Whether the file has been still for long enough, by what was seen so far."""
+    look = candidate.look
+    if look is None:
+        return Waits("not looked at yet", 0.0)
+    still = now - candidate.unchanged_since
+    if still >= settings.settle_seconds and not (look.size_bytes == 0 and still < 2 * settings.settle_seconds):
+        return MayBeTaken(f"unchanged for {still:.1f} s", whole_only=False)
+    until_settled = settings.settle_seconds - still
+    reason = f"settling: it changed {still:.1f} s ago"
+    if look.size_bytes == 0:
+        return Waits("settling: it is empty", max(0.0, until_settled + settings.settle_seconds))
+    if _may_be_quick(candidate, settings):
+        quiet = now - max(candidate.unchanged_since, candidate.heard_at or now)
+        if quiet >= settings.quiet_seconds:
+            how = "renamed in" if candidate.renamed_in else "closed by its writer"
+            return MayBeTaken(f"{how}, and whole", whole_only=True)
+        return Waits(reason, min(until_settled, settings.quiet_seconds - quiet))
+    return Waits(reason, until_settled)
+
+
+def _may_be_quick(candidate: Candidate, settings: InboxSettings) -> bool:
+    if candidate.heard_at is None or candidate.must_settle:
+        return False  # found by a scan: nobody knows what its writer is about
+    if not candidate.name.lower().endswith((".jsonl", SIDECAR_SUFFIX)):
+        return False  # the end of a compressed file does not show that it is whole
+    return candidate.renamed_in or settings.take_on_close

@@ -1,0 +1,113 @@
+"""The way of one file, from the drop to done/ or failed/, with real files, a real store and real child processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from daemon import inbox
+from daemon.job import JobState, Priority
+from tests.support.inbox import ROW, Root, assert_sound
+
+
+@pytest.fixture
+def root(tmp_path: Path):
+    with Root(tmp_path) as opened:
+        yield opened
+        assert_sound(opened.settings, opened.store)
+
+
+def test_a_good_file_is_claimed_checked_and_queued_with_its_recipe_frozen(root: Root) -> None:
+    """The job knows rows, bytes, digest and format; the file lies in processing/; nothing is left in the inbox."""
+    dropped = root.drop("x.jsonl", ROW * 3)
+    inode = dropped.stat().st_ino
+    (job,) = root.wait_for(1)
+    assert (job.dataset.rows, job.dataset.format, job.dataset.size_bytes) == (3, "text", 3 * len(ROW))
+    assert job.recipe == root.settings.recipe.model_dump(mode="json")
+    assert inbox.locate(root.settings, job) == root.inbox / "processing" / job.id / "x.jsonl"
+    assert job.source_inode == inode
+    assert not dropped.exists()
+
+
+def test_a_bad_file_goes_to_failed_with_a_report_that_names_line_column_and_reason(root: Root) -> None:
+    """One bad line refuses the file; the rest of the story is in report.txt and report.json beside it."""
+    root.drop("bad.jsonl", ROW * 2 + '{"text": NaN}\n' + ROW)
+    (job,) = root.wait_for(1, JobState.REJECTED)
+    folder = root.inbox / "failed" / job.id
+    assert (folder / "bad.jsonl").is_file()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["rows"]["problems"][0]["line"] == 3
+    assert report["rows"]["problems"][0]["column"] == 10
+    text = (folder / "report.txt").read_text()
+    assert "line 3, column 10: NaN" in text
+    assert f"dropforge retry {job.id}" in text
+
+
+def test_equal_names_are_two_jobs_and_neither_file_is_overwritten(root: Root) -> None:
+    """The second drop of a name never meets the first one's file."""
+    root.drop("x.jsonl", ROW)
+    root.wait_for(1)
+    root.drop("x.jsonl", ROW * 2)
+    first, second = root.wait_for(2)
+    assert [inbox.locate(root.settings, job).read_text() for job in (first, second)] == [ROW, ROW * 2]
+
+
+def test_trained_content_is_a_duplicate_and_goes_to_done_with_a_note(root: Root) -> None:
+    """Under whatever name it comes again."""
+    root.drop("x.jsonl", ROW * 2)
+    (first,) = root.wait_for(1)
+    root.finish(first, version="0001")
+    root.drop("y.jsonl", ROW * 2)
+    (job,) = root.wait_for(1, JobState.CANCELLED)
+    assert job.reason == f"duplicate of job {first.id}, version 0001"
+    assert job.duplicate_of == first.id
+    assert "duplicate of job" in (root.inbox / "done" / job.id / "report.txt").read_text()
+
+
+def test_a_forced_duplicate_is_queued(root: Root) -> None:
+    """`force = true` in its sidecar."""
+    root.drop("x.jsonl", ROW)
+    (first,) = root.wait_for(1)
+    root.finish(first)
+    (root.inbox / "x.job.toml").write_text("force = true\n")
+    root.drop("x.jsonl", ROW)
+    (job,) = root.wait_for(1)
+    assert job.force
+    assert (root.inbox / "processing" / job.id / "x.job.toml").is_file()
+
+
+def test_the_priority_folders_set_the_order(root: Root) -> None:
+    """high/ before the inbox itself before low/."""
+    for folder in ("low", "", "high"):
+        root.drop(f"{folder or 'normal'}.jsonl", ROW * (1 + len(folder)), folder=folder)
+    root.wait_for(3)
+    assert [job.priority for job in root.store.queue()] == [Priority.HIGH, Priority.NORMAL, Priority.LOW]
+
+
+def test_on_success_delete_removes_the_trained_file_and_keeps_its_report(tmp_path: Path) -> None:
+    """Only a success deletes: a failure under the same setting keeps its file."""
+    with Root(tmp_path, inbox={"on_success": "delete"}) as root:
+        root.drop("x.jsonl", ROW)
+        root.drop("y.jsonl", ROW * 2)
+        first, second = root.wait_for(2)
+        root.finish(first)
+        root.finish(second, JobState.FAILED)
+        assert not (root.inbox / "done" / first.id / first.name).exists()
+        assert "deleted after training" in (root.inbox / "done" / first.id / "report.txt").read_text()
+        assert inbox.locate(root.settings, second) == root.inbox / "failed" / second.id / second.name
+
+
+def test_a_file_returned_for_retry_lies_in_processing_again_and_settles_again(root: Root) -> None:
+    """`return_for_retry` and `settle_files` are inverse, and each can be repeated."""
+    root.drop("x.jsonl", ROW)
+    (job,) = root.wait_for(1)
+    failed = root.finish(job, JobState.FAILED)
+    for _ in range(2):
+        path = inbox.return_for_retry(root.settings, failed)
+    assert path == root.inbox / "processing" / job.id / "x.jsonl"
+    assert path.read_text() == ROW
+    for _ in range(2):
+        inbox.settle_files(root.settings, failed)
+    assert inbox.locate(root.settings, failed) == root.inbox / "failed" / job.id / "x.jsonl"
