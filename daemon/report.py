@@ -55,6 +55,8 @@ def report_text(job: Job, rows: DatasetReport | None, *, file_deleted: bool = Fa
         lines.append(f"  version   {job.version}")
     if job.reason:
         lines.append(f"  reason    {escape(job.reason, most=1000)}")
+    if job.result is not None and job.result.hint and job.state is JobState.FAILED:
+        lines.append(f"  hint      {escape(job.result.hint, most=1000)}")
     if file_deleted:
         lines.append('  the file was deleted after training, as on_success = "delete" says')
     if rows is not None:

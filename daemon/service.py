@@ -76,8 +76,8 @@ class Service:
         self.store = JobStore(self.settings.store_path)
         self.intake = Intake(self.settings, self.store, bell=self.bell, log=self.log)
         self.scheduler = Scheduler(self.settings, self.store, self._executor, settle=self._settle, log=self.log)
-        self.scheduler.recover()
         self.intake.open()
+        self.scheduler.recover()
         before = {job.id for job in self.store.jobs(FINAL_STATES)} if once else set()
         notify("READY=1", f"STATUS=watching {self.settings.inbox_dir}")
         self.log.info("daemon.started", root=str(self.settings.root), watch_mode=self.intake.view().watch_mode)
@@ -188,6 +188,7 @@ class Service:
             waiting=tuple(
                 {"file": item.name, "reason": item.reason, "since": item.since} for item in view.waiting[:WAITING_FILES]
             ),
+            left_alone=tuple({"file": item.name, "reason": item.reason} for item in view.left_alone[:WAITING_FILES]),
             recent=tuple(finished_job(job) for job in self.store.jobs(FINAL_STATES, limit=RECENT_JOBS, newest=True)),
             model=self._current_model(),
             warnings=tuple(view.warnings),

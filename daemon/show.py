@@ -52,6 +52,8 @@ def status(snapshot: Mapping[str, Any]) -> RenderableType:
         grid.add_row("", progress_line(job))
     for item in snapshot.get("waiting", ())[:10]:
         grid.add_row("waiting", f"{escape(str(item['file']))}: {escape(str(item['reason']))}")
+    for item in snapshot.get("left_alone", ())[:10]:
+        grid.add_row("left alone", f"{escape(str(item['file']))}: {escape(str(item['reason']))}")
     for warning in snapshot.get("warnings", ()):
         grid.add_row("warning", Text(escape(str(warning)), style="yellow"))
     parts.append(grid)

@@ -36,6 +36,7 @@ class StatusSnapshot:
     queue: Mapping[str, int] = field(default_factory=dict)  # jobs by state, and deferred files
     job: Mapping[str, Any] | None = None
     waiting: tuple[Mapping[str, Any], ...] = ()  # files in the inbox that are not taken yet, with why
+    left_alone: tuple[Mapping[str, Any], ...] = ()  # what lies there and will not be taken, with why
     recent: tuple[Mapping[str, Any], ...] = ()
     model: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()

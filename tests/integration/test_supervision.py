@@ -72,7 +72,7 @@ def test_a_killed_trainer_comes_back_and_resumes(make_root: MakeRoot) -> None:
     assert weights[0] == weights[1]
     assert expected.attempt == 1
     moves = [(event["event"], event.get("attempt")) for event in root.log() if event["event"].startswith("job.")]
-    assert moves == [("job.started", 1), ("job.requeued", 1), ("job.started", 2), ("job.succeeded", 2)]
+    assert moves == [("job.queued", None), ("job.started", 1), ("job.requeued", 1), ("job.started", 2), ("job.succeeded", 2)]
 
 
 def test_a_trainer_that_only_claims_success_is_not_believed(make_root: MakeRoot) -> None:
@@ -195,7 +195,7 @@ def test_one_job_runs_at_a_time_in_order_of_priority_and_arrival(make_root: Make
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", ["empty"]),
+        (b"", ["0 lines"]),
         (b'{"text": "fine"}\n{"text": "cut', ["line 2"]),
         (b'{"text": "fine"}\n{"something": "else"}\n', ["line 2", "text"]),
         (b'{"nothing": "usable"}\n', ["line 1", "nothing"]),
