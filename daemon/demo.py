@@ -31,7 +31,7 @@ from daemon.status import read_status
 from daemon.store import JobStore
 from daemon.versions import current_version
 
-PATIENCE_SECONDS = 170.0  # for everything after the model is built
+PATIENCE_SECONDS = 900.0  # a hang ends; a busy machine does not
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "inbox": {"settle_seconds": 0.5},
     "queue": {"retry_seconds": 3.0},
@@ -98,7 +98,9 @@ class Story:
         if not word:
             return
         reasons = event.get("reasons") or ()
-        because = f" at step {event['step']}" if event.get("verdict") == "resume" else f": {'; '.join(reasons[:3])}"
+        because = (
+            f" from step {event.get('step')}" if event.get("verdict") == "resume" else f": {'; '.join(reasons[:3])}"
+        )
         values = {**event, "because": because}
         try:
             text = form.format(**values)

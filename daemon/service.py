@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 import guard
@@ -145,7 +146,10 @@ class Service:
 
     def _publish(self, *, status: str | None = None, reason: str = "", force: bool = False) -> None:
         """Write status.json at each change and at each heartbeat."""
-        snapshot = self._snapshot() if status is None else StatusSnapshot(status=status, reason=reason)
+        if status == "starting":  # there is no store yet to tell of
+            snapshot = StatusSnapshot(status=status, reason=reason)
+        else:
+            snapshot = self._snapshot() if status is None else replace(self._snapshot(), status=status, reason=reason)
         now = time.monotonic()
         job = snapshot.job or {}
         shown = (snapshot.status, snapshot.reason, dict(snapshot.queue), job.get("id"), job.get("phase"))
@@ -189,7 +193,7 @@ class Service:
                 {"file": item.name, "reason": item.reason, "since": item.since} for item in view.waiting[:WAITING_FILES]
             ),
             left_alone=tuple({"file": item.name, "reason": item.reason} for item in view.left_alone[:WAITING_FILES]),
-            recent=tuple(finished_job(job) for job in self.store.jobs(FINAL_STATES, limit=RECENT_JOBS, newest=True)),
+            recent=tuple(finished_job(job) for job in self.store.recent(RECENT_JOBS)),
             model=self._current_model(),
             warnings=tuple(view.warnings),
         )

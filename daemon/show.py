@@ -160,10 +160,10 @@ def versions(found: Sequence[Version], current: Version | None) -> Table:
 
 
 def losses(before: float | None, after: float | None) -> str:
-    """`3.2101 -> 2.9144`, as far as they are known."""
+    """`3.210 -> 2.914`, as far as they are known."""
     if before is None or after is None:
         return ""
-    return f"{before:.4f} -> {after:.4f}"
+    return f"{before:.3f} -> {after:.3f}"
 
 
 def _recent(entries: Sequence[Mapping[str, Any]]) -> Table:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon.errors import NotFound, StoreError
-from daemon.job import TRANSITIONS, Event, Job, JobState, from_json, to_json, utc_now
+from daemon.job import FINAL_STATES, TRANSITIONS, Event, Job, JobState, from_json, to_json, utc_now
 from guard.atomic import fsync_dir
 
 SCHEMA_VERSION = 1
@@ -172,6 +172,16 @@ class JobStore:
             (*wanted, limit),
         ).fetchall()
         return [from_json(row[0], Job) for row in rows]
+
+    def recent(self, limit: int) -> list[Job]:
+        """The jobs that came to their end last, newest end first."""
+        rows = self._db.execute(
+            f"SELECT job_id FROM events WHERE new IN ({', '.join('?' * len(FINAL_STATES))})"  # noqa: S608  likewise
+            " ORDER BY seq DESC LIMIT ?",
+            (*FINAL_STATES, limit * 4),  # a job that was retried has more than one end
+        ).fetchall()
+        jobs = [self.get(job_id) for job_id in dict.fromkeys(job_id for (job_id,) in rows)]
+        return [job for job in jobs if job.state in FINAL_STATES][:limit]
 
     def queue(self, *, limit: int = -1) -> list[Job]:
         """Queued jobs in the order in which they will run."""

@@ -1,0 +1,59 @@
+"""What every command shares: the application, the place it works on, how it prints and how it fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from daemon import config
+from daemon.errors import NotFound
+from daemon.store import JobStore
+
+app = typer.Typer(
+    name="dropforge",
+    help="Drop a dataset, forge a model: continuous LoRA training of every .jsonl file that is dropped into a folder.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False, soft_wrap=True)
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which root a command works on."""
+
+    root: Path
+
+    @property
+    def settings(self) -> config.Settings:
+        """The root's settings, read when a command needs them."""
+        return config.load(self.root)
+
+
+@contextmanager
+def open_store(context: typer.Context) -> Iterator[JobStore]:
+    """The root's job store. Raises NotFound when no daemon has made one yet."""
+    path = context.obj.settings.store_path
+    if not path.exists():
+        raise NotFound(
+            operation="open", subject=path, cause="there is no queue on this root yet", hint="`dropforge run` makes one"
+        )
+    store = JobStore(path)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def print_json(value: object) -> None:
+    """Plain JSON to stdout, never coloured or wrapped."""
+    print(json.dumps(value, indent=1, ensure_ascii=True))

@@ -1,0 +1,93 @@
+"""Commands about jobs: jobs, show, submit, check."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from daemon import show
+from daemon.cli.common import JsonFlag, app, open_store, out, print_json
+from daemon.job import JobState, Priority, to_json
+from daemon.status import finished_job
+from daemon.store import JobStore
+from daemon.text import escape
+
+
+@app.command()
+def jobs(
+    context: typer.Context,
+    as_json: JsonFlag = False,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")] = 50,
+) -> None:
+    """List jobs, oldest first."""
+    with open_store(context) as store:
+        found = list(reversed(store.jobs(limit=limit, newest=True)))
+    if as_json:
+        print_json([{**finished_job(job), "created_at": job.created_at} for job in found])
+    elif found:
+        out.print(show.jobs(found))
+    else:
+        out.print("no jobs yet")
+
+
+@app.command("show")
+def show_job(context: typer.Context, job: str, as_json: JsonFlag = False) -> None:
+    """Everything about one job: data, verdict, steps, losses, every move. JOB may be the beginning or end of its id."""
+    with open_store(context) as store:
+        found = store.find(job)
+        events = store.events(found.id)
+    if as_json:
+        print_json({**json.loads(to_json(found)), "events": json.loads(to_json(events))})
+    else:
+        out.print(show.job(found, events, context.obj.settings))
+
+
+@app.command()
+def submit(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A .jsonl file; it is copied, not moved.")],
+    priority: Annotated[Priority, typer.Option(help="Order in the queue.")] = Priority.NORMAL,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train it even if the same content was trained before.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the job; the exit code is its result.")] = False,
+) -> None:
+    """Copy a file into the inbox the safe way: written beside, then renamed."""
+    from daemon.submit import submit as copy_in
+    from daemon.submit import wait_for
+
+    settings = context.obj.settings
+    placed = copy_in(settings, file, priority=priority, force=force)
+    out.print(f"dropped {escape(str(placed.path))}", markup=False)
+    if not wait:
+        return
+    job = wait_for(settings, placed)
+    out.print(f"{job.id} {job.state}: {escape(job.reason)}", markup=False)
+    raise typer.Exit({JobState.SUCCEEDED: 0, JobState.REJECTED: 3}.get(job.state, 1))
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    files: Annotated[list[Path], typer.Argument(help="Files to check; nothing is moved or queued.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what the daemon would say of these files: format, rows, digest, bad lines. Exit 3 when one is refused."""
+    from daemon.check import check_files, render_text
+
+    settings = context.obj.settings
+    store = JobStore(settings.store_path) if settings.store_path.exists() else None
+    try:
+        reports = check_files(files, settings, store)
+    finally:
+        if store is not None:
+            store.close()
+    if as_json:
+        print_json([report.to_dict() for report in reports])
+    else:
+        for report in reports:
+            out.print(render_text(report), markup=False)
+    raise typer.Exit(0 if all(report.accepted for report in reports) else 3)

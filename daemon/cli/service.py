@@ -1,0 +1,86 @@
+"""Commands about the daemon itself: init, run, demo, status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from daemon import config, show
+from daemon.cli.common import JsonFlag, Place, app, out, print_json
+from daemon.errors import DropforgeError, NotFound
+from daemon.status import read_status
+from daemon.text import escape
+
+
+@app.command()
+def init(
+    context: typer.Context,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="With a tiny base model, built on the spot, for a first try.")
+    ] = False,
+) -> None:
+    """Make this folder a root: inbox, model directory, state and a dropforge.toml with every key explained."""
+    from daemon.init import init as initialise
+
+    place: Place = context.obj
+    settings = initialise(place.root, tiny=tiny)
+    out.print(f"initialised {escape(str(place.root))}", markup=False)
+    if not tiny:
+        out.print(f"next: set model_name_or_path under [model] in {place.root / config.CONFIG_NAME}", markup=False)
+    out.print(f"then: dropforge run, and drop .jsonl files into {settings.inbox_dir}", markup=False)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="Leave when inbox and queue are empty.")] = False,
+) -> None:
+    """Watch the inbox and train what is dropped there. Ctrl-C seals a checkpoint and leaves; twice: at once."""
+    from daemon import logs
+    from daemon.service import Service
+
+    settings = context.obj.settings
+    try:
+        log = logs.configure(settings)
+    except OSError as error:
+        raise DropforgeError(
+            operation="open the log", subject=settings.log_path, cause=str(error), hint="may this user write there?"
+        ) from error
+    raise typer.Exit(Service(settings, log=log).run(once=once))
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A new folder to show it in (default: a temporary one).")
+    ] = None,
+) -> None:
+    """Show the main job on a tiny model and real data: two datasets, a killed trainer, a replaced dataset."""
+    from daemon.demo import run_demo
+
+    raise typer.Exit(run_demo(folder))
+
+
+@app.command()
+def status(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Is it alive, what does it do, what waits and why."""
+    settings = context.obj.settings
+    try:
+        snapshot = read_status(settings.status_path)
+    except ValueError as error:
+        raise DropforgeError(
+            operation="read", subject=settings.status_path, cause=str(error), hint="the daemon replaces it when it runs"
+        ) from error
+    if snapshot is None:
+        raise NotFound(
+            operation="read",
+            subject=settings.status_path,
+            cause="no daemon has run on this root yet",
+            hint="`dropforge run` starts one",
+        )
+    if as_json:
+        print_json(snapshot)
+    else:
+        out.print(show.status(snapshot))
