@@ -157,6 +157,12 @@ class QueueSettings(Section):
 
     max_attempts: PositiveInt = Field(3, description="Launches without new progress before a job has failed.")
     retry_seconds: float = Field(30.0, ge=0, description="First back-off after a failed attempt; it doubles.")
+    stall_timeout: float = Field(
+        1800.0, ge=0, description="Seconds without progress before a trainer is ended; 0: never."
+    )
+    job_timeout: float = Field(0.0, ge=0, description="Seconds a job may train in one attempt; 0: any time.")
+    min_free_bytes: int = Field(512 * 2**20, ge=0, description="Free space to leave beyond what a run needs.")
+    keep_jobs_days: float = Field(365.0, ge=0, description="Finished jobs are forgotten after; 0: never.")
     stop_timeout: PositiveFloat = Field(60.0, description="Seconds a trainer gets to seal a checkpoint and leave.")
 
 
@@ -167,6 +173,15 @@ class ExecutorSettings(Section):
         (sys.executable, "-P", "-m", "daemon.trainer"),
         description="Program and arguments; the run directory is appended. For a trainer in an environment of its own.",
     )
+
+
+class HookSettings(Section):
+    """`[hooks]`: commands (program and arguments) that get the facts as JSON on stdin."""
+
+    on_job_finished: tuple[str, ...] = Field((), description="After each job that came to its end.")
+    on_queue_empty: tuple[str, ...] = Field((), description="When the last job of the queue came to its end.")
+    on_hold: tuple[str, ...] = Field((), description="When the queue has to wait: paused, no space, GPU in use.")
+    timeout: PositiveFloat = Field(30.0, description="Seconds before a hook is ended.")
 
 
 class GuardSettings(Section):
@@ -241,6 +256,7 @@ class Settings(BaseSettings):
     inbox: InboxSettings = InboxSettings()
     queue: QueueSettings = QueueSettings()
     executor: ExecutorSettings = ExecutorSettings()
+    hooks: HookSettings = HookSettings()
     guard: GuardSettings = GuardSettings()
     paths: PathSettings = PathSettings()
     status: StatusSettings = StatusSettings()

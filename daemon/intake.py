@@ -112,6 +112,10 @@ class Intake:
             self._next_purge = now + PURGE_SECONDS
             self._purge()
 
+    def adopt(self) -> None:
+        """Pass claimed jobs that are not under way: another process put them back."""
+        self._checking.adopt()
+
     def next_due_seconds(self) -> float | None:
         """How long the service may sleep at most when nothing rings."""
         now = time.monotonic()

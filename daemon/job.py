@@ -39,9 +39,10 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
         {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.QUEUED}  # QUEUED: interrupted
     ),
     JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset({JobState.QUEUED}),  # retry
-    JobState.CANCELLED: frozenset({JobState.QUEUED}),
-    JobState.REJECTED: frozenset({JobState.QUEUED}),
+    # retry: the rows are checked again, under the settings of now
+    JobState.FAILED: frozenset({JobState.CLAIMED}),
+    JobState.CANCELLED: frozenset({JobState.CLAIMED}),
+    JobState.REJECTED: frozenset({JobState.CLAIMED}),
 }
 
 FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.REJECTED})
@@ -113,6 +114,8 @@ class Job:
     name: str  # the file's name as it was dropped; may hold any byte but '/' and NUL (surrogateescape)
     state: JobState
     priority: Priority = Priority.NORMAL
+    position: int = 0  # within its priority; smaller runs earlier
+    wanted: str = ""  # what a person asked of a running job: "" | cancel | return
     path: str = ""  # where the file lies now
     source: str = ""  # where it was dropped
     source_inode: int = 0  # survives the claim's rename, so that a submitter recognises its own file

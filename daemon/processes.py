@@ -39,3 +39,14 @@ def _stat(pid: int) -> list[str]:
     """/proc/PID/stat from its third field on (the second may hold spaces and brackets)."""
     text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     return text.rpartition(")")[2].split()
+
+
+def memory_kills() -> int:
+    """How often the kernel has killed a process for want of memory since boot; 0 where it does not tell."""
+    try:
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        return 0
+    return 0

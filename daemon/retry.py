@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from daemon.config import QueueSettings
 from daemon.executors.base import Exit
@@ -10,6 +11,16 @@ from daemon.job import FailureKind, Job, JobState, Outcome, RunResult
 
 # The same rows, settings or numbers would fail again: a person has to act first.
 FINAL_FAILURES = frozenset({FailureKind.BAD_DATA, FailureKind.CONFIG, FailureKind.DIVERGED})
+
+
+class Asked(StrEnum):
+    """Why we asked a trainer to leave."""
+
+    STOP = "the daemon stops"
+    PAUSE = "the queue was paused"
+    CANCEL = "a person cancelled the job"
+    STALL = "no progress within stall_timeout"
+    TIMEOUT = "it took longer than job_timeout"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +32,7 @@ class Conclusion:
     failure: FailureKind | None = None
     not_before: float = 0.0  # seconds since the epoch
     fruitless: int = 0  # attempts in a row without a new sealed step
+    halve_batch: bool = False  # try again with half the rows a forward pass, and twice the passes a step
 
 
 def conclude(
@@ -28,15 +40,16 @@ def conclude(
     job: Job,
     result: RunResult | None,
     ended: Exit,
-    asked: bool,
+    asked: Asked | None,
     progressed: bool,
+    memory_killed: bool,
     queue: QueueSettings,
     now: float,
 ) -> Conclusion:
     """Decide from the trainer's own result first, from its exit only when it left none.
 
-    A success is believed only if every planned step ran. `asked`: we had asked the trainer to leave, which burns no
-    attempt. `progressed`: the attempt sealed a step that no earlier one had.
+    A success is believed only if every planned step ran. `progressed`: the attempt sealed a step that no earlier one
+    had. `memory_killed`: the kernel ran out of memory and killed a process while this one ended by SIGKILL.
     """
     if result is not None and result.outcome is Outcome.SUCCEEDED:
         if result.steps_run == result.steps_planned and result.steps_run >= 1 and result.candidate:
@@ -46,17 +59,32 @@ def conclude(
             reason=f"only {result.steps_run} of {result.steps_planned} planned steps ran; nothing was promoted",
             failure=FailureKind.INTERNAL,
         )
-    if result is not None and result.outcome is Outcome.INTERRUPTED:
-        return Conclusion(to=JobState.QUEUED, reason=f"interrupted: {result.message}", fruitless=job.fruitless)
-    if result is not None and result.failure is not None:
-        kind, reason = result.failure, result.message
-    else:
-        kind, reason = FailureKind.LOST, f"the trainer was lost ({ended}) at step {job.max_step} or later"
-        if asked:
-            return Conclusion(to=JobState.QUEUED, reason=reason, fruitless=job.fruitless)
+    kind, reason = _why(result, ended, asked, job, memory_killed=memory_killed)
+    if asked is Asked.CANCEL:
+        return Conclusion(to=JobState.CANCELLED, reason=asked.value)
+    if asked is Asked.TIMEOUT:
+        return Conclusion(to=JobState.FAILED, reason=asked.value, failure=FailureKind.STALLED)
+    if kind is None:
+        return Conclusion(to=JobState.QUEUED, reason=reason, fruitless=job.fruitless)
     if kind in FINAL_FAILURES:
         return Conclusion(to=JobState.FAILED, reason=reason, failure=kind)
+    if kind is FailureKind.NO_SPACE:
+        # Not the job's fault and not its attempt: it waits until there is room.
+        return Conclusion(
+            to=JobState.QUEUED,
+            reason=f"{reason}; waits for free space",
+            failure=kind,
+            not_before=now + queue.retry_seconds,
+            fruitless=job.fruitless,
+        )
     fruitless = 0 if progressed else job.fruitless + 1
+    if kind is FailureKind.OUT_OF_MEMORY and not can_halve(job):
+        return Conclusion(
+            to=JobState.FAILED,
+            reason=f"{reason}; one row at a time is too much already",
+            failure=kind,
+            fruitless=fruitless,
+        )
     if fruitless >= queue.max_attempts:
         return Conclusion(
             to=JobState.FAILED,
@@ -70,4 +98,37 @@ def conclude(
         failure=kind,
         not_before=now + queue.retry_seconds * 2 ** max(0, fruitless - 1),
         fruitless=fruitless,
+        halve_batch=kind is FailureKind.OUT_OF_MEMORY,
     )
+
+
+def _why(
+    result: RunResult | None, ended: Exit, asked: Asked | None, job: Job, *, memory_killed: bool
+) -> tuple[FailureKind | None, str]:
+    """The failure's kind, None for an interruption that we wanted, and its sentence."""
+    if asked is Asked.STALL:
+        return FailureKind.STALLED, asked.value
+    if result is not None and result.outcome is Outcome.INTERRUPTED:
+        return None, f"interrupted: {asked.value if asked else result.message}"
+    if result is not None and result.failure is not None:
+        return result.failure, result.message
+    if asked is not None:
+        return None, f"interrupted: {asked.value}; the trainer had to be ended ({ended})"
+    if memory_killed and ended.signal == 9:
+        return FailureKind.OUT_OF_MEMORY, "the kernel ran out of memory and killed the trainer"
+    return FailureKind.LOST, f"the trainer was lost ({ended}) at step {job.max_step} or later"
+
+
+def can_halve(job: Job) -> bool:
+    """Whether a forward pass has more than one row, and an even number, so that the global batch stays what it is."""
+    training = (job.recipe or {}).get("training", {})
+    rows = int(training.get("per_device_train_batch_size", 1))
+    return rows > 1 and rows % 2 == 0
+
+
+def halved(recipe: dict[str, object]) -> dict[str, object]:
+    """`recipe` with half the rows a forward pass and twice the passes a step: the same global batch."""
+    training = dict(recipe["training"])  # type: ignore[call-overload]  # a recipe's tables are mappings
+    training["per_device_train_batch_size"] //= 2
+    training["gradient_accumulation_steps"] *= 2
+    return {**recipe, "training": training}

@@ -10,16 +10,19 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import guard
 from daemon import versions
-from daemon.config import Settings
+from daemon.config import Recipe, Settings
 from daemon.errors import DropforgeError
 from daemon.executors.base import Executor, Exit
+from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused
+from daemon.hooks import Hooks
 from daemon.job import (
+    OPEN_STATES,
     RUN_SPEC_VERSION,
     FailureKind,
     Job,
@@ -29,8 +32,11 @@ from daemon.job import (
     RunSpec,
     from_json,
     run_dir,
+    utc_now,
 )
-from daemon.retry import Conclusion, conclude
+from daemon.processes import memory_kills
+from daemon.retry import Asked, Conclusion, conclude, halved
+from daemon.status import finished_job
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -42,21 +48,30 @@ class Run:
     job: Job
     run_dir: Path
     events_read: int = 0  # bytes of events.jsonl that are in our log already
-    asked_at: float | None = None  # monotonic; when the trainer was asked to leave
+    asked: Asked | None = None  # why the trainer was asked to leave
+    asked_at: float = 0.0  # monotonic
     ended: bool = False  # it was asked, did not leave, and was ended
     progress: Progress | None = None
+    launched_at: float = field(default_factory=time.monotonic)
+    moved_at: float = field(default_factory=time.monotonic)  # when its progress changed last
+    memory_kills: int = field(default_factory=memory_kills)
 
 
 class Scheduler:
     """Launches, watches and concludes runs. Every method returns promptly; nothing here waits for a trainer."""
 
-    def __init__(self, settings: Settings, store: JobStore, executor: Executor, *, settle: Any, log: Any) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: Settings, store: JobStore, executor: Executor, *, settle: Any, hooks: Hooks, log: Any
+    ) -> None:
+        self.settings = settings
         self._store = store
         self._executor = executor
-        self._settle = settle  # (job) -> None: moves the file of a job in a final state
+        self._settle = settle  # (job, hand_back) -> None: moves the file of a job in a final state
+        self._hooks = hooks
         self._log = log
         self._run: Run | None = None
+        self._hold: Hold | None = None
+        self._seen_version = -1
 
     @property
     def run(self) -> Run | None:
@@ -64,22 +79,47 @@ class Scheduler:
         return self._run
 
     @property
+    def hold(self) -> Hold | None:
+        """Why nothing is launched although a job may be ready."""
+        return self._hold
+
+    @property
     def next_start(self) -> float | None:
         """Seconds until a queued job's back-off ends, None when nothing waits for that."""
-        waiting = [job.not_before for job in self._store.queue() if job.not_before > time.time()]
-        return min(waiting) - time.time() if waiting else None
+        due = self._store.next_due(time.time())
+        return None if due is None else max(0.0, due - time.time())
 
     def recover(self) -> None:
         """Take up what an earlier daemon left running: adopt a living trainer (and ask it to leave), conclude a dead one."""
         for job in self._store.jobs({JobState.RUNNING}):
-            run = Run(job=job, run_dir=run_dir(self._settings.state_dir, job.id))
+            run = Run(job=job, run_dir=run_dir(self.settings.state_dir, job.id))
             run.events_read = _size(run.run_dir / "events.jsonl")
+            run.asked = Asked.CANCEL if job.wanted else None
             self._run = run
             if self._executor.adopt(run.run_dir):
                 self._log.warning("trainer.adopted", job=job.id, attempt=job.attempt)
-                self.ask_to_leave()
+                run.asked, wanted = None, run.asked
+                self.ask_to_leave(wanted or Asked.STOP)
                 return  # reap concludes it; at most one job is ever running
             self._conclude(run, Exit())
+
+    def listen(self) -> bool:
+        """Hear what people asked for through the store; True when another process has written to it."""
+        version = self._store.data_version()
+        if version == self._seen_version:
+            return False
+        self._seen_version = version
+        control = self._store.control(PAUSED_KEY)
+        self._change_hold(paused(control) or (None if self._is_paused() else self._hold))
+        run = self._run
+        if run is None:
+            return True
+        run.job = self._store.get(run.job.id)
+        if run.job.wanted and run.asked is not Asked.CANCEL:
+            self.ask_to_leave(Asked.CANCEL)
+        elif control and control.get("mode") == "now" and run.asked is None:
+            self.ask_to_leave(Asked.PAUSE)
+        return True
 
     def reap(self) -> None:
         """Carry the trainer's news into the log, conclude it when it has ended, end it when it does not leave."""
@@ -91,49 +131,79 @@ class Scheduler:
         if ended is not None:
             self._relay(run)
             self._conclude(run, ended)
-        elif run.asked_at is not None and not run.ended:
-            waited = time.monotonic() - run.asked_at
-            if waited > self._settings.queue.stop_timeout:
-                self._log.warning("trainer.ended", job=run.job.id, waited_seconds=round(waited, 1))
-                self._executor.end(run.run_dir)
-                run.ended = True
+            return
+        now = time.monotonic()
+        queue = self.settings.queue
+        if run.asked is None:
+            if queue.job_timeout and now - run.launched_at > queue.job_timeout:
+                self.ask_to_leave(Asked.TIMEOUT)
+            elif queue.stall_timeout and now - run.moved_at > queue.stall_timeout:
+                self.ask_to_leave(Asked.STALL)
+        elif not run.ended and now - run.asked_at > queue.stop_timeout:
+            self._log.warning("trainer.ended", job=run.job.id, waited_seconds=round(now - run.asked_at, 1))
+            self._executor.end(run.run_dir)
+            run.ended = True
 
     def dispatch(self) -> None:
-        """Launch the next job when none is running."""
-        if self._run is not None:
+        """Launch the next job when none is running and nothing holds the queue."""
+        if self._run is not None or self._is_paused():
+            return
+        ready = self._store.peek(time.time())
+        if ready is None:
+            self._change_hold(None)
+            return
+        recipe = Recipe.model_validate(ready.recipe) if ready.recipe else self.settings.recipe
+        self._change_hold(no_space(self.settings, recipe))
+        if self._hold is not None:
             return
         job = self._store.claim_next(time.time())
         if job is None:
             return
-        directory = run_dir(self._settings.state_dir, job.id)
+        directory = run_dir(self.settings.state_dir, job.id)
         run = Run(job=job, run_dir=directory, events_read=_size(directory / "events.jsonl"))
         self._run = run
         try:
             self._executor.launch(self._specify(job, directory))
         except OSError as error:
             self._log.error("trainer.not_launched", job=job.id, error=str(error))
-            self._finish(run, _not_launched(job, error), None)
+            self._finish(run, _not_launched(job, error, self.settings), None)
             return
         self._log.info("job.started", job=job.id, dataset=escape(job.name), attempt=job.attempt)
 
-    def ask_to_leave(self) -> None:
-        """Ask the running trainer to seal a checkpoint and leave; a second call ends it at once."""
+    def ask_to_leave(self, why: Asked) -> None:
+        """Ask the running trainer to seal a checkpoint and leave; a later, weightier reason replaces the first."""
         run = self._run
         if run is None:
             return
-        if run.asked_at is None:
+        if run.asked is None:
             run.asked_at = time.monotonic()
             self._executor.ask(run.run_dir)
-        else:
-            self._executor.end(run.run_dir)
-            run.ended = True
+            self._log.info("trainer.asked_to_leave", job=run.job.id, reason=why.value)
+        run.asked = why
+
+    def end_now(self) -> None:
+        """End the running trainer at once; what it sealed stays."""
+        if self._run is not None:
+            self._executor.end(self._run.run_dir)
+            self._run.ended = True
+
+    def _is_paused(self) -> bool:
+        return self._hold is not None and self._hold.kind is HoldKind.PAUSED
+
+    def _change_hold(self, hold: Hold | None) -> None:
+        before, self._hold = self._hold, hold
+        if hold is not None and (before is None or before.kind is not hold.kind):
+            self._log.warning("queue.held", kind=hold.kind.value, reason=hold.reason)
+            self._hooks.fire("on_hold", {"kind": hold.kind.value, "reason": hold.reason})
+        elif hold is None and before is not None:
+            self._log.info("queue.released", kind=before.kind.value)
 
     def _specify(self, job: Job, directory: Path) -> RunSpec:
         if job.dataset is None or job.recipe is None:
             raise DropforgeError(
                 operation="launch", subject=job.id, cause="the job was queued without dataset or recipe"
             )
-        key_file = self._settings.guard.key_file
+        key_file = self.settings.guard.key_file
         return RunSpec(
             schema_version=RUN_SPEC_VERSION,
             job_id=job.id,
@@ -141,15 +211,17 @@ class Scheduler:
             dataset=job.dataset,
             recipe=job.recipe,
             run_dir=str(directory),
-            model_dir=str(self._settings.model_dir),
-            key_file=str(self._settings.root / key_file) if key_file else None,
-            state_dir=str(self._settings.state_dir),
+            model_dir=str(self.settings.model_dir),
+            key_file=str(self.settings.root / key_file) if key_file else None,
+            state_dir=str(self.settings.state_dir),
             daemon_pid=os.getpid(),
         )
 
     def _relay(self, run: Run) -> None:
         """Whole lines only: the trainer may be in the middle of one."""
-        run.progress = _read(run.run_dir / "progress.json", Progress) or run.progress
+        progress = _read(run.run_dir / "progress.json", Progress)
+        if progress is not None and progress != run.progress:
+            run.progress, run.moved_at = progress, time.monotonic()
         try:
             with (run.run_dir / "events.jsonl").open("rb") as events:
                 events.seek(run.events_read)
@@ -158,6 +230,8 @@ class Scheduler:
             return
         whole = text[: text.rfind(b"\n") + 1]
         run.events_read += len(whole)
+        if whole:
+            run.moved_at = time.monotonic()
         for line in whole.splitlines():
             try:
                 event = json.loads(line)
@@ -178,9 +252,10 @@ class Scheduler:
             job=run.job,
             result=result,
             ended=ended,
-            asked=run.asked_at is not None,
+            asked=run.asked,
             progressed=run.job.max_step > run.job.step_at_launch,
-            queue=self._settings.queue,
+            memory_killed=memory_kills() > run.memory_kills,
+            queue=self.settings.queue,
             now=time.time(),
         )
         if conclusion.to is JobState.SUCCEEDED and result is not None:
@@ -188,7 +263,7 @@ class Scheduler:
                 version = self._promote(run.job, result)
             except (DropforgeError, guard.GuardError, OSError) as error:
                 self._log.error("version.not_promoted", job=run.job.id, error=str(error))
-                conclusion = _not_promoted(run.job, error, self._settings)
+                conclusion = _not_promoted(run.job, error, self.settings)
             else:
                 self._log.info("version.promoted", job=run.job.id, version=version.name)
                 self._finish(run, conclusion, result, version=version.name)
@@ -197,7 +272,7 @@ class Scheduler:
 
     def _promote(self, job: Job, result: RunResult) -> versions.Version:
         """Candidate to current version, idempotent: a crash in between is repaired by the next call."""
-        model_dir = self._settings.model_dir
+        model_dir = self.settings.model_dir
         record: Mapping[str, Any] = {
             "dataset": job.dataset.name if job.dataset else job.name,
             "dataset_digest": job.dataset.digest if job.dataset else None,
@@ -222,7 +297,12 @@ class Scheduler:
             "not_before": conclusion.not_before,
             "fruitless": conclusion.fruitless,
             "result": result,
+            "wanted": "",
         }
+        if conclusion.halve_batch and run.job.recipe is not None:
+            fields["recipe"] = halved(dict(run.job.recipe))
+        if conclusion.to is not JobState.QUEUED:
+            fields["finished_at"] = utc_now()
         if version:
             fields["version"] = version
         job = self._store.transition(run.job.id, JobState.RUNNING, conclusion.to, conclusion.reason, **fields)
@@ -232,8 +312,12 @@ class Scheduler:
         )
         tell = self._log.info if conclusion.to in (JobState.SUCCEEDED, JobState.QUEUED) else self._log.error
         tell(name, **canonical(job, result))
-        if conclusion.to is not JobState.QUEUED:
-            self._settle(job)
+        if conclusion.to is JobState.QUEUED:
+            return
+        self._settle(job, hand_back=run.job.wanted == "return" and job.state is JobState.CANCELLED)
+        self._hooks.fire("on_job_finished", {"job": finished_job(job)})
+        if not any(self._store.counts()[state] for state in OPEN_STATES):
+            self._hooks.fire("on_queue_empty", {"job": finished_job(job)})
 
 
 def canonical(job: Job, result: RunResult | None) -> dict[str, Any]:
@@ -257,27 +341,36 @@ def canonical(job: Job, result: RunResult | None) -> dict[str, Any]:
     return {name: value for name, value in line.items() if value is not None}
 
 
-def _not_launched(job: Job, error: OSError) -> Conclusion:
-    return Conclusion(
-        to=JobState.FAILED,
-        reason=f"the trainer could not be started: {error}",
-        failure=FailureKind.INTERNAL,
-        fruitless=job.fruitless,
-    )
+def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:
+    """A full disk waits; anything else (no memory for a process, a missing program) is tried again a few times."""
+    return _again(job, f"the trainer could not be started: {error}", error, settings)
 
 
 def _not_promoted(job: Job, error: Exception, settings: Settings) -> Conclusion:
     """The checkpoints of the run are intact: the next attempt loads the last one and only saves again."""
-    no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    fruitless = job.fruitless + 1
+    return _again(job, f"the finished adapter could not be promoted: {error}".splitlines()[0], error, settings)
+
+
+def _again(job: Job, reason: str, error: Exception, settings: Settings) -> Conclusion:
+    no_space_left = is_no_space(error)
+    fruitless = job.fruitless if no_space_left else job.fruitless + 1
     over = fruitless >= settings.queue.max_attempts
     return Conclusion(
         to=JobState.FAILED if over else JobState.QUEUED,
-        reason=f"the finished adapter could not be promoted: {error}".splitlines()[0],
-        failure=FailureKind.NO_SPACE if no_space else FailureKind.INTERNAL,
+        reason=reason,
+        failure=FailureKind.NO_SPACE if no_space_left else FailureKind.INTERNAL,
         not_before=time.time() + settings.queue.retry_seconds,
         fruitless=fruitless,
     )
+
+
+def is_no_space(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, says that the disk or a quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _read(path: Path, kind: Any) -> Any:

@@ -12,15 +12,18 @@ from dataclasses import replace
 from typing import Any
 
 import guard
-from daemon import versions
+from daemon import config, people, versions
 from daemon.bell import Bell
 from daemon.config import Settings
-from daemon.errors import DropforgeError, RootHeld
+from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors.base import Executor
 from daemon.executors.local import LocalExecutor
-from daemon.intake import Intake, settle_files
+from daemon.holds import HoldKind
+from daemon.hooks import Hooks
+from daemon.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.notify import notify
+from daemon.retry import Asked
 from daemon.scheduler import Scheduler
 from daemon.status import RECENT_JOBS, WAITING_FILES, StatusSnapshot, finished_job, running_job, write_status
 from daemon.store import JobStore
@@ -76,7 +79,10 @@ class Service:
         self._publish(status="starting", reason="recovering", force=True)
         self.store = JobStore(self.settings.store_path)
         self.intake = Intake(self.settings, self.store, bell=self.bell, log=self.log)
-        self.scheduler = Scheduler(self.settings, self.store, self._executor, settle=self._settle, log=self.log)
+        self.hooks = Hooks(self.settings.hooks, self.log)
+        self.scheduler = Scheduler(
+            self.settings, self.store, self._executor, settle=self._settle, hooks=self.hooks, log=self.log
+        )
         self.intake.open()
         self.scheduler.recover()
         before = {job.id for job in self.store.jobs(FINAL_STATES)} if once else set()
@@ -87,6 +93,7 @@ class Service:
                 self.tick()
         finally:
             self.intake.close()
+            self.hooks.close()
             self._publish(status="stopped", reason="", force=True)
             self.log.info("daemon.stopped")
             self.store.close()
@@ -99,10 +106,15 @@ class Service:
         """One round. The order is the story of one file, seen from the end that is nearest to done."""
         self.bell.clear()
         self._ticks += 1
+        if self._reload_requested:
+            self._reload()
+        if self.scheduler.listen():
+            self.intake.adopt()  # a job that a person put back has its rows checked again
         self.intake.tick(accept=not self.stopping)
         self.scheduler.reap()
         if not self.stopping:
             self.scheduler.dispatch()
+        self.hooks.collect()
         self._publish()
         notify("WATCHDOG=1")
         self.bell.wait(self._patience())
@@ -112,10 +124,9 @@ class Service:
             self.stopping = True
             self.log.info("daemon.stopping", running=self.scheduler.run.job.id if self.scheduler.run else None)
             notify("STOPPING=1", "STATUS=sealing a checkpoint")
-            self.scheduler.ask_to_leave()
-        elif self._stop_requests > 1 and self.scheduler.run is not None:
-            self._stop_requests = 1
-            self.scheduler.ask_to_leave()
+            self.scheduler.ask_to_leave(Asked.STOP)
+        elif self._stop_requests > 1:
+            self.scheduler.end_now()  # a second signal: at once, still consistent
         done = self.stopping and self.scheduler.run is None
         if once and not done:
             view = self.intake.view()
@@ -136,10 +147,10 @@ class Service:
                 due.append(seconds)
         return max(0.0, min(due))
 
-    def _settle(self, job: Job) -> None:
+    def _settle(self, job: Job, *, hand_back: bool = False) -> None:
         """Move a finished job's file; if that fails now, the next start does it."""
         try:
-            settle_files(self.settings, job)
+            people.settle(self.settings, job, hand_back=hand_back)
         except (DropforgeError, guard.GuardError, OSError) as error:
             self.log.error("file.not_moved", job=job.id, error=str(error))
         self._model_read = 0.0
@@ -171,10 +182,13 @@ class Service:
         view = self.intake.view()
         run = self.scheduler.run
         counts = self.store.counts()
+        hold = self.scheduler.hold
         if self.stopping:
             status, reason = "stopping", "a checkpoint is being sealed" if run else ""
         elif run is not None:
             status, reason = "training", run.job.id
+        elif hold is not None:
+            status, reason = "paused" if hold.kind is HoldKind.PAUSED else "waiting", hold.reason
         elif view.waiting or view.scanning:
             first = view.waiting[0].reason if view.waiting else "rows are being checked"
             status, reason = "waiting", first
@@ -218,13 +232,35 @@ class Service:
             )
         return self._model
 
+    def _reload(self) -> None:
+        """SIGHUP: valid settings apply to jobs that are not queued yet; an invalid file is reported and changes nothing."""
+        self._reload_requested = False
+        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            settings = config.load(self.settings.root)
+        except ConfigError as error:
+            self.log.error("daemon.not_reloaded", error=str(error))
+        else:
+            moved = settings.paths != self.settings.paths
+            self.settings = settings.model_copy(update={"paths": self.settings.paths})
+            self.intake.reload(self.settings)
+            self.scheduler.settings = self.settings
+            self.hooks.settings = self.settings.hooks
+            self.log.info("daemon.reloaded", **({"ignored": "[paths] takes a restart"} if moved else {}))
+        notify("READY=1")
+
     def _listen(self) -> None:
+        signal.signal(signal.SIGHUP, self._on_reload)
         signal.signal(signal.SIGTERM, self._on_stop)
         signal.signal(signal.SIGINT, self._on_stop)
         signal.signal(signal.SIGCHLD, self._on_child)
 
     def _on_stop(self, number: int, frame: object) -> None:
         self._stop_requests += 1
+        self.bell.set()
+
+    def _on_reload(self, number: int, frame: object) -> None:
+        self._reload_requested = True
         self.bell.set()
 
     def _on_child(self, number: int, frame: object) -> None:

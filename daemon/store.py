@@ -7,6 +7,8 @@ and a crash leaves either both or neither. WAL with synchronous=FULL: what retur
 
 from __future__ import annotations
 
+import json
+import re
 import sqlite3
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -18,34 +20,54 @@ from daemon.errors import NotFound, StoreError
 from daemon.job import FINAL_STATES, TRANSITIONS, Event, Job, JobState, from_json, to_json, utc_now
 from guard.atomic import fsync_dir
 
-SCHEMA_VERSION = 1
 BUSY_TIMEOUT_MS = 10_000  # a reader's checkpoint or another command's write; far above either
 
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE jobs (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,      -- arrival
-    id TEXT NOT NULL UNIQUE,
-    state TEXT NOT NULL,
-    priority INTEGER NOT NULL,                  -- 0 runs first
-    not_before REAL NOT NULL,                   -- seconds since the epoch
-    digest TEXT,                                -- of the dataset, once it is known
-    source_inode INTEGER NOT NULL,
-    body TEXT NOT NULL                          -- the Job as ASCII JSON
-);
-CREATE INDEX jobs_queue ON jobs (state, priority, seq);
-CREATE INDEX jobs_digest ON jobs (digest) WHERE digest IS NOT NULL;
-CREATE INDEX jobs_inode ON jobs (source_inode);
-CREATE TABLE events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    job_id TEXT NOT NULL,
-    at TEXT NOT NULL,
-    old TEXT,
-    new TEXT NOT NULL,
-    reason TEXT NOT NULL                        -- as ASCII JSON: reasons may quote file names of any bytes
-);
-CREATE INDEX events_job ON events (job_id, seq);
-"""
+# One script a version, from nothing to the newest; a script that was released is never changed.
+_MIGRATIONS = (
+    """
+    CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,      -- arrival
+        id TEXT NOT NULL UNIQUE,
+        state TEXT NOT NULL,
+        priority INTEGER NOT NULL,                  -- 0 runs first
+        not_before REAL NOT NULL,                   -- seconds since the epoch
+        digest TEXT,                                -- of the dataset, once it is known
+        source_inode INTEGER NOT NULL,
+        body TEXT NOT NULL                          -- the Job as ASCII JSON
+    );
+    CREATE INDEX jobs_queue ON jobs (state, priority, seq);
+    CREATE INDEX jobs_digest ON jobs (digest) WHERE digest IS NOT NULL;
+    CREATE INDEX jobs_inode ON jobs (source_inode);
+    CREATE TABLE events (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        job_id TEXT NOT NULL,
+        at TEXT NOT NULL,
+        old TEXT,
+        new TEXT NOT NULL,
+        reason TEXT NOT NULL                        -- as ASCII JSON: reasons may quote file names of any bytes
+    );
+    CREATE INDEX events_job ON events (job_id, seq)
+    """,
+    # A history of a million jobs must not slow down what is asked each second: counts are kept, not counted. The queue
+    # can be reordered, and people's wishes (pause, cancel) outlive every process.
+    """
+    ALTER TABLE jobs ADD COLUMN position INTEGER NOT NULL DEFAULT 0;  -- within a priority; smaller runs earlier
+    DROP INDEX jobs_queue;
+    CREATE INDEX jobs_queue ON jobs (state, priority, position, seq);
+    CREATE TABLE counts (state TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+    INSERT INTO counts SELECT state, count(*) FROM jobs GROUP BY state;
+    CREATE TABLE controls (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
+    """,
+)
+SCHEMA_VERSION = len(_MIGRATIONS)
+
+
+class NewerStore(StoreError):
+    """The store was written by a newer version of this program."""
+
+
+class BrokenStore(StoreError):
+    """The file is not a store, or not a whole one."""
 
 
 class TransitionRefused(StoreError):
@@ -55,23 +77,34 @@ class TransitionRefused(StoreError):
 class JobStore:
     """Open `path`, creating it if it is missing. One instance belongs to one thread; processes may share the file.
 
-    Raises StoreError when the file is not a store or belongs to a newer version; the file is then left as it is.
+    Raises NewerStore when it belongs to a newer version, BrokenStore when it is not a store or (with `check`, which
+    reads it whole) damaged; the file is then left as it is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, check: bool = False) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_MS / 1000)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            self._create_or_check()
-        except sqlite3.Error as error:
-            raise StoreError(
+            self._migrate()
+            if check and (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(found)
+        except NewerStore:
+            self._db.close()
+            raise
+        except (sqlite3.Error, StoreError) as error:
+            if "_db" in vars(self):
+                self._db.close()
+            busy = "locked" in str(error)
+            raise (StoreError if busy else BrokenStore)(
                 operation="open the job store",
                 subject=path,
-                cause=str(error),
-                hint="it was left as it is; move it aside by hand to start with an empty queue",
+                cause=error.cause if isinstance(error, StoreError) else str(error),
+                hint="another process holds it; try again"
+                if busy
+                else "it was left as it is; `dropforge run` sets it aside and rebuilds the queue from the folders",
             ) from error
 
     def close(self) -> None:
@@ -83,10 +116,11 @@ class JobStore:
         stamped = replace(job, created_at=job.created_at or utc_now(), updated_at=utc_now())
         with self._transaction():
             self._db.execute(
-                "INSERT INTO jobs (id, state, priority, not_before, digest, source_inode, body)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO jobs (id, state, priority, position, not_before, digest, source_inode, body)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (stamped.id, *_columns(stamped)),
             )
+            self._count(stamped.state, 1)
             self._record(stamped.id, None, stamped.state, stamped.reason)
         return stamped
 
@@ -105,6 +139,8 @@ class JobStore:
                 )
             moved = replace(job, state=to, reason=reason, updated_at=utc_now(), **fields)
             self._write(moved)
+            self._count(expected, -1)
+            self._count(to, 1)
             self._record(job_id, expected, to, reason)
         return moved
 
@@ -123,13 +159,9 @@ class JobStore:
         `now` is seconds since the epoch, against which `not_before` counts.
         """
         with self._transaction():
-            row = self._db.execute(
-                "SELECT body FROM jobs WHERE state = ? AND not_before <= ? ORDER BY priority, seq LIMIT 1",
-                (JobState.QUEUED, now),
-            ).fetchone()
-            if row is None:
+            job = self.peek(now)
+            if job is None:
                 return None
-            job = from_json(row[0], Job)
             attempt = job.attempt + 1
             moved = replace(
                 job,
@@ -141,8 +173,25 @@ class JobStore:
                 updated_at=utc_now(),
             )
             self._write(moved)
+            self._count(JobState.QUEUED, -1)
+            self._count(JobState.RUNNING, 1)
             self._record(job.id, JobState.QUEUED, JobState.RUNNING, moved.reason)
         return moved
+
+    def peek(self, now: float) -> Job | None:
+        """The job that `claim_next` would take."""
+        row = self._db.execute(
+            "SELECT body FROM jobs WHERE state = ? AND not_before <= ? ORDER BY priority, position, seq LIMIT 1",
+            (JobState.QUEUED, now),
+        ).fetchone()
+        return from_json(row[0], Job) if row else None
+
+    def next_due(self, now: float) -> float | None:
+        """When the next back-off of a queued job ends, seconds since the epoch; None when none is waited for."""
+        found = self._db.execute(
+            "SELECT min(not_before) FROM jobs WHERE state = ? AND not_before > ?", (JobState.QUEUED, now)
+        ).fetchone()[0]
+        return float(found) if found is not None else None
 
     def get(self, job_id: str) -> Job:
         """The job. Raises NotFound."""
@@ -153,11 +202,12 @@ class JobStore:
 
     def find(self, text: str) -> Job:
         """The one job whose id begins or ends with `text`. Raises NotFound when there is none or more than one."""
-        rows = self._db.execute(
-            "SELECT body FROM jobs WHERE id = ?1 OR substr(id, 1, length(?1)) = ?1 OR substr(id, -length(?1)) = ?1"
-            " LIMIT 2",
-            (text,),
-        ).fetchall()
+        rows = (
+            self._db.execute(
+                "SELECT body FROM jobs WHERE id >= ?1 AND id < ?1 || char(0x10FFFF) LIMIT 2", (text,)
+            ).fetchall()
+            or self._db.execute("SELECT body FROM jobs WHERE substr(id, -length(?1)) = ?1 LIMIT 2", (text,)).fetchall()
+        )
         if len(rows) == 1:
             return from_json(rows[0][0], Job)
         cause = "there is no such job" if not rows else "more than one job matches"
@@ -165,12 +215,15 @@ class JobStore:
 
     def jobs(self, states: Collection[JobState] | None = None, *, limit: int = -1, newest: bool = False) -> list[Job]:
         """Jobs in order of arrival (or newest first), of the given states or all."""
-        wanted = list(states) if states is not None else list(JobState)
-        rows = self._db.execute(
-            f"SELECT body FROM jobs WHERE state IN ({', '.join('?' * len(wanted))})"  # noqa: S608  only question marks
-            f" ORDER BY seq {'DESC' if newest else 'ASC'} LIMIT ?",
-            (*wanted, limit),
-        ).fetchall()
+        order = f"ORDER BY seq {'DESC' if newest else 'ASC'} LIMIT ?"
+        if states is None:
+            rows = self._db.execute(f"SELECT body FROM jobs {order}", (limit,)).fetchall()  # noqa: S608  no value in it
+        else:
+            marks = ", ".join("?" * len(states))
+            rows = self._db.execute(
+                f"SELECT body FROM jobs WHERE state IN ({marks}) {order}",  # noqa: S608  only question marks
+                (*states, limit),
+            ).fetchall()
         return [from_json(row[0], Job) for row in rows]
 
     def recent(self, limit: int) -> list[Job]:
@@ -186,13 +239,13 @@ class JobStore:
     def queue(self, *, limit: int = -1) -> list[Job]:
         """Queued jobs in the order in which they will run."""
         rows = self._db.execute(
-            "SELECT body FROM jobs WHERE state = ? ORDER BY priority, seq LIMIT ?", (JobState.QUEUED, limit)
+            "SELECT body FROM jobs WHERE state = ? ORDER BY priority, position, seq LIMIT ?", (JobState.QUEUED, limit)
         ).fetchall()
         return [from_json(row[0], Job) for row in rows]
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by state; every state is named."""
-        found = dict(self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+        found = dict(self._db.execute("SELECT state, number FROM counts").fetchall())
         return {state.value: found.get(state.value, 0) for state in JobState}
 
     def with_digest(self, digest: str, states: Collection[JobState]) -> list[Job]:
@@ -215,21 +268,82 @@ class JobStore:
             for at, old, new, reason in rows
         ]
 
-    def _create_or_check(self) -> None:
+    def control(self, key: str) -> Any:
+        """What a person asked for under this key (`paused`), None when nothing."""
+        row = self._db.execute("SELECT value FROM controls WHERE key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def set_control(self, key: str, value: Any) -> None:
+        """Record what a person asks for; None takes it back."""
+        with self._transaction():
+            if value is None:
+                self._db.execute("DELETE FROM controls WHERE key = ?", (key,))
+            else:
+                self._db.execute("INSERT OR REPLACE INTO controls VALUES (?, ?)", (key, json.dumps(value)))
+
+    def move_first(self, job_id: str) -> Job:
+        """Put a queued job before all others of its priority. Raises TransitionRefused when it is not queued."""
+        with self._transaction():
+            job = self.get(job_id)
+            if job.state is not JobState.QUEUED:
+                raise TransitionRefused(operation=f"move job {job_id}", cause=f"it is {job.state}")
+            least = self._db.execute(
+                "SELECT min(position) FROM jobs WHERE state = ? AND priority = ?", (JobState.QUEUED, job.priority.rank)
+            ).fetchone()[0]
+            moved = replace(job, position=least - 1, updated_at=utc_now())
+            self._write(moved)
+        return moved
+
+    def data_version(self) -> int:
+        """A number that differs when another process has written since it was last asked for."""
+        return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
+    def prune(self, before: str, *, most: int = 1000) -> int:
+        """Forget at most about `most` jobs that ended before `before` (ISO 8601), oldest first; returns how many.
+
+        Their moves go. What was trained stays known by its digest: content is never trained twice for its age.
+        """
+        forgotten = 0
+        with self._transaction():
+            oldest = self._db.execute("SELECT job_id, at FROM events ORDER BY seq LIMIT ?", (most * 5,)).fetchall()
+            for job_id in dict.fromkeys(job_id for job_id, at in oldest if at < before):
+                row = self._db.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()
+                job = from_json(row[0], Job) if row else None
+                if job is not None and (job.state not in FINAL_STATES or job.updated_at >= before):
+                    continue
+                self._db.execute("DELETE FROM events WHERE job_id = ?", (job_id,))
+                forgotten += 1
+                if job is not None and job.state is not JobState.SUCCEEDED:
+                    self._db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+                    self._count(job.state, -1)
+        return forgotten
+
+    def _migrate(self) -> None:
+        """Bring the schema up to SCHEMA_VERSION, all in one transaction."""
         with self._transaction():
             tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if not tables:
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    self._db.execute(statement)
-                self._db.execute("INSERT INTO meta VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
-                fsync_dir(self.path.parent)
-                return
-            if "meta" not in tables:
+            found = 0
+            if "meta" in tables:
+                row = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
+                found = int(row[0]) if row else 0
+            elif tables:
                 raise sqlite3.DatabaseError("it is a database, but not a job store")
-            row = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-            if row is None or int(row[0]) != SCHEMA_VERSION:
-                found = row[0] if row else "missing"
-                raise sqlite3.DatabaseError(f"its schema version is {found}, this program knows {SCHEMA_VERSION}")
+            if found == SCHEMA_VERSION:
+                return
+            if found > SCHEMA_VERSION:
+                raise NewerStore(
+                    operation="open the job store",
+                    subject=self.path,
+                    cause=f"its schema version is {found}, this program knows {SCHEMA_VERSION}",
+                    hint="it was left as it is; run the version of Dropforge that wrote it",
+                )
+            if not tables:
+                self._db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+            for script in _MIGRATIONS[found:]:
+                for statement in filter(str.strip, re.sub(r"--.*", "", script).split(";")):
+                    self._db.execute(statement)
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
+        fsync_dir(self.path.parent)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -248,9 +362,14 @@ class JobStore:
 
     def _write(self, job: Job) -> None:
         self._db.execute(
-            "UPDATE jobs SET state = ?, priority = ?, not_before = ?, digest = ?, source_inode = ?, body = ?"
+            "UPDATE jobs SET state = ?, priority = ?, position = ?, not_before = ?, digest = ?, source_inode = ?, body = ?"
             " WHERE id = ?",
             (*_columns(job), job.id),
+        )
+
+    def _count(self, state: JobState, change: int) -> None:
+        self._db.execute(
+            "INSERT INTO counts VALUES (?1, ?2) ON CONFLICT (state) DO UPDATE SET number = number + ?2", (state, change)
         )
 
     def _record(self, job_id: str, old: JobState | None, new: JobState, reason: str) -> None:
@@ -260,7 +379,7 @@ class JobStore:
         )
 
 
-def _columns(job: Job) -> tuple[str, int, float, str | None, int, str]:
+def _columns(job: Job) -> tuple[str, int, int, float, str | None, int, str]:
     """What `_SCHEMA` keeps beside the body, in its order, then the body."""
     digest = job.dataset.digest if job.dataset else None
-    return job.state.value, job.priority.rank, job.not_before, digest, job.source_inode, to_json(job)
+    return job.state.value, job.priority.rank, job.position, job.not_before, digest, job.source_inode, to_json(job)

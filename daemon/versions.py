@@ -88,10 +88,10 @@ def find_version(model_dir: Path, name: str) -> Version:
 def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[str, Any]) -> Version:
     """Make the adapter in `candidate` the next version and the current one; the caller holds the model lock.
 
-    Idempotent by job: after a crash at any point the same call carries on where the first one stopped. Raises
-    DropforgeError when the candidate is incomplete.
+    Can be repeated: after a crash at any point the same call carries on where the first one stopped. Raises
+    DropforgeError when the candidate is incomplete, or gone without having become a version.
     """
-    version = _of_job(model_dir, job_id)
+    version = None if candidate.is_dir() else _of_job(model_dir, job_id)  # the rename is what makes it a version
     if version is None:
         missing = [name for name in ADAPTER_FILES if not (candidate / name).is_file()]
         if missing:
@@ -142,7 +142,8 @@ def _version(path: Path) -> Version:
 
 
 def _of_job(model_dir: Path, job_id: str) -> Version | None:
-    return next((version for version in list_versions(model_dir) if version.record.get("job") == job_id), None)
+    mine = [version for version in list_versions(model_dir) if version.record.get("job") == job_id]
+    return mine[-1] if mine else None
 
 
 def _record_lineage(model_dir: Path, version: Version) -> None:

@@ -1,4 +1,4 @@
-"""Commands about jobs: jobs, show, submit, check."""
+"""Commands about jobs and their queue: jobs, show, submit, check, cancel, retry, move, pause, resume."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from daemon import show
+from daemon import people, show
 from daemon.cli.common import JsonFlag, app, open_store, out, print_json
+from daemon.errors import ConfigError
 from daemon.job import JobState, Priority, to_json
 from daemon.status import finished_job
 from daemon.store import JobStore
@@ -91,3 +92,55 @@ def check(
         for report in reports:
             out.print(render_text(report), markup=False)
     raise typer.Exit(0 if all(report.accepted for report in reports) else 3)
+
+
+@app.command()
+def cancel(
+    context: typer.Context,
+    job: str,
+    hand_back: Annotated[
+        bool, typer.Option("--return", help="Put its file back into the inbox instead of failed/.")
+    ] = False,
+) -> None:
+    """Cancel a job that waits or runs; a running one seals a checkpoint first."""
+    with open_store(context) as store:
+        out.print(people.cancel(context.obj.settings, store, store.find(job), hand_back=hand_back), markup=False)
+
+
+@app.command()
+def retry(context: typer.Context, job: str) -> None:
+    """Put a failed, rejected or cancelled job back into the queue, under the settings of now."""
+    with open_store(context) as store:
+        out.print(people.retry(context.obj.settings, store, store.find(job)), markup=False)
+
+
+@app.command()
+def move(
+    context: typer.Context,
+    job: str,
+    first: Annotated[bool, typer.Option("--first", help="Before all others of its priority.")] = False,
+    priority: Annotated[Priority | None, typer.Option(help="Its new priority.")] = None,
+) -> None:
+    """Change a queued job's place."""
+    if not first and priority is None:
+        raise ConfigError(operation="move job", subject=job, cause="no place was named", hint="--first or --priority")
+    with open_store(context) as store:
+        out.print(people.move(store, store.find(job), first=first, priority=priority), markup=False)
+
+
+@app.command()
+def pause(
+    context: typer.Context,
+    after_job: Annotated[bool, typer.Option("--after-job", help="Let the running job come to its end.")] = False,
+    reason: Annotated[str, typer.Option(help="Shown in status.")] = "",
+) -> None:
+    """Hold the queue, also over restarts: the running job seals a checkpoint and is queued again."""
+    with open_store(context) as store:
+        out.print(people.pause(store, after_job=after_job, reason=reason), markup=False)
+
+
+@app.command()
+def resume(context: typer.Context) -> None:
+    """Let a paused queue go on."""
+    with open_store(context) as store:
+        out.print(people.resume(store), markup=False)

@@ -157,9 +157,7 @@ def killed_runs(
                     shutil.rmtree(run.root)
 
 
-def full_disk_runs(
-    target: str, prepare: Callable[[Path], Mapping[str, Any]], base: Path
-) -> Iterator[KilledRun]:
+def full_disk_runs(target: str, prepare: Callable[[Path], Mapping[str, Any]], base: Path) -> Iterator[KilledRun]:
     """Run `target` once for every call that changes the disk, with a disk that is full from that call on.
 
     The target is not killed: it has to catch its own error and return what it makes of it.
@@ -195,9 +193,7 @@ class _Counter:
         self.log_fd = -1
         self.real_write = os.write
 
-    def around(
-        self, name: str, detail: str, call: Callable[[], Any], torn: Callable[[], Any] | None = None
-    ) -> Any:
+    def around(self, name: str, detail: str, call: Callable[[], Any], torn: Callable[[], Any] | None = None) -> Any:
         if not self.active:
             return call()
         with self.lock:
@@ -207,9 +203,7 @@ class _Counter:
                 if mine or name in _ALLOCATING:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), detail)
                 return call()
-            self.real_write(
-                self.log_fd, f"C{self.count} {name} {detail}".replace("\n", "\\n").encode() + b"\n"
-            )
+            self.real_write(self.log_fd, f"C{self.count} {name} {detail}".replace("\n", "\\n").encode() + b"\n")
             if mine and self.when == "before":
                 self.die()
             if mine and self.when == "torn":
@@ -268,12 +262,10 @@ def _wrap_open() -> None:
     def counted_os_open(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         if not flags & _WRITE_FLAGS:
             return real_os_open(path, flags, *args, **kwargs)
-        opened: int = _counter.around(
-            "open", _spell(path), lambda: real_os_open(path, flags, *args, **kwargs)
-        )
+        opened: int = _counter.around("open", _spell(path), lambda: real_os_open(path, flags, *args, **kwargs))
         return opened
 
-    def counted_open(  # noqa: PLR0917  the signature of open()
+    def counted_open(
         file: Any,
         mode: str = "r",
         buffering: int = -1,

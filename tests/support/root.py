@@ -116,6 +116,12 @@ class Root:
         wait_until(watches, what="the daemon to watch")
         return self._daemon
 
+    @property
+    def start_pid(self) -> int:
+        """The running daemon's pid."""
+        assert self._daemon is not None
+        return self._daemon.pid
+
     def stop(self, timeout: float = 60.0) -> int:
         """SIGTERM; returns the exit code."""
         assert self._daemon is not None

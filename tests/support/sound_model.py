@@ -42,9 +42,7 @@ def _check_checkpoints(model_dir: Path, key: bytes | None, allow_unsealed: bool)
 
 def _check_stamp(model_dir: Path) -> None:
     reading = guard.read_stamp(model_dir)
-    assert reading.kind in (guard.StampKind.MISSING, guard.StampKind.LEGACY, guard.StampKind.CURRENT), (
-        reading.reason
-    )
+    assert reading.kind in (guard.StampKind.MISSING, guard.StampKind.LEGACY, guard.StampKind.CURRENT), reading.reason
 
 
 def _check_temporary_files(model_dir: Path) -> None:
@@ -87,9 +85,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _check_versions(model_dir: Path, settled: bool) -> None:
     root = model_dir / "versions"
-    versions = (
-        {path.name: path for path in root.iterdir() if _VERSION.fullmatch(path.name)} if root.is_dir() else {}
-    )
+    versions = {path.name: path for path in root.iterdir() if _VERSION.fullmatch(path.name)} if root.is_dir() else {}
     for name, path in versions.items():
         assert path.is_dir(), path
         assert not path.is_symlink(), path

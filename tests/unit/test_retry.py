@@ -9,17 +9,32 @@ import pytest
 from daemon.config import QueueSettings
 from daemon.executors.base import Exit
 from daemon.job import FailureKind, Job, JobState, Outcome, RunResult
-from daemon.retry import FINAL_FAILURES, Conclusion, conclude
+from daemon.retry import FINAL_FAILURES, Asked, Conclusion, conclude, halved
 
 QUEUE = QueueSettings(max_attempts=3, retry_seconds=10.0)
 
 
 def after(
-    result: RunResult | None, *, fruitless: int = 0, asked: bool = False, progressed: bool = False, **exit_: Any
+    result: RunResult | None,
+    *,
+    fruitless: int = 0,
+    asked: Asked | None = None,
+    progressed: bool = False,
+    memory_killed: bool = False,
+    batch: int = 4,
+    **exit_: Any,
 ) -> Conclusion:
-    job = Job(id="a", name="a", state=JobState.RUNNING, fruitless=fruitless)
+    recipe = {"training": {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 2}}
+    job = Job(id="a", name="a", state=JobState.RUNNING, fruitless=fruitless, recipe=recipe)
     return conclude(
-        job=job, result=result, ended=Exit(**exit_), asked=asked, progressed=progressed, queue=QUEUE, now=1000.0
+        job=job,
+        result=result,
+        ended=Exit(**exit_),
+        asked=asked,
+        progressed=progressed,
+        memory_killed=memory_killed,
+        queue=QUEUE,
+        now=1000.0,
     )
 
 
@@ -47,8 +62,9 @@ def test_an_interruption_burns_no_attempt() -> None:
 
 
 def test_being_ended_after_we_asked_burns_no_attempt() -> None:
-    conclusion = after(None, fruitless=2, asked=True, signal=9)
-    assert (conclusion.to, conclusion.fruitless) == (JobState.QUEUED, 2)
+    for why in (Asked.STOP, Asked.PAUSE):
+        conclusion = after(None, fruitless=2, asked=why, signal=9)
+        assert (conclusion.to, conclusion.fruitless, conclusion.failure) == (JobState.QUEUED, 2, None)
 
 
 def test_a_lost_trainer_comes_back_with_growing_back_off_until_it_made_no_progress_too_often() -> None:
@@ -79,3 +95,49 @@ def test_what_would_fail_again_is_not_tried_again(kind: FailureKind) -> None:
 def test_a_result_counts_more_than_the_exit_code() -> None:
     assert after(success(), signal=11).to is JobState.SUCCEEDED
     assert after(None, code=0).failure is FailureKind.LOST
+
+
+@pytest.mark.parametrize("result", [None, RunResult(outcome=Outcome.INTERRUPTED)])
+def test_a_cancelled_run_is_cancelled_however_it_left(result: RunResult | None) -> None:
+    assert after(result, asked=Asked.CANCEL, signal=9).to is JobState.CANCELLED
+
+
+def test_a_run_that_was_done_before_it_heard_of_the_cancelling_counts() -> None:
+    assert after(success(), asked=Asked.CANCEL, code=0).to is JobState.SUCCEEDED
+
+
+def test_a_stalled_run_comes_back_and_counts_as_an_attempt_even_if_it_sealed_something_at_last() -> None:
+    conclusion = after(RunResult(outcome=Outcome.INTERRUPTED), asked=Asked.STALL, fruitless=1, code=75)
+    assert (conclusion.to, conclusion.failure, conclusion.fruitless) == (JobState.QUEUED, FailureKind.STALLED, 2)
+    assert after(None, asked=Asked.STALL, fruitless=2, signal=9).to is JobState.FAILED
+
+
+def test_a_run_over_its_time_fails() -> None:
+    assert after(RunResult(outcome=Outcome.INTERRUPTED), asked=Asked.TIMEOUT, code=75).failure is FailureKind.STALLED
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_global_one() -> None:
+    oom = RunResult(outcome=Outcome.FAILED, failure=FailureKind.OUT_OF_MEMORY, message="no memory")
+    conclusion = after(oom, code=1)
+    assert (conclusion.to, conclusion.halve_batch) == (JobState.QUEUED, True)
+    recipe = halved(
+        {"training": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "seed": 1}, "lora": {}}
+    )
+    assert recipe == {
+        "training": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "seed": 1},
+        "lora": {},
+    }
+    for odd in (1, 3):
+        assert after(oom, batch=odd, code=1).to is JobState.FAILED
+
+
+def test_the_kernels_own_killing_for_memory_is_told_from_somebody_elses_kill() -> None:
+    assert after(None, memory_killed=True, signal=9).failure is FailureKind.OUT_OF_MEMORY
+    assert after(None, memory_killed=True, signal=15).failure is FailureKind.LOST
+    assert after(None, signal=9).failure is FailureKind.LOST
+
+
+def test_a_full_disk_burns_no_attempt() -> None:
+    full = RunResult(outcome=Outcome.FAILED, failure=FailureKind.NO_SPACE, message="No space left on device")
+    conclusion = after(full, fruitless=2, code=1)
+    assert (conclusion.to, conclusion.fruitless, conclusion.not_before) == (JobState.QUEUED, 2, 1010.0)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from daemon.errors import NotFound, StoreError
+from daemon.errors import NotFound
 from daemon.job import TRANSITIONS, Dataset, Job, JobState, Priority
-from daemon.store import JobStore, TransitionRefused
+from daemon.store import BrokenStore, JobStore, NewerStore, TransitionRefused
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_a_job_is_found_by_either_end_of_its_id_unless_that_is_ambiguous(store: 
 def test_what_is_no_store_is_refused_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "queue.sqlite3"
     path.write_bytes(content)
-    with pytest.raises(StoreError, match="left as it is"):
+    with pytest.raises(BrokenStore, match="left as it is"):
         JobStore(path)
     assert path.read_bytes() == content
 
@@ -98,11 +100,93 @@ def test_what_is_no_store_is_refused_and_left_as_it_is(tmp_path: Path, content: 
 def test_a_store_of_a_newer_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "queue.sqlite3"
     JobStore(path).close()
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db, db:
         db.execute("UPDATE meta SET value = '99' WHERE key = 'schema_version'")
-    db.close()
-    with pytest.raises(StoreError, match="99"):
+    with pytest.raises(NewerStore, match="99"):
         JobStore(path)
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT value FROM meta").fetchone() == ("99",)
-    db.close()
+
+
+def test_a_store_of_version_1_is_opened_and_knows_everything_it_knew(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite3"
+    shutil.copyfile(Path(__file__).parents[1] / "data" / "queue-v1.sqlite3", path)
+    store = JobStore(path)
+    assert [job.state for job in store.jobs()] == ["succeeded", "failed", "queued", "queued", "rejected"]
+    assert {state: number for state, number in store.counts().items() if number} == {
+        "succeeded": 1, "failed": 1, "queued": 2, "rejected": 1,
+    }  # fmt: skip
+    assert [job.name for job in store.queue()] == ["3.jsonl", "2.jsonl"]  # the other one has low priority
+    assert [event.new for event in store.events("20260101-000000-0000")] == [
+        "claimed",
+        "queued",
+        "running",
+        "succeeded",
+    ]
+    assert [job.version for job in store.with_digest("aa" * 32, {JobState.SUCCEEDED})] == ["0001"]
+    store.close()
+    assert JobStore(path).counts()["queued"] == 2
+
+
+def test_damage_that_opening_does_not_meet_is_found_by_checking(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite3"
+    store = JobStore(path)
+    for number in range(300):
+        queued(store, f"job-{number:04}")
+    store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.close()
+    data = bytearray(path.read_bytes())
+    for page in range(5, len(data) // 4096):
+        data[page * 4096 : page * 4096 + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    with pytest.raises(BrokenStore):
+        JobStore(path, check=True)
+    assert path.read_bytes() == data
+
+
+def test_counts_are_those_of_the_rows_after_any_moves(store: JobStore) -> None:
+    for number in range(5):
+        queued(store, f"job-{number}")
+    store.claim_next(0.0)
+    store.transition("job-1", JobState.QUEUED, JobState.CANCELLED, "not wanted")
+    store.transition("job-1", JobState.CANCELLED, JobState.CLAIMED, "wanted after all")
+    store.transition("job-0", JobState.RUNNING, JobState.SUCCEEDED, "done")
+    counted = {state.value: len(store.jobs({state})) for state in JobState}
+    assert store.counts() == counted
+
+
+def test_a_job_that_is_moved_first_runs_next_within_its_priority(store: JobStore) -> None:
+    for job_id in ("a", "b", "c"):
+        queued(store, job_id)
+    queued(store, "high", priority=Priority.HIGH)
+    store.move_first("c")
+    store.move_first("b")
+    assert [job.id for job in store.queue()] == ["high", "b", "c", "a"]
+    store.transition("a", JobState.QUEUED, JobState.CANCELLED, "not wanted")
+    with pytest.raises(TransitionRefused):
+        store.move_first("a")
+
+
+def test_what_people_ask_for_outlives_the_process(tmp_path: Path) -> None:
+    JobStore(tmp_path / "q").set_control("paused", {"by": "ann"})
+    again = JobStore(tmp_path / "q")
+    assert again.control("paused") == {"by": "ann"}
+    again.set_control("paused", None)
+    assert again.control("paused") is None
+
+
+def test_pruning_forgets_the_moves_of_old_jobs_but_not_what_was_trained(store: JobStore) -> None:
+    dataset = Dataset(name="x", path="x", size_bytes=1, rows=1, digest="ab" * 32, format="text")
+    queued(store, "trained")
+    store.claim_next(0.0)
+    store.transition("trained", JobState.RUNNING, JobState.SUCCEEDED, "done", dataset=dataset)
+    queued(store, "failed")
+    store.claim_next(0.0)
+    store.transition("failed", JobState.RUNNING, JobState.FAILED, "broken")
+    queued(store, "waiting")
+    assert store.prune("2000-01-01") == 0
+    assert store.prune("9999-01-01") == 2
+    assert [job.id for job in store.jobs()] == ["trained", "waiting"]
+    assert store.with_digest("ab" * 32, {JobState.SUCCEEDED})
+    assert (store.events("trained"), len(store.events("waiting"))) == ([], 2)
+    assert store.counts()["failed"] == 0

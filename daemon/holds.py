@@ -1,0 +1,102 @@
+"""Why the queue may have to wait although jobs are ready: a person paused it, or there is no room on the disk.
+
+A hold burns no attempt and needs nobody: it goes when its reason goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from daemon.config import Recipe, Settings
+
+PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", "at": ..., "reason": ...}
+FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model's configuration tells
+OPTIMIZER_COPIES = 2  # AdamW keeps two values a weight
+EXTRAS_BYTES = 32 * 2**20  # tokenizer, configuration, records
+
+
+class HoldKind(StrEnum):
+    """What holds the queue."""
+
+    PAUSED = "paused"
+    NO_SPACE = "no_space"
+    GPU = "gpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """One reason to wait."""
+
+    kind: HoldKind
+    reason: str
+
+
+def paused(control: Mapping[str, Any] | None) -> Hold | None:
+    """The hold of a queue that a person paused."""
+    if not control:
+        return None
+    why = f": {control['reason']}" if control.get("reason") else ""
+    return Hold(kind=HoldKind.PAUSED, reason=f"paused by a person at {control.get('at', '?')}{why}; `dropforge resume`")
+
+
+def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
+    """The hold of a disk that a run would fill."""
+    needed = bytes_needed(recipe, settings.model_dir) + settings.queue.min_free_bytes
+    free = free_bytes(settings.model_dir)
+    if free >= needed:
+        return None
+    return Hold(
+        kind=HoldKind.NO_SPACE,
+        reason=f"{settings.model_dir} has {_human(free)} free, a run needs {_human(needed)}; waits for free space",
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write on the file system of `path`."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
+def bytes_needed(recipe: Recipe, model_dir: Path) -> int:
+    """What a run writes at most at one time: its checkpoints, the one being staged, and the version.
+
+    An adapter's size is that of the current version; before the first one it follows from base model and rank.
+    """
+    adapter = _current_adapter_bytes(model_dir) or _planned_adapter_bytes(recipe) or FALLBACK_ADAPTER_BYTES
+    checkpoint = adapter * (1 + OPTIMIZER_COPIES) + EXTRAS_BYTES
+    return checkpoint * (recipe.training.save_total_limit + 1) + adapter + EXTRAS_BYTES
+
+
+def _current_adapter_bytes(model_dir: Path) -> int:
+    try:
+        return (model_dir / "latest" / "adapter_model.safetensors").stat().st_size
+    except OSError:
+        return 0
+
+
+def _planned_adapter_bytes(recipe: Recipe) -> int:
+    """r x (inputs + outputs) x 4 bytes over the linear layers of a Llama-like model; 0 when its shape is not known."""
+    try:
+        config = json.loads((Path(recipe.model.model_name_or_path) / "config.json").read_bytes())
+        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+        inner = int(config.get("intermediate_size", 4 * hidden))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0
+    attention = 4 * (hidden + hidden)  # q, k, v, o; k and v may be narrower
+    feed_forward = 3 * (hidden + inner)  # gate, up, down
+    return recipe.lora.r * layers * (attention + feed_forward) * 4
+
+
+def _human(size: int) -> str:
+    value = float(size)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

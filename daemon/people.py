@@ -1,0 +1,128 @@
+"""What people ask of the queue: pause, resume, cancel, retry, move.
+
+Everything goes through the store, so it works while a daemon runs (which notices within a tick) and while none does.
+Each function returns one sentence that says what happened.
+"""
+
+from __future__ import annotations
+
+import time
+
+from daemon import inbox
+from daemon.config import Settings
+from daemon.errors import DropforgeError
+from daemon.holds import PAUSED_KEY
+from daemon.job import FINAL_STATES, Job, JobState, Priority, utc_now
+from daemon.settle import sidecar_name
+from daemon.store import JobStore, TransitionRefused
+
+
+def pause(store: JobStore, *, after_job: bool, reason: str = "") -> str:
+    """Hold the queue until `resume`; a running job is sealed and queued again, or with `after_job` finished first."""
+    store.set_control(PAUSED_KEY, {"mode": "after_job" if after_job else "now", "at": utc_now(), "reason": reason})
+    running = store.jobs({JobState.RUNNING}, limit=1)
+    if not running:
+        return "the queue is paused"
+    return (
+        f"the queue is paused; job {running[0].id} {'goes on to its end' if after_job else 'seals a checkpoint first'}"
+    )
+
+
+def resume(store: JobStore) -> str:
+    """Let the queue go on."""
+    if store.control(PAUSED_KEY) is None:
+        return "the queue was not paused"
+    store.set_control(PAUSED_KEY, None)
+    return "the queue goes on"
+
+
+def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) -> str:
+    """Cancel a job that is not finished. Its file goes to failed/, or with `hand_back` back to the inbox.
+
+    Raises DropforgeError when the job is finished already.
+    """
+    for _ in range(3):  # the daemon may move it between our look and our move
+        job = store.get(job.id)
+        if job.state in FINAL_STATES:
+            raise DropforgeError(operation="cancel job", subject=job.id, cause=f"it is {job.state} already")
+        if job.state is JobState.RUNNING:
+            store.update(job.id, wanted="return" if hand_back else "cancel")
+            return f"job {job.id} is asked to leave; its checkpoints stay until the next run"
+        try:
+            cancelled = store.transition(
+                job.id, job.state, JobState.CANCELLED, "a person cancelled the job", finished_at=utc_now()
+            )
+        except TransitionRefused:
+            continue
+        settle(settings, cancelled, hand_back=hand_back)
+        return f"job {job.id} is cancelled" + (", its file is back in the inbox" if hand_back else "")
+    raise DropforgeError(operation="cancel job", subject=job.id, cause="it is moving", hint="try again")
+
+
+def settle(settings: Settings, job: Job, *, hand_back: bool = False) -> None:
+    """Move a finished job's folder to its place; with `hand_back` its file and sidecar return to where they came from."""
+    folder = inbox.settle_files(settings, job)
+    if not hand_back:
+        return
+    target = inbox.folders(settings)[job.priority]
+    for name in (sidecar_name(job.name), job.name):  # the sidecar first: the file alone would be taken without it
+        if (folder / name).exists():
+            inbox.return_to_inbox(folder / name, target)
+
+
+def retry(settings: Settings, store: JobStore, job: Job) -> str:
+    """Put a failed, rejected or cancelled job back: its rows are checked again, under the settings of now.
+
+    Raises DropforgeError when it is not finished or succeeded, NotFound when its file is gone.
+    """
+    if job.state is JobState.SUCCEEDED or job.state not in FINAL_STATES:
+        raise DropforgeError(
+            operation="retry job",
+            subject=job.id,
+            cause=f"it is {job.state}",
+            hint="`dropforge submit --force` trains the same content again" if job.state is JobState.SUCCEEDED else "",
+        )
+    # The file first: a crash between the two leaves a finished job with its file in processing/, which is mended.
+    inbox.return_for_retry(settings, job)
+    store.transition(
+        job.id,
+        job.state,
+        JobState.CLAIMED,
+        "tried again by a person",
+        force=job.force or job.duplicate_of is not None,
+        duplicate_of=None,
+        failure=None,
+        fruitless=0,
+        not_before=0.0,
+        finished_at=None,
+        result=None,
+    )
+    return f"job {job.id} is checked again and then queued"
+
+
+def move(store: JobStore, job: Job, *, first: bool, priority: Priority | None) -> str:
+    """Change a queued job's place. Raises TransitionRefused when it is not queued."""
+    if job.state is not JobState.QUEUED:
+        raise TransitionRefused(
+            operation="move job",
+            subject=job.id,
+            cause=f"it is {job.state}",
+            hint="only queued jobs have a place to change",
+        )
+    if priority is not None:
+        store.update(job.id, priority=priority, position=0)
+    if first:
+        store.move_first(job.id)
+    place = [queued.id for queued in store.queue()].index(job.id) + 1
+    return f"job {job.id} is number {place} in the queue"
+
+
+def prune(settings: Settings, store: JobStore) -> int:
+    """Forget what `keep_jobs_days` says; returns how many jobs."""
+    days = settings.queue.keep_jobs_days
+    if not days:
+        return 0
+    from datetime import UTC, datetime
+
+    before = datetime.fromtimestamp(time.time() - days * 86_400, UTC).isoformat(timespec="milliseconds")
+    return store.prune(before.replace("+00:00", "Z"))
