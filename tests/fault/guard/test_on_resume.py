@@ -7,6 +7,7 @@ design has to be read again. The second half is the same event under the guard.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ pytest.importorskip("peft")
 
 import guard  # noqa: E402  only where the Trainer is installed
 from guard import VerdictKind  # noqa: E402  see above
+from guard.cli import main  # noqa: E402  see above
 from tests.fault.guard.tiny import Seen, make_trainer, save_base_model, write_rows  # noqa: E402  see above
 from tests.support.sound_model import assert_model_dir_sound  # noqa: E402  see above
 
@@ -340,6 +342,42 @@ def test_a_plain_script_is_sealed_in_place_and_rotated(lab: Lab, tmp_path: Path)
         (4, "intact"),
     ]
     assert not list(directory.rglob("training_args.bin"))
+
+
+def test_a_directory_of_a_plain_script_is_sealed_verified_refused_and_cleared(
+    lab: Lab, copy: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command on what a real, unguarded Trainer left; once sealed, the guarded Trainer goes on from
+    there.
+    """
+    directory = copy(lab.half_way)
+    (state,) = {checkpoint.state for checkpoint in guard.scan_checkpoints(directory)}
+    assert state is guard.CheckpointState.UNSEALED
+    trainer, _ = make_trainer(base=lab.base, dataset=lab.rows, output_dir=directory)
+    run = guard.fingerprint_trainer(trainer, dataset_path=lab.rows)
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(run.to_json()))
+
+    def command(*arguments: object) -> int:
+        return main([str(argument) for argument in arguments])
+
+    options = ("--dataset", lab.rows, "--recipe", recipe)
+    assert command("check", directory, *options) == 3
+    assert command("seal", directory / "checkpoint-2", *options) == 0
+    assert command("verify", directory) == 0
+    assert command("check", directory, *options) == 0
+    other = write_rows(tmp_path / "other.jsonl", 16, seed=1)
+    assert command("check", directory, "--dataset", other) == 3
+    assert "dataset.digest: " in capsys.readouterr().out
+
+    prepared, seen = lab.run_guarded(copy_to(directory, tmp_path / "resumed"), staged=False)
+    assert (prepared.verdict.kind, seen.steps) == (VerdictKind.RESUME, [3, 4])
+    assert command("clear", directory, "--dataset", other) == 0
+    assert guard.scan_checkpoints(directory) == ()
+
+
+def copy_to(source: Path, target: Path) -> Path:
+    return shutil.copytree(source, target, symlinks=True)
 
 
 def test_the_example_of_the_readme(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

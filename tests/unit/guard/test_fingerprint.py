@@ -71,6 +71,7 @@ def test_differences_come_in_the_order_in_which_a_person_looks() -> None:
         lora__r=16,
         dataset__digest="c" * 64,
         zeta__unknown=1,
+        lora__from_the_future=1,
         model__digest="d" * 64,
         attempt__hostname="b",
         training__learning_rate=1,
@@ -80,6 +81,7 @@ def test_differences_come_in_the_order_in_which_a_person_looks() -> None:
         "dataset.digest",
         "model.digest",
         "lora.r",
+        "lora.from_the_future",
         "training.learning_rate",
         "training.save_steps",
         "attempt.hostname",
@@ -147,6 +149,14 @@ def test_values_become_what_json_will_give_back() -> None:
             make_fingerprint(lora__r=bad)
     with pytest.raises(TypeError, match="bytes"):
         make_fingerprint(lora__r=b"8")
+
+
+def test_lists_that_are_sets_have_no_order_and_others_keep_theirs() -> None:
+    one, other = (make_fingerprint(lora__target_modules=modules) for modules in (["q", "v"], ("v", "q")))
+    assert one.same_run(other)
+    assert one == other
+    one, other = (make_fingerprint(lora__alora_invocation_tokens=tokens) for tokens in ([1, 2], [2, 1]))
+    assert not one.same_run(other)
 
 
 def test_a_fingerprint_does_not_change_with_the_values_it_was_made_from() -> None:
