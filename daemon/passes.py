@@ -25,7 +25,7 @@ from daemon.job import from_json, to_json
 from daemon.watch import Rings
 
 LARGE_BYTES = 32 * 2**20  # read in the lane for large files
-PIPELINED = 8  # requests that a child may have at once, so that it never waits for the daemon's disk
+PIPELINED = 64  # requests that a child may have at once, so that it never waits for the daemon's disk
 IDLE_SECONDS = 600.0  # an unused child ends after so long
 MAX_TRIES = 2
 

@@ -91,6 +91,7 @@ class Candidate:
     must_settle: bool = False  # its writer was seen to come back
     reason: str = ""  # why it is not taken
     due: float = 0.0  # when to look again
+    failed_claims: int = 0
     settled: bool = False  # it waits for a place in the queue only
 
     @property

@@ -29,9 +29,9 @@ def write(path: Path, *parts: bytes) -> Path:
     return path
 
 
-def report_of(path: Path, rules: Rules = Rules()):
+def report_of(path: Path, rules: Rules | None = None):
     with pytest.raises(RejectedDataset) as caught:
-        scan_dataset(path, rules)
+        scan_dataset(path, rules or Rules())
     return caught.value.report
 
 
