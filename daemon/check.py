@@ -6,6 +6,7 @@ Rows are read in child processes as the daemon does it; tokens are counted in an
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -101,18 +102,19 @@ def check_files(
 
 
 def _check(path: Path, settings: Settings, store: JobStore | None, lengths_command: Sequence[str]) -> CheckReport:
-    if not path.is_symlink() and not path.exists():
+    if not os.path.lexists(path):
         return CheckReport(path=str(path), accepted=False, reason="there is no such file")
     if kind_of_name(path.name) is not Kind.DATA:
         reason = "the daemon takes files named *.jsonl, *.jsonl.gz or *.jsonl.zst only"
         return CheckReport(path=str(path), accepted=False, reason=reason, hint="rename it")
     sidecar, sidecar_path = Sidecar(), path.with_name(sidecar_name(path.name))
-    if sidecar_path.is_symlink() or sidecar_path.exists():
+    beside = os.path.lexists(sidecar_path)
+    if beside:
         try:
             sidecar = read_sidecar(sidecar_path, settings.recipe)
         except RejectedSidecar as error:
             return CheckReport(path=str(path), accepted=False, reason=error.sentence, hint=error.hint)
-    applied = sidecar_path.name if sidecar_path.exists() else None
+    applied = sidecar_path.name if beside else None
     recipe = settings.recipe.with_overrides(sidecar.overrides)
     rules = Rules.of(recipe.data)
     request = Request(job_id="check", path=str(path.absolute()), rules=rules, processes=settings.inbox.scan_processes)

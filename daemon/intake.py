@@ -241,7 +241,7 @@ class Intake:
         job = self._new_job(ready, sidecar, sidecar.priority or ready.candidate.priority)
         shown = _shown(ready.candidate.priority, ready.candidate.name)
         self._log.info("file.settled", file=shown, reason=ready.reason)
-        if self._drops.came_back(ready.candidate, now):
+        if ready.candidate.came_back:
             self._log.warning("file.came_back", file=shown, job=job.id)
         job = self._store.add(job)
         try:

@@ -250,7 +250,14 @@ MOUNTS = """\
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("ext4", None), ("overlay", None), ("nfs4", "nfs4"), ("cifs", "cifs"), ("fuse.sshfs", "fuse.sshfs"), ("fuse", "fuse")],
+    [
+        ("ext4", None),
+        ("overlay", None),
+        ("nfs4", "nfs4"),
+        ("cifs", "cifs"),
+        ("fuse.sshfs", "fuse.sshfs"),
+        ("fuse", "fuse"),
+    ],
 )
 def test_the_file_systems_type_is_read_from_the_mount_of_its_device(tmp_path: Path, kind: str, expected: str) -> None:
     """By device number: paths in the mount table may be of another name space."""
