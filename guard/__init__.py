@@ -1,7 +1,8 @@
 """Fingerprints, seals, verdicts: no run continues from a checkpoint that is not its own.
 
+    run = guard.fingerprint_trainer(trainer, dataset_path="train.jsonl")
     with guard.ModelLock(model_dir, owner="my script"):
-        prepared = guard.prepare_run(model_dir, fingerprint=..., dataset_path=..., lora_config=...)
+        prepared = guard.prepare_run(model_dir, fingerprint=run, dataset_path="train.jsonl", lora_config={})
         trainer.add_callback(guard.SealCallback(prepared))
         trainer.train(resume_from_checkpoint=prepared.resume_from)
 
@@ -55,6 +56,7 @@ from .errors import (
 )
 from .fingerprint import JSON, DatasetFingerprint, Difference, Fingerprint, fingerprint_dataset
 from .lock import ModelLock
+from .of_trainer import fingerprint_trainer
 from .prepare import PreparedRun, assess, prepare_run
 from .purge import PurgePlan, PurgeResult, plan_purge, purge_cleared
 from .restore import RestoreResult, cleared_sets, restore_set
@@ -116,6 +118,7 @@ __all__ = [
     "digest_model_files",
     "digest_tokenizer_files",
     "fingerprint_dataset",
+    "fingerprint_trainer",
     "fsync_dir",
     "fsync_tree",
     "list_checkpoints",

@@ -91,9 +91,16 @@ def scan_checkpoints(
     model_dir: PathLike, *, key: bytes | None = None, digests: bool = False
 ) -> tuple[Checkpoint, ...]:
     """Every checkpoint folder, ascending by step (900 before 2600); structural unless `digests`."""
-    return tuple(
-        verify_checkpoint(path, key=key, digests=digests) for _, path in list_checkpoints(model_dir)[0]
-    )
+    found = (_verify_listed(path, key=key, digests=digests) for _, path in list_checkpoints(model_dir)[0])
+    return tuple(checkpoint for checkpoint in found if checkpoint is not None)
+
+
+def _verify_listed(path: Path, *, key: bytes | None, digests: bool) -> Checkpoint | None:
+    """None when it went away since it was listed: who only looks holds no lock, and rotation goes on."""
+    try:
+        return verify_checkpoint(path, key=key, digests=digests)
+    except NotFound:
+        return None
 
 
 def survey(
@@ -106,9 +113,11 @@ def survey(
     """
     seen: list[Checkpoint] = []
     for _, path in reversed(list_checkpoints(model_dir)[0]):
-        checkpoint = verify_checkpoint(path, key=key, digests=False)
-        if digests and checkpoint.belongs_to(fingerprint):
-            checkpoint = verify_checkpoint(path, key=key, digests=True)
+        checkpoint = _verify_listed(path, key=key, digests=False)
+        if checkpoint is not None and digests and checkpoint.belongs_to(fingerprint):
+            checkpoint = _verify_listed(path, key=key, digests=True)
+        if checkpoint is None:
+            continue
         seen.append(checkpoint)
         if checkpoint.belongs_to(fingerprint):
             break
@@ -120,11 +129,13 @@ def newest_intact(
 ) -> Checkpoint | None:
     """The newest checkpoint whose seal and digests verify (and, if given, that is of this run)."""
     for _, path in reversed(list_checkpoints(model_dir)[0]):
-        checkpoint = verify_checkpoint(path, key=key, digests=False)
-        if not checkpoint.is_intact or (fingerprint is not None and not checkpoint.belongs_to(fingerprint)):
-            continue
-        checkpoint = verify_checkpoint(path, key=key, digests=True)
-        if checkpoint.is_intact:
+        for digests in (False, True):  # structure first: it is cheap, and finds most of what is wrong
+            checkpoint = _verify_listed(path, key=key, digests=digests)
+            if checkpoint is None or not checkpoint.is_intact:
+                break
+            if fingerprint is not None and not checkpoint.belongs_to(fingerprint):
+                break
+        else:
             return checkpoint
     return None
 

@@ -24,11 +24,11 @@ from typing import Any, Final, Protocol
 from .atomic import PathLike, append_line_durable, fsync_dir, write_atomic
 from .checkpoints import Stray, list_checkpoints, scan_checkpoints, verify_checkpoint
 from .errors import ClearRefused, GuardError, NotFound, explain_os_error, hint_for, storage_errors
-from .layout import CLEARED_NAME, STAGING_NAME, TRASH_PREFIX, ensure_own_folder, unused_name
+from .layout import CLEARED_NAME, STAGING_NAME, TRASH_PREFIX, ensure_own_folder, ensure_staging, unused_name
 from .lock import require_lock
 from .seal import list_tree
 from .stamp import load_raw_stamp, read_stamp, require_known_form
-from .verdict import Verdict, VerdictKind, decide
+from .verdict import Verdict, VerdictKind, decide, explain_passed_over
 
 SET_NAME: Final = re.compile(r"\d{8}T\d{6}Z-[a-z0-9-]+")
 SET_RECORD: Final = "clear.json"
@@ -179,7 +179,9 @@ class ClearPlan:
                 "cleared_at": self.cleared_at,
                 "stamp": load_raw_stamp(self.model_dir),
             }
-            write_atomic(self.set_path / SET_RECORD, json.dumps(record, indent=1) + "\n")
+            # A crash must leave no temporary file in the set: those have a place of their own.
+            staging = ensure_staging(self.model_dir)
+            write_atomic(self.set_path / SET_RECORD, json.dumps(record, indent=1) + "\n", temp_dir=staging)
             _note(
                 journal, event="clear.begun", set=self.set_path.name, reason=self.reason, at=self.cleared_at
             )
@@ -265,8 +267,9 @@ def plan_clear(
         raise NotFound(operation="clear", path=folder, cause="there is no such folder")
     require_known_form(folder, read_stamp(folder))
     listed, strays = list_checkpoints(folder)
+    why: tuple[str, ...] = verdict.reasons if verdict is not None else ()
     if verdict is None:
-        verdict, sources = _judge_run_in_progress(folder, key)
+        verdict, sources, why = _judge_run_in_progress(folder, key)
     elif verdict.kind is VerdictKind.STALE:
         sources = [path for _, path in listed]
     else:
@@ -286,7 +289,7 @@ def plan_clear(
         model_dir=folder,
         set_path=cleared_root / unused_name(cleared_root, name),
         reason=reason,
-        why=verdict.reasons if moves else (),
+        why=why if moves else (),
         moves=tuple(moves),
         left_alone=tuple(strays),
         trash=tuple(trash),
@@ -295,23 +298,28 @@ def plan_clear(
     )
 
 
-def _judge_run_in_progress(folder: Path, key: bytes | None) -> tuple[Verdict, list[Path]]:
+def _judge_run_in_progress(folder: Path, key: bytes | None) -> tuple[Verdict, list[Path], tuple[str, ...]]:
+    """The verdict for the run of the stamp itself, what to clear beside it, and why."""
     reading = read_stamp(folder)
     checkpoints = scan_checkpoints(folder, key=key)
     recorded = reading.stamp.fingerprint if reading.stamp is not None else None
     if recorded is None:
         reasons = (f"whose checkpoints these are is not known: {reading.reason}",) if checkpoints else ()
         kind = VerdictKind.STALE if checkpoints else VerdictKind.FRESH
-        return Verdict(kind=kind, reasons=reasons), [checkpoint.path for checkpoint in checkpoints]
+        return Verdict(kind=kind, reasons=reasons), [item.path for item in checkpoints], reasons
     # What is protected must be worth it: of this run's own, the digests are taken as well.
     checked = [
-        verify_checkpoint(checkpoint.path, key=key) if checkpoint.belongs_to(recorded) else checkpoint
-        for checkpoint in checkpoints
+        verify_checkpoint(item.path, key=key) if item.belongs_to(recorded) else item for item in checkpoints
     ]
     verdict = decide(stamp=reading, fingerprint=recorded, checkpoints=checked)
     if verdict.kind is not VerdictKind.RESUME:
-        return verdict, [checkpoint.path for checkpoint in checked]
-    return verdict, [checkpoint.path for checkpoint in checked if not checkpoint.belongs_to(recorded)]
+        return verdict, [item.path for item in checked], verdict.reasons
+    others = [item for item in checked if not item.belongs_to(recorded)]
+    return (
+        verdict,
+        [item.path for item in others],
+        tuple(explain_passed_over(item, recorded) for item in others),
+    )
 
 
 def _plan_move(model_dir: Path, path: Path, target: str, *, is_checkpoint: bool) -> Move:
@@ -341,7 +349,7 @@ def _staging_leftovers(model_dir: Path) -> tuple[list[Path], list[Path]]:
 def reason_of(verdict: Verdict) -> str:
     """Two or three words for the name of the set."""
     if verdict.kind is VerdictKind.RESUME:
-        return "passed over"
+        return "not of this run"
     if verdict.kind is VerdictKind.FRESH:
         return "torn staging"
     changed = [difference.name for difference in verdict.differences if difference.is_identity]

@@ -5,16 +5,15 @@ They know the dataset and three numbers of the adapter, so they can prove less t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .atomic import PathLike
 from .clear import Logger, plan_clear
 from .errors import GuardError
-from .fingerprint import Fingerprint, fingerprint_dataset, name_size_hash, to_json_value
+from .fingerprint import Fingerprint, fingerprint_dataset, name_size_hash
 from .lock import locked
-from .prepare import make_stamp
+from .prepare import make_stamp, plain_lora_config
 from .stamp import StampKind, load_raw_stamp, read_stamp, write_stamp
 from .verdict import Verdict, VerdictKind
 
@@ -36,9 +35,7 @@ def save_dataset_metadata(output_dir: PathLike, dataset_path: PathLike, lora_con
     fingerprint = Fingerprint(
         {**content.components(), "dataset.path": str(Path(dataset_path).absolute()), **lora}
     )
-    stamp = make_stamp(
-        fingerprint=fingerprint, dataset_path=dataset_path, lora_config=_lora_dict(lora_config)
-    )
+    stamp = make_stamp(fingerprint=fingerprint, dataset_path=dataset_path, lora_config=lora_config)
     with locked(output_dir, owner="save_dataset_metadata"):
         write_stamp(output_dir, stamp)
 
@@ -90,16 +87,7 @@ def clear_checkpoints(output_dir: PathLike, logger: Logger | None = None) -> int
         return plan_clear(output_dir, verdict=everything, reason="requested").execute(logger).cleared
 
 
-def _lora_dict(lora_config: Any) -> dict[str, Any]:
-    if lora_config is None:
-        return {}
-    if not isinstance(lora_config, Mapping) and hasattr(lora_config, "to_dict"):  # peft's own class
-        lora_config = lora_config.to_dict()
-    value = to_json_value(lora_config)
-    if not isinstance(value, dict):
-        raise TypeError(f"lora_config is a {type(lora_config).__name__}, not a mapping")
-    return value
-
-
 def _lora_components(lora_config: Any) -> dict[str, Any]:
-    return {f"lora.{_PEFT_NAMES.get(name, name)}": value for name, value in _lora_dict(lora_config).items()}
+    return {
+        f"lora.{_PEFT_NAMES.get(name, name)}": value for name, value in plain_lora_config(lora_config).items()
+    }

@@ -20,6 +20,8 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
     "pytorch_model_fsdp.bin",
 )
+# What the Trainer and peft write with these endings always holds something; a vocabulary may well be empty.
+_NEVER_EMPTY = (".safetensors", ".pt", ".pth", ".bin", ".json")
 _ZIP_END = b"PK\x05\x06"
 _ZIP_END_SEARCH_BYTES = 65_536 + 22  # the end record may be followed by a comment
 _MAX_STATE_BYTES = 256 * 1024 * 1024
@@ -49,7 +51,7 @@ def why_incomplete(folder: Path, *, step: int | None = None) -> str | None:
     if "scheduler.pt" not in files:
         return "scheduler.pt is missing"
     for name, path in sorted(files.items()):
-        if not path.is_file():
+        if not path.is_file() or path.suffix not in _NEVER_EMPTY:
             continue
         if path.stat().st_size == 0:
             return f"{name} is empty"

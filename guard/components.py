@@ -20,20 +20,27 @@ class ComponentKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """`name` may end in `.*` to cover a whole section."""
+    """`name` may end in `.*` to cover a whole section. `unordered`: the value is a set, whatever list it
+    comes in.
+    """
 
     name: str
     kind: ComponentKind
     reason: str
     instead_of: str | None = None
+    unordered: bool = False
 
 
-def _identity(name: str, reason: str) -> Component:
-    return Component(name=name, kind=ComponentKind.IDENTITY, reason=reason)
+def _identity(name: str, reason: str, *, unordered: bool = False) -> Component:
+    return Component(name=name, kind=ComponentKind.IDENTITY, reason=reason, unordered=unordered)
 
 
 def _note(name: str, reason: str, instead_of: str | None = None) -> Component:
     return Component(name=name, kind=ComponentKind.NOTE, reason=reason, instead_of=instead_of)
+
+
+def _section_of(name: str) -> str:
+    return name.partition(".")[0]
 
 
 COMPONENTS: Final[tuple[Component, ...]] = (
@@ -66,10 +73,10 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     _identity("lora.r", "the shape of the adapter"),
     _identity("lora.lora_alpha", "scales the adapter; weights of one scale are wrong under another"),
     _identity("lora.lora_dropout", "changes the gradients"),
-    _identity("lora.target_modules", "which layers have an adapter"),
-    _identity("lora.exclude_modules", "which layers have none"),
-    _identity("lora.target_parameters", "which parameters have an adapter"),
-    _identity("lora.modules_to_save", "which layers are trained in full"),
+    _identity("lora.target_modules", "which layers have an adapter", unordered=True),
+    _identity("lora.exclude_modules", "which layers have none", unordered=True),
+    _identity("lora.target_parameters", "which parameters have an adapter", unordered=True),
+    _identity("lora.modules_to_save", "which layers are trained in full", unordered=True),
     _identity("lora.trainable_token_indices", "which embeddings are trained"),
     _identity("lora.bias", "which biases are trained"),
     _identity("lora.lora_bias", "whether the adapter has a bias"),
@@ -79,7 +86,7 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     _identity("lora.qalora_group_size", "the size of those pools"),
     _identity("lora.use_bdlora", "block-diagonal adapters"),
     _identity("lora.init_lora_weights", "where the adapter starts; some choices change the base weights too"),
-    _identity("lora.layers_to_transform", "which layers have an adapter"),
+    _identity("lora.layers_to_transform", "which layers have an adapter", unordered=True),
     _identity("lora.layers_pattern", "how those layers are found"),
     _identity("lora.rank_pattern", "the shape of single adapters"),
     _identity("lora.alpha_pattern", "the scale of single adapters"),
@@ -143,6 +150,11 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     _identity("training.label_smoothing_factor", "another loss is another run"),
     _identity("training.neftune_noise_alpha", "adds noise to the embeddings"),
     _identity("training.group_by_length", "the order of the rows"),
+    _identity("training.train_sampling_strategy", "the order of the rows"),
+    _identity("training.ignore_data_skip", "a resumed run would begin the rows anew"),
+    _identity("training.average_tokens_across_devices", "how the loss of a batch is averaged"),
+    _identity("training.use_liger_kernel", "other arithmetic"),
+    _identity("training.torch_compile", "other arithmetic"),
     _identity("training.dataloader_drop_last", "the number of steps of an epoch"),
     # -- the software (major.minor)
     _identity("versions.torch", "kernels and random numbers change between minor versions"),
@@ -163,15 +175,18 @@ COMPONENTS: Final[tuple[Component, ...]] = (
 
 _BY_NAME: Final = {component.name: component for component in COMPONENTS}
 _POSITION: Final = {component.name: index for index, component in enumerate(COMPONENTS)}
+# Where the last component of each section stands: names that the table does not know follow it.
+_SECTION_END: Final = {_section_of(component.name): index for index, component in enumerate(COMPONENTS)}
 
 
 def component_of(name: str) -> Component:
     """The table's line for a name; identity for one that the table does not know."""
-    known = _BY_NAME.get(name) or _BY_NAME.get(f"{name.split('.', 1)[0]}.*")
+    known = _BY_NAME.get(name) or _BY_NAME.get(f"{_section_of(name)}.*")
     return known or _identity(name, "not in the table: when unsure, refuse")
 
 
 def reading_order(name: str) -> tuple[int, str]:
-    """Sort key: the table's order; names it does not know come before the notes of the attempt, by name."""
-    section = _POSITION.get(f"{name.split('.', 1)[0]}.*", len(COMPONENTS) - 1)
-    return _POSITION.get(name, section), name
+    """Sort key: the table's order; a name that it does not know after its section, or at the end."""
+    if name in _POSITION:
+        return _POSITION[name], ""
+    return _SECTION_END.get(_section_of(name), len(COMPONENTS)), name

@@ -114,15 +114,15 @@ class Difference:
 class Fingerprint:
     """What a run computes, as named components (`guard.components` says which of them are identity).
 
-    Values are kept as JSON: tuples become lists, sets sorted lists, enums their values, whole floats ints,
-    and dataclasses objects. A component that is None counts as one that is not there. NaN and infinity raise
-    ValueError, other types TypeError.
+    Values are kept as JSON: tuples become lists, sets and what is a set in all but name sorted lists, enums
+    their values, whole floats ints, and dataclasses objects. A component that is None counts as one that is
+    not there. NaN and infinity raise ValueError, other types TypeError.
     """
 
     components: Mapping[str, JSON]
 
     def __init__(self, components: Mapping[str, Any]) -> None:
-        plain = {str(name): to_json_value(value) for name, value in components.items()}
+        plain = {str(name): _component_value(str(name), value) for name, value in components.items()}
         ordered = {name: plain[name] for name in sorted(plain, key=reading_order)}
         object.__setattr__(self, "components", MappingProxyType(ordered))
 
@@ -178,6 +178,13 @@ class Fingerprint:
         if not isinstance(value, dict):
             raise ValueError("components are not an object")
         return cls(value)
+
+
+def _component_value(name: str, value: Any) -> JSON:
+    plain = to_json_value(value)
+    if isinstance(plain, list) and component_of(name).unordered:
+        return sorted(plain, key=canonical_json)
+    return plain
 
 
 def to_json_value(value: Any) -> JSON:

@@ -10,7 +10,7 @@ from typing import Any
 from .atomic import PathLike
 from .checkpoints import list_checkpoints, survey, verify_checkpoint
 from .clear import ClearResult, plan_clear
-from .fingerprint import Fingerprint, name_size_hash
+from .fingerprint import Fingerprint, name_size_hash, to_json_value
 from .layout import ensure_staging
 from .lock import require_lock
 from .stamp import Stamp, read_stamp, require_known_form, write_stamp
@@ -67,11 +67,14 @@ def prepare_run(
     *,
     fingerprint: Fingerprint,
     dataset_path: PathLike,
-    lora_config: Mapping[str, Any],
+    lora_config: Any,
     key: bytes | None = None,
     log: Log | None = None,
 ) -> PreparedRun:
     """Decide, clear what does not belong, stamp, and say where to resume from.
+
+    `lora_config` (a mapping, or peft's LoraConfig) is written into the stamp for readers of old; what decides
+    is in the fingerprint.
 
     Under the model directory's lock. Raises NotLocked, StampTooNew, ClearRefused, StorageError, NotFound (no
     such dataset); a run that was not prepared leaves checkpoints and stamp as they were.
@@ -125,18 +128,30 @@ def prepare_run(
     )
 
 
+def plain_lora_config(lora_config: Any) -> dict[str, Any]:
+    """A mapping as it is; of peft's own class the three numbers that old metadata holds. Raises TypeError."""
+    if not isinstance(lora_config, Mapping):
+        try:
+            lora_config = {
+                "r": lora_config.r, "alpha": lora_config.lora_alpha, "dropout": lora_config.lora_dropout
+            }  # fmt: skip
+        except AttributeError:
+            raise TypeError(f"a {type(lora_config).__name__} is no lora_config") from None
+    return {str(name): to_json_value(value) for name, value in lora_config.items()}
+
+
 def _silent(_event: str, _data: dict[str, Any]) -> None:
     pass
 
 
-def make_stamp(*, fingerprint: Fingerprint, dataset_path: PathLike, lora_config: Mapping[str, Any]) -> Stamp:
-    """The stamp of a run. Raises NotFound when there is no such dataset."""
+def make_stamp(*, fingerprint: Fingerprint, dataset_path: PathLike, lora_config: Any) -> Stamp:
+    """The stamp of a run; `lora_config` as for prepare_run. Raises NotFound when there is no such dataset."""
     path = Path(dataset_path)
     _, name_size = name_size_hash(path)
     return Stamp(
         dataset_name=path.name,
         dataset_hash=name_size,
         dataset_path=str(path.absolute()),
-        lora_config=dict(lora_config),
+        lora_config=plain_lora_config(lora_config),
         fingerprint=fingerprint,
     )

@@ -60,7 +60,8 @@ def restore_set(model_dir: PathLike, set_name: str) -> RestoreResult:
         same_run = (
             present.stamp is not None and stamp is not None and present.stamp.to_json() == stamp.to_json()
         )
-        if list_checkpoints(folder)[0] and not same_run:
+        # Without members a crash came right before the end, and only the empty set is left to remove.
+        if members and list_checkpoints(folder)[0] and not same_run:
             raise _refusal(
                 source, "the model directory holds checkpoints of another run", "clear those first"
             )
@@ -68,7 +69,7 @@ def restore_set(model_dir: PathLike, set_name: str) -> RestoreResult:
             if os.path.lexists(folder / path.name):
                 raise _refusal(source, f"{path.name} exists", "clear it first")
         # The stamp first: a crash in between leaves a stamp without checkpoints, which reads as FRESH.
-        if stamp is not None and not same_run:
+        if members and stamp is not None and not same_run:
             write_stamp(folder, stamp)
         for path in members:
             path.rename(folder / path.name)
@@ -81,7 +82,7 @@ def restore_set(model_dir: PathLike, set_name: str) -> RestoreResult:
             fsync_dir(source.parent)
     return RestoreResult(
         restored=tuple(folder / path.name for path in members),
-        stamp_restored=stamp is not None and not same_run,
+        stamp_restored=bool(members) and stamp is not None and not same_run,
     )
 
 

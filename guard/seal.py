@@ -200,14 +200,16 @@ def _read_regular(path: Path) -> bytes:
         raise
     except OSError as exc:
         raise _broken(path, f"seal.json cannot be read: {explain_os_error(exc)}") from exc
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_SEAL_BYTES:
             raise _broken(path, "seal.json is not a file of a seal's size")
-        try:
+        with os.fdopen(fd, "rb", closefd=False) as file:
             return file.read()
-        except OSError as exc:
-            raise _broken(path, f"seal.json cannot be read: {explain_os_error(exc)}") from exc
+    except OSError as exc:
+        raise _broken(path, f"seal.json cannot be read: {explain_os_error(exc)}") from exc
+    finally:
+        os.close(fd)
 
 
 def _broken(path: Path, cause: str, hint: str = "") -> SealBroken:
@@ -224,10 +226,11 @@ def load_key(path: PathLike) -> bytes:
         return UsageError(operation="use the key file", path=path, cause=cause, hint=hint)
 
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        # A symlink is followed: secrets are often mounted as one. What counts is the file that was opened.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as exc:
         raise refuse((exc.strerror or str(exc)).lower()) from exc
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise refuse("it is not a regular file")
@@ -235,7 +238,11 @@ def load_key(path: PathLike) -> bytes:
             raise refuse(f"it belongs to user {status.st_uid}, not to {os.geteuid()}")
         if status.st_mode & 0o077:
             raise refuse(f"others can use it (mode {stat.S_IMODE(status.st_mode):04o})", f"chmod 600 {path}")
-        key = file.read(4097).rstrip(b"\r\n")
+        key = os.read(fd, 4097).rstrip(b"\r\n")
+    except OSError as exc:
+        raise refuse((exc.strerror or str(exc)).lower()) from exc
+    finally:
+        os.close(fd)
     if not _MIN_KEY_BYTES <= len(key) <= 4096:
         cause = f"it holds {len(key)} bytes; a key has {_MIN_KEY_BYTES} to 4096"
         raise refuse(cause, f"head -c 32 /dev/urandom | base64 > {path}")

@@ -118,7 +118,7 @@ def _read_raw(path: Path) -> tuple[bytes | None, StampReading]:
         if status.st_size > _MAX_BYTES:
             return None, _unreadable(f"it has {status.st_size:,} bytes, more than metadata can have")
         with os.fdopen(fd, "rb", closefd=False) as file:
-            return file.read(_MAX_BYTES), StampReading(kind=StampKind.MISSING)
+            return file.read(status.st_size), StampReading(kind=StampKind.MISSING)
     except OSError as exc:
         return None, _unreadable(explain_os_error(exc))
     finally:

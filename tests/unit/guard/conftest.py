@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import struct
+import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +76,36 @@ def model_dir(tmp_path: Path, dataset: Path, fingerprint: guard.Fingerprint) -> 
                 staged, step=step, fingerprint=fingerprint, into=folder / f"checkpoint-{step}"
             )
     return folder
+
+
+def as_user(uid: int, act: Callable[[], Any]) -> Any:
+    """Call `act` as another user, in a forked child, and return its (pickled) result. Needs root."""
+    read_fd, write_fd = os.pipe()
+    child = os.fork()
+    if child == 0:
+        answer: Any = None
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            answer = act()
+        except BaseException as error:
+            answer = error
+        finally:
+            os.write(write_fd, pickle.dumps(answer))
+            os._exit(0)
+    os.close(write_fd)
+    with os.fdopen(read_fd, "rb") as pipe:
+        result = pickle.loads(pipe.read())
+    os.waitpid(child, 0)
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+@pytest.fixture
+def open_tmp_path() -> Iterator[Path]:
+    """A temporary folder that every user can enter; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)

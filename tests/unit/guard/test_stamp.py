@@ -1,0 +1,180 @@
+"""The stamp: whatever stands in its place is told apart, and nothing that cannot be read is overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import guard
+from guard import StampKind
+from guard.stamp import Stamp
+from tests.unit.guard.conftest import as_user, make_checkpoint, make_fingerprint
+
+NAME = ".dataset_metadata.json"
+OLD_FORM = {
+    "dataset_name": "rows.jsonl",
+    "dataset_hash": "0" * 32,
+    "dataset_path": "/data/rows.jsonl",
+    "lora_config": {"r": 8, "alpha": 16, "dropout": 0.0},
+}
+
+
+def make_stamp() -> Stamp:
+    return Stamp(
+        dataset_name="rows.jsonl",
+        dataset_hash="0" * 32,
+        dataset_path="/data/rows.jsonl",
+        lora_config={"r": 8},
+        fingerprint=make_fingerprint(),
+    )
+
+
+def put(content: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(content) and None
+
+
+def put_json(**changes: object) -> Callable[[Path], None]:
+    current = {**make_stamp().to_json(), **changes}
+    return put(json.dumps({name: value for name, value in current.items() if value != "absent"}).encode())
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(100_000_000)
+
+
+UNREADABLE: dict[str, Callable[[Path], None]] = {
+    "empty": put(b""),
+    "white space": put(b" \n"),
+    "{}": put(b"{}"),
+    "[]": put(b"[]"),
+    "null": put(b"null"),
+    "a string": put(b'"rows.jsonl"'),
+    "cut short": put(json.dumps(make_stamp().to_json()).encode()[:-9]),
+    "not UTF-8": put(b'{"dataset_name": "\xff"}'),
+    "UTF-16": put(json.dumps(OLD_FORM).encode("utf-16")),
+    "BOM": put(b"\xef\xbb\xbf" + json.dumps(OLD_FORM).encode()),
+    "zeros": put(bytes(4096)),
+    "nested": put(b"[" * 200_000),
+    "a huge number": put(b'{"schema_version": ' + b"9" * 10_000 + b"}"),
+    "100 MB": sparse,
+    "a directory": lambda path: path.mkdir(),
+    "a symlink": lambda path: path.symlink_to("elsewhere.json"),
+    "a pipe": os.mkfifo,
+    "version 0": put_json(schema_version=0),
+    "version true": put_json(schema_version=True),
+    "version '2'": put_json(schema_version="2"),
+    "no components": put_json(components="absent"),
+    "components []": put_json(components=[]),
+    "components NaN": put(
+        json.dumps({**OLD_FORM, "schema_version": 2, "components": {"a": float("nan")}}).encode()
+    ),
+    "no dataset": put_json(dataset_name="absent"),
+    "a hash that is a number": put_json(dataset_hash=5),
+    "lora_config []": put_json(lora_config=[]),
+    "finished 3": put_json(finished=3),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_stale_and_set_aside_whole(tmp_path: Path, dataset: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    make_checkpoint(folder / "checkpoint-10", 10)
+    UNREADABLE[name](folder / NAME)
+    before = (folder / NAME).lstat()
+
+    reading = guard.read_stamp(folder)
+    assert reading.kind is StampKind.UNREADABLE
+    assert reading.reason.startswith("it")
+    with guard.ModelLock(folder, owner="test"):
+        prepared = guard.prepare_run(
+            folder, fingerprint=make_fingerprint(), dataset_path=dataset, lora_config={"r": 8}
+        )
+    assert prepared.verdict.kind is guard.VerdictKind.STALE
+    assert reading.reason in prepared.verdict.reasons[0]
+    (aside,) = folder.glob(NAME + ".unreadable-*")
+    after = aside.lstat()
+    assert (after.st_ino, after.st_size, after.st_mode) == (before.st_ino, before.st_size, before.st_mode)
+    assert guard.read_stamp(folder).kind is StampKind.CURRENT
+
+
+def test_a_directory_without_a_stamp_is_missing_one(tmp_path: Path) -> None:
+    assert guard.read_stamp(tmp_path).kind is StampKind.MISSING
+    assert guard.read_stamp(tmp_path / "nothing").kind is StampKind.MISSING
+
+
+def test_a_stamp_that_may_not_be_read_is_unreadable_not_missing(open_tmp_path: Path) -> None:
+    path = open_tmp_path / NAME
+    path.write_text(json.dumps(OLD_FORM))
+    path.chmod(0o000)
+    reading = as_user(65_534, lambda: guard.read_stamp(open_tmp_path)) if os.geteuid() == 0 else None
+    reading = reading or guard.read_stamp(open_tmp_path)
+    assert reading.kind is StampKind.UNREADABLE
+    assert "permission denied" in reading.reason
+
+
+@pytest.mark.parametrize("keep", [{}, {"dataset_path"}, {"lora_config"}])
+def test_the_old_form_is_recognised_and_never_resumed_from(
+    tmp_path: Path, dataset: Path, keep: set[str]
+) -> None:
+    """It says nothing about the content; also when one of its lesser keys is missing."""
+    folder = tmp_path / "model"
+    make_checkpoint(folder / "checkpoint-10", 10)
+    (folder / NAME).write_text(json.dumps({k: v for k, v in OLD_FORM.items() if k not in keep}))
+    reading = guard.read_stamp(folder)
+    assert reading.kind is StampKind.LEGACY
+    assert reading.stamp is not None
+    assert reading.stamp.dataset_hash == "0" * 32
+    verdict = guard.assess(folder, fingerprint=make_fingerprint())
+    assert verdict.kind is guard.VerdictKind.STALE
+    assert "old form" in verdict.reasons[0]
+
+
+@pytest.mark.parametrize("version", [3, 99, 10**30])
+def test_a_later_form_is_refused_everywhere_and_left_as_it_is(
+    tmp_path: Path, dataset: Path, version: int
+) -> None:
+    folder = tmp_path / "model"
+    make_checkpoint(folder / "checkpoint-10", 10)
+    text = json.dumps({"schema_version": version, "what": "we cannot know"})
+    (folder / NAME).write_text(text)
+    assert guard.read_stamp(folder).kind is StampKind.NEWER
+    with guard.ModelLock(folder, owner="test"):
+        for attempt in (
+            lambda: guard.prepare_run(
+                folder, fingerprint=make_fingerprint(), dataset_path=dataset, lora_config={}
+            ),
+            lambda: guard.write_stamp(folder, make_stamp()),
+            lambda: guard.mark_finished(folder, "0001"),
+            lambda: guard.plan_clear(folder),
+            lambda: guard.assess(folder, fingerprint=make_fingerprint()),
+        ):
+            with pytest.raises(guard.StampTooNew, match=f"schema_version is {version}"):
+                attempt()
+    assert (folder / NAME).read_text() == text
+    assert (folder / "checkpoint-10").is_dir()
+    assert not (folder / ".cleared").exists()
+
+
+def test_a_stamp_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    guard.write_stamp(tmp_path, make_stamp())
+    assert guard.read_stamp(tmp_path).stamp == make_stamp()
+    written = json.loads((tmp_path / NAME).read_text())
+    # The four keys of the old form keep their names and places, for readers of old.
+    assert {name: written[name] for name in OLD_FORM} == {**OLD_FORM, "lora_config": {"r": 8}}
+
+
+def test_finishing_keeps_everything_else(tmp_path: Path) -> None:
+    guard.write_stamp(tmp_path, make_stamp())
+    guard.mark_finished(tmp_path, "0007")
+    stamp = guard.read_stamp(tmp_path).stamp
+    assert stamp is not None
+    assert stamp.finished == "0007"
+    assert stamp.fingerprint == make_fingerprint()
+    (tmp_path / NAME).unlink()
+    with pytest.raises(guard.StampUnusable, match="cannot mark as finished"):
+        guard.mark_finished(tmp_path, "0008")
