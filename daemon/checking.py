@@ -6,6 +6,7 @@ refused with a report.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class Checking:
             self.cancel(job, "its file is gone from processing/")
             return
         sidecar_path = path.with_name(sidecar_name(job.name))
-        if sidecar_path.is_symlink() or sidecar_path.exists():
+        if os.path.lexists(sidecar_path):  # False as well for a name that is too long to be one
             try:
                 sidecar = read_sidecar(sidecar_path, self.settings.recipe)
             except RejectedSidecar as error:

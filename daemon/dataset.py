@@ -158,7 +158,8 @@ def judge(
         lines=tally.lines,
         rows=rows,
         bad_rows=tally.bad,
-        problems=tuple(tally.problems),
+        # Lines of no known format all say the same.
+        problems=tuple(tally.problems if format_ else tally.problems[:3]),
         bad_lines=tuple(tally.bad_lines),
         whole=not tally.stopped,
         digest=digest if digest and not tally.stopped and format_ is not None else None,

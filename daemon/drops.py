@@ -27,6 +27,8 @@ FULL_SCAN_SECONDS = 60.0  # a folder whose times did not move is listed all the 
 ORPHAN_SECONDS = 60.0  # a sidecar without its file is reported after so long
 SHOWN = 100  # files whose reasons are published
 SIDECAR_PAUSE = 0.05  # between looks at a file whose sidecar is being written
+OPEN = "open for writing"
+NAME_AFTER_SECONDS, NAME_EVERY_SECONDS = 1.0, 5.0  # all of /proc is searched for a name: not for a short copy
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0  # between looks at a file that is open for writing
 
 
@@ -157,10 +159,10 @@ class Drops:
         if not ready.candidate.renamed_in:
             self._claimed_at[ready.candidate.key] = now
 
-    def came_back(self, candidate: Candidate, now: float) -> bool:
+    def _came_back(self, key: tuple[Priority, str], now: float) -> bool:
         """Whether a file of this name was taken a moment ago: its writer goes on under the same name."""
         self._claimed_at = {key: at for key, at in self._claimed_at.items() if now - at <= self.settings.settle_seconds}
-        return candidate.key in self._claimed_at
+        return key in self._claimed_at
 
     def alone(self, now: float) -> Iterator[Found]:
         """Everything that will not be taken as it is: other kinds of files, and sidecars that nothing came to."""
@@ -179,7 +181,7 @@ class Drops:
         candidate = table.get((priority, name))
         if candidate is None:
             candidate = Candidate(priority=priority, name=name, first_seen=now, since=utc_now(), due=now)
-            candidate.must_settle = self.came_back(candidate, now)
+            candidate.came_back = candidate.must_settle = self._came_back(candidate.key, now)
             table[priority, name] = candidate
         return candidate
 
@@ -310,11 +312,14 @@ class Drops:
         return True
 
     def _wait_for_writer(self, candidate: Candidate, look: Look, now: float) -> None:
-        pause = min(_LONGEST_PAUSE, max(_FIRST_PAUSE, (now - candidate.first_seen) / 4))
-        # All of /proc is searched for a name: not for every short copy.
-        writer = find_writer(look.device, look.inode) if pause >= 1.0 else None
-        candidate.reason = f"open for writing{f' by {writer.command} (pid {writer.pid})' if writer else ''}"
-        candidate.due = now + pause
+        age = now - candidate.first_seen
+        candidate.due = now + min(_LONGEST_PAUSE, max(_FIRST_PAUSE, age / 4))
+        if age < NAME_AFTER_SECONDS or now - candidate.writer_asked_at < NAME_EVERY_SECONDS:
+            candidate.reason = candidate.reason if candidate.reason.startswith(OPEN) else OPEN
+            return
+        candidate.writer_asked_at = now
+        writer = find_writer(look.device, look.inode)
+        candidate.reason = f"{OPEN} by {writer.command} (pid {writer.pid})" if writer else OPEN
 
     def _wait(self, candidate: Candidate, reason: str, due: float) -> None:
         candidate.reason, candidate.due = reason, due

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from daemon.dataset import DatasetReport
 from daemon.errors import NotFound
 from daemon.job import FINAL_STATES, Job, JobState, Priority, from_json, to_json
 from daemon.report import REPORT_JSON, REPORT_TEXT, report_json, report_text
+from daemon.settle import sidecar_name
 from daemon.text import escape
 from guard.atomic import fsync_dir, rename_durable, write_atomic
 
@@ -63,9 +65,10 @@ def locate(settings: Settings, job: Job) -> Path | None:
 
 
 def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None) -> Path:
-    """Rename a dropped file, and its sidecar, into the job's folder, durably; the job's row is written already.
+    """Rename a dropped file, and its sidecar, into the job's folder; the job's row is written already.
 
-    The sidecar goes first: left behind alone, it would be taken for the next file of that name. Raises OSError.
+    The sidecar goes first: left behind alone, it would be taken for the next file of that name. `sync_claims` makes
+    it durable. Raises OSError.
     """
     folder = processing_dir(settings, job.id)
     folder.mkdir(exist_ok=True)
@@ -74,9 +77,24 @@ def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None)
             sidecar.rename(folder / sidecar.name)
     target = folder / job.name
     source.rename(target)
-    for changed in (folder, folder.parent, source.parent):
-        fsync_dir(changed)
     return target
+
+
+def sync_claims(settings: Settings, jobs: Iterable[Job]) -> None:
+    """Make the renames of these claims durable: shared folders once for all of them. Raises OSError."""
+    own = [processing_dir(settings, job.id) for job in jobs]
+    dropped = {Path(job.source).parent for job in jobs}
+    for folder in (*own, settings.inbox_dir / PROCESSING, *sorted(dropped)):
+        with suppress(FileNotFoundError):  # a person may have moved it on already
+            fsync_dir(folder)
+
+
+def return_sidecar(settings: Settings, job: Job) -> None:
+    """Put back the sidecar of a file that was not taken after all."""
+    path = processing_dir(settings, job.id) / sidecar_name(job.name)
+    if os.path.lexists(path):
+        with suppress(OSError):
+            return_to_inbox(path, Path(job.source).parent)
 
 
 def settle_files(settings: Settings, job: Job, report: DatasetReport | None = None) -> Path:

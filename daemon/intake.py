@@ -24,13 +24,13 @@ from daemon.settle import Look
 from daemon.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.store import JobStore
 from daemon.text import escape
-from daemon.watch import FolderWatch, Rings
+from daemon.watch import FolderWatch, Rings, identity_of
 
 __all__ = ["Intake", "IntakeView", "Waiting", "locate", "return_for_retry", "settle_files"]
 
-CLAIM_SECONDS = 0.2  # of claims in a tick; the service has other things to do as well
+CLAIM_SECONDS = 0.05  # of claims in a tick; the service has other things to do as well
 MIN_SCAN_SECONDS = 0.05  # between two scans, however often the bell rings
-FAILED_CLAIM_SECONDS = 5.0
+FAILED_CLAIM_SECONDS, LONGEST_FAILED_SECONDS = 5.0, 600.0  # before a file that could not be moved is tried again
 PURGE_SECONDS = 3600.0
 
 
@@ -217,24 +217,35 @@ class Intake:
         counts = self._store.counts()
         room = self.settings.inbox.max_queued - counts[JobState.CLAIMED] - counts[JobState.QUEUED]
         until = time.monotonic() + CLAIM_SECONDS
+        claimed: list[Job] = []
         while room > 0 and (now := time.monotonic()) < until:
             ready = self._drops.take(now)
             if ready is None:
                 break
-            self._claim_one(ready, now)
-            room -= 1
+            job = self._claim_one(ready, now)
+            if job is not None:
+                claimed.append(job)
+                room -= 1
         self._full = room <= 0
+        if claimed:
+            inbox.sync_claims(self.settings, claimed)
+            for job in claimed:
+                self._checking.ask(job)
 
-    def _claim_one(self, ready: Ready, now: float) -> None:
+    def _claim_one(self, ready: Ready, now: float) -> Job | None:
+        """Row, then rename. None when the file could not be taken; it waits, or is gone."""
+        if ready.look.device != self._processing_device():
+            reason = "inbox/processing is on another file system; files are taken by renaming"
+            self._drops.give_back(ready.candidate, now, seconds=FAILED_CLAIM_SECONDS, reason=reason)
+            return None
         sidecar = Sidecar()
         if ready.sidecar is not None:
-            with suppress(RejectedSidecar):  # told below, when it is read again in its final place
+            with suppress(RejectedSidecar):  # told when it is read again, in its final place
                 sidecar = read_sidecar(ready.sidecar, self.settings.recipe)
-        priority = sidecar.priority or ready.candidate.priority
-        job = self._new_job(ready, sidecar, priority)
+        job = self._new_job(ready, sidecar, sidecar.priority or ready.candidate.priority)
         shown = _shown(ready.candidate.priority, ready.candidate.name)
         self._log.info("file.settled", file=shown, reason=ready.reason)
-        if self._drops.came_back(ready.candidate, now):
+        if ready.candidate.came_back:
             self._log.warning("file.came_back", file=shown, job=job.id)
         job = self._store.add(job)
         try:
@@ -242,18 +253,22 @@ class Intake:
             taken = Look.of(target.lstat())
         except OSError as error:
             self._undo_claim(ready, job, error, now)
-            return
+            return None
         if not _same_file(ready.look, taken):
             back = inbox.return_to_inbox(target, ready.path.parent)
-            reason = "another file took its place while it was being taken; that one is watched afresh"
-            self._checking.cancel(job, reason)
+            inbox.return_sidecar(self.settings, job)
             self._drops.claimed(ready, now)
-            self._log.warning("file.replaced", file=shown, job=job.id, now=escape(back.name))
             self._scan_wanted = True
-            return
+            self._log.warning("file.replaced", file=shown, job=job.id, now=escape(back.name))
+            self._checking.cancel(job, "another file took its place while it was being taken; that one is watched anew")
+            return None
         self._drops.claimed(ready, now)
-        self._log.info("file.claimed", file=shown, job=job.id, priority=priority.value)
-        self._checking.ask(job)
+        self._log.info("file.claimed", file=shown, job=job.id, priority=job.priority.value)
+        return job
+
+    def _processing_device(self) -> int | None:
+        identity = identity_of(self.settings.inbox_dir / inbox.PROCESSING)
+        return identity[0] if identity else None
 
     def _new_job(self, ready: Ready, sidecar: Sidecar, priority: Priority) -> Job:
         job_id = new_job_id()
@@ -283,13 +298,16 @@ class Intake:
         return True
 
     def _undo_claim(self, ready: Ready, job: Job, error: OSError, now: float) -> None:
-        """The rename did not happen: the row is closed, and the file, if it is still there, waits."""
+        """The rename did not happen: the row is closed, and the file, if it is still there, waits longer each time."""
+        inbox.return_sidecar(self.settings, job)
         if inbox.gone(error):
             self._drops.claimed(ready, now)
             reason = "it was removed from the inbox before it could be taken"
         else:
             reason = f"it could not be moved: {error.strerror or error}"
-            self._drops.give_back(ready.candidate, now, seconds=FAILED_CLAIM_SECONDS, reason=reason)
+            ready.candidate.failed_claims += 1
+            seconds = min(LONGEST_FAILED_SECONDS, FAILED_CLAIM_SECONDS * 2**ready.candidate.failed_claims)
+            self._drops.give_back(ready.candidate, now, seconds=seconds, reason=reason)
         self._log.warning("file.not_claimed", file=escape(ready.candidate.name), job=job.id, reason=reason)
         self._checking.cancel(job, reason)
 

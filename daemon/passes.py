@@ -25,7 +25,7 @@ from daemon.job import from_json, to_json
 from daemon.watch import Rings
 
 LARGE_BYTES = 32 * 2**20  # read in the lane for large files
-PIPELINED = 8  # requests that a child may have at once, so that it never waits for the daemon's disk
+PIPELINED = 64  # requests that a child may have at once, so that it never waits for the daemon's disk
 IDLE_SECONDS = 600.0  # an unused child ends after so long
 MAX_TRIES = 2
 
@@ -48,7 +48,7 @@ class _Child:
             stdout=subprocess.PIPE,
             start_new_session=True,
             cwd="/",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([_package_root(), os.environ.get("PYTHONPATH", "")])},
+            env=_environment(),
         )
         self.replies: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
         self.owed: deque[_Asked] = deque()
@@ -193,5 +193,27 @@ def _listen(stdout: IO[bytes] | None, replies: queue.SimpleQueue[Reply | None], 
         bell.set()
 
 
-def _package_root() -> str:
-    return str(Path(__file__).resolve().parent.parent)
+def _environment() -> dict[str, str]:
+    """The child imports these very packages, also from a checkout, whatever its working directory."""
+    own = str(Path(__file__).resolve().parent.parent)
+    rest = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{own}{os.pathsep}{rest}" if rest else own}
+
+
+def pass_once(request: Request) -> Reply:
+    """One pass in a child of its own, waited for; for commands. Answers `failed` when the child dies."""
+    child = subprocess.run(
+        [sys.executable, "-m", "daemon.dataset", "serve", str(os.getpid())],
+        input=to_json(request).encode() + b"\n",
+        stdout=subprocess.PIPE,
+        env=_environment(),
+        cwd="/",
+        check=False,
+    )
+    if child.returncode == 0:
+        for line in child.stdout.splitlines():
+            reply = from_json(line, Reply)
+            if reply.kind != "progress":
+                return reply
+    how = describe_exit(child.returncode)
+    return Reply(job_id=request.job_id, kind="failed", message=f"the process that read it died: {how}")

@@ -59,9 +59,10 @@ def _finish_claim(settings: Settings, store: JobStore, job: Job, log: Any) -> No
     if same:
         sidecar = source.with_name(sidecar_name(job.name))
         inbox.claim_file(settings, job, source, sidecar if os.path.lexists(sidecar) else None)
+        inbox.sync_claims(settings, [job])
         log.info("file.claimed_after_crash", job=job.id, file=escape(job.name))
         return
-    _return_sidecar(settings, job)
+    inbox.return_sidecar(settings, job)
     moved = store.transition(
         job.id,
         JobState.CLAIMED,
@@ -70,14 +71,6 @@ def _finish_claim(settings: Settings, store: JobStore, job: Job, log: Any) -> No
         finished_at=utc_now(),
     )
     inbox.settle_files(settings, moved)
-
-
-def _return_sidecar(settings: Settings, job: Job) -> None:
-    """A sidecar that was moved without its file goes back to the inbox."""
-    path = inbox.processing_dir(settings, job.id) / sidecar_name(job.name)
-    if path.exists():
-        with suppress(OSError):
-            inbox.return_to_inbox(path, Path(job.source).parent)
 
 
 def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any) -> Iterator[str]:

@@ -89,8 +89,11 @@ class Candidate:
     closes: int = 0  # events of this inode
     renamed_in: bool = False
     must_settle: bool = False  # its writer was seen to come back
+    came_back: bool = False  # a file of this name was taken at its first close a moment before
+    writer_asked_at: float = float("-inf")  # when /proc was searched for who writes to it
     reason: str = ""  # why it is not taken
     due: float = 0.0  # when to look again
+    failed_claims: int = 0
     settled: bool = False  # it waits for a place in the queue only
 
     @property

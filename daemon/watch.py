@@ -77,14 +77,17 @@ class _Ear:
         self._priority = priority
 
     def on_event(self, event: InotifyEvent) -> None:
-        self._watch.hear(self._priority, event.name, event.mask)
+        with suppress(Exception):  # a bell that cannot be rung; the next rescan comes without it
+            self._watch.hear(self._priority, event.name, event.mask)
 
     def on_watch_deleted(self, wd: int) -> None:
-        self._watch.lose()
+        with suppress(Exception):
+            self._watch.lose()
 
     def on_queue_overflow(self) -> None:
         if self._priority is Priority.NORMAL:  # every folder is told; it counts once
-            self._watch.overflow()
+            with suppress(Exception):
+                self._watch.overflow()
 
 
 class FolderWatch:

@@ -23,9 +23,18 @@ from .checkpoints import (
     seal_checkpoint,
     verify_checkpoint,
 )
-from .clear import plan_clear
+from .clear import ClearPlan, plan_clear
 from .completeness import recorded_step, why_incomplete
-from .errors import EXIT_FAILED, EXIT_STALE, GuardError, NotFound, SealBroken, UsageError, storage_errors
+from .errors import (
+    EXIT_FAILED,
+    EXIT_STALE,
+    EXIT_USAGE,
+    GuardError,
+    NotFound,
+    SealBroken,
+    UsageError,
+    storage_errors,
+)
 from .fingerprint import Fingerprint, fingerprint_dataset
 from .lock import ModelLock
 from .prepare import assess, make_stamp
@@ -37,10 +46,11 @@ from .verdict import VerdictKind
 
 
 def main(argv: list[str] | None = None, *, prog: str = "guard") -> int:
-    """Run one command and return its exit code; prints, and raises nothing but SystemExit for --help and
-    usage.
-    """
-    options = _parser(prog).parse_args(argv)
+    """Run one command, print its result, and return its exit code."""
+    try:
+        options = _parser(prog).parse_args(argv)
+    except SystemExit as exc:  # --help, or a wrong argument, which argparse has explained on stderr
+        return exc.code if isinstance(exc.code, int) else EXIT_USAGE
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         code = command(options)
@@ -98,6 +108,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     choice = sub.add_mutually_exclusive_group()
     choice.add_argument("--dry-run", action="store_true", help="show the plan and change nothing")
     choice.add_argument("--restore", metavar="SET", help="bring back what was cleared into this set")
+    sub.add_argument(
+        "--dataset", type=Path, metavar="FILE", help="clear for a run over this (default: as stamped)"
+    )
+    _add_recipe(sub)
     _add_key(sub)
 
     sub = add(
@@ -166,6 +180,8 @@ def _check(options: argparse.Namespace) -> int:
         print(verdict)
         for stray in strays:
             print(f"  {stray.path.name} is ignored: {stray.reason}")
+        if verdict.kind is VerdictKind.STALE:
+            print(f"hint: move them out of the way with: clear {folder} --dataset {options.dataset}")
     return EXIT_STALE if verdict.kind is VerdictKind.STALE else 0
 
 
@@ -207,7 +223,7 @@ def _clear(options: argparse.Namespace) -> int:
     folder = _require_folder(options.model_dir, "clear")
     key = _key(options)
     if options.dry_run:
-        plan = plan_clear(folder, key=key)
+        plan = _plan(folder, options, key)
         if options.json:
             _print_json({**plan.to_json(), "dry_run": True})
         else:
@@ -223,7 +239,7 @@ def _clear(options: argparse.Namespace) -> int:
                 stamp = " and their metadata" if result.stamp_restored else ""
                 print(f"restored {len(result.restored)} checkpoints{stamp} to {folder}")
             return 0
-        plan = plan_clear(folder, key=key)
+        plan = _plan(folder, options, key)
         if not options.json:
             print(plan)
         cleared = plan.execute()
@@ -232,6 +248,15 @@ def _clear(options: argparse.Namespace) -> int:
         elif cleared.set_path is not None:
             print(f"cleared; bring it back with: clear {folder} --restore {cleared.set_path.name}")
     return 0
+
+
+def _plan(folder: Path, options: argparse.Namespace, key: bytes | None) -> ClearPlan:
+    if options.dataset is None:
+        return plan_clear(folder, key=key)
+    reading = read_stamp(folder)
+    require_known_form(folder, reading)
+    run = proposed_run(dataset=options.dataset, recipe=options.recipe, stamp=reading)
+    return plan_clear(folder, verdict=assess(folder, fingerprint=run, key=key), key=key)
 
 
 def _seal(options: argparse.Namespace) -> int:
@@ -274,7 +299,7 @@ def _seal(options: argparse.Namespace) -> int:
 
 
 def _run_to_seal(model_dir: Path, options: argparse.Namespace) -> Fingerprint:
-    """Whose checkpoint this is: as told, and it must agree with the stamp; as stamped when nothing was told."""
+    """Whose checkpoint this is: as told, in agreement with the stamp, or else as stamped."""
     reading = read_stamp(model_dir)
     require_known_form(model_dir, reading)
     stamped = reading.stamp.fingerprint if reading.stamp is not None else None

@@ -1,0 +1,253 @@
+"""`dropforge check`: what the daemon would say of a file, without a daemon; nothing is moved or queued.
+
+Rows are read in child processes as the daemon does it; tokens are counted in another, which alone loads the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from daemon.config import Recipe, Settings
+from daemon.dataset import DatasetReport, Request
+from daemon.job import Dataset, JobState, to_json
+from daemon.jsonline import LineFault
+from daemon.passes import pass_once
+from daemon.report import rows_text
+from daemon.rows import Row, Rules, iter_rows
+from daemon.settle import Kind, kind_of_name, sidecar_name
+from daemon.sidecar import RejectedSidecar, Sidecar, read_sidecar
+from daemon.source import SourceFault
+from daemon.store import JobStore
+from daemon.text import escape
+
+LENGTHS_COMMAND = (sys.executable, "-m", "daemon.trainer.lengths")
+LENGTHS_TIMEOUT_SECONDS = 3600.0
+REPEATS_ROWS = 5_000_000  # rows among which repeats are counted: each costs about 100 bytes
+REPEATS_SHOWN = 5
+_BAR = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeats:
+    """Rows that occur more than once in the file."""
+
+    rows: int  # rows that repeat an earlier one
+    examples: tuple[tuple[int, int], ...]  # line, and the earlier line
+    counted_rows: int  # only among so many first rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What the trainer's tokenizer makes of the rows; `reason` says why it is not known."""
+
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    lengths: Any = None  # histogram of tokens a row, as the trainer prints it
+    reason: str = ""
+
+    @property
+    def trained_share(self) -> float | None:
+        """Share of tokens that get a loss."""
+        if not self.tokens or self.trained_tokens is None:
+            return None
+        return self.trained_tokens / self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """One file's verdict and facts."""
+
+    path: str
+    accepted: bool
+    reason: str = ""  # why it is refused
+    hint: str = ""
+    dataset: Dataset | None = None
+    rows: DatasetReport | None = None
+    repeats: Repeats | None = None
+    lengths: Mapping[int, int] = field(default_factory=dict)  # rows whose text has 2**(k-1) to 2**k - 1 characters
+    tokens: Tokens = Tokens(reason="not asked")
+    sidecar: str | None = None  # name of the sidecar that was applied
+    trained_before: tuple[Mapping[str, Any], ...] = ()  # job and version
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        value: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)
+        value["tokens"]["trained_share"] = self.tokens.trained_share
+        return {"file": value.pop("path"), **value}
+
+
+def check_files(
+    paths: Sequence[str | Path],
+    settings: Settings,
+    store: JobStore | None,
+    *,
+    lengths_command: Sequence[str] = LENGTHS_COMMAND,
+) -> list[CheckReport]:
+    """Check each file under the settings and the sidecar beside it.
+
+    `store` tells what was trained before. `lengths_command` gets a file and a recipe as JSON, and prints one JSON
+    object {tokens, trained_tokens, lengths}; without a configured model it is not run.
+    """
+    return [_check(Path(path), settings, store, lengths_command) for path in paths]
+
+
+def _check(path: Path, settings: Settings, store: JobStore | None, lengths_command: Sequence[str]) -> CheckReport:
+    if not os.path.lexists(path):
+        return CheckReport(path=str(path), accepted=False, reason="there is no such file")
+    if kind_of_name(path.name) is not Kind.DATA:
+        reason = "the daemon takes files named *.jsonl, *.jsonl.gz or *.jsonl.zst only"
+        return CheckReport(path=str(path), accepted=False, reason=reason, hint="rename it")
+    sidecar, sidecar_path = Sidecar(), path.with_name(sidecar_name(path.name))
+    beside = os.path.lexists(sidecar_path)
+    if beside:
+        try:
+            sidecar = read_sidecar(sidecar_path, settings.recipe)
+        except RejectedSidecar as error:
+            return CheckReport(path=str(path), accepted=False, reason=error.sentence, hint=error.hint)
+    applied = sidecar_path.name if beside else None
+    recipe = settings.recipe.with_overrides(sidecar.overrides)
+    rules = Rules.of(recipe.data)
+    request = Request(job_id="check", path=str(path.absolute()), rules=rules, processes=settings.inbox.scan_processes)
+    reply = pass_once(request)
+    if reply.dataset is None:
+        found = reply.report
+        return CheckReport(
+            path=str(path),
+            accepted=False,
+            reason=found.reason if found else reply.message,
+            hint=found.hint if found else "",
+            rows=found,
+            sidecar=applied,
+        )
+    try:
+        repeats, lengths = _read_rows(path, reply.dataset.format, rules)
+    except (LineFault, SourceFault, OSError) as error:
+        return CheckReport(path=str(path), accepted=False, reason=f"it changed while it was read: {error}")
+    trained = store.with_digest(reply.dataset.digest, {JobState.SUCCEEDED}) if store is not None else []
+    return CheckReport(
+        path=str(path),
+        accepted=True,
+        dataset=reply.dataset,
+        rows=reply.report,
+        repeats=repeats,
+        lengths=lengths,
+        tokens=_count_tokens(path, recipe, lengths_command),
+        sidecar=applied,
+        trained_before=tuple({"job": job.id, "version": job.version} for job in trained),
+    )
+
+
+def _read_rows(path: Path, format_: str, rules: Rules) -> tuple[Repeats, Mapping[int, int]]:
+    """Repeated rows, and the distribution of the rows' lengths in characters."""
+    first_lines: dict[int, int] = {}  # 64 bits of a row's digest -> its line
+    examples: list[tuple[int, int]] = []
+    repeated = counted = 0
+    lengths: Counter[int] = Counter()
+    for row in iter_rows(path, format_, rules):
+        lengths[_characters(row).bit_length()] += 1
+        if counted >= REPEATS_ROWS:
+            continue
+        counted += 1
+        earlier = first_lines.setdefault(int(row.content_digest[:16], 16), row.line)
+        if earlier != row.line:
+            repeated += 1
+            if len(examples) < REPEATS_SHOWN:
+                examples.append((row.line, earlier))
+    return Repeats(rows=repeated, examples=tuple(examples), counted_rows=counted), dict(sorted(lengths.items()))
+
+
+def _characters(row: Row) -> int:
+    total = len(row.text or "")
+    for part in (row.prompt, row.completion, row.messages):
+        if isinstance(part, str):
+            total += len(part)
+        elif part is not None:
+            total += sum(len(message["content"] or "") for message in part)
+    return total
+
+
+def _count_tokens(path: Path, recipe: Recipe, command: Sequence[str]) -> Tokens:
+    """Ask the trainer's side; whatever goes wrong there is a reason, not an error."""
+    if not recipe.model.model_name_or_path:
+        return Tokens(reason="no base model is configured")
+    arguments = [*command, str(path.absolute()), to_json(recipe.model_dump(mode="json"))]
+    try:
+        child = subprocess.run(
+            arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=LENGTHS_TIMEOUT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Tokens(reason=f"the trainer could not be asked: {error}")
+    if child.returncode != 0:
+        lines = child.stderr.decode("utf-8", "replace").strip().splitlines()
+        return Tokens(reason=f"the trainer could not say: {escape(lines[-1]) if lines else child.returncode}")
+    try:
+        value = json.loads(child.stdout)
+        return Tokens(
+            tokens=int(value["tokens"]), trained_tokens=int(value["trained_tokens"]), lengths=value.get("lengths")
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        return Tokens(reason=f"the trainer's answer was not understood: {error!r}")
+
+
+def render_text(report: CheckReport) -> str:
+    """The same for people: plain text, safe on any terminal, without a last newline."""
+    lines = [f"{escape(report.path)}: {'good' if report.accepted else 'refused'}"]
+    if report.reason:
+        lines.append(f"  {escape(report.reason, most=1000)}")
+    if report.hint:
+        lines.append(f"  hint: {escape(report.hint, most=1000)}")
+    if report.rows is not None and report.rows.problems:
+        lines += [f"  {line}" for line in rows_text(report.rows) if not line.startswith(("Refused:", "What to do:"))]
+    if report.sidecar:
+        lines.append(f"  sidecar     {escape(report.sidecar)}")
+    if report.dataset is not None:
+        found = report.dataset
+        skipped = f", {found.skipped_rows:,} left out" if found.skipped_rows else ""
+        lines.append(f"  rows        {found.rows:,} ({found.format}){skipped}, {found.size_bytes:,} bytes")
+        lines.append(f"  BLAKE3      {found.digest}")
+    if report.repeats is not None:
+        lines.append(f"  repeats     {_repeats_text(report.repeats)}")
+    if report.accepted:
+        lines.append(f"  tokens      {_tokens_text(report.tokens)}")
+        before = ", ".join(f"job {item['job']} (version {item['version'] or '?'})" for item in report.trained_before)
+        lines.append(f"  trained     {f'before, in {before}' if before else 'not before'}")
+    if report.lengths:
+        lines.append("  characters a row")
+        lines += _plot(report.lengths)
+    return "\n".join(lines)
+
+
+def _repeats_text(repeats: Repeats) -> str:
+    if not repeats.rows:
+        return f"none among {repeats.counted_rows:,} rows"
+    shown = "; ".join(f"line {line} repeats line {earlier}" for line, earlier in repeats.examples)
+    more = "; …" if repeats.rows > len(repeats.examples) else ""
+    return f"{repeats.rows:,} of {repeats.counted_rows:,} rows: {shown}{more}"
+
+
+def _tokens_text(tokens: Tokens) -> str:
+    if tokens.trained_share is None:
+        return f"not available: {tokens.reason or 'no tokens'}"
+    return f"{tokens.tokens:,}, of them {tokens.trained_tokens:,} trained ({tokens.trained_share:.1%})"
+
+
+def _plot(lengths: Mapping[int, int]) -> list[str]:
+    """A bar for each power of two, the longest `_BAR` characters wide."""
+    most = max(lengths.values())
+    lines = []
+    for bits in range(min(lengths), max(lengths) + 1):
+        low, high = (2 ** (bits - 1), 2**bits - 1) if bits else (0, 0)
+        count = lengths.get(bits, 0)
+        bar = "█" * round(_BAR * count / most) or ("▏" if count else "")
+        lines.append(f"  {f'{low:,}-{high:,}':>23}  {count:>9,}  {bar}".rstrip())
+    return lines
