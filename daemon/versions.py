@@ -98,6 +98,8 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
             raise DropforgeError(
                 operation="promote", subject=candidate, cause=f"{', '.join(missing)} is missing", hint="retry the job"
             )
+        for leftover in candidate.glob(".*.tmp"):  # of a record that was being written when its writer died
+            leftover.unlink()
         existing = list_versions(model_dir)
         name = f"{int(existing[-1].name) + 1 if existing else 1:04d}"
         parent = current_version(model_dir)

@@ -230,6 +230,11 @@ class Root:
         assert found is not None
         return found
 
+    def trainer_alive(self, folder: Path) -> bool:
+        """Whether the trainer of a run directory lives."""
+        identity = trainer_identity(folder)
+        return identity is not None and identity.alive
+
     def log(self) -> list[dict[str, Any]]:
         """The events of the log, oldest first."""
         path = self.settings.log_path
