@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test chaos bench lint format clean
 
 setup: .venv/.installed
 
@@ -23,6 +23,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# What takes too long for every day: thousands of random kills.
+chaos: setup
+	$(BIN)/python -m pytest -s tests/chaos --kills 3000
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -152,6 +152,8 @@ class Scheduler:
         if ready is None:
             self._change_hold(None)
             return
+        if self._is_trained(ready):
+            return
         recipe = Recipe.model_validate(ready.recipe) if ready.recipe else self.settings.recipe
         self._change_hold(no_space(self.settings, recipe))
         if self._hold is not None:
@@ -169,6 +171,21 @@ class Scheduler:
             self._finish(run, _not_launched(job, error, self.settings), None)
             return
         self._log.info("job.started", job=job.id, dataset=escape(job.name), attempt=job.attempt)
+
+    def _is_trained(self, job: Job) -> bool:
+        """End a job here whose content another one has trained since it was queued; True when it ended."""
+        if job.force or job.dataset is None:
+            return False
+        trained = self._store.with_digest(job.dataset.digest, {JobState.SUCCEEDED})
+        if not trained:
+            return False
+        reason = f"duplicate of job {trained[0].id}, version {trained[0].version or '?'}"
+        cancelled = self._store.transition(
+            job.id, JobState.QUEUED, JobState.CANCELLED, reason, duplicate_of=trained[0].id, finished_at=utc_now()
+        )
+        self._log.info("job.cancelled", job=job.id, file=escape(job.name), reason=reason)
+        self._settle(cancelled)
+        return True
 
     def ask_to_leave(self, why: Asked) -> None:
         """Ask the running trainer to seal a checkpoint and leave; a later, weightier reason replaces the first."""

@@ -309,3 +309,19 @@ def test_submit_waits_for_the_result_and_tells_it_by_its_exit_code(make_root: Ma
     assert root.run("submit", str(tmp_path / "none.jsonl")).returncode == 4
     assert good.exists()
     assert_sound(root)
+
+
+def test_the_same_content_queued_twice_is_trained_once(make_root: MakeRoot) -> None:
+    """The second one was checked before the first was trained: it is recognised when its turn comes."""
+    root = make_root(behaviour={}, tables=STEPS)
+    root.start()
+    ask(root, "pause")
+    for name in ("a.jsonl", "b.jsonl"):
+        root.drop(name, texts(5))
+        wait_until(lambda name=name: state(root, name) is JobState.QUEUED)  # type: ignore[misc]
+    ask(root, "resume")
+    first, second = root.finished("a.jsonl"), root.finished("b.jsonl")
+    assert (first.state, second.state) == (JobState.SUCCEEDED, JobState.CANCELLED)
+    assert second.duplicate_of == first.id
+    wait_until((root.settings.inbox_dir / "done" / second.id / "b.jsonl").exists, what="the file in done/")
+    assert_sound(root)

@@ -128,11 +128,15 @@ def seal(prepared: guard.PreparedRun, step: int, weights: str, fingerprint: guar
 
 
 def write_adapter(folder: Path, weights: str) -> None:
+    (folder / WEIGHTS_NAME).write_bytes(adapter_bytes(weights))
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16}))
+
+
+def adapter_bytes(weights: str) -> bytes:
     """A whole safetensors file whose one tensor is the digest chain."""
     data = bytes.fromhex(blake3(weights.encode()).hexdigest())
     header = json.dumps({"lora_B": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
-    (folder / WEIGHTS_NAME).write_bytes(struct.pack("<Q", len(header)) + header + data)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16}))
+    return struct.pack("<Q", len(header)) + header + data
 
 
 def main() -> int:
