@@ -23,12 +23,13 @@ from daemon.hooks import Hooks
 from daemon.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.notify import notify
+from daemon.rebuild import open_store
 from daemon.retry import Asked
 from daemon.scheduler import Scheduler
 from daemon.status import RECENT_JOBS, WAITING_FILES, StatusSnapshot, finished_job, running_job, write_status
-from daemon.store import JobStore
 
 BUSY_SECONDS = 0.25  # between two looks at a running trainer's progress
+PRUNE_SECONDS = 600.0  # between two batches of old jobs that are forgotten
 REFRESH_SECONDS = 60.0  # the current version is read again at least so often, whoever changed it
 
 
@@ -49,6 +50,7 @@ class Service:
         self._model_read = 0.0
         self._status_failed = False
         self._ticks = 0
+        self._next_prune = 0.0
         self._ended: list[Job] = []  # jobs in a final state when serving ended
 
     def run(self, *, once: bool = False) -> int:
@@ -77,7 +79,7 @@ class Service:
     def _serve(self, *, once: bool) -> int:
         self._listen()
         self._publish(status="starting", reason="recovering", force=True)
-        self.store = JobStore(self.settings.store_path)
+        self.store = open_store(self.settings, self.log)
         self.intake = Intake(self.settings, self.store, bell=self.bell, log=self.log)
         self.hooks = Hooks(self.settings.hooks, self.log)
         self.scheduler = Scheduler(
@@ -108,6 +110,9 @@ class Service:
         self._ticks += 1
         if self._reload_requested:
             self._reload()
+        if time.monotonic() >= self._next_prune:
+            self._next_prune = time.monotonic() + PRUNE_SECONDS
+            people.prune(self.settings, self.store)
         if self.scheduler.listen():
             self.intake.adopt()  # a job that a person put back has its rows checked again
         self.intake.tick(accept=not self.stopping)

@@ -1,0 +1,92 @@
+"""A database that cannot be read: set aside under a name that says so, and rebuilt from what lies on disk."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+
+from daemon.job import JobState
+from daemon.versions import list_versions
+from tests.support.root import Root, wait_until
+from tests.support.sound import assert_sound
+
+STEPS = {"training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 10}}
+
+
+def texts(count: int, word: str) -> list[dict[str, str]]:
+    return [{"text": f"{word} {number}"} for number in range(count)]
+
+
+@pytest.mark.parametrize("damage", ["noise", "cut", "empty", "pages", "a folder's worth of zeros"])
+def test_no_file_is_lost_and_nothing_is_trained_twice(make_root: Callable[..., Root], damage: str) -> None:
+    root = make_root(behaviour={"*": {"step_seconds": 0.02}}, tables=STEPS)
+    root.start()
+    root.drop("trained.jsonl", texts(5, "trained"))
+    root.finished("trained.jsonl")
+    root.drop("deleted.jsonl", texts(6, "deleted"))
+    deleted = root.finished("deleted.jsonl")
+    root.drop("bad.jsonl", b"no row")
+    root.finished("bad.jsonl")
+    root.drop("running.jsonl", texts(200, "running"))
+    running = root.running("running.jsonl", step=20)
+    root.drop("waiting.jsonl", texts(3, "waiting"))
+    wait_until(lambda: (job := root.job("waiting.jsonl")) and job.state is JobState.QUEUED)
+    trainer = root.trainer(running)
+    root.kill()
+    wait_until(lambda: not trainer.alive)
+    done = root.settings.inbox_dir / "done" / deleted.id
+    for path in done.iterdir():  # as keep_done_days would
+        path.unlink()
+    done.rmdir()
+
+    path = root.settings.store_path
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    data = path.read_bytes()
+    broken = {
+        "noise": b"\x93" * len(data),
+        "cut": data[: len(data) // 3],
+        "empty": b"not empty, yet no database" * 100,
+        "pages": data[:4096] + b"\xff" * (len(data) - 4096),
+        "a folder's worth of zeros": bytes(len(data)),
+    }[damage]
+    path.write_bytes(broken)
+
+    root.behave({})
+    root.start()
+    for name in ("running.jsonl", "waiting.jsonl"):
+        assert root.finished(name).state is JobState.SUCCEEDED, root.errors()
+    aside = list(root.settings.state_dir.glob("queue.sqlite3.unreadable-*"))
+    assert [one.read_bytes() for one in aside] == [broken]
+    assert root.events("store.set_aside")
+    resumed = root.job("running.jsonl")
+    assert resumed is not None
+    assert resumed.id == running.id
+    assert resumed.result is not None
+    assert resumed.result.start_step >= 20
+    states = {job.name: job.state for job in root.jobs()}
+    assert states["trained.jsonl"] == states["deleted.jsonl"] == "succeeded"
+    assert states["bad.jsonl"] == "rejected"
+    # Dropped again, the same content is known, also where its file was deleted long ago.
+    root.drop("again.jsonl", texts(5, "trained"))
+    root.drop("once-more.jsonl", texts(6, "deleted"))
+    assert {root.finished(name).state for name in ("again.jsonl", "once-more.jsonl")} == {JobState.CANCELLED}
+    assert len(list_versions(root.settings.model_dir)) == 4
+    assert root.stop() == 0
+
+
+def test_a_store_of_a_newer_version_stops_the_daemon_and_is_left_alone(make_root: Callable[..., Root]) -> None:
+    root = make_root(behaviour={})
+    root.start()
+    assert root.stop() == 0
+    assert_sound(root)
+    with closing(sqlite3.connect(root.settings.store_path)) as db, db:
+        db.execute("UPDATE meta SET value = '99' WHERE key = 'schema_version'")
+    done = root.run("run")
+    assert done.returncode == 1
+    assert "99" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(root.settings.state_dir.glob("*unreadable*"))
