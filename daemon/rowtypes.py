@@ -7,8 +7,7 @@ unread, and values that nobody uses are typed with bounded depth. What the types
 
 from __future__ import annotations
 
-import keyword
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -19,6 +18,7 @@ from daemon.rows import STEERING_KEYS, ColumnNames, Format, RowFault, normalise
 
 MAX_EXTRA_KEYS = 64  # unused keys that the types learn; a row with further ones is read the exact way
 
+MAX_SHAPE_KEYS = 16  # of an unused object whose keys are learned one by one
 NOT_TAKEN = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what `decode` raises for a line
 
 # Values that nobody reads, of any shape down to a depth that is common. NaN, bad UTF-8 and lone surrogates inside them
@@ -32,6 +32,7 @@ _Depth5 = _Scalar | list[_Depth4] | dict[str, _Depth4]
 _Depth6 = _Scalar | list[_Depth5] | dict[str, _Depth5]
 _Depth7 = _Scalar | list[_Depth6] | dict[str, _Depth6]
 
+_Shape = tuple[str, ...] | None  # the keys of an unused object; None: any value
 _OptionalText = str | None
 _Weight = Literal[0, 1] | None
 
@@ -73,8 +74,9 @@ class RowDecoder:
     def __init__(self, format_: Format, columns: ColumnNames) -> None:
         self._format = format_
         self._columns = columns
-        self._row_extras: dict[str, None] = {}  # ordered sets
-        self._message_extras: dict[str, None] = {}
+        self._row_extras: dict[str, _Shape] = {}
+        self._message_extras: dict[str, None] = {}  # an ordered set
+        self._order: list[str] = []  # of the keys in the row that was learned from
         # Any object of bounded depth: rows with tools are checked in Python, but need not be parsed by Python.
         self._wide = msgspec.json.Decoder(dict[str, _Depth7]).decode
         self._build()
@@ -101,17 +103,19 @@ class RowDecoder:
         self._learn(row)
 
     def _learn(self, row: dict[str, Any]) -> None:
+        """Take up the keys of a good row that nobody reads, and the keys inside those that are objects."""
         known = _ROW_KEYS.get(self._format, set(self._used_columns()))
-        found = _learnable(row, known)
-        inner: dict[str, None] = {}
+        rows, messages = dict(self._row_extras), dict(self._message_extras)
+        for key in _learnable(row, known):
+            rows[key] = _wider(rows[key], row[key]) if key in rows else _shape(row[key])
         if self._format is Format.MESSAGES:
             for message in row["messages"]:
-                inner |= _learnable(message, _MESSAGE_KEYS)
-        if found.keys() <= self._row_extras.keys() and inner.keys() <= self._message_extras.keys():
+                messages |= dict.fromkeys(_learnable(message, _MESSAGE_KEYS))
+        if (rows, messages) == (self._row_extras, self._message_extras):
             return
-        rows, messages = self._row_extras | found, self._message_extras | inner
-        if len(rows) + len(messages) <= MAX_EXTRA_KEYS:
+        if len(messages) + sum(1 + len(shape or ()) for shape in rows.values()) <= MAX_EXTRA_KEYS:
             self._row_extras, self._message_extras = rows, messages
+            self._order = list(row)
             self._build()
 
     def _used_columns(self) -> list[str]:
@@ -123,7 +127,7 @@ class RowDecoder:
 
     def _build(self) -> None:
         core: list[_Field]
-        extras: list[_Field] = [(name, _Depth3, None) for name in self._row_extras]
+        extras: list[_Field] = [(name, _type_of(shape), None) for name, shape in self._row_extras.items()]
         match self._format:
             case Format.MESSAGES:
                 message = _message_type(tuple(self._message_extras))
@@ -143,11 +147,30 @@ class RowDecoder:
                 core = [("text", str, ...)]
             case Format.COLUMNS:
                 core = [(name, str, ...) for name in self._used_columns()]
-        self._decode = msgspec.json.Decoder(_struct("Row", core + extras)).decode
+        self._decode = msgspec.json.Decoder(_struct("Row", core + extras, self._order)).decode
 
 
-def _learnable(value: dict[str, Any], known: Iterable[str]) -> dict[str, None]:
-    return {key: None for key in value if key not in known and key not in STEERING_KEYS}
+def _learnable(value: dict[str, Any], known: Iterable[str]) -> list[str]:
+    return [key for key in value if key not in known and key not in STEERING_KEYS]
+
+
+def _shape(value: Any) -> _Shape:
+    return tuple(value) if isinstance(value, dict) and len(value) <= MAX_SHAPE_KEYS else None
+
+
+def _wider(shape: _Shape, value: Any) -> _Shape:
+    """A shape for what was seen before and for `value`; scalars and lists fit every shape."""
+    if shape is None or not isinstance(value, dict):
+        return shape
+    keys = tuple(dict.fromkeys((*shape, *value)))
+    return keys if len(keys) <= MAX_SHAPE_KEYS else None
+
+
+def _type_of(shape: _Shape) -> Any:
+    """An unused value: an object with known keys decodes faster as a Struct than as a dict."""
+    if shape is None:
+        return _Depth3
+    return _Scalar | list[_Depth2] | _struct("Unused", [(key, _Depth2, None) for key in shape])
 
 
 def _message_type(extras: tuple[str, ...]) -> Any:
@@ -170,14 +193,13 @@ def _turn_type() -> Any:
     return union
 
 
-def _struct(name: str, fields: list[_Field], **options: Any) -> Any:
-    """A Struct type whose keys may be any strings."""
+def _struct(name: str, fields: list[_Field], order: Sequence[str] = (), **options: Any) -> Any:
+    """A Struct type whose keys may be any strings; it is fastest where keys come in `order`."""
+    place = {key: index for index, key in enumerate(order)}
     rename = {}
     members: list[tuple[str, Any] | _Field] = []
-    for index, (key, kind, default) in enumerate(sorted(fields, key=lambda field: field[2] is not ...)):
-        attribute = key if key.isidentifier() and not keyword.iskeyword(key) and key[0] != "_" else f"x{index}"
-        while attribute in {member[0] for member in members}:
-            attribute += "x"
+    for index, (key, kind, default) in enumerate(sorted(fields, key=lambda field: place.get(field[0], len(place)))):
+        attribute = f"key{index}"
         rename[attribute] = key
         members.append((attribute, kind) if default is ... else (attribute, kind, default))
-    return defstruct(name, members, rename=rename, gc=False, forbid_unknown_fields=True, **options)
+    return defstruct(name, members, rename=rename, gc=False, kw_only=True, forbid_unknown_fields=True, **options)
