@@ -30,7 +30,7 @@ from daemon.source import SourceFault
 from daemon.store import JobStore
 from daemon.text import escape
 
-LENGTHS_COMMAND = (sys.executable, "-m", "daemon.trainer.lengths")
+LENGTHS_COMMAND = (sys.executable, "-P", "-m", "daemon.trainer.lengths")
 LENGTHS_TIMEOUT_SECONDS = 3600.0
 REPEATS_ROWS = 5_000_000  # rows among which repeats are counted: each costs about 100 bytes
 REPEATS_SHOWN = 5
@@ -95,7 +95,7 @@ def check_files(
 ) -> list[CheckReport]:
     """Check each file under the settings and the sidecar beside it.
 
-    `store` tells what was trained before. `lengths_command` gets a file and a recipe as JSON, and prints one JSON
+    `store` tells what was trained before. `lengths_command` gets a file, its format and a recipe as JSON, and prints one JSON
     object {tokens, trained_tokens, lengths}; without a configured model it is not run.
     """
     return [_check(Path(path), settings, store, lengths_command) for path in paths]
@@ -141,7 +141,7 @@ def _check(path: Path, settings: Settings, store: JobStore | None, lengths_comma
         rows=reply.report,
         repeats=repeats,
         lengths=lengths,
-        tokens=_count_tokens(path, recipe, lengths_command),
+        tokens=_count_tokens(path, reply.dataset.format, recipe, lengths_command),
         sidecar=applied,
         trained_before=tuple({"job": job.id, "version": job.version} for job in trained),
     )
@@ -176,22 +176,24 @@ def _characters(row: Row) -> int:
     return total
 
 
-def _count_tokens(path: Path, recipe: Recipe, command: Sequence[str]) -> Tokens:
+def _count_tokens(path: Path, format_: str, recipe: Recipe, command: Sequence[str]) -> Tokens:
     """Ask the trainer's side; whatever goes wrong there is a reason, not an error."""
     if not recipe.model.model_name_or_path:
         return Tokens(reason="no base model is configured")
-    arguments = [*command, str(path.absolute()), to_json(recipe.model_dump(mode="json"))]
+    arguments = [*command, str(path.absolute()), format_, to_json(recipe.model_dump(mode="json"))]
     try:
         child = subprocess.run(
             arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=LENGTHS_TIMEOUT_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return Tokens(reason=f"the trainer could not be asked: {error}")
-    if child.returncode != 0:
+    if child.returncode != 0 and not child.stdout.strip():
         lines = child.stderr.decode("utf-8", "replace").strip().splitlines()
         return Tokens(reason=f"the trainer could not say: {escape(lines[-1]) if lines else child.returncode}")
     try:
         value = json.loads(child.stdout)
+        if "error" in value:
+            return Tokens(reason=escape(str(value["error"])))
         return Tokens(
             tokens=int(value["tokens"]), trained_tokens=int(value["trained_tokens"]), lengths=value.get("lengths")
         )

@@ -18,8 +18,8 @@ from pathlib import Path
 from daemon.config import Settings
 from daemon.dataset import DatasetReport
 from daemon.errors import NotFound
-from daemon.job import FINAL_STATES, Job, JobState, Priority, from_json, to_json
-from daemon.report import REPORT_JSON, REPORT_TEXT, report_json, report_text
+from daemon.job import FINAL_STATES, Job, JobState, Priority, from_json, run_dir, to_json
+from daemon.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
 from daemon.settle import sidecar_name
 from daemon.text import escape
 from guard.atomic import fsync_dir, rename_durable, write_atomic
@@ -112,8 +112,10 @@ def settle_files(settings: Settings, job: Job, report: DatasetReport | None = No
         source.mkdir(parents=True)  # the file is gone; what became of the job is still worth telling
     found = report if report is not None else read_rows_report(source)
     deleted = job.state is JobState.SUCCEEDED and settings.inbox.on_success == "delete"
-    write_atomic(source / REPORT_JSON, report_json(job, found, file_deleted=deleted))
-    write_atomic(source / REPORT_TEXT, report_text(job, found, file_deleted=deleted))
+    log = run_dir(settings.state_dir, job.id) / "trainer.log"
+    trainer = TrainerLog.read(log) if job.state is JobState.FAILED else None
+    write_atomic(source / REPORT_JSON, report_json(job, found, file_deleted=deleted, trainer=trainer))
+    write_atomic(source / REPORT_TEXT, report_text(job, found, file_deleted=deleted, trainer=trainer))
     if deleted:
         (source / job.name).unlink(missing_ok=True)
     target.parent.mkdir(exist_ok=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from daemon.dataset import DatasetReport
@@ -12,10 +15,33 @@ from daemon.text import escape
 REPORT_TEXT = "report.txt"
 REPORT_JSON = "report.json"
 REPORT_VERSION = 1
+_LOG_LINES, _LOG_TAIL_BYTES = 20, 16 * 1024
 _SHOWN_LINES = 100  # numbers of skipped lines in the text; the JSON has up to a thousand
 
 
-def report_json(job: Job, rows: DatasetReport | None, *, file_deleted: bool = False) -> str:
+@dataclass(frozen=True, kw_only=True)
+class TrainerLog:
+    """Where a failed run's own words are, and the last of them."""
+
+    path: str
+    last_lines: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> TrainerLog | None:
+        """The end of a trainer's log; None when there is none."""
+        try:
+            with path.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+                text = log.read().decode("utf-8", errors="replace")
+        except OSError:
+            return None
+        lines = [escape(line, most=300) for line in text.splitlines() if line.strip()]
+        return cls(path=str(path), last_lines=tuple(lines[-_LOG_LINES:]))
+
+
+def report_json(
+    job: Job, rows: DatasetReport | None, *, file_deleted: bool = False, trainer: TrainerLog | None = None
+) -> str:
     """The same facts as `report_text`, as one JSON object."""
     value = {
         "schema_version": REPORT_VERSION,
@@ -32,12 +58,15 @@ def report_json(job: Job, rows: DatasetReport | None, *, file_deleted: bool = Fa
         "file_deleted": file_deleted,
         "dataset": job.dataset,
         "rows": rows,
+        "trainer": trainer,
         "retry": retry_command(job),
     }
     return to_json(value, indent=2) + "\n"
 
 
-def report_text(job: Job, rows: DatasetReport | None, *, file_deleted: bool = False) -> str:
+def report_text(
+    job: Job, rows: DatasetReport | None, *, file_deleted: bool = False, trainer: TrainerLog | None = None
+) -> str:
     """A page of plain text; nothing from the file or its name reaches the terminal unescaped."""
     verdict = "duplicate, not trained" if job.duplicate_of else job.state.value
     lines = [
@@ -55,12 +84,17 @@ def report_text(job: Job, rows: DatasetReport | None, *, file_deleted: bool = Fa
         lines.append(f"  version   {job.version}")
     if job.reason:
         lines.append(f"  reason    {escape(job.reason, most=1000)}")
+    if job.failure and job.state is JobState.FAILED:
+        lines.append(f"  failure   {job.failure}")
     if job.result is not None and job.result.hint and job.state is JobState.FAILED:
         lines.append(f"  hint      {escape(job.result.hint, most=1000)}")
     if file_deleted:
         lines.append('  the file was deleted after training, as on_success = "delete" says')
     if rows is not None:
         lines += ["", *rows_text(rows)]
+    if trainer is not None:
+        lines += ["", f"The trainer's last lines (all of them: {trainer.path}):"]
+        lines += [f"  {line}" for line in trainer.last_lines] or ["  it wrote none"]
     if job.state in (JobState.FAILED, JobState.REJECTED, JobState.CANCELLED):
         lines += ["", "To try this file again as it is:", f"  {retry_command(job)}"]
         if job.duplicate_of:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from daemon.job import FailureKind, JobState
+from daemon.job import FailureKind, JobState, run_dir
 from daemon.versions import list_versions
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
@@ -111,6 +111,9 @@ def test_what_would_fail_again_is_tried_once_and_reported(make_root: MakeRoot, k
     report = (root.settings.inbox_dir / "failed" / job.id / "report.txt").read_text()
     assert "told why" in report
     assert "a hint" in report
+    assert kind in report
+    assert str(run_dir(root.settings.state_dir, job.id) / "trainer.log") in report
+    assert f"dropforge retry {job.id}" in report
     assert_sound(root)
 
 
