@@ -53,6 +53,8 @@ class Run:
     ended: bool = False  # it was asked, did not leave, and was ended
     progress: Progress | None = None
     launched_at: float = field(default_factory=time.monotonic)
+    promote_at: float | None = None  # monotonic; when a promotion that failed is tried again
+    promote_failures: int = 0
     moved_at: float = field(default_factory=time.monotonic)  # when its progress changed last
     memory_kills: int = field(default_factory=memory_kills)
 
@@ -125,6 +127,10 @@ class Scheduler:
         """Carry the trainer's news into the log, conclude it when it has ended, end it when it does not leave."""
         run = self._run
         if run is None:
+            return
+        if run.promote_at is not None:
+            if time.monotonic() >= run.promote_at:
+                self._conclude(run, Exit(code=0))
             return
         self._relay(run)
         ended = self._executor.poll(run.run_dir)
@@ -280,7 +286,16 @@ class Scheduler:
                 version = self._promote(run.job, result)
             except (DropforgeError, guard.GuardError, OSError) as error:
                 self._log.error("version.not_promoted", job=run.job.id, error=str(error))
-                conclusion = _not_promoted(run.job, error, self.settings)
+                # The adapter is finished: only its promotion is tried again, here or by the next daemon.
+                run.promote_failures += not is_no_space(error)
+                if run.promote_failures < self.settings.queue.max_attempts:
+                    run.promote_at = time.monotonic() + self.settings.queue.retry_seconds
+                    return
+                conclusion = Conclusion(
+                    to=JobState.FAILED,
+                    reason=f"the finished adapter could not be promoted: {error}".splitlines()[0],
+                    failure=FailureKind.INTERNAL,
+                )
             else:
                 self._log.info("version.promoted", job=run.job.id, version=version.name)
                 self._finish(run, conclusion, result, version=version.name)
@@ -361,11 +376,6 @@ def canonical(job: Job, result: RunResult | None) -> dict[str, Any]:
 def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:
     """A full disk waits; anything else (no memory for a process, a missing program) is tried again a few times."""
     return _again(job, f"the trainer could not be started: {error}", error, settings)
-
-
-def _not_promoted(job: Job, error: Exception, settings: Settings) -> Conclusion:
-    """The checkpoints of the run are intact: the next attempt loads the last one and only saves again."""
-    return _again(job, f"the finished adapter could not be promoted: {error}".splitlines()[0], error, settings)
 
 
 def _again(job: Job, reason: str, error: Exception, settings: Settings) -> Conclusion:

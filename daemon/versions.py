@@ -101,6 +101,8 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
         for leftover in candidate.glob(".*.tmp"):  # of a record that was being written when its writer died
             leftover.unlink()
         existing = list_versions(model_dir)
+        for earlier in existing:  # one whose promotion failed for good half-way is part of the line all the same
+            _record_lineage(model_dir, earlier)
         name = f"{int(existing[-1].name) + 1 if existing else 1:04d}"
         parent = current_version(model_dir)
         full = {"version": name, "job": job_id, "parent": parent.name if parent else None, "created_at": utc_now()}

@@ -266,9 +266,7 @@ def test_prepare_falls_back_clears_the_damaged_one_and_says_so(run: Run, tmp_pat
     assert_model_dir_sound(model_dir)
 
 
-def test_when_every_checkpoint_is_damaged_the_run_starts_over_and_keeps_them(
-    run: Run, tmp_path: Path
-) -> None:
+def test_when_every_checkpoint_is_damaged_the_run_starts_over_and_keeps_them(run: Run, tmp_path: Path) -> None:
     model_dir = shutil.copytree(run.model_dir, tmp_path / "model")
     for step in (2, 4):
         (model_dir / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"")

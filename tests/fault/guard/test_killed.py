@@ -193,9 +193,7 @@ def test_a_full_disk_gives_one_clear_error_and_a_clear_leaves_everything_as_it_w
     failed = 0
     for run in full_disk_runs("tests.fault.guard.scenarios:clear", prepare, tmp_path):
         model_dir = run.root / "model"
-        if (
-            run.outcome.result is None
-        ):  # it was full for something that does not matter, such as the holder's name
+        if run.outcome.result is None:  # it was full for something that does not matter, such as the holder's name
             continue
         failed += 1
         name, cause, hint = run.outcome.result
@@ -214,9 +212,7 @@ def test_a_full_disk_gives_one_clear_error_and_a_clear_leaves_everything_as_it_w
     assert failed > 10
 
 
-def test_a_full_disk_while_sealing_leaves_the_earlier_checkpoints_good(
-    template: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_while_sealing_leaves_the_earlier_checkpoints_good(template: Path, tmp_path: Path) -> None:
     def prepare(root: Path) -> dict[str, Any]:
         arguments = copy_of(template, root)
         make_checkpoint(Path(arguments["model_dir"], ".staging", "checkpoint-40"), 40)
@@ -274,9 +270,7 @@ def test_a_restore_that_was_cut_off_is_finished_by_the_next(template: Path, tmp_
     cleared = tmp_path / "cleared"
     cleared.mkdir()
     cleared_three_times(template, cleared)
-    first = next(
-        path.name for path in guard.cleared_sets(cleared / "model") if (path / "checkpoint-30").is_dir()
-    )
+    first = next(path.name for path in guard.cleared_sets(cleared / "model") if (path / "checkpoint-30").is_dir())
 
     def prepare(root: Path) -> dict[str, Any]:
         return {"model_dir": copy_of(cleared, root)["model_dir"], "set_name": first}

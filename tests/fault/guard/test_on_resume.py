@@ -88,11 +88,7 @@ def test_nothing_changed_is_resumed_where_it_stopped(lab: Lab, copy: Callable[[P
     _, _, unguarded = lab.resume_unguarded(copy(lab.half_way))
     prepared, guarded = lab.run_guarded(copy(lab.guarded_half_way))
     assert prepared.verdict.kind is VerdictKind.RESUME
-    assert (
-        guarded.learning_rates
-        == unguarded.learning_rates
-        == {3: pytest.approx(5e-4), 4: pytest.approx(2.5e-4)}
-    )
+    assert guarded.learning_rates == unguarded.learning_rates == {3: pytest.approx(5e-4), 4: pytest.approx(2.5e-4)}
 
 
 @pytest.mark.parametrize("count", [16, 8])
@@ -177,9 +173,7 @@ def test_an_optimizer_setting_changed(
     ],
     ids=["alpha", "dropout", "rsLoRA"],
 )
-def test_an_adapter_setting_changed(
-    lab: Lab, copy: Callable[[Path], Path], lora: dict[str, Any], reason: str
-) -> None:
+def test_an_adapter_setting_changed(lab: Lab, copy: Callable[[Path], Path], lora: dict[str, Any], reason: str) -> None:
     """Unguarded: accepted in silence. Guarded: a new run, and the reason."""
     _, _, seen = lab.resume_unguarded(copy(lab.half_way), lora=lora)
     assert seen.steps == [3, 4]
@@ -332,9 +326,7 @@ def test_a_plain_script_is_sealed_in_place_and_rotated(lab: Lab, tmp_path: Path)
     trainer, _ = make_trainer(base=lab.base, dataset=lab.rows, output_dir=directory, save_steps=1)
     run = guard.fingerprint_trainer(trainer, dataset_path=lab.rows)
     sealed: list[guard.Checkpoint] = []
-    trainer.add_callback(
-        guard.SealCallback(model_dir=directory, fingerprint=run, keep=2, on_sealed=sealed.append)
-    )
+    trainer.add_callback(guard.SealCallback(model_dir=directory, fingerprint=run, keep=2, on_sealed=sealed.append))
     trainer.train()
     assert [checkpoint.step for checkpoint in sealed] == [1, 2, 3, 4]
     assert [(c.step, c.state.value) for c in guard.scan_checkpoints(directory, digests=True)] == [

@@ -61,9 +61,7 @@ def make_trainer(
     torch.manual_seed(0)
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     settings.update(lora or {})
-    model = get_peft_model(
-        LlamaForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings)
-    )
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     rows = [json.loads(line) for line in dataset.read_text().splitlines()]
     for row in rows:
         row["labels"] = row["input_ids"]
