@@ -43,8 +43,9 @@ class Logger(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """`source` and `target` are relative to the model directory and to the set. `identity` is (device,
-    inode).
+    """One rename of a plan.
+
+    `source` is relative to the model directory, `target` to the set. `identity` is (device, inode).
     """
 
     source: str

@@ -20,8 +20,9 @@ class ComponentKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """`name` may end in `.*` to cover a whole section. `unordered`: the value is a set, whatever list it
-    comes in.
+    """One line of the table.
+
+    `name` may end in `.*` to cover a whole section. `unordered`: the value is a set, whatever list holds it.
     """
 
     name: str

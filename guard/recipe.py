@@ -48,8 +48,7 @@ def _unusable(path: PathLike, cause: str) -> UsageError:
 def proposed_run(
     *, dataset: PathLike, recipe: PathLike | None, stamp: StampReading, mode: DatasetMode = "content"
 ) -> Fingerprint:
-    """The fingerprint of a run over `dataset` with `recipe`; without one, with the recipe that the stamp
-    recorded.
+    """The fingerprint of a run over `dataset` with `recipe`, or else with the recipe that was stamped.
 
     What a file cannot tell (how many rows were kept) is taken from the stamp when the dataset is the same.
     """

@@ -121,16 +121,25 @@ def test_the_death_of_the_reading_child_is_reported_as_what_it_is(
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["read", "mapped"])
-@pytest.mark.parametrize("how", ["grow", "same size", "replace", "remove", "put the mtime back"])
+@pytest.mark.parametrize(
+    "how", ["grow", "same size", "replace", "remove", "put the mtime back", "turn the symlink"]
+)
 def test_a_file_that_changes_while_it_is_read_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, mapped: bool
 ) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"a" * 100_000)
+    if how == "turn the symlink":
+        path = tmp_path / "link"
+        path.symlink_to("file")
 
     def act() -> None:
         before = path.stat()
-        if how == "grow":
+        if how == "turn the symlink":
+            (tmp_path / "other").write_bytes(b"b" * 100_000)
+            path.unlink()
+            path.symlink_to("other")
+        elif how == "grow":
             with path.open("ab") as file:
                 file.write(b"more")
         elif how == "replace":

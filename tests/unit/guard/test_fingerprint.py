@@ -109,6 +109,8 @@ def test_a_name_stands_in_for_a_digest_that_is_not_known() -> None:
     one, other = (make_fingerprint(model__digest=None, model__name=name) for name in "ab")
     assert not one.same_run(other)
     assert [difference.is_identity for difference in one.differences(other)] == [True]
+    known = make_fingerprint(model__name="b")
+    assert all(difference.is_identity for difference in known.differences(one))
 
 
 def test_the_factors_of_the_global_batch_are_notes() -> None:

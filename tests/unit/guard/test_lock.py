@@ -116,16 +116,19 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(go[1])  # or the end of the parent would not end the wait below
         os.write(ready[1], b"1" if lock.is_held else b"0")
         os.read(go[0], 1)
         os._exit(0)
-    assert os.read(ready[0], 1) == b"0"
-    lock.release()
-    other = Contender(tmp_path, "next")
-    assert other.said == "held"
-    other.end()
-    os.write(go[1], b"x")
-    os.waitpid(child, 0)
+    try:
+        assert os.read(ready[0], 1) == b"0"
+        lock.release()
+        other = Contender(tmp_path, "next")
+        assert other.said == "held"
+        other.end()
+    finally:
+        os.close(go[1])
+        os.waitpid(child, 0)
 
 
 def test_the_lock_is_seen_by_this_process_and_released_by_the_block(tmp_path: Path) -> None:

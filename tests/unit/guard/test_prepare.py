@@ -49,6 +49,20 @@ def test_the_same_run_resumes_from_its_newest_checkpoint_and_changes_nothing(
     assert (model_dir / ".dataset_metadata.json").read_bytes() == before
 
 
+def test_a_resume_with_other_notes_keeps_the_stamp_of_the_run_s_first_start(
+    model_dir: Path, dataset: Path, fingerprint: guard.Fingerprint
+) -> None:
+    before = (model_dir / ".dataset_metadata.json").read_bytes()
+    noted = guard.Fingerprint({**fingerprint.components, "training.save_steps": 99, "attempt.number": 2})
+    prepared = prepare(model_dir, noted, dataset)
+    assert prepared.verdict.kind is VerdictKind.RESUME
+    assert [difference.name for difference in prepared.verdict.differences] == [
+        "training.save_steps",
+        "attempt.number",
+    ]
+    assert (model_dir / ".dataset_metadata.json").read_bytes() == before
+
+
 def test_another_run_clears_everything_and_names_every_difference(model_dir: Path, dataset: Path) -> None:
     other = make_fingerprint(dataset__digest="c" * 64, lora__r=16, training__learning_rate=3e-4)
     prepared = prepare(model_dir, other, dataset)
@@ -117,7 +131,7 @@ def test_metadata_of_a_later_form_is_neither_judged_nor_overwritten(
 def test_without_the_lock_nothing_is_prepared(
     model_dir: Path, fingerprint: guard.Fingerprint, dataset: Path
 ) -> None:
-    with pytest.raises(guard.NotLocked):
+    with pytest.raises(guard.NotLocked, match="cannot prepare a run"):
         guard.prepare_run(model_dir, fingerprint=fingerprint, dataset_path=dataset, lora_config=LORA)
 
 

@@ -90,6 +90,7 @@ def test_what_cannot_be_read_is_stale_and_set_aside_whole(tmp_path: Path, datase
     reading = guard.read_stamp(folder)
     assert reading.kind is StampKind.UNREADABLE
     assert reading.reason.startswith("it")
+    assert {"BOM": "byte order mark", "100 MB": "100,000,000 bytes"}.get(name, "") in reading.reason
     with guard.ModelLock(folder, owner="test"):
         prepared = guard.prepare_run(
             folder, fingerprint=make_fingerprint(), dataset_path=dataset, lora_config={"r": 8}
