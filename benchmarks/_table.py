@@ -58,9 +58,7 @@ def print_table(
     for name, values in seconds.items():
         rate = [f"{size_bytes / 1e9 / medians[name]:.2f}"] if size_bytes else []
         ratios = [f"{medians[other] / medians[name]:.2f}" for other in relative_to]
-        rows.append(
-            [name, *(_spell(value) for value in (medians[name], min(values), max(values))), *rate, *ratios]
-        )
+        rows.append([name, *(_spell(value) for value in (medians[name], min(values), max(values))), *rate, *ratios])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     print(f"\n{title} ({len(next(iter(seconds.values())))} rounds, interleaved)")
     for row in rows:
@@ -78,9 +76,7 @@ def _spell(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
 
 
-def print_goal(
-    text: str, *, value: float, at_least: float | None = None, at_most: float | None = None
-) -> None:
+def print_goal(text: str, *, value: float, at_least: float | None = None, at_most: float | None = None) -> None:
     """What was aimed at and whether it was reached; a benchmark never fails."""
     reached = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     bound = f"at least {at_least:g}" if at_least is not None else f"at most {at_most:g}"

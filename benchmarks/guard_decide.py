@@ -22,14 +22,10 @@ GOAL_MS = 15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument(
-        "--dir", type=Path, default=None, help="where to put them (default: a temporary folder)"
-    )
+    parser.add_argument("--dir", type=Path, default=None, help="where to put them (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         root = Path(name)

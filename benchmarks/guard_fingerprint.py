@@ -19,9 +19,7 @@ from benchmarks._table import Arm, measure, print_goal, print_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-mb", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="where to put it (default: a temporary folder)")
@@ -38,9 +36,7 @@ def main() -> None:
         ]
         if shutil.which("b3sum"):
             b3sum = ["b3sum", "--no-names", path]
-            arms.insert(
-                1, Arm(name="b3sum", run=lambda: subprocess.run(b3sum, capture_output=True, check=True))
-            )
+            arms.insert(1, Arm(name="b3sum", run=lambda: subprocess.run(b3sum, capture_output=True, check=True)))
         seconds = measure(arms, rounds=options.rounds)
         relative = [name for name in ("b3sum", "hashlib sha256", "cat") if name in seconds]
         title = f"Fingerprint of {options.size_mb:,} MiB, warm cache"

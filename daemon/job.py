@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 RUN_SPEC_VERSION = 1
+LONGEST_BACKOFF_SECONDS = 3600.0
 
 
 class JobState(StrEnum):

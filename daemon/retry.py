@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from daemon.config import QueueSettings
 from daemon.executors.base import Exit
-from daemon.job import FailureKind, Job, JobState, Outcome, RunResult
+from daemon.job import LONGEST_BACKOFF_SECONDS, FailureKind, Job, JobState, Outcome, RunResult
 
 # The same rows, settings or numbers would fail again: a person has to act first.
 FINAL_FAILURES = frozenset({FailureKind.BAD_DATA, FailureKind.CONFIG, FailureKind.DIVERGED})
@@ -96,7 +96,7 @@ def conclude(
         to=JobState.QUEUED,
         reason=f"{reason}; will be tried again",
         failure=kind,
-        not_before=now + queue.retry_seconds * 2 ** max(0, fruitless - 1),
+        not_before=now + min(queue.retry_seconds * 2 ** max(0, fruitless - 1), LONGEST_BACKOFF_SECONDS),
         fruitless=fruitless,
         halve_batch=kind is FailureKind.OUT_OF_MEMORY,
     )

@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from daemon.errors import NotFound, StoreError
-from daemon.job import FINAL_STATES, TRANSITIONS, Event, Job, JobState, from_json, to_json, utc_now
+from daemon.job import (
+    FINAL_STATES,
+    LONGEST_BACKOFF_SECONDS,
+    TRANSITIONS,
+    Event,
+    Job,
+    JobState,
+    from_json,
+    to_json,
+    utc_now,
+)
 from guard.atomic import fsync_dir
 
 BUSY_TIMEOUT_MS = 10_000  # a reader's checkpoint or another command's write; far above either
@@ -179,10 +189,14 @@ class JobStore:
         return moved
 
     def peek(self, now: float) -> Job | None:
-        """The job that `claim_next` would take."""
+        """The job that `claim_next` would take.
+
+        A back-off that ends later than any can be was written before the clock was set back; it counts as over.
+        """
         row = self._db.execute(
-            "SELECT body FROM jobs WHERE state = ? AND not_before <= ? ORDER BY priority, position, seq LIMIT 1",
-            (JobState.QUEUED, now),
+            "SELECT body FROM jobs WHERE state = ?1 AND (not_before <= ?2 OR not_before > ?2 + ?3)"
+            " ORDER BY priority, position, seq LIMIT 1",
+            (JobState.QUEUED, now, LONGEST_BACKOFF_SECONDS),
         ).fetchone()
         return from_json(row[0], Job) if row else None
 

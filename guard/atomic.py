@@ -19,9 +19,7 @@ PathLike = str | os.PathLike[str]
 _temp_numbers = itertools.count()
 
 
-def write_atomic(
-    path: PathLike, data: bytes | str, *, mode: int = 0o644, temp_dir: PathLike | None = None
-) -> None:
+def write_atomic(path: PathLike, data: bytes | str, *, mode: int = 0o644, temp_dir: PathLike | None = None) -> None:
     """Replace `path` by `data`: a reader sees the old bytes or the new ones, also after a power cut.
 
     `mode` is cut by the umask. `temp_dir` (default: the folder of `path`) holds the temporary file and must

@@ -64,9 +64,7 @@ class SealCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
         """Raises RunRefused before the first step rather than at the first checkpoint."""
         self._is_staged(args)
         if args.save_only_model:
-            raise self._refusal(
-                "save_only_model leaves out what a resume needs", "leave save_only_model at False"
-            )
+            raise self._refusal("save_only_model leaves out what a resume needs", "leave save_only_model at False")
         if self.prepared is None:
             return
         checkpoint = self.prepared.verdict.checkpoint
@@ -77,9 +75,7 @@ class SealCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
                 "trainer.train(resume_from_checkpoint=prepared.resume_from), never True",
             )
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Every process has to be done with its part (each writes its own random state) before the seal, and
         # none may go on to the next save before the rename.
         _wait_for_all_processes()
@@ -102,9 +98,7 @@ class SealCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
         if incomplete is not None:
             raise SealBroken(operation="seal", path=folder, cause=incomplete)
         into = self.model_dir / name if self._is_staged(args) else None
-        sealed = seal_checkpoint(
-            folder, step=state.global_step, fingerprint=self.fingerprint, key=self.key, into=into
-        )
+        sealed = seal_checkpoint(folder, step=state.global_step, fingerprint=self.fingerprint, key=self.key, into=into)
         if self.keep is not None:
             rotate(self.model_dir, keep=self.keep, key=self.key)
         if self.on_sealed is not None:

@@ -87,9 +87,7 @@ def list_checkpoints(model_dir: PathLike) -> tuple[list[tuple[int, Path]], list[
     return sorted(found), sorted(strays, key=lambda stray: stray.path.name)
 
 
-def scan_checkpoints(
-    model_dir: PathLike, *, key: bytes | None = None, digests: bool = False
-) -> tuple[Checkpoint, ...]:
+def scan_checkpoints(model_dir: PathLike, *, key: bytes | None = None, digests: bool = False) -> tuple[Checkpoint, ...]:
     """Every checkpoint folder, ascending by step (900 before 2600); structural unless `digests`."""
     found = (_verify_listed(path, key=key, digests=digests) for _, path in list_checkpoints(model_dir)[0])
     return tuple(checkpoint for checkpoint in found if checkpoint is not None)

@@ -28,7 +28,7 @@ from .layout import CLEARED_NAME, STAGING_NAME, TRASH_PREFIX, ensure_own_folder,
 from .lock import require_lock
 from .seal import list_tree
 from .stamp import load_raw_stamp, read_stamp, require_known_form
-from .verdict import Verdict, VerdictKind, decide
+from .verdict import Verdict, VerdictKind, decide, explain_passed_over
 
 SET_NAME: Final = re.compile(r"\d{8}T\d{6}Z-[a-z0-9-]+")
 SET_RECORD: Final = "clear.json"
@@ -107,9 +107,7 @@ class ClearPlan:
             "set": self.set_path.name if self.moves else None,
             "reason": self.reason,
             "why": list(self.why),
-            "moves": [
-                {"from": move.source, "to": move.target, "size_bytes": move.size_bytes} for move in self.moves
-            ],
+            "moves": [{"from": move.source, "to": move.target, "size_bytes": move.size_bytes} for move in self.moves],
             "cleared": self.cleared,
             "size_bytes": self.size_bytes,
             "kept": str(self.protected) if self.protected is not None else None,
@@ -149,16 +147,12 @@ class ClearPlan:
         try:
             status = source.lstat()
         except OSError as exc:
-            raise self._refusal(
-                f"{move.source} changed since the plan: {explain_os_error(exc)}", "plan again"
-            ) from exc
+            raise self._refusal(f"{move.source} changed since the plan: {explain_os_error(exc)}", "plan again") from exc
         if (status.st_dev, status.st_ino) != move.identity:
             raise self._refusal(f"{move.source} is not what it was when this was planned", "plan again")
         if os.geteuid() not in (0, status.st_uid):
             hint = "clear as that user, or as root"
-            raise self._refusal(
-                f"{move.source} belongs to user {status.st_uid}, and we are {os.geteuid()}", hint
-            )
+            raise self._refusal(f"{move.source} belongs to user {status.st_uid}, and we are {os.geteuid()}", hint)
         # A folder that changes its parent must be writable itself: its ".." is rewritten.
         for folder in {source.parent, source} if stat.S_ISDIR(status.st_mode) else {source.parent}:
             if not os.access(folder, os.W_OK | os.X_OK):
@@ -183,9 +177,7 @@ class ClearPlan:
             # A crash must leave no temporary file in the set: those have a place of their own.
             staging = ensure_staging(self.model_dir)
             write_atomic(self.set_path / SET_RECORD, json.dumps(record, indent=1) + "\n", temp_dir=staging)
-            _note(
-                journal, event="clear.begun", set=self.set_path.name, reason=self.reason, at=self.cleared_at
-            )
+            _note(journal, event="clear.begun", set=self.set_path.name, reason=self.reason, at=self.cleared_at)
             for move in self.moves:
                 source, target = self.model_dir / move.source, self.set_path / move.target
                 target.parent.mkdir(exist_ok=True)
@@ -226,9 +218,7 @@ def sync_folders(folders: Iterable[Path]) -> None:
 
 def _undo(moved: list[tuple[Path, Path]]) -> None:
     for source, target in reversed(moved):
-        with suppress(
-            OSError
-        ):  # what cannot be moved back stays in the set, whole, and can be restored from there
+        with suppress(OSError):  # what cannot be moved back stays in the set, whole, and can be restored from there
             target.rename(source)
 
 
@@ -268,8 +258,9 @@ def plan_clear(
         raise NotFound(operation="clear", path=folder, cause="there is no such folder")
     require_known_form(folder, read_stamp(folder))
     listed, strays = list_checkpoints(folder)
+    why: tuple[str, ...] = verdict.reasons if verdict is not None else ()
     if verdict is None:
-        verdict, sources = _judge_run_in_progress(folder, key)
+        verdict, sources, why = _judge_run_in_progress(folder, key)
     elif verdict.kind is VerdictKind.STALE:
         sources = [path for _, path in listed]
     else:
@@ -280,16 +271,14 @@ def plan_clear(
     cleared_root = folder / CLEARED_NAME
     name = f"{moment.astimezone(UTC):%Y%m%dT%H%M%SZ}-{_slug(reason)}"
     with storage_errors("plan a clear of", folder):
-        moves = [
-            _plan_move(folder, path, path.name, is_checkpoint=True) for path in sources if path != protected
-        ]
+        moves = [_plan_move(folder, path, path.name, is_checkpoint=True) for path in sources if path != protected]
         leftovers, trash = _staging_leftovers(folder)
         moves += [_plan_move(folder, path, f"staging/{path.name}", is_checkpoint=False) for path in leftovers]
     return ClearPlan(
         model_dir=folder,
         set_path=cleared_root / unused_name(cleared_root, name),
         reason=reason,
-        why=verdict.reasons if moves else (),
+        why=why if moves else (),
         moves=tuple(moves),
         left_alone=tuple(strays),
         trash=tuple(trash),
@@ -298,23 +287,26 @@ def plan_clear(
     )
 
 
-def _judge_run_in_progress(folder: Path, key: bytes | None) -> tuple[Verdict, list[Path]]:
+def _judge_run_in_progress(folder: Path, key: bytes | None) -> tuple[Verdict, list[Path], tuple[str, ...]]:
+    """The verdict for the run of the stamp itself, what to clear beside it, and why."""
     reading = read_stamp(folder)
     checkpoints = scan_checkpoints(folder, key=key)
     recorded = reading.stamp.fingerprint if reading.stamp is not None else None
     if recorded is None:
         reasons = (f"whose checkpoints these are is not known: {reading.reason}",) if checkpoints else ()
         kind = VerdictKind.STALE if checkpoints else VerdictKind.FRESH
-        return Verdict(kind=kind, reasons=reasons), [checkpoint.path for checkpoint in checkpoints]
+        return Verdict(kind=kind, reasons=reasons), [item.path for item in checkpoints], reasons
     # What is protected must be worth it: of this run's own, the digests are taken as well.
-    checked = [
-        verify_checkpoint(checkpoint.path, key=key) if checkpoint.belongs_to(recorded) else checkpoint
-        for checkpoint in checkpoints
-    ]
+    checked = [verify_checkpoint(item.path, key=key) if item.belongs_to(recorded) else item for item in checkpoints]
     verdict = decide(stamp=reading, fingerprint=recorded, checkpoints=checked)
     if verdict.kind is not VerdictKind.RESUME:
-        return verdict, [checkpoint.path for checkpoint in checked]
-    return verdict, [checkpoint.path for checkpoint in checked if not checkpoint.belongs_to(recorded)]
+        return verdict, [item.path for item in checked], verdict.reasons
+    others = [item for item in checked if not item.belongs_to(recorded)]
+    return (
+        verdict,
+        [item.path for item in others],
+        tuple(explain_passed_over(item, recorded) for item in others),
+    )
 
 
 def _plan_move(model_dir: Path, path: Path, target: str, *, is_checkpoint: bool) -> Move:
@@ -344,7 +336,7 @@ def _staging_leftovers(model_dir: Path) -> tuple[list[Path], list[Path]]:
 def reason_of(verdict: Verdict) -> str:
     """Two or three words for the name of the set."""
     if verdict.kind is VerdictKind.RESUME:
-        return "passed over"
+        return "not of this run"
     if verdict.kind is VerdictKind.FRESH:
         return "torn staging"
     changed = [difference.name for difference in verdict.differences if difference.is_identity]

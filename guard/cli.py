@@ -108,19 +108,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     choice = sub.add_mutually_exclusive_group()
     choice.add_argument("--dry-run", action="store_true", help="show the plan and change nothing")
     choice.add_argument("--restore", metavar="SET", help="bring back what was cleared into this set")
-    sub.add_argument(
-        "--dataset", type=Path, metavar="FILE", help="clear for a run over this (default: as stamped)"
-    )
+    sub.add_argument("--dataset", type=Path, metavar="FILE", help="clear for a run over this (default: as stamped)")
     _add_recipe(sub)
     _add_key(sub)
 
-    sub = add(
-        "seal", _seal, "seal a checkpoint that a script left, so that it can be verified and resumed from"
-    )
+    sub = add("seal", _seal, "seal a checkpoint that a script left, so that it can be verified and resumed from")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    sub.add_argument(
-        "--dataset", type=Path, metavar="FILE", help="what it was trained on (default: as stamped)"
-    )
+    sub.add_argument("--dataset", type=Path, metavar="FILE", help="what it was trained on (default: as stamped)")
     _add_recipe(sub)
     _add_key(sub)
     return parser
@@ -132,9 +126,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--key-file", type=Path, metavar="FILE", help="the key that seals are made with (0600)"
-    )
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="the key that seals are made with (0600)")
 
 
 def _key(options: argparse.Namespace) -> bytes | None:
@@ -156,9 +148,7 @@ def _fingerprint(options: argparse.Namespace) -> int:
     results = []
     for path in options.files:
         found = fingerprint_dataset(path, mode=options.mode)
-        results.append(
-            {"path": str(path), "name": found.name, "size_bytes": found.size_bytes, "digest": found.digest}
-        )
+        results.append({"path": str(path), "name": found.name, "size_bytes": found.size_bytes, "digest": found.digest})
         if not options.json:
             print(f"{found.digest}  {path}", flush=True)
     if options.json:

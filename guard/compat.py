@@ -32,9 +32,7 @@ def save_dataset_metadata(output_dir: PathLike, dataset_path: PathLike, lora_con
     """Record that `output_dir` belongs to this dataset (content included) and adapter."""
     lora = _lora_components(lora_config)
     content = fingerprint_dataset(dataset_path)
-    fingerprint = Fingerprint(
-        {**content.components(), "dataset.path": str(Path(dataset_path).absolute()), **lora}
-    )
+    fingerprint = Fingerprint({**content.components(), "dataset.path": str(Path(dataset_path).absolute()), **lora})
     stamp = make_stamp(fingerprint=fingerprint, dataset_path=dataset_path, lora_config=lora_config)
     with locked(output_dir, owner="save_dataset_metadata"):
         write_stamp(output_dir, stamp)
@@ -66,9 +64,7 @@ def validate_checkpoint_compatibility(
             old = recorded
             # 32 hex digits are md5 of name and size: what was too large to read then is not read now.
             by_size = len(str(recorded.components.get("dataset.digest") or "")) == 32
-            known = {
-                **fingerprint_dataset(dataset_path, mode="name_size" if by_size else "content").components()
-            }
+            known = {**fingerprint_dataset(dataset_path, mode="name_size" if by_size else "content").components()}
     except GuardError as exc:
         return False, str(exc).splitlines()[0]
     new = Fingerprint({**old.components, **known, **_lora_components(lora_config)})
@@ -88,6 +84,4 @@ def clear_checkpoints(output_dir: PathLike, logger: Logger | None = None) -> int
 
 
 def _lora_components(lora_config: Any) -> dict[str, Any]:
-    return {
-        f"lora.{_PEFT_NAMES.get(name, name)}": value for name, value in plain_lora_config(lora_config).items()
-    }
+    return {f"lora.{_PEFT_NAMES.get(name, name)}": value for name, value in plain_lora_config(lora_config).items()}

@@ -38,8 +38,7 @@ def why_incomplete(folder: Path, *, step: int | None = None) -> str | None:
     if step is not None and recorded != step:
         return f"trainer_state.json is of step {recorded}"
     sharded = any(
-        path.is_dir() and name.startswith(("pytorch_model_fsdp", "global_step"))
-        for name, path in files.items()
+        path.is_dir() and name.startswith(("pytorch_model_fsdp", "global_step")) for name, path in files.items()
     )
     adapters = any(path.is_dir() and (path / "adapter_config.json").is_file() for path in files.values())
     if not sharded and not adapters and not any(name in files for name in _WEIGHTS):

@@ -48,9 +48,7 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     # -- the data
     _identity("dataset.digest", "other rows: the step counter of one dataset means nothing for another"),
     _identity("dataset.rows", "the rows kept decide how long an epoch is"),
-    _note(
-        "dataset.name", "the same content under another name is the same dataset", instead_of="dataset.digest"
-    ),
+    _note("dataset.name", "the same content under another name is the same dataset", instead_of="dataset.digest"),
     _note("dataset.size_bytes", "the digest says more"),
     _note("dataset.path", "the same content in another place is the same dataset"),
     _identity("split.held_out_fraction", "rows held out are not trained; another share moves every step"),
@@ -119,12 +117,8 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     _note("lora.runtime_config", "where the work is done, not what is computed"),
     # -- the steps
     _identity("training.global_batch_size", "the step counter counts global batches"),
-    _note(
-        "training.per_device_train_batch_size", "a factor of the global batch", "training.global_batch_size"
-    ),
-    _note(
-        "training.gradient_accumulation_steps", "a factor of the global batch", "training.global_batch_size"
-    ),
+    _note("training.per_device_train_batch_size", "a factor of the global batch", "training.global_batch_size"),
+    _note("training.gradient_accumulation_steps", "a factor of the global batch", "training.global_batch_size"),
     _note("training.world_size", "a factor of the global batch", "training.global_batch_size"),
     _identity("training.num_train_epochs", "the length of the run, and with it the schedule"),
     _identity("training.max_steps", "the length of the run, and with it the schedule"),

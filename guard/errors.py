@@ -55,11 +55,11 @@ class UsageError(GuardError):
     exit_code = EXIT_USAGE
 
 
-class NotFound(GuardError):  # noqa: N818  the state is the name, as in every class below
+class NotFound(GuardError):
     exit_code = EXIT_NOT_FOUND
 
 
-class FileUnreadable(GuardError):  # noqa: N818  see above
+class FileUnreadable(GuardError):
     """A file could not be read from its first byte to its last."""
 
 
@@ -67,19 +67,19 @@ class DatasetUnreadable(FileUnreadable):
     """The dataset could not be read from its first byte to its last."""
 
 
-class FileChanged(GuardError):  # noqa: N818  see above
+class FileChanged(GuardError):
     """A file changed while it was read, so that no digest describes it."""
 
 
-class StampTooNew(GuardError):  # noqa: N818  see above
+class StampTooNew(GuardError):
     """The metadata was written by a later version of this program; it is neither judged nor overwritten."""
 
 
-class StampUnusable(GuardError):  # noqa: N818  see above
+class StampUnusable(GuardError):
     """The metadata is not there, or not in a form that can be changed."""
 
 
-class ModelLocked(GuardError):  # noqa: N818  see above
+class ModelLocked(GuardError):
     """Another process works on the model directory.
 
     `holder` is what that process wrote about itself; {} when it had not yet.
@@ -92,23 +92,23 @@ class ModelLocked(GuardError):  # noqa: N818  see above
         self.holder = holder
 
 
-class NotLocked(GuardError):  # noqa: N818  see above
+class NotLocked(GuardError):
     """A step that changes the model directory was called without its lock."""
 
 
-class ClearRefused(GuardError):  # noqa: N818  see above
+class ClearRefused(GuardError):
     """Nothing was cleared, restored or purged; everything is as it was."""
 
 
-class SealBroken(GuardError):  # noqa: N818  see above
+class SealBroken(GuardError):
     """A checkpoint could not be sealed, or its seal does not verify."""
 
 
-class WeightsNotFinite(GuardError):  # noqa: N818  see above
+class WeightsNotFinite(GuardError):
     """The weights to be sealed hold NaN or infinite values."""
 
 
-class RunRefused(GuardError):  # noqa: N818  see above
+class RunRefused(GuardError):
     """The Trainer is about to run from another state than the one that the guard decided on."""
 
 
@@ -133,9 +133,7 @@ def storage_errors(operation: str, path: str | os.PathLike[str]) -> Iterator[Non
     try:
         yield
     except OSError as exc:
-        raise StorageError(
-            operation=operation, path=path, cause=explain_os_error(exc), hint=hint_for(exc)
-        ) from exc
+        raise StorageError(operation=operation, path=path, cause=explain_os_error(exc), hint=hint_for(exc)) from exc
 
 
 def explain_os_error(exc: OSError) -> str:

@@ -226,11 +226,7 @@ def canonical_json(value: JSON) -> bytes:
 
 def _shown(value: JSON) -> str:
     """Short enough for a line, and never the same for two different values."""
-    text = (
-        value
-        if isinstance(value, str) and value.isprintable() and value
-        else json.dumps(value, sort_keys=True)
-    )
+    text = value if isinstance(value, str) and value.isprintable() and value else json.dumps(value, sort_keys=True)
     if len(text) == 64 and all(character in "0123456789abcdef" for character in text):
         return text[:16]
     if len(text) <= 80:

@@ -95,9 +95,7 @@ def _adapter(model: Any) -> dict[str, Any]:
 
 def _training(args: Any) -> dict[str, Any]:
     found = {f"training.{name}": getattr(args, name, None) for name in _ARGUMENTS}
-    found["training.global_batch_size"] = (
-        args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    )
+    found["training.global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     autocast = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), None)
     if autocast is not None:
         found["training.precision"] = f"{autocast} autocast"

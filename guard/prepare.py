@@ -36,9 +36,7 @@ class PreparedRun:
     staging_dir: Path
 
 
-def assess(
-    model_dir: PathLike, *, fingerprint: Fingerprint, key: bytes | None = None, digests: bool = True
-) -> Verdict:
+def assess(model_dir: PathLike, *, fingerprint: Fingerprint, key: bytes | None = None, digests: bool = True) -> Verdict:
     """The verdict for a run, from what is on the disk; changes nothing.
 
     Looks at no more checkpoints than it needs. `digests` are taken of what could be resumed from. Raises

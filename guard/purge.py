@@ -59,8 +59,7 @@ class PurgePlan:
     def to_json(self) -> dict[str, Any]:
         return {
             "sets": [
-                {"set": item.path.name, "size_bytes": item.size_bytes, "reason": item.reason}
-                for item in self.sets
+                {"set": item.path.name, "size_bytes": item.size_bytes, "reason": item.reason} for item in self.sets
             ],
             "kept": [path.name for path in self.kept],
             "size_bytes": self.size_bytes,
@@ -120,9 +119,7 @@ def plan_purge(
             else:
                 condemned.append(CondemnedSet(path=path, size_bytes=size_bytes, reason=reason))
         root = Path(model_dir, CLEARED_NAME)
-        leftovers = (
-            sorted(root.glob(_PURGING_PREFIX + "*")) if root.is_dir() and not root.is_symlink() else []
-        )
+        leftovers = sorted(root.glob(_PURGING_PREFIX + "*")) if root.is_dir() and not root.is_symlink() else []
     return PurgePlan(
         model_dir=Path(model_dir),
         sets=tuple(reversed(condemned)),
@@ -144,6 +141,4 @@ def purge_cleared(
     now: datetime | None = None,
 ) -> PurgeResult:
     """Plan and execute."""
-    return plan_purge(
-        model_dir, keep_sets=keep_sets, keep_days=keep_days, keep_bytes=keep_bytes, now=now
-    ).execute()
+    return plan_purge(model_dir, keep_sets=keep_sets, keep_days=keep_days, keep_bytes=keep_bytes, now=now).execute()

@@ -30,9 +30,7 @@ def cleared_sets(model_dir: PathLike) -> list[Path]:
     if root.is_symlink() or not root.is_dir():
         return []
     return sorted(
-        path
-        for path in root.iterdir()
-        if SET_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        path for path in root.iterdir() if SET_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     )
 
 
@@ -48,23 +46,17 @@ def restore_set(model_dir: PathLike, set_name: str) -> RestoreResult:
     source = Path(folder, CLEARED_NAME, set_name)
     if source not in sets:
         known = ", ".join(path.name for path in sets) or "none"
-        raise NotFound(
-            operation="restore", path=source, cause="there is no such set", hint=f"there are: {known}"
-        )
+        raise NotFound(operation="restore", path=source, cause="there is no such set", hint=f"there are: {known}")
 
     with storage_errors("restore", source):
         members = [path for path in sorted(source.iterdir()) if CHECKPOINT_NAME.fullmatch(path.name)]
         stamp = _stamp_of(source)
         present = read_stamp(folder)
         require_known_form(folder, present)
-        same_run = (
-            present.stamp is not None and stamp is not None and present.stamp.to_json() == stamp.to_json()
-        )
+        same_run = present.stamp is not None and stamp is not None and present.stamp.to_json() == stamp.to_json()
         # Without members a crash came right before the end, and only the empty set is left to remove.
         if members and list_checkpoints(folder)[0] and not same_run:
-            raise _refusal(
-                source, "the model directory holds checkpoints of another run", "clear those first"
-            )
+            raise _refusal(source, "the model directory holds checkpoints of another run", "clear those first")
         for path in members:
             if os.path.lexists(folder / path.name):
                 raise _refusal(source, f"{path.name} exists", "clear it first")

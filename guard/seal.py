@@ -114,9 +114,7 @@ def write_seal(directory: PathLike, *, step: int, fingerprint: Fingerprint, key:
 def _require_sealable(folder: Path, tree: Tree, names: list[str], step: int) -> None:
     if tree.others:
         cause = f"{tree.others[0]} is neither a file nor a folder"
-        raise SealBroken(
-            operation="seal", path=folder, cause=cause, hint="a checkpoint holds plain files only"
-        )
+        raise SealBroken(operation="seal", path=folder, cause=cause, hint="a checkpoint holds plain files only")
     if not names:
         raise SealBroken(operation="seal", path=folder, cause="it is empty")
     recorded = recorded_step(folder) if "trainer_state.json" in tree.files else None
@@ -138,9 +136,7 @@ def render_seal(seal: Seal, key: bytes | None) -> bytes:
         "algorithm": "blake3" if key is None else "hmac-sha256",
         "step": seal.step,
         "fingerprint": seal.fingerprint.to_json(),
-        "files": {
-            name: {"size_bytes": size, "blake3": digest} for name, (size, digest) in seal.files.items()
-        },
+        "files": {name: {"size_bytes": size, "blake3": digest} for name, (size, digest) in seal.files.items()},
         "folders": list(seal.folders),
     }
     document["seal"] = _value_of(document, key)
@@ -170,9 +166,7 @@ def read_seal(directory: PathLike, *, key: bytes | None = None) -> Seal:
     if algorithm == "blake3" and key is not None:
         raise _broken(path, "it is sealed without a key, and one is required", "seal it again with the key")
     expected = render_seal(seal, key)
-    if not isinstance(value, str) or not hmac.compare_digest(
-        value.encode(), _value_of(document, key).encode()
-    ):
+    if not isinstance(value, str) or not hmac.compare_digest(value.encode(), _value_of(document, key).encode()):
         raise _broken(path, "seal.json does not verify" + (" under this key" if key is not None else ""))
     if raw != expected:
         raise _broken(path, "seal.json is spelt otherwise than the guard spells it")
@@ -182,9 +176,7 @@ def read_seal(directory: PathLike, *, key: bytes | None = None) -> Seal:
 def _parse(document: Any) -> Seal:
     if document["schema_version"] != SEAL_VERSION:
         raise ValueError("another form")
-    files = {
-        str(name): (int(item["size_bytes"]), str(item["blake3"])) for name, item in document["files"].items()
-    }
+    files = {str(name): (int(item["size_bytes"]), str(item["blake3"])) for name, item in document["files"].items()}
     return Seal(
         step=int(document["step"]),
         fingerprint=Fingerprint.from_json(document["fingerprint"]),

@@ -142,9 +142,7 @@ def interpret_stamp(value: dict[str, Any]) -> StampReading:
         return _unreadable("it names no dataset")
     if not isinstance(lora_config, dict):
         return _unreadable("its lora_config is not an object")
-    stamp = Stamp(
-        dataset_name=name, dataset_hash=digest, dataset_path=path, lora_config=lora_config, fingerprint=None
-    )
+    stamp = Stamp(dataset_name=name, dataset_hash=digest, dataset_path=path, lora_config=lora_config, fingerprint=None)
     if version == 1:
         return StampReading(
             kind=StampKind.LEGACY,

@@ -71,9 +71,7 @@ def decide(*, stamp: StampReading, fingerprint: Fingerprint, checkpoints: Sequen
         return Verdict(kind=VerdictKind.FRESH, reasons=("there are no checkpoints",))
     recorded = stamp.stamp.fingerprint if stamp.stamp is not None else None
     if stamp.stamp is None or recorded is None:
-        return Verdict(
-            kind=VerdictKind.STALE, reasons=(f"whose checkpoints these are is not known: {stamp.reason}",)
-        )
+        return Verdict(kind=VerdictKind.STALE, reasons=(f"whose checkpoints these are is not known: {stamp.reason}",))
     differences = recorded.differences(fingerprint)
     reasons = [str(change) for change in differences if change.is_identity]
     if stamp.stamp.finished is not None:

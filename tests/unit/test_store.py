@@ -68,6 +68,14 @@ def test_priority_then_arrival_decides_and_back_off_waits(store: JobStore) -> No
     assert store.claim_next(now=100.0) is not None
 
 
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_a_day_holds_no_job_back(store: JobStore, jump: float) -> None:
+    """Back-offs are kept as times of day; one that the clock was set back behind must not wait for a day."""
+    queued(store, "a", not_before=1e9 + 30)
+    assert store.claim_next(1e9) is None
+    assert store.claim_next(1e9 + 30 + jump) is not None
+
+
 def test_names_of_any_bytes_survive(store: JobStore) -> None:
     name = os.fsdecode(b"caf\xe9 \n\x1b[31m.jsonl")
     dataset = Dataset(name=name, path=f"/tmp/{name}", size_bytes=1, rows=1, digest="00", format="text")

@@ -72,9 +72,7 @@ def model_dir(tmp_path: Path, dataset: Path, fingerprint: guard.Fingerprint) -> 
         )
         for step in (10, 20, 30):
             staged = make_checkpoint(prepared.staging_dir / f"checkpoint-{step}", step)
-            guard.seal_checkpoint(
-                staged, step=step, fingerprint=fingerprint, into=folder / f"checkpoint-{step}"
-            )
+            guard.seal_checkpoint(staged, step=step, fingerprint=fingerprint, into=folder / f"checkpoint-{step}")
     return folder
 
 

@@ -84,9 +84,7 @@ def test_symlinks_and_plain_files_of_that_name_are_reported_and_left_alone(tmp_p
         ("scheduler.pt", None, "scheduler.pt is missing"),
     ],
 )
-def test_without_a_seal_what_is_not_whole_is_torn(
-    tmp_path: Path, name: str, data: bytes | None, reason: str
-) -> None:
+def test_without_a_seal_what_is_not_whole_is_torn(tmp_path: Path, name: str, data: bytes | None, reason: str) -> None:
     path = make_checkpoint(tmp_path / "checkpoint-10", 10)
     assert guard.verify_checkpoint(path).state is CheckpointState.UNSEALED
     if data is None:

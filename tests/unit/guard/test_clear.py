@@ -77,9 +77,7 @@ def test_it_is_executed_once_under_the_lock(model_dir: Path) -> None:
         with pytest.raises(guard.ClearRefused, match="executed already"):
             plan.execute()
     assert told == [f"cleared 3 checkpoints ({plan.size_bytes:,} bytes) to {plan.set_path}"]
-    journal = [
-        json.loads(line) for line in (model_dir / ".cleared" / "journal.jsonl").read_text().splitlines()
-    ]
+    journal = [json.loads(line) for line in (model_dir / ".cleared" / "journal.jsonl").read_text().splitlines()]
     assert [entry["event"] for entry in journal] == ["clear.begun", "clear.done"]
     assert_model_dir_sound(model_dir)
 
@@ -136,9 +134,7 @@ def test_symlinks_are_never_followed(model_dir: Path, tmp_path: Path, where: str
 
 
 @pytest.mark.parametrize("name", [".cleared", ".staging"])
-def test_folders_of_the_guard_that_lead_outside_are_refused(
-    model_dir: Path, tmp_path: Path, name: str
-) -> None:
+def test_folders_of_the_guard_that_lead_outside_are_refused(model_dir: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "outside").mkdir()
     if (model_dir / name).exists():
         shutil.rmtree(model_dir / name)
@@ -258,9 +254,7 @@ def test_two_clears_within_a_second_are_two_sets(model_dir: Path) -> None:
 # -- restore
 
 
-def test_a_restored_set_can_be_resumed_from(
-    model_dir: Path, dataset: Path, fingerprint: guard.Fingerprint
-) -> None:
+def test_a_restored_set_can_be_resumed_from(model_dir: Path, dataset: Path, fingerprint: guard.Fingerprint) -> None:
     """Cleared for another run by mistake, which then left nothing: everything comes back, the stamp too."""
     before = content(model_dir)
     with lock(model_dir):

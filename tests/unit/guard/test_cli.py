@@ -91,9 +91,7 @@ def test_the_way_of_a_plain_script_s_directory(
     assert run(capsys, "check", plain, "--dataset", dataset)[0] == 0
 
 
-def test_clear_without_a_dataset_keeps_the_run_in_progress(
-    capsys: pytest.CaptureFixture[str], model_dir: Path
-) -> None:
+def test_clear_without_a_dataset_keeps_the_run_in_progress(capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
     (model_dir / "checkpoint-30" / "optimizer.pt").unlink()
     code, out, _ = run(capsys, "clear", model_dir)
     assert code == 0
@@ -113,9 +111,7 @@ def test_fingerprints_are_printed_as_b3sum_does(
     assert found["files"][0]["digest"] == guard.compute_dataset_hash(dataset)
 
 
-def test_verify_takes_a_single_checkpoint_and_names_strays(
-    capsys: pytest.CaptureFixture[str], model_dir: Path
-) -> None:
+def test_verify_takes_a_single_checkpoint_and_names_strays(capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
     assert run(capsys, "verify", model_dir / "checkpoint-20")[0] == 0
     (model_dir / "checkpoint-5").symlink_to("checkpoint-10")
     code, out, _ = run(capsys, "verify", model_dir)
@@ -127,9 +123,7 @@ def test_verify_takes_a_single_checkpoint_and_names_strays(
     assert len(found["left_alone"]) == 1
 
 
-def test_without_digests_only_names_and_sizes_are_compared(
-    capsys: pytest.CaptureFixture[str], model_dir: Path
-) -> None:
+def test_without_digests_only_names_and_sizes_are_compared(capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
     path = model_dir / "checkpoint-30" / "adapter_config.json"
     path.write_bytes(path.read_bytes().replace(b"8", b"9"))
     assert run(capsys, "verify", model_dir, "--no-digests")[0] == 0

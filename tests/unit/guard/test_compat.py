@@ -76,9 +76,7 @@ def test_missing_or_broken_metadata_is_none_and_incompatible(
     assert reason
 
 
-def test_another_dataset_is_incompatible_also_with_the_same_name_and_size(
-    folder: Path, dataset: Path
-) -> None:
+def test_another_dataset_is_incompatible_also_with_the_same_name_and_size(folder: Path, dataset: Path) -> None:
     renamed = dataset.with_name("renamed.jsonl")
     renamed.write_bytes(dataset.read_bytes())
     assert guard.validate_checkpoint_compatibility(folder, renamed, LORA) == (True, None)

@@ -41,9 +41,7 @@ def while_it_runs(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch, ma
 
 
 @pytest.mark.parametrize("size", [0, 1, 1024, 1024 * 1024, 1024 * 1024 + 1, 5_000_000])
-def test_it_is_plain_blake3_at_any_size(
-    tmp_path: Path, digest: Callable[[Path], guard.FileDigest], size: int
-) -> None:
+def test_it_is_plain_blake3_at_any_size(tmp_path: Path, digest: Callable[[Path], guard.FileDigest], size: int) -> None:
     data = os.urandom(size)
     (tmp_path / "file").write_bytes(data)
     found = digest(tmp_path / "file")
@@ -59,9 +57,7 @@ def test_b3sum_prints_the_same(tmp_path: Path, digest: Callable[[Path], guard.Fi
     assert digest(path).blake3_hex == printed.strip()
 
 
-def test_a_sparse_file_has_the_digest_of_its_zeros(
-    tmp_path: Path, digest: Callable[[Path], guard.FileDigest]
-) -> None:
+def test_a_sparse_file_has_the_digest_of_its_zeros(tmp_path: Path, digest: Callable[[Path], guard.FileDigest]) -> None:
     sparse, dense = tmp_path / "sparse", tmp_path / "dense"
     with sparse.open("wb") as file:
         file.truncate(3_000_000)
@@ -109,9 +105,7 @@ def test_the_death_of_the_reading_child_is_reported_as_what_it_is(
 ) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x")
-    monkeypatch.setattr(
-        digest_module, "_MAPPED_READER", f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
-    )
+    monkeypatch.setattr(digest_module, "_MAPPED_READER", f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})")
     with pytest.raises(guard.FileUnreadable, match="ended by SIGKILL") as error:
         guard.digest_file(path, map_above_bytes=0)
     assert "memory" in error.value.hint
@@ -121,9 +115,7 @@ def test_the_death_of_the_reading_child_is_reported_as_what_it_is(
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["read", "mapped"])
-@pytest.mark.parametrize(
-    "how", ["grow", "same size", "replace", "remove", "put the mtime back", "turn the symlink"]
-)
+@pytest.mark.parametrize("how", ["grow", "same size", "replace", "remove", "put the mtime back", "turn the symlink"])
 def test_a_file_that_changes_while_it_is_read_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, mapped: bool
 ) -> None:
@@ -297,9 +289,7 @@ def test_the_chat_template_is_part_of_the_tokenizer(tmp_path: Path) -> None:
         guard.digest_model_files(tmp_path / "nothing")
 
 
-def test_the_cache_answers_for_the_very_same_file_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_answers_for_the_very_same_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, cache_path = make_model(tmp_path / "model"), tmp_path / "cache.json"
     long_ago = time.time() - 1000
     for path in folder.iterdir():

@@ -29,9 +29,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
     max_leaves=5,
 )
-components = st.dictionaries(
-    st.sampled_from([*NAMES, "lora.from_the_future", "attempt.hostname"]), values, max_size=8
-)
+components = st.dictionaries(st.sampled_from([*NAMES, "lora.from_the_future", "attempt.hostname"]), values, max_size=8)
 
 
 @settings(deadline=None, max_examples=200)

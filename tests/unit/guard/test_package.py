@@ -32,9 +32,7 @@ def test_everything_exported_is_there() -> None:
 
 
 def test_an_error_says_what_could_not_be_done_and_what_to_do() -> None:
-    error = guard.SealBroken(
-        operation="verify", path="model/checkpoint-4000", cause="it was damaged", hint="look"
-    )
+    error = guard.SealBroken(operation="verify", path="model/checkpoint-4000", cause="it was damaged", hint="look")
     assert str(error) == "cannot verify model/checkpoint-4000: it was damaged\nhint: look"
     assert str(guard.SealBroken(operation="verify", path="x", cause="y")) == "cannot verify x: y"
 
@@ -48,11 +46,7 @@ def test_errors_cross_a_process_pool() -> None:
 
 
 def test_every_error_has_an_exit_code_of_the_table() -> None:
-    classes = [
-        item
-        for item in vars(errors).values()
-        if isinstance(item, type) and issubclass(item, guard.GuardError)
-    ]
+    classes = [item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, guard.GuardError)]
     assert len(classes) > 10
     assert {item.exit_code for item in classes} <= {1, 2, 3, 4, 5}
     assert guard.ModelLocked.exit_code == 5

@@ -16,9 +16,7 @@ LORA = {"r": 8, "alpha": 16, "dropout": 0.0}
 
 def prepare(folder: Path, fingerprint: guard.Fingerprint, dataset: Path, **options: Any) -> guard.PreparedRun:
     with guard.ModelLock(folder, owner="test"):
-        return guard.prepare_run(
-            folder, fingerprint=fingerprint, dataset_path=dataset, lora_config=LORA, **options
-        )
+        return guard.prepare_run(folder, fingerprint=fingerprint, dataset_path=dataset, lora_config=LORA, **options)
 
 
 def names(folder: Path) -> set[str]:
@@ -108,9 +106,7 @@ def test_what_a_crash_left_in_staging_is_cleared_not_deleted(
     assert list(prepared.staging_dir.iterdir()) == []
 
 
-def test_a_finished_run_is_never_resumed(
-    model_dir: Path, fingerprint: guard.Fingerprint, dataset: Path
-) -> None:
+def test_a_finished_run_is_never_resumed(model_dir: Path, fingerprint: guard.Fingerprint, dataset: Path) -> None:
     guard.mark_finished(model_dir, "0003")
     prepared = prepare(model_dir, fingerprint, dataset)
     assert prepared.verdict.kind is VerdictKind.STALE
@@ -128,9 +124,7 @@ def test_metadata_of_a_later_form_is_neither_judged_nor_overwritten(
     assert names(model_dir) == {"checkpoint-10", "checkpoint-20", "checkpoint-30"}
 
 
-def test_without_the_lock_nothing_is_prepared(
-    model_dir: Path, fingerprint: guard.Fingerprint, dataset: Path
-) -> None:
+def test_without_the_lock_nothing_is_prepared(model_dir: Path, fingerprint: guard.Fingerprint, dataset: Path) -> None:
     with pytest.raises(guard.NotLocked, match="cannot prepare a run"):
         guard.prepare_run(model_dir, fingerprint=fingerprint, dataset_path=dataset, lora_config=LORA)
 

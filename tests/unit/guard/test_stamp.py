@@ -70,9 +70,7 @@ UNREADABLE: dict[str, Callable[[Path], None]] = {
     "version '2'": put_json(schema_version="2"),
     "no components": put_json(components="absent"),
     "components []": put_json(components=[]),
-    "components NaN": put(
-        json.dumps({**OLD_FORM, "schema_version": 2, "components": {"a": float("nan")}}).encode()
-    ),
+    "components NaN": put(json.dumps({**OLD_FORM, "schema_version": 2, "components": {"a": float("nan")}}).encode()),
     "no dataset": put_json(dataset_name="absent"),
     "a hash that is a number": put_json(dataset_hash=5),
     "lora_config []": put_json(lora_config=[]),
@@ -92,9 +90,7 @@ def test_what_cannot_be_read_is_stale_and_set_aside_whole(tmp_path: Path, datase
     assert reading.reason.startswith("it")
     assert {"BOM": "byte order mark", "100 MB": "100,000,000 bytes"}.get(name, "") in reading.reason
     with guard.ModelLock(folder, owner="test"):
-        prepared = guard.prepare_run(
-            folder, fingerprint=make_fingerprint(), dataset_path=dataset, lora_config={"r": 8}
-        )
+        prepared = guard.prepare_run(folder, fingerprint=make_fingerprint(), dataset_path=dataset, lora_config={"r": 8})
     assert prepared.verdict.kind is guard.VerdictKind.STALE
     assert reading.reason in prepared.verdict.reasons[0]
     (aside,) = folder.glob(NAME + ".unreadable-*")
@@ -119,9 +115,7 @@ def test_a_stamp_that_may_not_be_read_is_unreadable_not_missing(open_tmp_path: P
 
 
 @pytest.mark.parametrize("keep", [{}, {"dataset_path"}, {"lora_config"}])
-def test_the_old_form_is_recognised_and_never_resumed_from(
-    tmp_path: Path, dataset: Path, keep: set[str]
-) -> None:
+def test_the_old_form_is_recognised_and_never_resumed_from(tmp_path: Path, dataset: Path, keep: set[str]) -> None:
     """It says nothing about the content; also when one of its lesser keys is missing."""
     folder = tmp_path / "model"
     make_checkpoint(folder / "checkpoint-10", 10)
@@ -136,9 +130,7 @@ def test_the_old_form_is_recognised_and_never_resumed_from(
 
 
 @pytest.mark.parametrize("version", [3, 99, 10**30])
-def test_a_later_form_is_refused_everywhere_and_left_as_it_is(
-    tmp_path: Path, dataset: Path, version: int
-) -> None:
+def test_a_later_form_is_refused_everywhere_and_left_as_it_is(tmp_path: Path, dataset: Path, version: int) -> None:
     folder = tmp_path / "model"
     make_checkpoint(folder / "checkpoint-10", 10)
     text = json.dumps({"schema_version": version, "what": "we cannot know"})
@@ -146,9 +138,7 @@ def test_a_later_form_is_refused_everywhere_and_left_as_it_is(
     assert guard.read_stamp(folder).kind is StampKind.NEWER
     with guard.ModelLock(folder, owner="test"):
         for attempt in (
-            lambda: guard.prepare_run(
-                folder, fingerprint=make_fingerprint(), dataset_path=dataset, lora_config={}
-            ),
+            lambda: guard.prepare_run(folder, fingerprint=make_fingerprint(), dataset_path=dataset, lora_config={}),
             lambda: guard.write_stamp(folder, make_stamp()),
             lambda: guard.mark_finished(folder, "0001"),
             lambda: guard.plan_clear(folder),

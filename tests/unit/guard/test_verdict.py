@@ -136,9 +136,7 @@ folders = st.lists(
 
 
 @settings(deadline=None)
-@given(
-    folders, st.sampled_from([OURS, OTHER]), st.sampled_from([None, "0001"]), st.sampled_from([OURS, OTHER])
-)
+@given(folders, st.sampled_from([OURS, OTHER]), st.sampled_from([None, "0001"]), st.sampled_from([OURS, OTHER]))
 def test_a_resume_is_always_from_the_run_s_own_and_never_older_than_it_must_be(
     checkpoints: list[Checkpoint],
     recorded: guard.Fingerprint,
