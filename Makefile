@@ -28,6 +28,12 @@ test: lint
 chaos: setup
 	$(BIN)/python -m pytest -s tests/chaos --kills 3000
 
+# Each script prints a table, with peers measured in the same run.
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@set -e; for script in benchmarks/[a-z]*.py; do \
+		echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py); done
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -72,7 +72,13 @@ def test_a_killed_trainer_comes_back_and_resumes(make_root: MakeRoot) -> None:
     assert weights[0] == weights[1]
     assert expected.attempt == 1
     moves = [(event["event"], event.get("attempt")) for event in root.log() if event["event"].startswith("job.")]
-    assert moves == [("job.queued", None), ("job.started", 1), ("job.requeued", 1), ("job.started", 2), ("job.succeeded", 2)]
+    assert moves == [
+        ("job.queued", None),
+        ("job.started", 1),
+        ("job.requeued", 1),
+        ("job.started", 2),
+        ("job.succeeded", 2),
+    ]
 
 
 def test_a_trainer_that_only_claims_success_is_not_believed(make_root: MakeRoot) -> None:

@@ -77,7 +77,9 @@ def test_a_state_directory_that_is_full_stops_the_daemon_with_a_sentence(make_ro
     with mounted(root.settings.state_dir, "2m"):
         daemon = root.start()
         filler = root.settings.state_dir / "filler"
-        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4096"], capture_output=True, check=False)  # until full
+        subprocess.run(
+            ["dd", "if=/dev/zero", f"of={filler}", "bs=4096"], capture_output=True, check=False
+        )  # until full
         root.drop("a.jsonl", ROWS)
         assert daemon.wait(60) == 1
         said = root.errors()

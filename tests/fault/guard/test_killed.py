@@ -71,7 +71,7 @@ def whereabouts(model_dir: Path) -> dict[str, list[Path]]:
 def test_clearing_for_another_run_loses_nothing_and_never_mixes_runs(template: Path, tmp_path: Path) -> None:
     """Killed at any call of decide, clear and stamp: each old checkpoint is whole and there exactly once, and
     neither the new run nor the old one continues from a checkpoint that is not its own."""
-    prepare = lambda root: {**copy_of(template, root), "changes": OTHER}  # noqa: E731  as short as it is
+    prepare = lambda root: {**copy_of(template, root), "changes": OTHER}
     for model_dir, run in run_all("prepare", prepare, tmp_path):
         assert_model_dir_sound(model_dir)
         places = whereabouts(model_dir)
