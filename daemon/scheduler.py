@@ -318,7 +318,24 @@ class Scheduler:
         with guard.ModelLock(model_dir, owner="promotion"):
             version = versions.promote(model_dir, Path(result.candidate or ""), job_id=job.id, record=record)
             guard.mark_finished(model_dir, version.name)
+            self._purge(model_dir)
         return version
+
+    def _purge(self, model_dir: Path) -> None:
+        """Delete cleared checkpoints that policy no longer keeps; a failure is told and changes nothing else."""
+        policy = self.settings.guard
+        try:
+            purged = guard.purge_cleared(
+                model_dir,
+                keep_sets=policy.keep_cleared_sets,
+                keep_days=policy.keep_cleared_days,
+                keep_bytes=policy.keep_cleared_bytes,
+            )
+        except (guard.GuardError, OSError) as error:
+            self._log.error("guard.not_purged", error=str(error))
+            return
+        if purged.purged:
+            self._log.info("guard.cleared_sets_purged", sets=list(purged.purged), size_bytes=purged.size_bytes)
 
     def _finish(
         self, run: Run, conclusion: Conclusion, result: RunResult | None, *, version: str | None = None

@@ -286,3 +286,14 @@ def test_sigint_stops_like_sigterm(make_root: MakeRoot) -> None:
     daemon = root.start()
     os.kill(daemon.pid, signal.SIGINT)
     assert daemon.wait(30) == 0
+
+
+def test_cleared_checkpoints_are_kept_as_long_as_policy_says(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={}, tables={**ONE_ROW_A_STEP, "guard": {"keep_cleared_sets": 2}})
+    root.start()
+    for name in ("a", "b", "c", "d", "e"):
+        root.drop(f"{name}.jsonl", texts(5, name))
+        assert root.finished(f"{name}.jsonl").state is JobState.SUCCEEDED
+    sets = [path for path in (root.settings.model_dir / ".cleared").iterdir() if path.is_dir()]
+    assert len(sets) == 2
+    assert sum(len(event["sets"]) for event in root.events("guard.cleared_sets_purged")) == 2
