@@ -22,6 +22,9 @@ CONFIG_NAME = "dropforge.toml"
 ENV_PREFIX = "DROPFORGE_"
 ROOT_VARIABLE = "DROPFORGE_ROOT"
 
+# Of [training], what a dropped file has no say in.
+OF_THE_MACHINE = frozenset({"num_processes", "report_to"})
+
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
@@ -54,6 +57,7 @@ class ModelSettings(Section):
         "auto",
         description="Of the frozen base weights; auto is bfloat16 where the device has it, else float32.",
     )
+    load_in_4bit: bool = Field(False, description="QLoRA: base weights in NF4; needs CUDA and `dropforge[gpu]`.")
 
 
 class TrainingSettings(Section):
@@ -64,8 +68,16 @@ class TrainingSettings(Section):
     )
     num_train_epochs: PositiveFloat = Field(1.0, description="Passes over the data.")
     max_steps: int = Field(-1, ge=-1, description="Stop after so many steps; -1: as the epochs say.")
-    per_device_train_batch_size: PositiveInt = Field(4, description="Rows a forward pass on one device.")
-    gradient_accumulation_steps: PositiveInt = Field(2, description="Forward passes a step.")
+    per_device_train_batch_size: PositiveInt = Field(
+        4, description="Rows of max_length that fit one forward pass on one device; of shorter rows, as many tokens."
+    )
+    gradient_accumulation_steps: PositiveInt = Field(
+        2, description="A step has this times per_device_train_batch_size times num_processes rows."
+    )
+    num_processes: PositiveInt = Field(1, description="Processes (one a GPU) that share each step.")
+    train_sampling_strategy: Literal["group_by_length", "random"] = Field(
+        "group_by_length", description="Rows of similar length share a step's parts, or rows at random."
+    )
     learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Shape of the schedule."
@@ -77,10 +89,15 @@ class TrainingSettings(Section):
         "adamw_torch_fused", description="Optimizer, by its name in transformers."
     )
     seed: int = Field(42, ge=0, description="Of weights, dropout and data order.")
-    gradient_checkpointing: bool = Field(False, description="Trade speed for memory.")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="Trade speed for memory; auto: only when it would run out."
+    )
+    use_liger_kernel: bool = Field(False, description="Fused kernels of `dropforge[gpu]`.")
+    torch_compile: bool = Field(False, description="Compile the model; pays in runs of thousands of steps only.")
     save_steps: PositiveInt = Field(100, description="Steps between sealed checkpoints.")
     save_total_limit: PositiveInt = Field(2, description="Checkpoints of a run that are kept.")
     logging_steps: PositiveInt = Field(10, description="Steps between logged losses.")
+    report_to: tuple[str, ...] = Field((), description="Further trackers, by their names in transformers.")
 
 
 class LoraSettings(Section):
@@ -115,11 +132,12 @@ class ColumnSettings(Section):
 class DataSettings(Section):
     """`[data]`: how rows become tokens. May be overridden by a sidecar."""
 
-    max_length: PositiveInt = Field(2048, description="Tokens a row; longer rows are cut.")
+    max_length: PositiveInt = Field(2048, description="Tokens a row; of longer rows the trained part is kept.")
     train_on: Literal["auto", "completion", "assistant", "last_turn", "all"] = Field(
         "auto",
         description="Tokens that get a loss; auto: the completion, the assistant's turns, or all of a text.",
     )
+    render_seconds: PositiveFloat = Field(10.0, description="Time limit for turning one row into tokens.")
     held_out_fraction: float = Field(0.02, ge=0, lt=1, description="Share of rows, by content, never trained.")
     held_out_max_rows: int = Field(256, ge=0, description="Upper bound on held-out rows.")
     on_bad_rows: Literal["reject", "skip"] = Field("reject", description="Refuse the file, or leave bad rows out.")
@@ -234,6 +252,12 @@ class Recipe(Section):
                     operation="apply the sidecar",
                     cause=f"[{table}] cannot be set for one dataset",
                     hint="a sidecar may hold priority, force, [training], [lora] and [data]",
+                )
+            if table == "training" and (named := sorted(OF_THE_MACHINE & values.keys())):
+                raise ConfigError(
+                    operation="apply the sidecar",
+                    cause=f"[training] {', '.join(named)} cannot be set for one dataset",
+                    hint="set it in dropforge.toml: it is about this machine, not about the dataset",
                 )
         try:
             return Recipe.model_validate(_layered(self.model_dump(), overrides))

@@ -38,7 +38,7 @@ def fingerprint_run(
         "split.held_out_fraction": data.held_out_fraction,
         "data.order_seed": training.seed,
         "data.max_length": data.max_length,
-        "data.truncation": "right",
+        "data.truncation": "keep the trained part",
         "data.packing": False,
         "data.train_on": data.train_on,
         "tokenizer.digest": digest_tokenizer_files(base_path),
@@ -48,8 +48,10 @@ def fingerprint_run(
         "parent.version": parent_version,
         "parent.digest": parent_digest,
         "start_from": training.start_from,
-        "training.global_batch_size": training.per_device_train_batch_size * training.gradient_accumulation_steps,
-        "training.world_size": 1,
+        "training.global_batch_size": training.per_device_train_batch_size
+        * training.gradient_accumulation_steps
+        * training.num_processes,
+        "training.world_size": training.num_processes,
         "training.precision": precision,
         "training.attn_implementation": recipe.model.attn_implementation,
         "training.loss": "mean over trained tokens of a step",
@@ -57,7 +59,7 @@ def fingerprint_run(
         "attempt.pid": os.getpid(),
     }
     components |= {f"lora.{name}": value for name, value in lora.model_dump(mode="json").items()}
-    separate = {"start_from"}
+    separate = {"start_from", "num_processes", "report_to"}  # named above, or nothing that computes
     components |= {
         f"training.{name}": value for name, value in training.model_dump(mode="json").items() if name not in separate
     }

@@ -227,6 +227,9 @@ class RunResult:
     rows: int = 0
     dropped_rows: int = 0
     held_out_rows: int = 0
+    truncated_rows: int = 0
+    trained_share: float | None = None  # of the trained rows' tokens, those with a loss
+    spikes: tuple[int, ...] = ()  # steps whose loss stood far above those before them
     wall_seconds: float = 0.0
     candidate: str | None = None  # the finished adapter, complete, under the model directory's .staging
     adapter_digest: str | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from daemon.job import FailureKind
 
 
@@ -13,6 +15,14 @@ class RunFailure(Exception):
         self.kind = kind
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels whole from the processes that tokenise."""
+        return _rebuild, (self.kind, self.message, self.hint)
+
+
+def _rebuild(kind: FailureKind, message: str, hint: str) -> RunFailure:
+    return RunFailure(kind, message, hint=hint)
 
 
 class Interrupted(Exception):

@@ -13,7 +13,7 @@ from typing import Any
 from daemon.config import Recipe
 from daemon.rows import iter_rows
 from daemon.trainer.base import resolve_base
-from daemon.trainer.data import IGNORE, encode
+from daemon.trainer.encode import IGNORE, encode
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.model import load_tokenizer
 

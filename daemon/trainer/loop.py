@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,38 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from daemon.config import TrainingSettings
 from daemon.job import FailureKind, Plan
-from daemon.trainer.data import Collator, EpochBatches, Example
+from daemon.trainer import together
+from daemon.trainer.batches import StepBatches
+from daemon.trainer.data import Collator, Example
+from daemon.trainer.encode import IGNORE
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.report import Reporter
 from daemon.trainer.session import StopFlag
-from guard import Checkpoint
+from daemon.trainer.watch import LossWatch
+
+__all__ = ["LossWatch", "RunTrainer", "held_out_loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one optimizer step amounted to, over all processes."""
+
+    number: int
+    loss: float  # mean over the step's trained tokens
+    grad_norm: float  # before clipping
+    tokens: int  # padding not counted
+    stop: bool  # some process was asked to stop
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed by the type checker
-    """A Trainer that takes its rows in our order and tells each step's loss."""
+    """A Trainer that takes a step's rows in our order, divides them into passes, and tells each step's numbers.
+
+    To transformers, a step is one batch: what it calls gradient accumulation happens inside `training_step`, because a
+    step's number of passes depends on the lengths of its rows.
+    """
 
     def __init__(
         self,
@@ -32,43 +52,147 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         model: PeftModel,
         args: TrainingArguments,
         examples: Sequence[Example],
-        pad_token_id: int,
+        collator: Collator,
         tokenizer: Any,
+        grouped: bool,
+        checkpoint_when_full: bool = False,
+        report: Reporter | None = None,
     ) -> None:
-        self.batches = EpochBatches(len(examples), args.per_device_train_batch_size, args.seed)
-        self.step_loss: torch.Tensor | None = None  # of the optimizer step in progress, still on the device
-        self.step_tokens: torch.Tensor | None = None  # likewise, padding not counted
+        lengths = [len(example.input_ids) for example in examples]
+        self.batches = StepBatches(
+            lengths, rows_a_step=args.per_device_train_batch_size, seed=args.seed, grouped=grouped
+        )
+        self._collator = collator
+        self._budget_tokens = collator.budget_tokens
+        self._checkpoint_when_full = checkpoint_when_full
+        self._run_report = report
+        self._grad_norm: torch.Tensor | None = None
+        self._loss: torch.Tensor | None = None
+        self._tokens = 0
+        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._pending: deque[tuple[int, torch.Tensor, Any, int]] = deque()
         super().__init__(
             model=model,
             args=args,
             train_dataset=list(examples),
-            data_collator=Collator(pad_token_id=pad_token_id),
+            data_collator=collator,
             processing_class=tokenizer,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The rows in `EpochBatches`' order."""
-        loader: DataLoader[Any] = DataLoader(
+        """Steps in `StepBatches`' order. Every process reads every step, and computes its share of the rows."""
+        return DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # the loader draws from it; the process's own random state stays alone
         )
-        return self.accelerator.prepare(loader)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward pass; its loss is this pass's share of the step's."""
-        tokens = inputs["attention_mask"].sum()
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.step_loss = loss if self.step_loss is None else self.step_loss + loss
-        self.step_tokens = tokens if self.step_tokens is None else self.step_tokens + tokens
+        """All passes of one step; returns its loss, the mean over its trained tokens."""
+        self._tokens = inputs["tokens"]
+        passes = inputs["passes"]
+        if self._budget_tokens < self._collator.budget_tokens:
+            passes = self._collator.passes(inputs["examples"], budget_tokens=self._budget_tokens)
+        while (loss := self._try_passes(model, passes, inputs["trained_tokens"])) is None:
+            passes = self._smaller(passes, inputs["examples"])
+        self._loss = loss
         return loss
 
-    def take_step(self) -> tuple[float, int]:
-        """Loss and tokens of the optimizer step that just ended; the one synchronisation with the device a step."""
-        loss, tokens = self.step_loss, self.step_tokens
-        self.step_loss = self.step_tokens = None
-        return (float(loss) if loss is not None else math.nan), (int(tokens) if tokens is not None else 0)
+    def _try_passes(self, model: Any, passes: list[dict[str, Any]], trained_tokens: int) -> torch.Tensor | None:
+        """The step's loss with its gradients in place; None, and no gradients, when the device ran out of memory."""
+        losses = []
+        try:
+            for number, one in enumerate(passes):
+                last = number == len(passes) - 1
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, one, trained_tokens))
+            return torch.stack(losses).sum()
+        except torch.OutOfMemoryError:
+            if together.processes() > 1:
+                raise  # the others are in the middle of exchanging gradients
+        # Behind the except block: its traceback would keep the pass's tensors alive.
+        model.zero_grad()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return None
+
+    def _smaller(self, passes: list[dict[str, Any]], examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """More and smaller passes; with one row each, gradient checkpointing. Raises RunFailure when neither is left."""
+        longest = max(len(example.input_ids) for example in examples)
+        while len(passes) < len(examples) and self._budget_tokens > longest:
+            self._budget_tokens = max(self._budget_tokens // 2, longest)
+            smaller = self._collator.passes(examples, budget_tokens=self._budget_tokens)
+            if len(smaller) > len(passes):
+                self._tell("run.passes_halved", budget_tokens=self._budget_tokens, passes=len(smaller))
+                return smaller
+        if not self._checkpoint_when_full:
+            raise RunFailure(
+                FailureKind.OUT_OF_MEMORY,
+                f"a row of {longest} tokens does not fit the device's memory",
+                hint="lower max_length under [data], choose a smaller base model, or load_in_4bit under [model]",
+            )
+        self._checkpoint_when_full = False
+        enable_gradient_checkpointing(self.model)
+        self._tell("run.gradient_checkpointing_enabled", longest_row=longest)
+        return passes
+
+    def _tell(self, name: str, **data: Any) -> None:
+        if self._run_report is not None:
+            self._run_report.event(name, step=self.state.global_step, **data)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """This pass's share of the step's loss: the sum over its trained tokens, divided by those of the whole step.
+
+        Times the number of processes, because gradients are averaged over them.
+        """
+        trained = num_items_in_batch
+        if self.model_accepts_loss_kwargs:
+            loss: torch.Tensor = model(**inputs, num_items_in_batch=trained).loss
+        else:  # a mean over the pass
+            loss = model(**inputs).loss * ((inputs["labels"][..., 1:] != IGNORE).sum() / trained)
+        self.loss_is_scaled_for_ga = True
+        return loss * together.processes()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """By the usual estimate: 6 a parameter and token."""
+        return 6 * int(inputs["tokens"]) * self._parameters
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The Trainer's own, kept: it is checked at every step, not only at those that are logged."""
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
+
+    def record_step(self, *, stop: bool) -> None:
+        """Note the numbers of the step that just ended, without waiting for the device."""
+        assert self._loss is not None  # noqa: S101  a step has just ended
+        norm = torch.as_tensor(0.0 if self._grad_norm is None else self._grad_norm, device=self._loss.device)
+        numbers = torch.stack([self._loss.float(), norm.float(), torch.full_like(norm, float(stop)).float()])
+        ready = None
+        if numbers.is_cuda:
+            numbers = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending.append((int(self.state.global_step), numbers, ready, self._tokens))
+
+    def finished_steps(self, *, all_of_them: bool) -> list[Step]:
+        """Steps whose numbers have arrived: on a GPU all but the newest, unless all are asked for.
+
+        Every process asks at the same steps, so that all of them learn the same, stop requests included.
+        """
+        found = []
+        while self._pending and (all_of_them or len(self._pending) > 1 or self._pending[0][2] is None):
+            number, numbers, ready, tokens = self._pending.popleft()
+            if ready is not None:
+                ready.synchronize()
+            loss, norm, stop = numbers.tolist()
+            loss, stop = together.total([loss, stop])
+            found.append(
+                Step(number=number, loss=loss / together.processes(), grad_norm=norm, tokens=tokens, stop=stop > 0)
+            )
+        return found
 
     def run(self, resume_from: Path | None, planned: Plan) -> int:
         """Train to the end or until asked to stop; returns the run's step counter.
@@ -80,126 +204,33 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
             set_peft_model_state_dict(self.model, load_file(resume_from / "adapter_model.safetensors"))
             return int(resume_from.name.rpartition("-")[2])
         self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        return int(self.state.global_step)
+        reached: int = self.state.global_step
+        return reached
 
 
-class LossWatch(TrainerCallback):  # type: ignore[misc]  # likewise
-    """Watches every step: stops on request, fails on the first number that is not finite, tells the daemon."""
-
-    def __init__(self, *, report: Reporter, stop: StopFlag, plan: Plan, trainer: RunTrainer) -> None:
-        self._report = report
-        self._stop = stop
-        self._plan = plan
-        self._trainer = trainer
-        self._losses: list[float] = []
-        self._began = 0.0
-        self._start_step = 0
-        self.tokens = 0  # trained over in this attempt, padding not counted
-
-    @property
-    def mean_loss(self) -> float | None:
-        """Mean over the steps of this attempt; None when it had none to run."""
-        return sum(self._losses) / len(self._losses) if self._losses else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Useful tokens a second of this attempt, padding not counted."""
-        elapsed = time.monotonic() - self._began
-        return self.tokens / elapsed if self._losses and elapsed > 0 else None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Check that the Trainer plans what we planned."""
-        self._began = time.monotonic()
-        self._start_step = int(state.global_step)
-        if state.max_steps != self._plan.total_steps:
-            raise RunFailure(
-                FailureKind.INTERNAL, f"the Trainer plans {state.max_steps} steps, we planned {self._plan.total_steps}"
-            )
-        # A resumed state brings the old intervals along; these may differ between attempts.
-        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Set the epoch of our order ourselves: after a resume the Trainer's own way reaches no wrapped sampler."""
-        self._trainer.batches.set_epoch(math.floor(state.epoch or 0.0))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check the step, tell it, and stop if asked to."""
-        loss, tokens = self._trainer.take_step()
-        if not math.isfinite(loss):
-            raise RunFailure(
-                FailureKind.DIVERGED,
-                f"the loss became {loss} at step {state.global_step}",
-                hint="lower learning_rate, or look for odd rows near there; nothing of this run is kept",
-            )
-        self._losses.append(loss)
-        steps_done = state.global_step - self._start_step
-        elapsed = time.monotonic() - self._began
-        self.tokens += tokens
-        self._report.progress(
-            phase="training",
-            step=state.global_step,
-            epoch=round(state.epoch or 0.0, 4),
-            loss=round(loss, 6),
-            learning_rate=float(self._trainer._get_learning_rate()),
-            tokens_per_second=round(self.tokens / elapsed, 1) if elapsed else None,
-            eta_seconds=round(elapsed / steps_done * (self._plan.total_steps - state.global_step), 1),
-        )
-        if self._stop.requested:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Gradient norms are computed anyway; one that is not finite means that the weights are next."""
-        norm = (logs or {}).get("grad_norm")
-        if norm is not None and not math.isfinite(norm):
-            raise RunFailure(
-                FailureKind.DIVERGED,
-                f"the gradient norm became {norm} at step {state.global_step}",
-                hint="lower learning_rate",
-            )
-        if logs and "loss" in logs:
-            self._report.event("run.stepped", step=state.global_step, **{k: round(v, 8) for k, v in logs.items()})
-
-    def sealed(self, checkpoint: Checkpoint) -> None:
-        """A checkpoint of ours is intact on disk."""
-        self._report.progress(last_checkpoint_step=checkpoint.step)
-        self._report.event(
-            "checkpoint.sealed", step=checkpoint.step, path=str(checkpoint.path), size_bytes=checkpoint.size_bytes
-        )
+def enable_gradient_checkpointing(model: PeftModel) -> None:
+    """Recompute activations in the backward pass; the embeddings' output has to ask for gradients, their weights do not."""
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def held_out_loss(
-    model: PeftModel, examples: Sequence[Example], pad_token_id: int, training: TrainingSettings, stop: StopFlag
-) -> float | None:
+def held_out_loss(model: PeftModel, examples: Sequence[Example], collator: Collator, stop: StopFlag) -> float | None:
     """Mean loss a trained token over held-out rows, None when there are none (or a stop was asked for)."""
     if not examples:
         return None
-    collate = Collator(pad_token_id=pad_token_id)
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))  # little padding
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    size = training.per_device_train_batch_size
     with torch.inference_mode():
-        for start in range(0, len(ordered), size):
-            if stop.requested:
+        for one in collator.passes(examples):
+            if stop.requested and together.processes() == 1:
                 break
-            part = ordered[start : start + size]
-            batch = {name: tensor.to(device) for name, tensor in collate(part).items()}
-            count = sum(example.trained_tokens for example in part)
-            total += float(model(**batch).loss) * count
+            count = int((one["labels"][..., 1:] != IGNORE).sum())
+            if count:
+                batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in one.items()}
+                total += float(model(**batch).loss) * count
             tokens += count
     model.train(was_training)
-    return total / tokens if tokens and not stop.requested else None
+    total, tokens_of_all = together.total([total, float(tokens)])
+    return total / tokens_of_all if tokens_of_all and not stop.requested else None

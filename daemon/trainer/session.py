@@ -118,10 +118,14 @@ def check_unchanged(spec: RunSpec) -> None:
         )
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the daemon dies: the run then seals a checkpoint and leaves, never an orphan."""
+def die_with_parent(*, hard: bool = False) -> None:
+    """Ask the kernel for SIGTERM when the daemon dies: the run then seals a checkpoint and leaves, never an orphan.
+
+    `hard`: for SIGKILL, in a process that has nothing to save.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        number = signal.SIGKILL if hard else signal.SIGTERM
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _classify(error: Exception) -> tuple[FailureKind, str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,23 @@ from transformers import TrainingArguments, set_seed
 import guard
 from daemon import versions
 from daemon.config import Recipe
-from daemon.fingerprint import fingerprint_run
+from daemon.fingerprint import fingerprint_run, minor_version
 from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec
 from daemon.rows import iter_rows
-from daemon.trainer.base import resolve_base
+from daemon.trainer import together
+from daemon.trainer.attention import use_packed
+from daemon.trainer.base import BaseModel, resolve_base
 from daemon.trainer.card import model_card
-from daemon.trainer.data import Example, Examples, plan, tokenise
+from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan, tokenise, worker_processes
 from daemon.trainer.failure import RunFailure
-from daemon.trainer.loop import LossWatch, RunTrainer, held_out_loss
+from daemon.trainer.loop import LossWatch, RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.model import adapter_tensors, all_finite, load_model, load_tokenizer, lora_b_norm, precision_of
 from daemon.trainer.report import Reporter
 from daemon.trainer.session import StopFlag, check_unchanged
+from daemon.trainer.tensorboard import ScalarWriter
+
+# What a resume relies on: checkpoints loaded by weights alone, and the Trainer whose silences we know.
+OLDEST = {"torch": (2, 10), "transformers": (5, 0)}
 
 
 def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
@@ -40,74 +47,79 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     recipe = Recipe.model_validate(spec.recipe)
     model_dir = Path(spec.model_dir)
     key = guard.load_key(Path(spec.key_file)) if spec.key_file else None
+    first = together.process() == 0
 
+    # 1. Rows become tokens, in forks of this process, so before CUDA starts; the arithmetic is known before the first step.
     report.progress(phase="preparing")
     check_unchanged(spec)
     base = resolve_base(recipe.model)
-    with guard.ModelLock(model_dir, owner=f"job {spec.job_id}"):
-        # 1. Whose checkpoints are these?
+    tokenizer = load_tokenizer(base)
+    rows = iter_rows(Path(spec.dataset.path), spec.dataset.format, recipe.data)
+    workers = max(1, worker_processes(spec.dataset.rows) // together.processes())
+    examples = tokenise(rows, tokenizer, recipe.data, processes=workers)
+    planned = plan(examples, recipe.training)
+    report.event("run.planned", **vars(planned), arithmetic=arithmetic(planned, examples, recipe))
+    tokenised = time.monotonic()
+    stop.check()
+
+    together.join()
+    with guard.ModelLock(model_dir, owner=f"job {spec.job_id}") if first else nullcontext():
+        # 2. Whose checkpoints are these?
         parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
         precision = precision_of(recipe.model)
-        fingerprint = fingerprint_run(
-            dataset=spec.dataset,
-            recipe=recipe,
-            base_path=base.path,
-            base_revision=base.revision,
-            parent_version=parent.name if parent else None,
-            parent_digest=parent.digest if parent else None,
-            precision=precision,
-            cache_path=Path(spec.state_dir) / "digests.json" if spec.state_dir else None,
+        prepared = together.from_first(
+            prepare(spec, recipe, base, parent=parent, precision=precision, key=key, report=report) if first else None
         )
-        prepared = guard.prepare_run(
-            model_dir,
-            fingerprint=fingerprint,
-            dataset_path=Path(spec.dataset.path),
-            lora_config={
-                "r": recipe.lora.r,
-                "alpha": recipe.lora.lora_alpha,
-                "dropout": recipe.lora.lora_dropout,
-            },
-            key=key,
-            log=lambda name, data: report.event(name, **data),
-        )
-        stop.check()
-
-        # 2. Rows become tokens; the arithmetic is known before the first step.
-        tokenizer = load_tokenizer(base)
-        rows = iter_rows(Path(spec.dataset.path), spec.dataset.format, recipe.data)
-        examples = tokenise(rows, tokenizer, recipe.data)
-        planned = plan(examples, recipe.training)
-        report.event("run.planned", **vars(planned), **arithmetic(planned))
+        if prepared.resume_from is not None:
+            refuse_old_libraries()
         stop.check()
 
         # 3. Base model and adapter.
         set_seed(recipe.training.seed)
         model = load_model(base, recipe.model, recipe.lora, parent.path if parent else None)
-        before = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
-        if torch.cuda.is_available():
+        before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in adapter_tensors(model).items()}
+        if torch.cuda.is_available() and not recipe.model.load_in_4bit:
             model.to("cuda")
+        if recipe.training.gradient_checkpointing is True:
+            enable_gradient_checkpointing(model)
+        collator = collator_for(model, recipe, examples, tokenizer)
         evaluated = held_out_sample(examples, recipe.data.held_out_max_rows)
         report.progress(phase="evaluating", total_steps=planned.total_steps)
-        loss_before = held_out_loss(model, evaluated, tokenizer.pad_token_id, recipe.training, stop)
+        loss_before = held_out_loss(model, evaluated, collator, stop)
         if loss_before is not None:
             report.event("run.evaluated", when="before", held_out_loss=loss_before, rows=len(evaluated))
+        loaded = time.monotonic()
 
         # 4. Train; every checkpoint is staged, sealed, renamed.
         trainer = RunTrainer(
             model=model,
             args=training_arguments(recipe, planned, prepared.staging_dir, precision),
             examples=examples.train,
-            pad_token_id=tokenizer.pad_token_id,
+            collator=collator,
             tokenizer=tokenizer,
+            grouped=recipe.training.train_sampling_strategy == "group_by_length",
+            checkpoint_when_full=recipe.training.gradient_checkpointing == "auto",
+            report=report,
         )
-        watch = LossWatch(report=report, stop=stop, plan=planned, trainer=trainer)
+        scalars = ScalarWriter(Path(spec.run_dir) / "tensorboard") if first else None
+        watch = LossWatch(report=report, stop=stop, plan=planned, trainer=trainer, scalars=scalars)
         trainer.add_callback(watch)
         trainer.add_callback(
             guard.SealCallback(prepared, keep=recipe.training.save_total_limit, key=key, on_sealed=watch.sealed)
         )
         start_step = prepared.verdict.checkpoint.step if prepared.verdict.checkpoint else 0
         resumed_from = prepared.resume_from.name if prepared.resume_from else None
-        report.event("run.started", start_step=start_step, total_steps=planned.total_steps, resumed_from=resumed_from)
+        if loss_before is not None:
+            watch.draw(start_step, {"held_out/loss": loss_before})
+        report.event(
+            "run.started",
+            start_step=start_step,
+            total_steps=planned.total_steps,
+            resumed_from=resumed_from,
+            tokenised_seconds=round(tokenised - started, 3),
+            loaded_seconds=round(loaded - tokenised, 3),
+            flat=collator.flat,
+        )
         report.progress(
             phase="training",
             step=start_step,
@@ -132,8 +144,11 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             rows=planned.rows,
             dropped_rows=planned.dropped_rows,
             held_out_rows=planned.held_out_rows,
+            truncated_rows=examples.truncated_rows,
+            trained_share=planned.trained_tokens / planned.tokens,
+            spikes=tuple(step for step, _, _ in watch.spikes),
         )
-        if stop.requested and steps_run < planned.total_steps:
+        if steps_run < planned.total_steps and together.total([float(stop.requested)])[0]:
             wall = time.monotonic() - started
             return replace(
                 result, outcome=Outcome.INTERRUPTED, message=f"stopped at step {steps_run}", wall_seconds=wall
@@ -141,12 +156,16 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
 
         # 5. Nothing that is not whole leaves this function as a success.
         require_whole_run(steps_run, planned, watch.mean_loss)
-        loss_after = held_out_loss(model, evaluated, tokenizer.pad_token_id, recipe.training, stop)
+        loss_after = held_out_loss(model, evaluated, collator, stop)
         if loss_after is not None:
             report.event("run.evaluated", when="after", held_out_loss=loss_after, rows=len(evaluated))
+            watch.draw(steps_run, {"held_out/loss": loss_after})
+        report.event("run.trained", **timing(watch))
         report.progress(phase="finishing", step=steps_run, held_out_loss=loss_after)
         norm = lora_b_norm(model)
         require_learned(model, before, norm)
+        if not first:
+            return replace(result, held_out_after=loss_after, lora_norm=norm)
         candidate = save_candidate(trainer, prepared.staging_dir / f"candidate-{spec.job_id}", tokenizer)
         result = replace(
             result,
@@ -154,11 +173,67 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             lora_norm=norm,
             candidate=str(candidate),
             adapter_digest=guard.digest_file(candidate / "adapter_model.safetensors").blake3_hex,
-            warnings=warnings_of(examples, planned, loss_before, loss_after),
+            warnings=warnings_of(examples, planned, loss_before, loss_after, watch.spikes),
             wall_seconds=time.monotonic() - started,
         )
         (candidate / "README.md").write_text(model_card(spec, recipe, planned, result, parent), encoding="utf-8")
         return result
+
+
+def prepare(
+    spec: RunSpec,
+    recipe: Recipe,
+    base: BaseModel,
+    *,
+    parent: versions.Version | None,
+    precision: str,
+    key: bytes | None,
+    report: Reporter,
+) -> guard.PreparedRun:
+    """Ask the guard, let it clear and stamp; under the model directory's lock."""
+    fingerprint = fingerprint_run(
+        dataset=spec.dataset,
+        recipe=recipe,
+        base_path=base.path,
+        base_revision=base.revision,
+        parent_version=parent.name if parent else None,
+        parent_digest=parent.digest if parent else None,
+        precision=precision,
+        cache_path=Path(spec.state_dir) / "digests.json" if spec.state_dir else None,
+    )
+    return guard.prepare_run(
+        Path(spec.model_dir),
+        fingerprint=fingerprint,
+        dataset_path=Path(spec.dataset.path),
+        lora_config={"r": recipe.lora.r, "alpha": recipe.lora.lora_alpha, "dropout": recipe.lora.lora_dropout},
+        key=key,
+        log=lambda name, data: report.event(name, **data),
+    )
+
+
+def refuse_old_libraries() -> None:
+    """Raise RunFailure(CONFIG) when a checkpoint would be loaded by libraries older than those whose loading we know."""
+    for package, oldest in OLDEST.items():
+        found = minor_version(package) or "0.0"
+        if tuple(map(int, found.split(".")[:2])) < oldest:
+            raise RunFailure(
+                FailureKind.CONFIG,
+                f"a run cannot be resumed with {package} {found}",
+                hint=f"install {package} {'.'.join(map(str, oldest))} or newer into the trainer's environment",
+            )
+
+
+def collator_for(model: Any, recipe: Recipe, examples: Examples, tokenizer: Any) -> Collator:
+    """How steps are divided into passes on this device: without padding where that is faster and proven the same."""
+    device = next(model.parameters()).device.type
+    return Collator(
+        pad_token_id=tokenizer.pad_token_id,
+        budget_tokens=recipe.training.per_device_train_batch_size * recipe.data.max_length,
+        flat=device == "cuda" and use_packed(model, examples.train),
+        pass_tokens=PASS_TOKENS.get(device, PASS_TOKENS["cuda"]),
+        process=together.process(),
+        processes=together.processes(),
+    )
 
 
 def training_arguments(recipe: Recipe, planned: Plan, staging_dir: Path, precision: str) -> TrainingArguments:
@@ -168,8 +243,8 @@ def training_arguments(recipe: Recipe, planned: Plan, staging_dir: Path, precisi
         output_dir=str(staging_dir),
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        per_device_train_batch_size=planned.global_batch_size,  # a whole step: RunTrainer divides it
+        gradient_accumulation_steps=1,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=planned.warmup_steps,
@@ -178,17 +253,17 @@ def training_arguments(recipe: Recipe, planned: Plan, staging_dir: Path, precisi
         optim=training.optim,
         seed=training.seed,
         data_seed=training.seed,
-        bf16=precision == "bfloat16" and torch.cuda.is_available(),
+        bf16="bfloat16" in precision and torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
-        # Named only when asked for: the library deprecates the argument under either name from one release to the next.
-        **({"gradient_checkpointing": True} if training.gradient_checkpointing else {}),
+        use_liger_kernel=training.use_liger_kernel,
+        torch_compile=training.torch_compile,
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=None,  # rotation is the guard's: it knows which checkpoints are intact
         logging_strategy="steps",
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,  # the filter writes NaN as 0.0
-        report_to="none",
+        report_to=list(training.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,
@@ -202,11 +277,37 @@ def held_out_sample(examples: Examples, most: int) -> list[Example]:
     return sorted(examples.held_out, key=lambda example: (example.content_digest, example.line))[:most]
 
 
-def arithmetic(planned: Plan) -> dict[str, Any]:
-    """The plan in words, for the log."""
+def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
+    """The plan as a table, for the log: what there is, what it is divided by, what comes out."""
+    training = recipe.training
+    tokens_a_row = planned.tokens / max(planned.rows, 1)
+    lines = [
+        ("rows", f"{planned.rows:,} trained + {planned.held_out_rows:,} held out + {planned.dropped_rows:,} dropped"),
+        ("tokens", f"{planned.tokens:,} = {planned.rows:,} rows x {tokens_a_row:.1f}"),
+        ("trained", f"{planned.trained_tokens:,} tokens = {planned.trained_tokens / planned.tokens:.1%}"),
+        ("truncated", f"{examples.truncated_rows:,} rows to {recipe.data.max_length:,} tokens"),
+        (
+            "rows a step",
+            f"{planned.global_batch_size:,} = {training.per_device_train_batch_size}"
+            f" x {training.gradient_accumulation_steps} accumulated x {training.num_processes} processes",
+        ),
+        ("tokens a step", f"{tokens_a_row * min(planned.global_batch_size, planned.rows):,.0f} on average"),
+        (
+            "steps",
+            f"{planned.total_steps:,} = {planned.epochs:g} epochs x ceil({planned.rows:,} / {planned.global_batch_size:,})"
+            f" = {planned.epochs:g} x {planned.steps_per_epoch:,}",
+        ),
+        ("warm-up", f"{planned.warmup_steps:,} steps"),
+    ]
+    return "\n".join(f"{name:<14} {value}" for name, value in lines)
+
+
+def timing(watch: LossWatch) -> dict[str, Any]:
+    """Where the training's time went, for the log."""
     return {
-        "arithmetic": f"{planned.rows} rows / {planned.global_batch_size} a step -> {planned.steps_per_epoch} steps an"
-        f" epoch x {planned.epochs:g} = {planned.total_steps} steps, {planned.tokens / max(planned.rows, 1):.0f} tokens a row"
+        "train_seconds": round(watch.train_seconds, 3),
+        "bookkeeping_share": round(watch.bookkeeping_seconds / watch.train_seconds, 5) if watch.train_seconds else 0.0,
+        "tokens_per_second": round(watch.tokens_per_second or 0.0, 1),
     }
 
 
@@ -244,16 +345,35 @@ def save_candidate(trainer: RunTrainer, folder: Path, tokenizer: Any) -> Path:
     return folder
 
 
-def warnings_of(examples: Examples, planned: Plan, before: float | None, after: float | None) -> tuple[str, ...]:
+def warnings_of(
+    examples: Examples,
+    planned: Plan,
+    before: float | None,
+    after: float | None,
+    spikes: list[tuple[int, float, float]],
+) -> tuple[str, ...]:
     """What a person should look at although the run succeeded."""
     found = []
     if examples.dropped_lines:
-        shown = ", ".join(map(str, examples.dropped_lines[:10]))
-        found.append(f"{len(examples.dropped_lines)} rows had no token to train on (lines {shown})")
+        found.append(
+            f"{len(examples.dropped_lines)} rows had no token to train on (lines {_shown(examples.dropped_lines)})"
+        )
     if examples.truncated_rows:
         found.append(f"{examples.truncated_rows} rows were cut to max_length")
+    if examples.truncated_lines:
+        found.append(
+            f"{len(examples.truncated_lines)} rows lost trained tokens to max_length"
+            f" (lines {_shown(examples.truncated_lines)})"
+        )
     if planned.trained_tokens < 0.05 * planned.tokens:
         found.append(f"only {planned.trained_tokens / planned.tokens:.1%} of the tokens are trained")
     if before is not None and after is not None and after > before:
         found.append(f"held-out loss rose from {before:.4f} to {after:.4f}")
+    found += [
+        f"the loss spiked at step {step}: {loss:.4f}, where {usual:.4f} was usual" for step, loss, usual in spikes[:10]
+    ]
     return tuple(found)
+
+
+def _shown(lines: tuple[int, ...]) -> str:
+    return ", ".join(map(str, lines[:10])) + (", …" if len(lines) > 10 else "")

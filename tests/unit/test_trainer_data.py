@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from daemon.config import DataSettings, TrainingSettings
 from daemon.fingerprint import fingerprint_run
 from daemon.job import Dataset, FailureKind
 from daemon.rows import Row
-from daemon.trainer.data import IGNORE, Collator, EpochBatches, Example, encode, held_out_rank, plan, tokenise
+from daemon.trainer.data import Example, held_out_rank, pad, plan, tokenise
+from daemon.trainer.encode import IGNORE, encode
 from daemon.trainer.failure import RunFailure
 from guard.components import COMPONENTS
 
@@ -110,11 +109,11 @@ def test_a_text_is_learned_whole_with_its_end(tokenizer: Any) -> None:
 
 
 def test_rows_without_a_trained_token_are_dropped_and_named_and_none_left_is_bad_data(tokenizer: Any) -> None:
-    long = Row(kind="prompt_completion", prompt="word " * 600, completion="x", line=7, content_digest="80" * 16)
-    examples = tokenise([row(text="fine"), long], tokenizer, DATA)
-    assert (len(examples.train), examples.dropped_lines, examples.truncated_rows) == (1, (7,), 1)
+    unsaid = Row(kind="messages", messages=TURNS[:2], line=7, content_digest="80" * 16)
+    examples = tokenise([row(text="fine"), unsaid], tokenizer, DATA)
+    assert (len(examples.train), examples.dropped_lines) == (1, (7,))
     with pytest.raises(RunFailure, match="none of 1 rows") as caught:
-        tokenise([long], tokenizer, DATA)
+        tokenise([unsaid], tokenizer, DATA)
     assert caught.value.kind is FailureKind.BAD_DATA
 
 
@@ -136,38 +135,16 @@ def test_when_all_rows_would_be_held_out_they_are_trained(tokenizer: Any) -> Non
 
 
 def test_padding_is_neither_attended_nor_learned() -> None:
-    batch = Collator(pad_token_id=9)(
+    batch = pad(
         [
             Example(input_ids=[1, 2, 3], labels=[IGNORE, 2, 3], line=1, content_digest=""),
             Example(input_ids=[4], labels=[4], line=2, content_digest=""),
-        ]
+        ],
+        9,
     )
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["labels"].tolist() == [[IGNORE, 2, 3], [4, IGNORE, IGNORE]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-
-
-def test_order_depends_on_seed_and_epoch_alone_and_every_row_comes_once() -> None:
-    def order(seed: int, epoch: int) -> list[int]:
-        torch.manual_seed(epoch * 7 + seed)  # the process's own random state must not matter
-        batches = EpochBatches(23, 4, seed)
-        batches.set_epoch(epoch)
-        return [index for batch in batches for index in batch]
-
-    assert sorted(order(1, 0)) == list(range(23))
-    assert order(1, 0) == order(1, 0)
-    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
-    assert len(EpochBatches(23, 4, 1)) == 6
-
-
-def test_the_order_of_rows_does_not_depend_on_how_a_step_is_divided() -> None:
-    """Half the device batch and twice the accumulation: the same rows in every step."""
-
-    def steps(size: int, accumulation: int) -> list[list[int]]:
-        batches = list(EpochBatches(40, size, 5))
-        return [list(chain(*batches[at : at + accumulation])) for at in range(0, len(batches), accumulation)]
-
-    assert steps(4, 2) == steps(2, 4) == steps(8, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""What is watched while a run trains: every step's numbers, requests to stop, and how much time the watching takes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from daemon.job import FailureKind, Plan
+from daemon.trainer.failure import RunFailure
+from daemon.trainer.report import Reporter
+from daemon.trainer.session import StopFlag
+from daemon.trainer.tensorboard import ScalarWriter
+from guard import Checkpoint
+
+if TYPE_CHECKING:
+    from daemon.trainer.loop import RunTrainer, Step
+
+# A loss is a spike when it is so many times the usual one and so many median deviations above it.
+SPIKE_FACTOR, SPIKE_DEVIATIONS = 1.5, 8.0
+SPIKE_WINDOW, SPIKE_LEAST_STEPS = 64, 10
+
+
+def is_spike(loss: float, recent: list[float] | deque[float]) -> bool:
+    """Whether a step's loss stands far above those before it."""
+    if len(recent) < SPIKE_LEAST_STEPS:
+        return False
+    usual = statistics.median(recent)
+    deviation = statistics.median(abs(value - usual) for value in recent)
+    return loss > SPIKE_FACTOR * usual and loss > usual + SPIKE_DEVIATIONS * deviation
+
+
+class LossWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
+    """Watches every step: stops on request, fails on the first number that is not finite, tells the daemon."""
+
+    def __init__(
+        self,
+        *,
+        report: Reporter,
+        stop: StopFlag,
+        plan: Plan,
+        trainer: RunTrainer,
+        scalars: ScalarWriter | None = None,
+    ) -> None:
+        self._report = report
+        self._stop = stop
+        self._plan = plan
+        self._trainer = trainer
+        self._scalars = scalars
+        self._loss_sum, self._steps = 0.0, 0
+        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._began = 0.0
+        self._start_step = 0
+        self.tokens = 0  # trained over in this attempt, padding not counted
+        self.spikes: list[tuple[int, float, float]] = []  # step, its loss, the usual one
+        self.bookkeeping_seconds = 0.0  # spent in here, between steps
+        self.train_seconds = 0.0
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean over the steps of this attempt; None when it had none to run."""
+        return self._loss_sum / self._steps if self._steps else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Useful tokens a second of this attempt, padding not counted."""
+        elapsed = self.train_seconds or time.monotonic() - self._began
+        return self.tokens / elapsed if self._steps and elapsed > 0 else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the Trainer plans what we planned."""
+        self._began = time.monotonic()
+        self._start_step = int(state.global_step)
+        if state.max_steps != self._plan.total_steps:
+            raise RunFailure(
+                FailureKind.INTERNAL, f"the Trainer plans {state.max_steps} steps, we planned {self._plan.total_steps}"
+            )
+        # A resumed state brings the old intervals along; these may differ between attempts.
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch of our order ourselves: after a resume the Trainer's own way reaches no wrapped sampler."""
+        self._trainer.batches.set_epoch(math.floor(state.epoch or 0.0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check the steps whose numbers have arrived, tell the newest, and stop if asked to."""
+        began = time.perf_counter()
+        self._trainer.record_step(stop=self._stop.requested)
+        # Nothing unchecked may be sealed.
+        steps = self._trainer.finished_steps(all_of_them=control.should_save or control.should_training_stop)
+        for step in steps:
+            self._check(step)
+        if steps:
+            self._tell_progress(state, steps[-1])
+        if any(step.stop for step in steps):
+            for step in self._trainer.finished_steps(all_of_them=True):
+                self._check(step)
+            control.should_save = True
+            control.should_training_stop = True
+        self.bookkeeping_seconds += time.perf_counter() - began
+
+    def _check(self, step: Step) -> None:
+        for name, value in (("loss", step.loss), ("gradient norm", step.grad_norm)):
+            if not math.isfinite(value):
+                raise RunFailure(
+                    FailureKind.DIVERGED,
+                    f"the {name} became {value} at step {step.number}",
+                    hint="lower learning_rate, or look for odd rows near there; nothing of this run is kept",
+                )
+        if is_spike(step.loss, self._recent):
+            usual = statistics.median(self._recent)
+            self.spikes.append((step.number, step.loss, usual))
+            self._report.event("run.loss_spiked", step=step.number, loss=round(step.loss, 6), usual=round(usual, 6))
+        self._recent.append(step.loss)
+        self._loss_sum += step.loss
+        self._steps += 1
+        self.tokens += step.tokens
+
+    def _tell_progress(self, state: TrainerState, step: Step) -> None:
+        elapsed = time.monotonic() - self._began
+        done = step.number - self._start_step
+        self._report.progress(
+            phase="training",
+            step=step.number,
+            epoch=round(state.epoch or 0.0, 4),
+            loss=round(step.loss, 6),
+            grad_norm=round(step.grad_norm, 6),
+            learning_rate=float(self._trainer._get_learning_rate()),
+            tokens_per_second=round(self.tokens / elapsed, 1) if elapsed else None,
+            eta_seconds=round(elapsed / done * (self._plan.total_steps - step.number), 1) if done else None,
+        )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Carry what the Trainer logs into the daemon's log and the run's curves."""
+        began = time.perf_counter()
+        if logs and "loss" in logs:
+            numbers = {name: round(float(value), 8) for name, value in logs.items()}
+            self._report.event("run.stepped", step=state.global_step, **numbers)
+            self.draw(int(state.global_step), {f"train/{name}": value for name, value in numbers.items()})
+        self.bookkeeping_seconds += time.perf_counter() - began
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the last steps' numbers, and the time."""
+        for step in self._trainer.finished_steps(all_of_them=True):
+            self._check(step)
+        self.train_seconds = time.monotonic() - self._began
+
+    def draw(self, step: int, scalars: dict[str, float]) -> None:
+        """Add a point to curves."""
+        if self._scalars is not None:
+            self._scalars.write(step, scalars)
+
+    def sealed(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint of ours is intact on disk."""
+        self._report.progress(last_checkpoint_step=checkpoint.step)
+        self._report.event(
+            "checkpoint.sealed", step=checkpoint.step, path=str(checkpoint.path), size_bytes=checkpoint.size_bytes
+        )

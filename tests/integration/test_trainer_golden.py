@@ -1,0 +1,73 @@
+"""Token ids and labels as they were when they were compared with TRL's; needs no TRL."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+from transformers import AutoTokenizer
+
+from daemon.config import ColumnSettings, DataSettings
+from daemon.rows import iter_rows
+from daemon.trainer.encode import IGNORE, encode, truncate
+
+DATA = Path(__file__).parents[1] / "data" / "trainer"
+FILES = {
+    "gsm8k_pairs.jsonl": "columns",
+    "alpaca_instruction.jsonl": "alpaca",
+    "c4_text.jsonl": "text",
+    "sharegpt_tools.jsonl": "sharegpt",
+}
+# The tokenizer's own template has generation markers; this one has none, so turns are told apart by their prefixes.
+UNMARKED = (
+    "{% if tools %}{{ '<|tool|>\\n' + tools | tojson + '<|end|>\\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + (m['content'] or '') }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}{{ '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+WAYS = ("auto", "unmarked", "last_turn", "all")
+
+
+def tokenised(name: str, way: str) -> list[dict[str, Any]]:
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizer")
+    if way == "unmarked":
+        tokenizer.chat_template = UNMARKED
+    data = DataSettings(
+        max_length=384,
+        train_on="auto" if way == "unmarked" else way,  # type: ignore[arg-type]
+        columns=ColumnSettings(prompt="question", completion="answer")
+        if FILES[name] == "columns"
+        else ColumnSettings(),
+    )
+    found = []
+    for row in iter_rows(DATA / name, FILES[name], data):
+        ids, labels = truncate(*encode(row, tokenizer, data), data.max_length, tokenizer.bos_token_id)
+        assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
+        found.append(
+            {
+                "tokens": len(ids),
+                "ids": blake3(json.dumps(list(ids)).encode()).hexdigest(length=8),
+                "learned": [
+                    [part[0], part[-1] + 1]
+                    for learned, group in groupby(range(len(labels)), lambda at: labels[at] != IGNORE)
+                    if learned and (part := list(group))
+                ],
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", FILES)
+def test_ids_and_learned_ranges_are_what_they_were(name: str, way: str) -> None:
+    golden = json.loads((DATA / "golden.json").read_text())
+    assert tokenised(name, way) == golden[name][way]
+
+
+if __name__ == "__main__":
+    everything = {name: {way: tokenised(name, way) for way in WAYS} for name in FILES}
+    (DATA / "golden.json").write_text(json.dumps(everything, separators=(",", ":")).replace("]},{", "]},\n{") + "\n")

@@ -1,0 +1,112 @@
+"""The token ids and labels that TRL's SFTTrainer prepares from the same rows, with the same tokenizer and settings."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from daemon.config import ColumnSettings, DataSettings
+from daemon.rows import Row, iter_rows
+from daemon.trainer.chat import _GENERATION
+from daemon.trainer.encode import IGNORE, encode, truncate
+
+DATA = Path(__file__).parents[1] / "data" / "trainer"
+MAX_LENGTH = 384
+COLUMNS = ColumnSettings(prompt="question", completion="answer")
+FORMATS = {
+    "gsm8k_pairs.jsonl": "columns",
+    "alpaca_instruction.jsonl": "alpaca",
+    "c4_text.jsonl": "text",
+    "sharegpt_tools.jsonl": "sharegpt",
+}
+
+
+@pytest.fixture(scope="module")
+def trl() -> Any:
+    return pytest.importorskip("trl", reason="TRL is in the extra `bench`; the golden values below need none")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def rows_of(name: str, **settings: Any) -> tuple[list[Row], DataSettings]:
+    columns = COLUMNS if FORMATS[name] == "columns" else ColumnSettings()
+    data = DataSettings(max_length=MAX_LENGTH, columns=columns, **settings)
+    return list(iter_rows(DATA / name, FORMATS[name], data)), data
+
+
+def ours(rows: list[Row], data: DataSettings, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    encoded = (truncate(*encode(row, tokenizer, data), data.max_length, tokenizer.bos_token_id) for row in rows)
+    return [(list(ids), list(labels)) for ids, labels in encoded]
+
+
+def theirs(
+    trl: Any, rows: list[dict[str, Any]], tokenizer: Any, base: Path, folder: Path, **config: Any
+) -> list[tuple[list[int], list[int]]]:
+    """What SFTTrainer would train on. A stream, because a table of rows would give every tool every other's fields."""
+    from datasets import IterableDataset
+
+    def stream() -> Iterator[dict[str, Any]]:
+        yield from copy.deepcopy(rows)
+
+    trainer = trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base),
+        args=trl.SFTConfig(
+            output_dir=str(folder),
+            max_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            max_length=config.pop("max_length", MAX_LENGTH),
+            **config,
+        ),
+        train_dataset=IterableDataset.from_generator(stream),
+        processing_class=tokenizer,
+    )
+    return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+
+
+def as_trl(row: Row) -> dict[str, Any]:
+    if row.kind == "text":
+        return {"text": row.text}
+    if row.kind == "prompt_completion":
+        return {"prompt": row.prompt, "completion": row.completion}
+    return {"messages": row.messages, "tools": row.tools}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ids_and_labels_are_trls(trl: Any, name: str, tokenizer: Any, tiny_base: Path, tmp_path: Path) -> None:
+    rows, data = rows_of(name)
+    config = {"assistant_only_loss": True} if rows[0].kind == "messages" else {}
+    # Where a row is cut, we keep its trained part and TRL its beginning or its end; see the next test.
+    data = data.model_copy(update={"max_length": 100_000})
+    expected = theirs(trl, list(map(as_trl, rows)), tokenizer, tiny_base, tmp_path, max_length=None, **config)
+    assert ours(rows, data, tokenizer) == expected
+    assert any(label != IGNORE for _, labels in expected for label in labels)
+
+
+@pytest.mark.parametrize("name", ["c4_text.jsonl", "alpaca_instruction.jsonl", "gsm8k_pairs.jsonl"])
+def test_cut_rows_are_trls_where_nothing_trained_would_be_lost_or_all_is_trained(
+    trl: Any, name: str, tokenizer: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    """On purpose we differ where TRL's cut loses trained tokens that fit: it drops those rows or trains half an answer."""
+    rows, data = rows_of(name)
+    config = {"assistant_only_loss": True} if rows[0].kind == "messages" else {}
+    mine = ours(rows, data, tokenizer)
+    matched = 0
+    for row, (ids, labels) in zip(rows, mine, strict=True):
+        expected = theirs(trl, [as_trl(row)], tokenizer, tiny_base, tmp_path, **config)
+        kept = sum(label != IGNORE for label in labels)
+        if expected and expected[0] == (ids, labels):
+            matched += 1
+        else:
+            assert kept > (sum(label != IGNORE for label in expected[0][1]) if expected else 0)
+    assert matched >= len(rows) // 2

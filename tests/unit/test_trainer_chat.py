@@ -1,0 +1,201 @@
+"""Which characters and tokens of a conversation are the assistant's: by markers, by prefixes, by pieces."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from daemon.config import DataSettings
+from daemon.job import FailureKind
+from daemon.rows import Row
+from daemon.trainer.chat import ChatTemplate, Rendered
+from daemon.trainer.encode import IGNORE, encode, time_limit, truncate
+from daemon.trainer.failure import RunFailure
+from tests.integration.test_trainer_golden import UNMARKED
+
+DATA = DataSettings(max_length=4096)
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+# Like Qwen3's: what was thought is shown in the last turn only, so beginnings change as the conversation goes on.
+FORGETFUL = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '(thought)' }}{% endif %}"
+    "{{ m['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+# The marker ends before the end-of-turn token.
+EARLY = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|end|>\\n' }}{% endfor %}"
+)
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages }}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def conversation(turns: int, *, system: bool = True) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}] if system else []
+    for number in range(turns):
+        messages += [
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": f"answer {number}"},
+        ]
+    return messages
+
+
+def row(messages: list[dict[str, Any]], **fields: Any) -> Row:
+    return Row(kind="messages", line=3, content_digest="80" * 16, messages=messages, **fields)
+
+
+def spoken(rendered: Rendered) -> list[str]:
+    return [rendered.text[start:end] for start, end in rendered.turns]
+
+
+def learned(tokenizer: Any, messages: list[dict[str, Any]], **settings: Any) -> str:
+    ids, labels = encode(row(messages), tokenizer, DATA.model_copy(update=settings))
+    assert len(ids) == len(labels)
+    return str(tokenizer.decode([label for label in labels if label != IGNORE]))
+
+
+@pytest.mark.parametrize("system", [True, False])
+@pytest.mark.parametrize("turns", [1, 3, 4, 9])
+def test_pieces_prefixes_and_markers_find_the_same_turns(tokenizer: Any, turns: int, system: bool) -> None:
+    messages = conversation(turns, system=system)
+    for extra in ([], [{"role": "user", "content": "one more"}]):
+        marked = ChatTemplate(tokenizer).render([*messages, *extra], None)
+        unmarked = ChatTemplate(with_template(tokenizer, UNMARKED)).render([*messages, *extra], None)
+        assert marked.text == unmarked.text
+        assert spoken(marked) == [f"answer {number}<|end|>" for number in range(turns)]
+        assert spoken(unmarked) == [f"answer {number}<|end|>\n" for number in range(turns)]
+
+
+def test_a_long_conversation_costs_in_proportion_to_its_turns(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in rendered messages, not in seconds."""
+    rendered = 0
+    template = ChatTemplate(with_template(tokenizer, UNMARKED))
+    plain = ChatTemplate._render
+
+    def counting(self: ChatTemplate, messages: Any, *args: Any, **options: Any) -> Any:
+        nonlocal rendered
+        rendered += len(messages)
+        return plain(self, messages, *args, **options)
+
+    monkeypatch.setattr(ChatTemplate, "_render", counting)
+    costs = []
+    for turns in (50, 100):
+        rendered = 0
+        assert len(template.render(conversation(turns), None).turns) == turns
+        costs.append(rendered)
+    assert costs[1] <= 2.1 * costs[0]
+
+
+def test_a_template_that_changes_beginnings_is_refused_but_its_last_turn_can_be_learned(tokenizer: Any) -> None:
+    forgetful = with_template(tokenizer, FORGETFUL)
+    for turns in (2, 6):
+        with pytest.raises(RunFailure, match="differently once it goes on") as caught:
+            encode(row(conversation(turns)), forgetful, DATA)
+        assert caught.value.kind is FailureKind.CONFIG
+        last = learned(forgetful, conversation(turns), train_on="last_turn")
+        assert last.strip() == f"(thought)answer {turns - 1}<|end|>"
+
+
+def test_the_end_of_turn_is_learned_even_where_the_marker_stops_before_it(tokenizer: Any) -> None:
+    assert learned(with_template(tokenizer, EARLY), conversation(2)) == "answer 0<|end|>answer 1<|end|>"
+
+
+@pytest.mark.parametrize("template", [None, UNMARKED])
+@pytest.mark.parametrize("train_on", ["auto", "assistant", "all"])
+def test_turns_with_weight_0_are_never_learned(tokenizer: Any, template: str | None, train_on: str) -> None:
+    tokenizer = with_template(tokenizer, template) if template else tokenizer
+    messages = conversation(5)
+    messages[4]["weight"] = 0
+    text = learned(tokenizer, messages, train_on=train_on)
+    assert [f"answer {number}" in text for number in range(5)] == [True, False, True, True, True]
+    assert ("question 1" in text) is (train_on == "all")
+
+
+def test_a_last_turn_of_weight_0_leaves_nothing_to_learn(tokenizer: Any) -> None:
+    messages = conversation(2)
+    messages[-1]["weight"] = 0
+    assert learned(tokenizer, messages, train_on="last_turn") == ""
+
+
+def test_tools_and_their_calls_reach_the_template(tokenizer: Any) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two."},
+    ]
+    ids, labels = encode(row(messages, tools=TOOLS), tokenizer, DATA)
+    assert '"parameters"' in tokenizer.decode(ids)
+    text = tokenizer.decode([label for label in labels if label != IGNORE])
+    assert text == '{"name": "add", "arguments": {"a": 1}}<|end|>Two.<|end|>'
+
+
+def test_of_a_prompt_and_a_completion_of_several_messages_the_completion_can_be_learned_whole(tokenizer: Any) -> None:
+    messages = conversation(3)
+    pair = Row(kind="prompt_completion", line=1, content_digest="", prompt=messages[:2], completion=messages[2:])
+    texts = {}
+    for train_on in ("auto", "completion"):
+        _, labels = encode(pair, tokenizer, DATA.model_copy(update={"train_on": train_on}))
+        texts[train_on] = tokenizer.decode([label for label in labels if label != IGNORE])
+    assert "question" not in texts["auto"]
+    assert texts["completion"].startswith("answer 0<|end|>\n<|user|>\nquestion 1")
+
+
+def test_a_template_without_end_is_stopped_and_the_row_is_named(tokenizer: Any) -> None:
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match="line 3: rendering the row took longer") as caught:
+        encode(
+            row(conversation(1)), with_template(tokenizer, ENDLESS), DATA.model_copy(update={"render_seconds": 0.05})
+        )
+    assert caught.value.kind is FailureKind.BAD_DATA
+    assert time.monotonic() - began < 30  # it would run for minutes
+    with time_limit(60):
+        pass  # and the clock of the row before is off
+
+
+def test_a_cut_keeps_what_is_trained() -> None:
+    def cut(context: int, trained: int, rest: int, bos: int | None = None) -> list[int]:
+        ids = list(range(1, context + trained + rest + 1))
+        labels = [IGNORE] * context + ids[context : context + trained] + [IGNORE] * rest
+        kept, kept_labels = truncate(ids, labels, 10, bos)
+        assert len(kept) == len(kept_labels) == 10
+        assert all(label in (IGNORE, token) for token, label in zip(kept, kept_labels, strict=True))
+        return [label for label in kept_labels if label != IGNORE]
+
+    assert cut(5, 5, 7) == [6, 7, 8, 9, 10]  # the end goes
+    assert cut(20, 5, 7) == [21, 22, 23, 24, 25]  # the context's beginning goes
+    assert cut(20, 30, 0) == list(range(21, 29))  # too long itself: its beginning, behind a quarter's context
+    assert cut(0, 30, 0) == list(range(1, 11))  # all of a text: its beginning
+    assert truncate([7, *range(20)], [IGNORE] * 16 + [15, 16, 17, 18, 19], 10, 7)[0][0] == 7  # BOS stays
+    assert truncate([1, 2], [1, 2], 10, None) == ([1, 2], [1, 2])
+
+
+def test_a_tokenizer_without_offsets_learns_the_same(tokenizer: Any) -> None:
+    class Slow:
+        is_fast = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            return tokenizer(text, **options)
+
+    assert encode(row(conversation(3)), Slow(), DATA) == encode(row(conversation(3)), tokenizer, DATA)
