@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from daemon.children import environment
 from daemon.config import Recipe, Settings
 from daemon.dataset import DatasetReport, Request
 from daemon.job import Dataset, JobState, to_json
@@ -30,7 +31,7 @@ from daemon.source import SourceFault
 from daemon.store import JobStore
 from daemon.text import escape
 
-LENGTHS_COMMAND = (sys.executable, "-m", "daemon.trainer.lengths")
+LENGTHS_COMMAND = (sys.executable, "-P", "-m", "daemon.trainer.lengths")
 LENGTHS_TIMEOUT_SECONDS = 3600.0
 REPEATS_ROWS = 5_000_000  # rows among which repeats are counted: each costs about 100 bytes
 REPEATS_SHOWN = 5
@@ -183,7 +184,12 @@ def _count_tokens(path: Path, recipe: Recipe, command: Sequence[str]) -> Tokens:
     arguments = [*command, str(path.absolute()), to_json(recipe.model_dump(mode="json"))]
     try:
         child = subprocess.run(
-            arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=LENGTHS_TIMEOUT_SECONDS, check=False
+            arguments,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment(),
+            timeout=LENGTHS_TIMEOUT_SECONDS,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return Tokens(reason=f"the trainer could not be asked: {error}")
