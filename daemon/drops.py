@@ -82,13 +82,14 @@ class Drops:
         return iter(self._unsettled.values())
 
     def hear(self, heard: Heard, now: float) -> None:
-        """Take in what the watch noted; each name is looked at now."""
+        """Take in what the watch noted; each name is due for a look now."""
         for (priority, name), note in heard.notes.items():
             kind = kind_of_name(name)
             if kind in (Kind.DATA, Kind.SIDECAR):
                 candidate = self._know(priority, name, kind, now)
                 candidate.hear(note, now)
-                self._look_at(candidate, now)
+                candidate.due = now
+                self._push(candidate)
             elif kind is Kind.OTHER:
                 self._leave_other(priority, name)
 
