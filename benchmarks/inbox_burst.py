@@ -44,7 +44,7 @@ def one(root: Path, kind: str, files: int, max_queued: int) -> str:
     time.sleep(1.0)
     began = time.monotonic()
     for number in range(files):
-        os.rename(staged / f"f{number}.jsonl", inbox / f"f{number}.jsonl")
+        (staged / f"f{number}.jsonl").rename(inbox / f"f{number}.jsonl")
     burst = time.monotonic() - began
     done = wait_until_quiet(process.pid) - began
     peak = next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmHWM" in line)

@@ -44,8 +44,8 @@ def main() -> None:
 
 def one(kind: str, how: str, drops: int) -> dict[str, list[float]]:
     """Milliseconds from each drop, by what was seen."""
-    with tempfile.TemporaryDirectory() as name:
-        root, out = Path(name), Path(name, "seen")
+    with tempfile.TemporaryDirectory() as folder:
+        root, out = Path(folder), Path(folder, "seen")
         (root / "inbox").mkdir()
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.inbox_watchers", kind, root, out], stdout=subprocess.PIPE

@@ -96,7 +96,7 @@ def watchdog(root: Path, seen: Seen) -> None:
 
     class Handler(FileSystemEventHandler):
         def on_any_event(self, event: FileSystemEvent) -> None:
-            seen.add("noticed", os.path.basename(os.fsdecode(event.dest_path or event.src_path)))
+            seen.add("noticed", Path(os.fsdecode(event.dest_path or event.src_path)).name)
 
     observer = Observer()
     arrivals = [FileClosedEvent, FileCreatedEvent, FileMovedEvent]
@@ -114,7 +114,7 @@ def watchfiles(root: Path, seen: Seen) -> None:
     print("ready", flush=True)
     for changes in watch(root / "inbox", recursive=False, stop_event=seen.stop, rust_timeout=500):
         for _, path in changes:
-            seen.add("noticed", os.path.basename(path))
+            seen.add("noticed", Path(path).name)
     seen.write()
 
 

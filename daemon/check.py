@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from daemon.children import environment
 from daemon.config import Recipe, Settings
 from daemon.dataset import DatasetReport, Request
 from daemon.job import Dataset, JobState, to_json
@@ -183,7 +184,12 @@ def _count_tokens(path: Path, format_: str, recipe: Recipe, command: Sequence[st
     arguments = [*command, str(path.absolute()), format_, to_json(recipe.model_dump(mode="json"))]
     try:
         child = subprocess.run(
-            arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=LENGTHS_TIMEOUT_SECONDS, check=False
+            arguments,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment(),
+            timeout=LENGTHS_TIMEOUT_SECONDS,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return Tokens(reason=f"the trainer could not be asked: {error}")

@@ -79,7 +79,10 @@ class Checking:
             if job is None:
                 self._again.pop(reply.job_id, None)
             else:
-                self._conclude(job, reply)
+                try:
+                    self._conclude(job, reply)
+                except OSError as error:  # a full disk: the job stays claimed, and is passed again at the next rescan
+                    self._log.error("dataset.not_concluded", job=job.id, error=str(error))
         now = time.monotonic()
         for job_id, again in list(self._again.items()):
             if again.due <= now:

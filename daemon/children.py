@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -25,3 +26,10 @@ def describe_exit(returncode: int) -> str:
     except ValueError:
         name = f"signal {-returncode}"
     return f"it was ended by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
+
+
+def environment() -> dict[str, str]:
+    """For a child that runs one of our modules: it imports these very packages, also from a checkout."""
+    own = str(Path(__file__).resolve().parent.parent)
+    rest = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{own}{os.pathsep}{rest}" if rest else own}

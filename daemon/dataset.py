@@ -29,8 +29,6 @@ from daemon.scan import (
 )
 from daemon.source import SourceFault, open_dataset
 from daemon.text import escape
-from guard import GuardError
-from guard.digest import digest_file
 
 MEMORY_LIMIT_BYTES = 4 * 2**30  # of the child's address space: a row that needs more is an error, not a dead machine
 PROGRESS_SECONDS = 0.5
@@ -192,6 +190,10 @@ def verify_dataset(path: str | Path, dataset: Dataset) -> None:
 
     Raises DatasetChanged when size or digest differ, RejectedData when it cannot be read.
     """
+    # Imported here: the child that passes over files starts twice as fast, and stays smaller, without it.
+    from guard import GuardError
+    from guard.digest import digest_file
+
     try:
         found = digest_file(path)
     except GuardError as error:
@@ -258,7 +260,9 @@ def main(arguments: list[str]) -> int:
         return 2
     die_with_parent(int(arguments[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
     def send(reply: Reply) -> None:
         sys.stdout.write(to_json(reply) + "\n")

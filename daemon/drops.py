@@ -25,6 +25,7 @@ from daemon.writers import Writing, find_writer, writing
 LOOKS_PER_TICK = 2000  # files looked at before the service gets its turn again
 FULL_SCAN_SECONDS = 60.0  # a folder whose times did not move is listed all the same after so long
 ORPHAN_SECONDS = 60.0  # a sidecar without its file is reported after so long
+THOROUGH_BELOW = 100  # files in line; beyond, those behind them are looked at more briefly
 SHOWN = 100  # files whose reasons are published
 SIDECAR_PAUSE = 0.05  # between looks at a file whose sidecar is being written
 OPEN = "open for writing"
@@ -61,6 +62,7 @@ class Drops:
         self.settings = settings
         self._candidates: dict[tuple[Priority, str], Candidate] = {}
         self._sidecars: dict[tuple[Priority, str], Candidate] = {}
+        self._unsettled: dict[tuple[Priority, str], Candidate] = {}  # those of the candidates that are not in _settled
         self._settled: dict[Priority, OrderedDict[str, Candidate]] = {p: OrderedDict() for p in Priority}
         self._agenda: list[tuple[float, int, tuple[Priority, str]]] = []
         self._order = itertools.count()
@@ -77,16 +79,17 @@ class Drops:
 
     def waiting(self) -> Iterator[Candidate]:
         """Files that are not settled yet."""
-        return (candidate for candidate in self._candidates.values() if not candidate.settled)
+        return iter(self._unsettled.values())
 
     def hear(self, heard: Heard, now: float) -> None:
-        """Take in what the watch noted; each name is looked at now."""
+        """Take in what the watch noted; each name is due for a look now."""
         for (priority, name), note in heard.notes.items():
             kind = kind_of_name(name)
             if kind in (Kind.DATA, Kind.SIDECAR):
                 candidate = self._know(priority, name, kind, now)
                 candidate.hear(note, now)
-                self._look_at(candidate, now)
+                candidate.due = now
+                self._push(candidate)
             elif kind is Kind.OTHER:
                 self._leave_other(priority, name)
 
@@ -138,6 +141,7 @@ class Drops:
             while settled:
                 _, candidate = settled.popitem(last=False)
                 candidate.settled = False
+                self._unsettled[candidate.key] = candidate
                 ready = self._examine(candidate, now)
                 if ready is not None:
                     return ready
@@ -154,6 +158,7 @@ class Drops:
     def claimed(self, ready: Ready, now: float) -> None:
         """The file is a job now. A name that comes back soon is a writer that had not finished: it must settle."""
         self._candidates.pop(ready.candidate.key, None)
+        self._unsettled.pop(ready.candidate.key, None)
         if ready.sidecar is not None:
             self._sidecars.pop((ready.candidate.priority, ready.sidecar.name), None)
         if not ready.candidate.renamed_in:
@@ -183,6 +188,8 @@ class Drops:
             candidate = Candidate(priority=priority, name=name, first_seen=now, since=utc_now(), due=now)
             candidate.came_back = candidate.must_settle = self._came_back(candidate.key, now)
             table[priority, name] = candidate
+            if kind is Kind.DATA:
+                self._unsettled[priority, name] = candidate
         return candidate
 
     def _list(self, priority: Priority, folder: Path, now: float) -> None:
@@ -205,7 +212,7 @@ class Drops:
         return self._candidates if kind is Kind.DATA else self._sidecars
 
     def _forget_missing(self, priority: Priority, names: set[str]) -> None:
-        for table in (self._candidates, self._sidecars, self.left_alone):
+        for table in (self._candidates, self._unsettled, self._sidecars, self.left_alone):
             for key in [key for key in table if key[0] is priority and key[1] not in names]:
                 del table[key]
         settled = self._settled[priority]
@@ -231,7 +238,8 @@ class Drops:
     def _look_at(self, candidate: Candidate, now: float) -> None:
         if candidate.settled:
             return  # it is looked at again when its turn comes
-        ready = self._examine(candidate, now)
+        # With many files in line, who writes to them is asked when their turn comes, which it is in any case.
+        ready = self._examine(candidate, now, thorough=self.deferred < THOROUGH_BELOW)
         if candidate.key not in self._candidates and candidate.key not in self._sidecars:
             return
         if ready is None:
@@ -240,13 +248,14 @@ class Drops:
         if kind_of_name(candidate.name) is Kind.SIDECAR:
             candidate.reason, candidate.due = "", now + ORPHAN_SECONDS
             return
+        del self._unsettled[candidate.key]
         candidate.settled, candidate.reason = True, ready.reason
         self._settled[candidate.priority][candidate.name] = candidate
 
     def _push(self, candidate: Candidate) -> None:
         heapq.heappush(self._agenda, (candidate.due, next(self._order), candidate.key))
 
-    def _examine(self, candidate: Candidate, now: float) -> Ready | None:
+    def _examine(self, candidate: Candidate, now: float, *, thorough: bool = True) -> Ready | None:
         """One look. Returns what a claim needs when the file may be taken; else the candidate says why not."""
         path = self._folders[candidate.priority] / candidate.name
         try:
@@ -267,7 +276,7 @@ class Drops:
         if isinstance(verdict, Waits):
             self._wait(candidate, verdict.reason, now + max(0.001, verdict.seconds))
             return None
-        if not self._is_free(candidate, path, look, verdict, now):
+        if thorough and not self._is_free(candidate, path, look, verdict, now):
             return None
         sidecar = None
         if kind_of_name(candidate.name) is Kind.DATA:
@@ -326,5 +335,6 @@ class Drops:
 
     def _drop(self, candidate: Candidate) -> None:
         self._candidates.pop(candidate.key, None)
+        self._unsettled.pop(candidate.key, None)
         self._sidecars.pop(candidate.key, None)
         self._settled[candidate.priority].pop(candidate.name, None)

@@ -73,6 +73,7 @@ class Intake:
         self._scanned_at = float("-inf")
         self._scan_wanted = True
         self._next_purge = 0.0
+        self._claim_after = 0.0
         self._full = False  # the queue has no place
         self._accepting = True
         self._missing = False
@@ -105,8 +106,12 @@ class Intake:
         self._accepting = accept
         self._listen(now)
         self._drops.look(now)
-        if accept:
-            self._claim()
+        if accept and now >= self._claim_after:
+            try:
+                self._claim()
+            except OSError as error:  # what was renamed is passed at the next rescan, or mended at the next start
+                self._claim_after = now + FAILED_CLAIM_SECONDS
+                self._log.error("inbox.claims_failed", error=str(error))
         self._checking.tick()
         if now >= self._next_purge:
             self._next_purge = now + PURGE_SECONDS
@@ -127,7 +132,7 @@ class Intake:
         if (passes := self._checking.next_due(now)) is not None:
             due.append(passes)
         if self._drops.deferred and self._accepting and not self._full:
-            due.append(0.0)
+            due.append(max(0.0, self._claim_after - now))
         return min(due)
 
     def view(self) -> IntakeView:

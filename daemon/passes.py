@@ -16,14 +16,15 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
-from daemon.children import describe_exit
+from daemon.children import describe_exit, environment
 from daemon.dataset import Reply, Request
 from daemon.job import from_json, to_json
 from daemon.watch import Rings
 
+# -P: the working directory is no place to import from.
+SERVE = (sys.executable, "-P", "-m", "daemon.dataset", "serve")
 LARGE_BYTES = 32 * 2**20  # read in the lane for large files
 PIPELINED = 64  # requests that a child may have at once, so that it never waits for the daemon's disk
 IDLE_SECONDS = 600.0  # an unused child ends after so long
@@ -43,12 +44,12 @@ class _Child:
 
     def __init__(self, bell: Rings) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "daemon.dataset", "serve", str(os.getpid())],
+            [*SERVE, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
             cwd="/",
-            env=_environment(),
+            env=environment(),
         )
         self.replies: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
         self.owed: deque[_Asked] = deque()
@@ -193,20 +194,13 @@ def _listen(stdout: IO[bytes] | None, replies: queue.SimpleQueue[Reply | None], 
         bell.set()
 
 
-def _environment() -> dict[str, str]:
-    """The child imports these very packages, also from a checkout, whatever its working directory."""
-    own = str(Path(__file__).resolve().parent.parent)
-    rest = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{own}{os.pathsep}{rest}" if rest else own}
-
-
 def pass_once(request: Request) -> Reply:
     """One pass in a child of its own, waited for; for commands. Answers `failed` when the child dies."""
     child = subprocess.run(
-        [sys.executable, "-m", "daemon.dataset", "serve", str(os.getpid())],
+        [*SERVE, str(os.getpid())],
         input=to_json(request).encode() + b"\n",
         stdout=subprocess.PIPE,
-        env=_environment(),
+        env=environment(),
         cwd="/",
         check=False,
     )

@@ -46,7 +46,7 @@ def sidecar_name(name: str) -> str:
     return name[: -len(suffix)] + SIDECAR_SUFFIX
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Look:
     """A file at one moment, from lstat. Two equal looks: nothing changed in between."""
 

@@ -8,7 +8,7 @@ import shutil
 import stat
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -170,8 +170,8 @@ def test_a_writer_that_holds_the_file_open_is_waited_for_and_named(root: Root) -
     """For ever if need be; the reason is shown with the writer's pid."""
     command = ["sh", "-c", f"exec 3>>\"$0\"; echo '{ROW.strip()}' >&3; read line", root.inbox / "x.jsonl"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-        reason: Callable[[], list[str]] = lambda: [item.reason for item in root.intake.view().waiting]
-        root.pump(lambda: any(f"pid {process.pid}" in text for text in reason()), timeout=20)
+        named = f"pid {process.pid}"
+        root.pump(lambda: any(named in item.reason for item in root.intake.view().waiting), timeout=20)
         assert not root.jobs()
         process.communicate(b"\n")
     root.wait_for(1)

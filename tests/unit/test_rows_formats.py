@@ -103,7 +103,7 @@ def test_a_row_with_a_key_that_steers_a_trainer_is_refused(key: str) -> None:
 
 
 def test_sharegpt_becomes_openai_messages_with_calls_and_tools() -> None:
-    """Roles are translated, calls become tool_calls with object arguments, bare tools are wrapped, as are lists in text."""
+    """Roles are translated, calls become tool_calls with object arguments, bare tools and lists in text are wrapped."""
     row = check_row(
         line(
             {
