@@ -19,6 +19,7 @@ from daemon import versions
 from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.executors.base import Executor, Exit
+from daemon.gpulock import GpuLock
 from daemon.job import (
     RUN_SPEC_VERSION,
     FailureKind,
@@ -50,12 +51,16 @@ class Run:
 class Scheduler:
     """Launches, watches and concludes runs. Every method returns promptly; nothing here waits for a trainer."""
 
-    def __init__(self, settings: Settings, store: JobStore, executor: Executor, *, settle: Any, log: Any) -> None:
+    def __init__(
+        self, settings: Settings, store: JobStore, executor: Executor, *, settle: Any, log: Any, gpu: GpuLock
+    ) -> None:
         self._settings = settings
         self._store = store
         self._executor = executor
         self._settle = settle  # (job) -> None: moves the file of a job in a final state
         self._log = log
+        self._gpu = gpu
+        self.held = ""  # why nothing is launched although a job may be ready
         self._run: Run | None = None
 
     @property
@@ -102,8 +107,15 @@ class Scheduler:
         """Launch the next job when none is running."""
         if self._run is not None:
             return
+        held = self._take_gpu() if self._store.queue(limit=1) else ""
+        if held != self.held:
+            self.held = held
+            self._log.info("queue.held" if held else "queue.released", reason=held or "the GPU is free")
+        if held:
+            return
         job = self._store.claim_next(time.time())
         if job is None:
+            self._gpu.give()
             return
         directory = run_dir(self._settings.state_dir, job.id)
         run = Run(job=job, run_dir=directory, events_read=_size(directory / "events.jsonl"))
@@ -115,6 +127,13 @@ class Scheduler:
             self._finish(run, _not_launched(job, error), None)
             return
         self._log.info("job.started", job=job.id, dataset=escape(job.name), attempt=job.attempt)
+
+    def _take_gpu(self) -> str:
+        """Why the machine's GPU is not ours for now; empty when it is."""
+        try:
+            return self._gpu.take(f"the daemon of {self._settings.root}")
+        except OSError as error:
+            return f"the GPU lock cannot be opened: {error}"
 
     def ask_to_leave(self) -> None:
         """Ask the running trainer to seal a checkpoint and leave; a second call ends it at once."""
@@ -227,6 +246,7 @@ class Scheduler:
             fields["version"] = version
         job = self._store.transition(run.job.id, JobState.RUNNING, conclusion.to, conclusion.reason, **fields)
         self._run = None
+        self._gpu.give()
         name = {JobState.QUEUED: "job.requeued", JobState.SUCCEEDED: "job.succeeded"}.get(
             conclusion.to, f"job.{conclusion.to}"
         )
