@@ -191,6 +191,9 @@ class ExecutorSettings(Section):
         (sys.executable, "-P", "-m", "daemon.trainer"),
         description="Program and arguments; the run directory is appended. For a trainer in an environment of its own.",
     )
+    gpu_lock: Path | None = Field(
+        None, description="Lock file that several daemons share, so that they train one at a time."
+    )
 
 
 class HookSettings(Section):
@@ -226,11 +229,23 @@ class StatusSettings(Section):
 
 
 class LogSettings(Section):
-    """`[logging]`: `state/logs/dropforge.jsonl`."""
+    """`[logging]`: `dropforge.jsonl`, the complete log."""
 
+    folder: Path | None = Field(None, description="Where it lies; unset: logs/ under [paths] state.")
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level written.")
-    max_bytes: int = Field(64 * 2**20, ge=0, description="Rotate above this size; 0: never.")
+    max_bytes: int = Field(
+        64 * 2**20, ge=0, description="Rotate above this size; 0: never, for logrotate (reopened on SIGHUP)."
+    )
     backups: int = Field(5, ge=1, description="Rotated files that are kept.")
+
+
+class MetricsSettings(Section):
+    """`[metrics]`: for Prometheus; both are off unless they are set."""
+
+    port: int | None = Field(None, ge=1, le=65535, description="Port of the endpoint on 127.0.0.1.")
+    textfile: Path | None = Field(
+        None, description="File for node_exporter's textfile collector; its name ends in .prom."
+    )
 
 
 class Recipe(Section):
@@ -285,6 +300,7 @@ class Settings(BaseSettings):
     paths: PathSettings = PathSettings()
     status: StatusSettings = StatusSettings()
     logging: LogSettings = LogSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -326,7 +342,8 @@ class Settings(BaseSettings):
     @property
     def log_path(self) -> Path:
         """The log, one JSON object a line."""
-        return self.state_dir / "logs" / "dropforge.jsonl"
+        folder = self.logging.folder
+        return (self.root / folder if folder else self.state_dir / "logs") / "dropforge.jsonl"
 
     @property
     def recipe(self) -> Recipe:

@@ -1,7 +1,7 @@
-"""Logging: one event, up to three readers - the file (complete, JSON lines), a terminal (pretty), the journal.
+"""Logging: one event, up to two readers - the file (complete, JSON lines), and a terminal (pretty) or the journal.
 
-structlog shapes the events, the standard library's handlers carry and rotate them. Values are escaped on their way into
-text that a terminal or the journal interprets, so that a file's name can forge neither a line nor a colour.
+structlog shapes the events, the standard library's handlers carry and rotate them. Nothing that a file's name or a
+dataset's text holds can forge a line, a field or a colour: JSON is ASCII, everything else is escaped.
 """
 
 from __future__ import annotations
@@ -11,57 +11,60 @@ import logging
 import logging.handlers
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import structlog
 
+from daemon import journal, logview
 from daemon.config import Settings
-from daemon.text import escape
+from daemon.text import finite
 
-_JOURNAL_LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+Listener = Callable[[str, Mapping[str, Any]], None]  # (event name, its data)
 
 
-def configure(settings: Settings, *, terminal: bool = True) -> Any:
+def configure(settings: Settings, *, terminal: bool = True, listeners: Sequence[Listener] = ()) -> Any:
     """Set up the log of a daemon and return its logger.
 
-    Raises OSError when the log file cannot be opened. `terminal=False` writes to the file alone.
+    Raises OSError when the log file cannot be opened. `terminal=False` writes to the file alone. `listeners` hear every
+    event, also those below the level that is written.
     """
     settings.log_path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.handlers.RotatingFileHandler(
-        settings.log_path,
-        maxBytes=settings.logging.max_bytes,
-        backupCount=settings.logging.backups,
-        encoding="ascii",
-    )
+    file = CompleteFile(settings.log_path, max_bytes=settings.logging.max_bytes, backups=settings.logging.backups)
     handlers: list[tuple[logging.Handler, Any]] = [(file, _json)]
     if terminal:
-        stream = logging.StreamHandler(sys.stderr)
-        if os.environ.get("JOURNAL_STREAM"):
-            handlers.append((stream, _journal))
-        else:
-            handlers.append((stream, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())))
+        native = journal.JournalHandler() if journal.is_stderr() else None
+        handlers.append((native, journal.render) if native else (logging.StreamHandler(sys.stderr), _pretty))
+
+    def tell(logger: Any, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        for listener in listeners:
+            listener(str(event.get("event", "")), event)
+        return event
+
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp"),
-        structlog.processors.dict_tracebacks,
+        structlog.processors.format_exc_info,
     ]
     logger = logging.getLogger("dropforge")
+    for old in logger.handlers:
+        old.close()
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(settings.logging.level.upper())
     for handler, renderer in handlers:
-        steps = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
         handler.setFormatter(
             structlog.stdlib.ProcessorFormatter(
-                processors=[*steps, *([] if renderer is _json else [_escaped]), renderer], foreign_pre_chain=shared
+                processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+                foreign_pre_chain=shared,
             )
         )
         logger.addHandler(handler)
     # watchdog tells of a queue overflow in its log alone; it belongs into ours.
     logging.getLogger("watchdog").handlers = [file]
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*shared, tell, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
@@ -69,23 +72,56 @@ def configure(settings: Settings, *, terminal: bool = True) -> Any:
     return structlog.stdlib.get_logger("dropforge")
 
 
+def reopen() -> None:
+    """Open the log file again by its name: whoever rotated it (logrotate) has moved ours away."""
+    for handler in logging.getLogger("dropforge").handlers:
+        if isinstance(handler, CompleteFile):
+            handler.reopen()
+
+
+def fault() -> str:
+    """Why the last event is missing from the log file; empty when it was written."""
+    for handler in logging.getLogger("dropforge").handlers:
+        if isinstance(handler, CompleteFile):
+            return handler.fault
+    return ""
+
+
+class CompleteFile(logging.handlers.RotatingFileHandler):
+    """The log file. One that cannot be written is said so on stderr, once, and the daemon goes on."""
+
+    def __init__(self, path: Path, *, max_bytes: int, backups: int) -> None:
+        super().__init__(path, maxBytes=max_bytes, backupCount=backups, encoding="ascii")
+        self.fault = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line, rotating first when the file is full."""
+        before, self.fault = self.fault, ""
+        super().emit(record)
+        if self.fault and self.fault != before:
+            print(f"dropforge: cannot write the log {self.baseFilename}: {self.fault}", file=sys.stderr)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the name is the base class's
+        """Remember why; the base class would print a traceback for every line."""
+        error = sys.exc_info()[1]
+        self.fault = getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+    def reopen(self) -> None:
+        """Close the file and open the one that has its name now. One that cannot be opened is told at the next event."""
+        self.acquire()
+        try:
+            if self.stream is not None:
+                self.stream.close()
+            self.stream = None  # emit opens it, and knows how to fail
+        finally:
+            self.release()
+
+
 def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
-    """One ASCII line: time, level and event first, then the data."""
+    """One ASCII line: time, level and event first, then the data; never NaN."""
     first = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
-    return json.dumps({**first, **event}, default=str, ensure_ascii=True)
+    return json.dumps(finite({**first, **event}), default=str, ensure_ascii=True, allow_nan=False)
 
 
-def _escaped(logger: Any, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    return {
-        key: escape(value, most=2000) if isinstance(value, str) and key != "exception" else value
-        for key, value in event.items()
-    }
-
-
-def _journal(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
-    """`<priority>event key=value ...`, as sd-daemon(3) has it; time and level are the journal's."""
-    level = str(event.pop("level", "info"))
-    event.pop("timestamp", None)
-    what = event.pop("event", "")
-    data = " ".join(f"{key}={value}" for key, value in event.items())
-    return f"<{_JOURNAL_LEVELS.get(level, 6)}>{what} {data}".rstrip()
+def _pretty(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
+    return logview.line(finite(event), colours=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))

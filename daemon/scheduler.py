@@ -19,6 +19,7 @@ from daemon import versions
 from daemon.config import Recipe, Settings
 from daemon.errors import DropforgeError
 from daemon.executors.base import Executor, Exit
+from daemon.gpulock import GpuLock
 from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused
 from daemon.hooks import Hooks
 from daemon.job import (
@@ -63,7 +64,15 @@ class Scheduler:
     """Launches, watches and concludes runs. Every method returns promptly; nothing here waits for a trainer."""
 
     def __init__(
-        self, settings: Settings, store: JobStore, executor: Executor, *, settle: Any, hooks: Hooks, log: Any
+        self,
+        settings: Settings,
+        store: JobStore,
+        executor: Executor,
+        *,
+        settle: Any,
+        hooks: Hooks,
+        gpu: GpuLock,
+        log: Any,
     ) -> None:
         self.settings = settings
         self._store = store
@@ -71,6 +80,7 @@ class Scheduler:
         self._settle = settle  # (job, hand_back) -> None: moves the file of a job in a final state
         self._hooks = hooks
         self._log = log
+        self._gpu = gpu
         self._run: Run | None = None
         self._hold: Hold | None = None
         self._seen_version = -1
@@ -156,16 +166,18 @@ class Scheduler:
             return
         ready = self._store.peek(time.time())
         if ready is None:
+            self._gpu.give()
             self._change_hold(None)
             return
         if self._is_trained(ready):
             return
         recipe = Recipe.model_validate(ready.recipe) if ready.recipe else self.settings.recipe
-        self._change_hold(no_space(self.settings, recipe))
+        self._change_hold(no_space(self.settings, recipe) or self._gpu_in_use())
         if self._hold is not None:
             return
         job = self._store.claim_next(time.time())
         if job is None:
+            self._gpu.give()
             return
         directory = run_dir(self.settings.state_dir, job.id)
         run = Run(job=job, run_dir=directory, events_read=_size(directory / "events.jsonl"))
@@ -192,6 +204,14 @@ class Scheduler:
         self._log.info("job.cancelled", job=job.id, file=escape(job.name), reason=reason)
         self._settle(cancelled)
         return True
+
+    def _gpu_in_use(self) -> Hold | None:
+        """Take the machine's GPU lock, or say who has it."""
+        try:
+            why = self._gpu.take(f"the daemon of {self.settings.root}")
+        except OSError as error:
+            why = f"the GPU lock cannot be opened: {error}"
+        return Hold(kind=HoldKind.GPU, reason=why) if why else None
 
     def ask_to_leave(self, why: Asked) -> None:
         """Ask the running trainer to seal a checkpoint and leave; a later, weightier reason replaces the first."""
@@ -356,6 +376,7 @@ class Scheduler:
             fields["version"] = version
         job = self._store.transition(run.job.id, JobState.RUNNING, conclusion.to, conclusion.reason, **fields)
         self._run = None
+        self._gpu.give()
         name = {JobState.QUEUED: "job.requeued", JobState.SUCCEEDED: "job.succeeded"}.get(
             conclusion.to, f"job.{conclusion.to}"
         )

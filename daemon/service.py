@@ -12,24 +12,35 @@ from dataclasses import replace
 from typing import Any
 
 import guard
-from daemon import config, people, versions
+from daemon import config, logs, people, versions
 from daemon.bell import Bell
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors.base import Executor
 from daemon.executors.local import LocalExecutor
+from daemon.gpulock import GpuLock
 from daemon.holds import HoldKind
 from daemon.hooks import Hooks
 from daemon.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
-from daemon.notify import notify
+from daemon.losses import LossHistory
+from daemon.notify import extend_timeout, notify, reloading, status_line, watchdog_seconds
 from daemon.rebuild import open_store
 from daemon.retry import Asked
 from daemon.scheduler import Scheduler
-from daemon.status import RECENT_JOBS, WAITING_FILES, StatusSnapshot, finished_job, running_job, write_status
+from daemon.status import (
+    RECENT_JOBS,
+    WAITING_FILES,
+    CurrentModel,
+    StatusSnapshot,
+    finished_job,
+    running_job,
+    write_status,
+)
 
 BUSY_SECONDS = 0.25  # between two looks at a running trainer's progress
 PRUNE_SECONDS = 600.0  # between two batches of old jobs that are forgotten
+STOP_GRACE_SECONDS = 30.0  # asked of systemd at each tick of a stop; our own stop_timeout is what ends the wait
 REFRESH_SECONDS = 60.0  # the current version is read again at least so often, whoever changed it
 
 
@@ -43,12 +54,15 @@ class Service:
         self.stopping = False
         self._stop_requests = 0
         self._reload_requested = False
-        self._executor = executor or LocalExecutor(settings.executor.command)
+        lock = settings.executor.gpu_lock
+        self._gpu = GpuLock(settings.root / lock if lock else None)
+        self._executor = executor or LocalExecutor(settings.executor.command, gpu=self._gpu)
         self._published = 0.0
         self._last: tuple[Any, ...] = ()
-        self._model: dict[str, Any] | None = None
+        self._model: CurrentModel | None = None
         self._model_read = 0.0
         self._status_failed = False
+        self._losses = LossHistory()
         self._ticks = 0
         self._next_prune = 0.0
         self._ended: list[Job] = []  # jobs in a final state when serving ended
@@ -83,12 +97,19 @@ class Service:
         self.intake = Intake(self.settings, self.store, bell=self.bell, log=self.log)
         self.hooks = Hooks(self.settings.hooks, self.log)
         self.scheduler = Scheduler(
-            self.settings, self.store, self._executor, settle=self._settle, hooks=self.hooks, log=self.log
+            self.settings,
+            self.store,
+            self._executor,
+            settle=self._settle,
+            hooks=self.hooks,
+            gpu=self._gpu,
+            log=self.log,
         )
         self.intake.open()
         self.scheduler.recover()
         before = {job.id for job in self.store.jobs(FINAL_STATES)} if once else set()
-        notify("READY=1", f"STATUS=watching {self.settings.inbox_dir}")
+        self._publish(force=True)
+        notify("READY=1", status_line(f"watching {self.settings.inbox_dir}"))
         self.log.info("daemon.started", root=str(self.settings.root), watch_mode=self.intake.view().watch_mode)
         try:
             while not self._finished(once=once):
@@ -121,14 +142,14 @@ class Service:
             self.scheduler.dispatch()
         self.hooks.collect()
         self._publish()
-        notify("WATCHDOG=1")
+        notify("WATCHDOG=1", *self._stop_patience())
         self.bell.wait(self._patience())
 
     def _finished(self, *, once: bool) -> bool:
         if self._stop_requests and not self.stopping:
             self.stopping = True
             self.log.info("daemon.stopping", running=self.scheduler.run.job.id if self.scheduler.run else None)
-            notify("STOPPING=1", "STATUS=sealing a checkpoint")
+            notify("STOPPING=1", status_line("sealing a checkpoint" if self.scheduler.run else "stopping"))
             self.scheduler.ask_to_leave(Asked.STOP)
         elif self._stop_requests > 1:
             self.scheduler.end_now()  # a second signal: at once, still consistent
@@ -147,10 +168,16 @@ class Service:
         due = [self.settings.status.status_interval]
         if self.scheduler.run is not None or self.stopping:
             due.append(BUSY_SECONDS)
-        for seconds in (self.intake.next_due_seconds(), self.scheduler.next_start):
+        watchdog = watchdog_seconds()
+        heartbeat = watchdog / 3 if watchdog else None
+        for seconds in (self.intake.next_due_seconds(), self.scheduler.next_start, heartbeat):
             if seconds is not None:
                 due.append(seconds)
         return max(0.0, min(due))
+
+    def _stop_patience(self) -> tuple[str, ...]:
+        """While a trainer seals its last checkpoint, systemd waits as long as we do, whatever the unit says."""
+        return (extend_timeout(STOP_GRACE_SECONDS),) if self.stopping and self.scheduler.run is not None else ()
 
     def _settle(self, job: Job, *, hand_back: bool = False) -> None:
         """Move a finished job's file; if that fails now, the next start does it."""
@@ -163,12 +190,17 @@ class Service:
     def _publish(self, *, status: str | None = None, reason: str = "", force: bool = False) -> None:
         """Write status.json at each change and at each heartbeat."""
         if status == "starting":  # there is no store yet to tell of
-            snapshot = StatusSnapshot(status=status, reason=reason)
+            snapshot = StatusSnapshot(
+                status=status,
+                reason=reason,
+                status_interval=self.settings.status.status_interval,
+                log_path=str(self.settings.log_path),
+            )
         else:
             snapshot = self._snapshot() if status is None else replace(self._snapshot(), status=status, reason=reason)
         now = time.monotonic()
-        job = snapshot.job or {}
-        shown = (snapshot.status, snapshot.reason, dict(snapshot.queue), job.get("id"), job.get("phase"))
+        job = snapshot.job
+        shown = (snapshot.status, snapshot.reason, dict(snapshot.queue), job and (job["id"], job["phase"]))
         due = now - self._published >= self.settings.status.status_interval
         if not (force or due or shown != self._last):
             return
@@ -179,9 +211,11 @@ class Service:
                 self.log.error("status.not_written", error=str(error))
             self._status_failed = True
             return
+        if self._status_failed:
+            self.log.info("status.written_again")
         self._status_failed = False
         self._published, self._last = now, shown
-        notify(f"STATUS={snapshot.status}: {snapshot.reason}" if snapshot.reason else f"STATUS={snapshot.status}")
+        notify(status_line(snapshot.status, snapshot.reason))
 
     def _snapshot(self) -> StatusSnapshot:
         view = self.intake.view()
@@ -205,9 +239,12 @@ class Service:
             status=status,
             reason=reason,
             status_interval=self.settings.status.status_interval,
+            log_path=str(self.settings.log_path),
             watch_mode=view.watch_mode,
             queue={**counts, "deferred": view.deferred},
-            job=running_job(run.job, run.progress) if run else None,
+            job=running_job(run.job, run.progress, self._losses.observe(run.run_dir, run.job.attempt, run.progress))
+            if run
+            else None,
             waiting=tuple(
                 {"file": item.name, "reason": item.reason, "since": item.since} for item in view.waiting[:WAITING_FILES]
             ),
@@ -217,7 +254,7 @@ class Service:
             warnings=tuple(view.warnings),
         )
 
-    def _current_model(self) -> dict[str, Any] | None:
+    def _current_model(self) -> CurrentModel | None:
         now = time.monotonic()
         if not self._model_read or now - self._model_read > REFRESH_SECONDS:
             self._model_read = now
@@ -240,7 +277,8 @@ class Service:
     def _reload(self) -> None:
         """SIGHUP: valid settings apply to jobs that are not queued yet; an invalid file is reported and changes nothing."""
         self._reload_requested = False
-        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        notify(*reloading())
+        logs.reopen()  # for whoever moved the file away
         try:
             settings = config.load(self.settings.root)
         except ConfigError as error:

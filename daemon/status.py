@@ -1,64 +1,191 @@
-"""The status file: one value, written whole, from which a reader can tell a living daemon from a dead one."""
+"""The status file: one value, written whole, from which a reader can tell a living daemon from a dead one.
+
+Its form is `StatusSnapshot`; docs/status.schema.json is made from it. Everything in it is bounded: names and reasons in
+length, lists in number.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict, cast
 
-from daemon.job import Job, Progress, utc_now
+import msgspec
+from msgspec import Meta
+
+from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
-from daemon.text import escape
+from daemon.text import escape, finite
 
 SCHEMA_VERSION = 1
+STATES = ("starting", "idle", "training", "waiting", "paused", "stopping", "stopped")
 RECENT_JOBS = 20
 WAITING_FILES = 50  # of more, the count is told
+WARNINGS = 50
+TEXT_CHARACTERS = 300
+# A heartbeat that is so much older than it should be means that the loop hangs: a tick never takes that long.
+MISSED_HEARTBEATS = 10
+LEAST_SILENCE_SECONDS = 60.0
+
+
+def _enum(values: tuple[str, ...]) -> Meta:
+    return Meta(extra_json_schema={"enum": list(values)})
+
+
+class WaitingFile(TypedDict):
+    """A file in the inbox that is not taken yet."""
+
+    file: Annotated[str, Meta(description="Its name, safe to print.")]
+    reason: str
+    since: str
+
+
+class LeftAlone(TypedDict):
+    """Something in the inbox that will not be taken as it is."""
+
+    file: str
+    reason: str
+
+
+class CurrentModel(TypedDict):
+    """The current version."""
+
+    version: str
+    dataset: str | None
+    created_at: str | None
+
+
+class RunningJob(TypedDict):
+    """The job that a trainer has."""
+
+    id: str
+    dataset: Annotated[str, Meta(description="The file's name, safe to print.")]
+    rows: int | None
+    attempt: int
+    started_at: Annotated[str | None, Meta(description="Of this attempt, UTC ISO 8601.")]
+    phase: Annotated[
+        str, Meta(description="starting, preparing, evaluating, training, saving, finishing; more may come.")
+    ]
+    step: int
+    total_steps: Annotated[int, Meta(description="0 until the run is planned.")]
+    start_step: Annotated[int, Meta(description="Where this attempt began.")]
+    epoch: float
+    loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_second: float | None
+    eta_seconds: float | None
+    held_out_loss: float | None
+    resumed_from: str | None
+    last_checkpoint_step: int
+    at: Annotated[str, Meta(description="When the trainer said so.")]
+    losses: Annotated[
+        list[tuple[int, float]], Meta(description="(step, mean loss) over the run so far, at most 200.", max_length=200)
+    ]
+
+
+class FinishedJob(TypedDict):
+    """A job that came to its end."""
+
+    id: str
+    dataset: str
+    state: Annotated[str, _enum(tuple(JobState))]
+    reason: str
+    failure: Annotated[str | None, Meta(extra_json_schema={"enum": [*FailureKind, None]})]
+    attempt: int
+    version: str | None
+    steps: int | None
+    held_out_before: float | None
+    held_out_after: float | None
+    updated_at: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatusSnapshot:
     """What `status.json` says; the keys are public."""
 
-    status: str  # starting | idle | training | waiting | paused | stopping | stopped
-    reason: str
-    schema_version: int = SCHEMA_VERSION
+    status: Annotated[str, _enum(STATES)]
+    reason: Annotated[str, Meta(description="One sentence; empty when there is nothing to say.")]
+    schema_version: Annotated[int, Meta(extra_json_schema={"const": SCHEMA_VERSION})] = SCHEMA_VERSION
     pid: int = 0
-    start_ticks: int = 0  # with boot_id: which process this pid meant
+    start_ticks: Annotated[int, Meta(description="With pid and boot_id: which process wrote this.")] = 0
     boot_id: str = ""
-    timestamp: str = ""  # heartbeat, UTC ISO 8601
-    status_interval: float = 0.0  # seconds between heartbeats
-    watch_mode: str = ""
-    queue: Mapping[str, int] = field(default_factory=dict)  # jobs by state, and deferred files
-    job: Mapping[str, Any] | None = None
-    waiting: tuple[Mapping[str, Any], ...] = ()  # files in the inbox that are not taken yet, with why
-    left_alone: tuple[Mapping[str, Any], ...] = ()  # what lies there and will not be taken, with why
-    recent: tuple[Mapping[str, Any], ...] = ()
-    model: Mapping[str, Any] | None = None
-    warnings: tuple[str, ...] = ()
+    timestamp: Annotated[str, Meta(description="The heartbeat, UTC ISO 8601.")] = ""
+    monotonic_seconds: Annotated[
+        float, Meta(description="The heartbeat on CLOCK_MONOTONIC, which no clock change moves.")
+    ] = 0.0
+    status_interval: Annotated[float, Meta(description="Seconds between heartbeats.")] = 0.0
+    log_path: Annotated[str, Meta(description="Where the complete log is.")] = ""
+    watch_mode: Annotated[str, Meta(description="inotify, or polling with the reason.")] = ""
+    queue: Annotated[Mapping[str, int], Meta(description="Jobs by state, and deferred files.")] = field(
+        default_factory=dict
+    )
+    job: RunningJob | None = None
+    waiting: Annotated[tuple[WaitingFile, ...], Meta(max_length=WAITING_FILES)] = ()
+    left_alone: Annotated[tuple[LeftAlone, ...], Meta(max_length=WAITING_FILES)] = ()
+    recent: Annotated[tuple[FinishedJob, ...], Meta(max_length=RECENT_JOBS)] = ()
+    model: CurrentModel | None = None
+    warnings: Annotated[tuple[str, ...], Meta(max_length=WARNINGS)] = ()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the status file."""
+    (definition,), components = msgspec.json.schema_components([StatusSnapshot], ref_template="#/$defs/{name}")
+    whole = components.pop(str(definition["$ref"]).rpartition("/")[2])
+    # The defaults are those of the code, not of a reader: a file always has every key.
+    for found in [whole, *components.values()]:
+        found["required"] = sorted(found["properties"])
+        for value in found["properties"].values():
+            value.pop("default", None)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Dropforge status.json",
+        "description": "Replaced at each change and each heartbeat. Readers should allow keys that are not named here.",
+        **{key: value for key, value in whole.items() if key not in ("title", "description")},
+        "$defs": components,
+    }
 
 
 def write_status(path: Path, snapshot: StatusSnapshot) -> None:
     """Replace the status file by one rename. Not fsynced: after a crash of the machine it is of no use. Raises OSError."""
-    me = identify(os.getpid())
-    stamped = {
-        **asdict(snapshot),
-        "pid": os.getpid(),
-        "start_ticks": me.start_ticks if me else 0,
-        "boot_id": boot_id(),
-        "timestamp": utc_now(),
-    }
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(_finite(stamped), indent=1, ensure_ascii=True, allow_nan=False), encoding="ascii")
+    beside.write_text(render(snapshot), encoding="ascii")
     beside.replace(path)
 
 
+def render(snapshot: StatusSnapshot) -> str:
+    """The file's text, with who wrote it and when: ASCII, without NaN, of bounded size."""
+    me = identify(os.getpid())
+    stamped = replace(
+        snapshot,
+        reason=escape(snapshot.reason, most=TEXT_CHARACTERS),
+        warnings=tuple(escape(warning, most=TEXT_CHARACTERS) for warning in snapshot.warnings[:WARNINGS]),
+        pid=os.getpid(),
+        start_ticks=me.start_ticks if me else 0,
+        boot_id=boot_id(),
+        timestamp=utc_now(),
+        monotonic_seconds=round(time.monotonic(), 3),
+    )
+    return json.dumps(finite(asdict(stamped)), indent=1, ensure_ascii=True, allow_nan=False)
+
+
+class Liveness(StrEnum):
+    """What became of the daemon that wrote a status file, whatever the file claims."""
+
+    ALIVE = "alive"
+    HUNG = "hung"  # the process is there, its heartbeat is not
+    DEAD = "dead"
+    STOPPED = "stopped"  # it left in order
+
+
 def read_status(path: Path) -> dict[str, Any] | None:
-    """The status file's content with `alive` added: whether the daemon that wrote it still lives; None without a file.
+    """The status file's content with `alive`, `liveness` and `age_seconds` of its heartbeat; None without a file.
 
     Raises ValueError when the file is not a status file.
     """
@@ -66,39 +193,60 @@ def read_status(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    if not isinstance(content, dict) or "status" not in content:
-        raise ValueError("not a status file")
+    try:
+        return {**content, **judge(content)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a status file ({type(error).__name__}: {error})") from error
+
+
+def judge(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`alive`, `liveness` and `age_seconds`. The process first (pid, start time and boot), then the age of its heartbeat.
+
+    Raises KeyError, TypeError or ValueError when a key that it needs is missing or odd.
+    """
     writer = ProcessIdentity(
-        pid=int(content.get("pid", 0)),
-        start_ticks=int(content.get("start_ticks", 0)),
-        boot_id=str(content.get("boot_id", "")),
+        pid=int(content["pid"]), start_ticks=int(content["start_ticks"]), boot_id=str(content["boot_id"])
     )
-    content["alive"] = writer.alive and content["status"] != "stopped"
-    written = datetime.fromisoformat(str(content["timestamp"]))
-    content["age_seconds"] = round((datetime.now(UTC) - written).total_seconds(), 1)
-    return content
+    if writer.boot_id == boot_id() and "monotonic_seconds" in content:
+        age = time.monotonic() - float(content["monotonic_seconds"])
+    else:
+        age = (datetime.now(UTC) - datetime.fromisoformat(str(content["timestamp"]))).total_seconds()
+    patience = max(LEAST_SILENCE_SECONDS, MISSED_HEARTBEATS * float(content.get("status_interval", 0.0)))
+    if content["status"] == "stopped":
+        liveness = Liveness.STOPPED
+    elif not writer.alive:
+        liveness = Liveness.DEAD
+    else:
+        liveness = Liveness.HUNG if age > patience else Liveness.ALIVE
+    return {
+        "alive": liveness in (Liveness.ALIVE, Liveness.HUNG),
+        "liveness": liveness.value,
+        "age_seconds": round(max(0.0, age), 1),
+    }
 
 
-def running_job(job: Job, progress: Progress | None) -> dict[str, Any]:
-    """The `job` object: the store's view of the running job and the trainer's own progress."""
+def running_job(job: Job, progress: Progress | None, losses: list[tuple[int, float]] | tuple[()] = ()) -> RunningJob:
+    """The `job` object: the store's view of the running job, the trainer's own progress, and its losses so far."""
     shown: dict[str, Any] = {
         "id": job.id,
         "dataset": escape(job.name),
         "rows": job.dataset.rows if job.dataset else None,
         "attempt": job.attempt,
         "started_at": job.started_at,
+        **asdict(progress or Progress(phase="starting")),
+        "losses": list(losses),
     }
-    return shown | (asdict(progress) if progress else {"phase": "starting", "step": 0, "total_steps": 0})
+    return cast(RunningJob, shown)
 
 
-def finished_job(job: Job) -> dict[str, Any]:
+def finished_job(job: Job) -> FinishedJob:
     """One entry of `recent`."""
     result = job.result
     return {
         "id": job.id,
         "dataset": escape(job.name),
         "state": job.state.value,
-        "reason": escape(job.reason),
+        "reason": escape(job.reason, most=TEXT_CHARACTERS),
         "failure": job.failure.value if job.failure else None,
         "attempt": job.attempt,
         "version": job.version,
@@ -107,15 +255,3 @@ def finished_job(job: Job) -> dict[str, Any]:
         "held_out_after": result.held_out_after if result else None,
         "updated_at": job.updated_at,
     }
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity have no place in JSON; they read as null."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-    return value

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 
 def escape(text: str, *, most: int = 200) -> str:
@@ -12,6 +15,18 @@ def escape(text: str, *, most: int = 200) -> str:
     """
     shown = "".join(_visible(character) for character in text)
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity, for which JSON has no word, as None."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+    return value
 
 
 def _visible(character: str) -> str:

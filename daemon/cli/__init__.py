@@ -68,6 +68,6 @@ def root_options(
     context.obj = Place(root=config.find_root(root))
 
 
-from daemon.cli import jobs, model, service  # noqa: E402  each adds its commands to the application
+from daemon.cli import jobs, model, operations, service  # noqa: E402  each adds its commands to the application
 
-__all__ = ["app", "jobs", "main", "model", "service"]
+__all__ = ["app", "jobs", "main", "model", "operations", "service"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from daemon.executors.base import Exit
+from daemon.gpulock import GpuLock
 from daemon.job import RunSpec, from_json, to_json
 from daemon.processes import ProcessIdentity, identify
 from guard.atomic import write_atomic
@@ -23,8 +24,9 @@ ATTEMPT_FILES = ("result.json", "progress.json", IDENTITY_NAME)
 class LocalExecutor:
     """Starts `command RUN_DIR`; stdout and stderr go to `trainer.log` there."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], *, gpu: GpuLock | None = None) -> None:
         self._command = list(command)
+        self._gpu = gpu or GpuLock(None)
         self._children: dict[Path, subprocess.Popen[bytes]] = {}
         self._adopted: dict[Path, ProcessIdentity] = {}
 
@@ -42,6 +44,7 @@ class LocalExecutor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=self._gpu.descriptors,
             )
         self._children[run_dir] = child
         identity = identify(child.pid)

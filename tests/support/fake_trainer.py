@@ -10,6 +10,7 @@ BEHAVIOUR.json may hold, by attempt ("1", "2", ...) or "*":
   fail                {"kind": ..., "message": ...}: end with this failure after the first step
   lie_about_steps     claim success after so many steps fewer than planned
   ignore_terminate    true: do not listen to SIGTERM
+  seal_seconds        how long the checkpoint takes that a stop asked for
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag, behaviour: dict[str, 
             if behaviour.get("die_at") == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             if step % recipe.training.save_steps == 0 or step == last or stop.requested:
+                time.sleep(behaviour.get("seal_seconds", 0) if stop.requested else 0)
                 seal(prepared, step, weights, fingerprint)
                 guard.rotate(model_dir, keep=recipe.training.save_total_limit)
                 report.event("checkpoint.sealed", step=step)

@@ -121,7 +121,7 @@ LINES = st.sampled_from(
     st.lists(LINES, max_size=40), st.booleans(), st.integers(20, 300), st.integers(8, 200), st.sampled_from([120, 4096])
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_result_does_not_depend_on_blocks_chunks_or_processes(  # noqa: PLR0917  hypothesis fills them
+def test_the_result_does_not_depend_on_blocks_chunks_or_processes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     lines: list[bytes],

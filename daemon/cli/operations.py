@@ -1,0 +1,147 @@
+"""Commands for those who run the daemon: logs, doctor, service install, completion."""
+
+from __future__ import annotations
+
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from daemon import install, logview, show
+from daemon.cli.common import JsonFlag, app, out, print_json
+from daemon.config import Settings
+from daemon.errors import NotFound
+from daemon.status import read_status
+from daemon.unitfile import DropIn
+
+FOLLOW_SECONDS = 0.25
+BACKLOG = 200  # events shown first, of a log that may hold millions
+
+service_app = typer.Typer(help="Run Dropforge under systemd.", no_args_is_help=True)
+app.add_typer(service_app, name="service")
+
+
+class Level(StrEnum):
+    """Severity of an event."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Shell(StrEnum):
+    """A shell that completion is written for."""
+
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+
+
+@app.command()
+def logs(
+    context: typer.Context,
+    job: Annotated[str, typer.Argument(help="Only this job's events: the beginning or end of its id.")] = "",
+    *,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until Ctrl-C.")] = False,
+    level: Annotated[Level, typer.Option(help="The least severe events shown.")] = Level.DEBUG,
+    lines: Annotated[
+        int | None,
+        typer.Option("--lines", "-n", min=0, help=f"At most so many, the newest (default {BACKLOG}; of a job, all)."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the log, oldest first, across rotated files."""
+    path = log_path(context.obj.settings)
+    if not path.exists():
+        raise NotFound(operation="read", subject=path, cause="there is no log yet", hint="`dropforge run` writes one")
+    wanted = logview.Wanted(job=job, level=level.value)
+    most = lines if lines is not None else None if job else BACKLOG
+    reader = logview.LogReader(path)
+    colours = sys.stdout.isatty() and not out.no_color
+
+    def print_event(raw: bytes, event: dict[str, object]) -> None:
+        print(
+            raw.decode("ascii", "backslashreplace") if as_json else logview.line(event, colours=colours), flush=follow
+        )
+
+    for raw, event in logview.newest(reader.read(), wanted, most):
+        print_event(raw, event)
+    try:
+        while follow:
+            for raw, event in reader.read():
+                if wanted(event):
+                    print_event(raw, event)
+            time.sleep(FOLLOW_SECONDS)
+    except KeyboardInterrupt:
+        return
+    finally:
+        reader.close()
+
+
+def log_path(settings: Settings) -> Path:
+    """Where the daemon of this root writes its log; under systemd the unit decides that, and the status file says it."""
+    try:
+        told = (read_status(settings.status_path) or {}).get("log_path")
+    except (OSError, ValueError):
+        told = None
+    return Path(told) if isinstance(told, str) and told and Path(told).exists() else settings.log_path
+
+
+@app.command("doctor")
+def doctor_command(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Check what would bite: versions, GPU, disk, limits, permissions, model. Exit 1 when something fails."""
+    from daemon import doctor
+
+    found = doctor.examine(context.obj.root)
+    if as_json:
+        print_json([finding.as_dict() for finding in found])
+    else:
+        out.print(show.findings(found))
+    raise typer.Exit(1 if any(finding.verdict is doctor.Verdict.FAIL for finding in found) else 0)
+
+
+@service_app.command("install")
+def install_service(
+    context: typer.Context,
+    *,
+    user: Annotated[bool, typer.Option("--user", help="A service of your own, without root.")] = False,
+    instance: Annotated[str, typer.Option(help="One of several models on this machine: dropforge@NAME.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files; write nothing.")] = False,
+    drop_in: Annotated[
+        list[DropIn] | None,
+        typer.Option(help="What to open (default: what the settings and this machine's devices call for)."),
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where unit files go (default: where systemd looks first).")
+    ] = None,
+) -> None:
+    """Write the systemd unit for this root, with this interpreter, and print the next commands."""
+    settings = context.obj.settings
+    planned = install.plan(
+        settings,
+        user=user,
+        instance=instance,
+        drop_ins=install.wanted_drop_ins(settings) if drop_in is None else drop_in,
+        directory=directory,
+    )
+    if not dry_run:
+        planned.execute()
+    for path, text in planned.files:
+        out.print(f"# {path}" if dry_run else f"wrote {path}", markup=False)
+        if dry_run:
+            out.print(text, markup=False)
+    out.print("\n# next:" if dry_run else "\nnext:", markup=False)
+    for command in planned.commands:
+        out.print(f"  {command}", markup=False)
+
+
+@app.command()
+def completion(shell: Annotated[Shell, typer.Argument(help="Which shell.")]) -> None:
+    """Print a completion script: `dropforge completion bash > /etc/bash_completion.d/dropforge`."""
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]  # not re-exported by its name
+
+    print(get_completion_script(prog_name="dropforge", complete_var="_DROPFORGE_COMPLETE", shell=shell.value))

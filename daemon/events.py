@@ -1,0 +1,104 @@
+"""Every event that the log may hold: the one list from which docs/events.md is made.
+
+Names are `noun.past_verb`. A trainer's events are relayed under their own names. Code writes the names out where it logs;
+a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What an event tells. Keys that are not always there are listed as well."""
+
+    level: str
+    meaning: str
+    keys: tuple[str, ...] = ()
+
+
+def _event(level: str, meaning: str, keys: str = "") -> Event:
+    return Event(level=level, meaning=meaning, keys=tuple(keys.split()))
+
+
+_END = (
+    "job dataset digest attempt reason failure version verdict cleared resumed_from start_step steps_run steps_planned"
+    " rows held_out_rows dropped_rows train_loss held_out_before held_out_after tokens_per_second wall_seconds warnings"
+)
+
+EVENTS: Mapping[str, Event] = {
+    "daemon.started": _event("info", "Recovery is done and the inbox is watched.", "root watch_mode"),
+    "daemon.stopping": _event("info", "It was asked to stop; a running trainer seals a checkpoint.", "running"),
+    "daemon.stopped": _event("info", "The last line of a daemon that left in order."),
+    "daemon.reloaded": _event("info", "SIGHUP: the log was opened again, settings were read again."),
+    "status.not_written": _event("error", "The status file cannot be written; told once, training goes on.", "error"),
+    "status.written_again": _event("info", "The status file can be written again."),
+    "metrics.not_written": _event("error", "The metrics file cannot be written; told once.", "path error"),
+    "metrics.not_served": _event("error", "The metrics endpoint cannot be opened; training goes on.", "port error"),
+    "queue.held": _event("warning", "Nothing is launched although jobs are ready.", "reason"),
+    "queue.released": _event("info", "The reason to hold the queue is gone.", "reason"),
+    "inbox.polling": _event("warning", "The inbox cannot be watched by events; it is looked at instead.", "reason"),
+    "inbox.watch_rebuilt": _event("warning", "The watch was lost and set up again.", "reason"),
+    "inbox.events_lost": _event("warning", "The kernel dropped events; a scan finds what they told of.", "overflows"),
+    "file.settled": _event("info", "A dropped file stopped changing.", "file reason"),
+    "file.claimed": _event("info", "A dropped file was taken.", "file job priority"),
+    "file.not_claimed": _event("warning", "A file could not be taken; it stays or is gone.", "file job reason"),
+    "file.came_back": _event("warning", "A file of this very name and content was dropped again at once.", "file job"),
+    "file.replaced": _event("warning", "Another file took its place while it was taken.", "file job now"),
+    "file.left_alone": _event("warning", "Something in the inbox will not be taken as it is.", "file reason"),
+    "file.not_moved": _event("error", "A finished job's file could not be moved; the next start does it.", "job error"),
+    "file.purged": _event("info", "A trained file was deleted after keep_done_days.", "job file finished_at"),
+    "file.not_purged": _event("error", "A trained file could not be deleted.", "job error"),
+    "file.adopted": _event("warning", "A claimed file that no job knew was queued anew.", "job file"),
+    "file.claimed_after_crash": _event("info", "A claim that a crash cut short was completed.", "job file"),
+    "file.returned_after_crash": _event("info", "A claim that a crash cut short was taken back.", "job"),
+    "file.settled_after_crash": _event("info", "A finished job's file was moved where it belongs.", "job"),
+    "dataset.checked": _event(
+        "info", "Every row was read and is good.", "job rows format size_bytes digest skipped_rows"
+    ),
+    "dataset.child_ended": _event("warning", "A process that reads rows ended; it is started again.", "how"),
+    "dataset.child_died": _event("warning", "A process that reads rows died over a file.", "job how tries"),
+    "job.queued": _event("info", "It waits for its turn.", "job"),
+    "job.started": _event("info", "A trainer was launched.", "job dataset attempt"),
+    "job.requeued": _event("info", "An attempt ended without a result; it will be tried again.", _END),
+    "job.succeeded": _event("info", "All steps ran and the adapter was promoted. Has everything.", _END),
+    "job.failed": _event("error", "It was given up. Has everything.", _END),
+    "job.cancelled": _event("info", "It will not be trained: a duplicate, or a person said so.", _END + " file"),
+    "job.rejected": _event("warning", "The data cannot be trained; the report beside it says why.", "job file reason"),
+    "trainer.adopted": _event("warning", "A trainer outlived its daemon; it is asked to leave.", "job attempt"),
+    "trainer.ended": _event("warning", "A trainer did not leave when asked and was ended.", "job waited_seconds"),
+    "trainer.not_launched": _event("error", "The trainer could not be started.", "job error"),
+    "guard.run_decided": _event(
+        "info", "Whose checkpoints are these: fresh, resume or stale.", "job verdict step reasons"
+    ),
+    "guard.checkpoint_passed_over": _event("info", "A checkpoint is not resumed from.", "job"),
+    "guard.entry_left_alone": _event("info", "Something in the model directory is none of ours.", "job path reason"),
+    "guard.checkpoints_cleared": _event("info", "Checkpoints that do not belong were moved aside.", "job cleared set"),
+    "guard.run_stamped": _event("info", "The model directory says whose run it holds.", "job identity dataset"),
+    "run.planned": _event(
+        "info",
+        "The arithmetic of the run, before its first step.",
+        "job rows held_out_rows dropped_rows tokens trained_tokens global_batch_size steps_per_epoch epochs total_steps"
+        " warmup_steps arithmetic",
+    ),
+    "run.evaluated": _event("info", "Loss over the rows held out, before or after.", "job when held_out_loss rows"),
+    "run.started": _event("info", "The first step is next.", "job start_step total_steps resumed_from"),
+    "run.stepped": _event(
+        "info", "Each logging_steps: how training goes.", "job step loss grad_norm learning_rate epoch"
+    ),
+    "checkpoint.sealed": _event("info", "A checkpoint is on disk, whole.", "job step path size_bytes"),
+    "version.promoted": _event("info", "A finished adapter became the current one.", "job version"),
+    "version.not_promoted": _event("error", "A finished adapter could not become a version.", "job error"),
+    "version.rolled_back": _event("warning", "A person made an earlier version the current one.", "version replaced"),
+    "version.unreadable": _event("error", "The current version cannot be read.", "error"),
+}
+
+
+def by_noun() -> dict[str, dict[str, Event]]:
+    """The events of each noun, in the order of the list."""
+    nouns: dict[str, dict[str, Event]] = {}
+    for name, event in EVENTS.items():
+        nouns.setdefault(name.partition(".")[0], {})[name] = event
+    return nouns

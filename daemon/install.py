@@ -1,0 +1,153 @@
+"""`dropforge service install`: which files go where on this machine, and what to type next.
+
+`plan` decides, `execute` writes; nothing is started, no account is made.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from daemon import unitfile
+from daemon.config import Settings
+from daemon.errors import ConfigError, DropforgeError
+from daemon.unitfile import ACCOUNT, DropIn, Kind, Unit
+from guard.atomic import write_atomic
+
+SYSTEM_UNITS = Path("/etc/systemd/system")
+INBOX_FOLDERS = ("", "high", "low")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Files to write, in order, and the commands that a person runs afterwards."""
+
+    files: tuple[tuple[Path, str], ...]
+    commands: tuple[str, ...]
+
+    def execute(self) -> None:
+        """Write the files. Raises DropforgeError."""
+        for path, text in self.files:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, text)
+            except OSError as error:
+                raise DropforgeError(
+                    operation="write",
+                    subject=path,
+                    cause=error.strerror or str(error),
+                    hint="run it as root, or with --user for a service of your own",
+                ) from error
+
+
+def plan(
+    settings: Settings,
+    *,
+    user: bool = False,
+    instance: str = "",
+    drop_ins: Sequence[DropIn] = (),
+    directory: Path | None = None,
+    python: Path | None = None,
+) -> Plan:
+    """Plan the service over `settings.root`. Raises ConfigError when the request makes no sense."""
+    if user and instance:
+        raise ConfigError(
+            operation="install",
+            cause="--user and --instance do not go together",
+            hint="several models of one user: one root each, and a unit file each by hand",
+        )
+    if instance and not instance.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(operation="install instance", subject=instance, cause="a name has letters, digits, - and _")
+    where = directory or (_user_units() if user else SYSTEM_UNITS)
+    unit = _unit(settings, Kind.USER if user else Kind.TEMPLATE if instance else Kind.SYSTEM, python or _python())
+    usual = unitfile.STATE_PARENT / f"dropforge-{instance}"
+    written = unit
+    if instance:  # the template itself knows no instance
+        written = replace(unit, root=unitfile.STATE_PARENT / "dropforge-%i", outside=(), read=())
+    name = f"dropforge@{instance}.service" if instance else "dropforge.service"
+    files = [(where / written.name, unitfile.render(written))]
+    if instance and (unit.root != usual or unit.outside or unit.homes):
+        files.append((where / f"{name}.d" / "root.conf", unitfile.instance_drop_in(unit)))
+    if not user:
+        files += [(where / f"{name}.d" / f"{kind}.conf", unitfile.drop_in(kind)) for kind in drop_ins]
+    return Plan(files=tuple(files), commands=_user_commands(unit) if user else _commands(unit, name))
+
+
+def wanted_drop_ins(settings: Settings) -> tuple[DropIn, ...]:
+    """What the settings and this machine's devices call for."""
+    wanted = {
+        DropIn.DOWNLOADS: settings.model.allow_downloads,
+        DropIn.METRICS: settings.metrics.port is not None,
+        DropIn.NVIDIA: Path("/dev/nvidiactl").exists(),
+    }
+    return tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
+
+
+def _unit(settings: Settings, kind: Kind, python: Path) -> Unit:
+    root = settings.root
+    folders = [settings.inbox_dir, settings.model_dir, settings.state_dir]
+    if kind is Kind.USER or settings.logging.folder:
+        folders.append(settings.log_path.parent)
+    if settings.metrics.textfile:
+        folders.append((root / settings.metrics.textfile).parent)
+    model = Path(settings.model.model_name_or_path or "/").expanduser()
+    return Unit(
+        kind=kind,
+        python=python,
+        root=root,
+        stop_seconds=settings.queue.stop_timeout,
+        outside=tuple(dict.fromkeys(folder for folder in folders if not folder.is_relative_to(root))),
+        read=(Path(sys.base_prefix), *((model,) if model.is_absolute() else ())),
+    )
+
+
+def _python() -> Path:
+    """The interpreter by the name that makes it a virtual environment; its target would lose the packages."""
+    return Path(sys.prefix) / "bin" / "python" if sys.prefix != sys.base_prefix else Path(sys.executable)
+
+
+def _user_units() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user"
+
+
+def _commands(unit: Unit, name: str) -> tuple[str, ...]:
+    root = shlex.quote(str(unit.root))
+    folders = " ".join(shlex.quote(str(unit.root / "inbox" / part)) for part in INBOX_FOLDERS)
+    dropforge = f"{shlex.quote(str(unit.python))} -P -m daemon --root {root}"
+    config = unit.root / "dropforge.toml"
+    commands = [
+        f"getent passwd {ACCOUNT} || useradd --system --user-group --home-dir {root} --shell /usr/sbin/nologin {ACCOUNT}",
+        f"install -d -o {ACCOUNT} -g {ACCOUNT} -m 0750 {root}",
+        # Sticky, so that nobody moves another's file or a folder of ours; setgid, so that the daemon may read what is dropped.
+        f"install -d -o {ACCOUNT} -g {ACCOUNT} -m 3770 {folders}",
+    ]
+    if not config.exists():
+        commands += [
+            f"runuser -u {ACCOUNT} -- {dropforge} init",
+            f"editor {shlex.quote(str(config))}   # set model_name_or_path under [model]",
+        ]
+    return (
+        *commands,
+        f"runuser -u {ACCOUNT} -- {dropforge} doctor",
+        "systemctl daemon-reload",
+        f"systemctl enable --now {name}",
+        f"systemctl status {name}",
+        f"usermod --append --groups {ACCOUNT} ALICE   # who may drop files; ALICE logs in anew",
+    )
+
+
+def _user_commands(unit: Unit) -> tuple[str, ...]:
+    dropforge = f"{shlex.quote(str(unit.python))} -P -m daemon --root {shlex.quote(str(unit.root))}"
+    first = () if (unit.root / "dropforge.toml").exists() else (f"{dropforge} init",)
+    return (
+        *first,
+        f"{dropforge} doctor",
+        "systemctl --user daemon-reload",
+        "systemctl --user enable --now dropforge.service",
+        "systemctl --user status dropforge.service",
+        "loginctl enable-linger   # it goes on when you log out",
+    )

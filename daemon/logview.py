@@ -1,0 +1,175 @@
+"""The log as people read it: one line an event, followed across rotation.
+
+Reading is by inode: a file that was rotated away while it was followed is read to its end before the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from daemon.text import escape
+
+LEVELS = ("debug", "info", "warning", "error", "critical")
+VALUE_CHARACTERS = 2000
+_COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "1;31", "critical": "1;31"}
+
+
+def line(event: Mapping[str, Any], *, colours: bool) -> str:
+    """`2026-11-23 04:41:07 info  job.started  job=... attempt=1`: one line, plus one for each line of a traceback."""
+    level = str(event.get("level", "info"))
+    when = escape(str(event.get("timestamp", "")).replace("T", " ")[:19])
+    mark = f"{escape(level, most=8):<7}"
+    name = escape(str(event.get("event", "")), most=VALUE_CHARACTERS)
+    if colours:
+        when, mark, name = (
+            f"\x1b[2m{when}\x1b[0m",
+            f"\x1b[{_COLOURS.get(level, '0')}m{mark}\x1b[0m",
+            f"\x1b[1m{name}\x1b[0m",
+        )
+    text = f"{when} {mark} {name}  {_data(event, VALUE_CHARACTERS)}".rstrip()
+    if isinstance(event.get("exception"), str):
+        # Each line is marked as part of this event: an error's own text must not pass for another one.
+        for part in event["exception"].splitlines():
+            text += f"\n    | {escape(part, most=VALUE_CHARACTERS)}"
+    return text
+
+
+def words(event: Mapping[str, Any], *, most: int) -> str:
+    """`job.started  job=... attempt=1`, cut to `most` characters: the event without its time and level."""
+    text = f"{escape(str(event.get('event', '')))}  {_data(event, most)}".rstrip()
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _data(event: Mapping[str, Any], most: int) -> str:
+    return " ".join(
+        f"{escape(str(key))}={_value(value, most)}"
+        for key, value in event.items()
+        if key not in ("timestamp", "level", "event", "exception")
+    )
+
+
+def _value(value: Any, most: int) -> str:
+    """A text bare where it is one word, in quotes elsewhere, so that no text can pass for another key."""
+    if isinstance(value, str):
+        shown = escape(value, most=most)
+        return shown if shown and not set(' "=') & set(shown) else '"' + shown.replace('"', '\\"') + '"'
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    shown = json.dumps(value, default=str, ensure_ascii=True)
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which events are shown."""
+
+    job: str = ""  # beginning or end of a job's id
+    level: str = "debug"  # the least severe one
+
+    def __call__(self, event: Mapping[str, Any]) -> bool:
+        severity = event.get("level")
+        if severity in LEVELS and LEVELS.index(str(severity)) < LEVELS.index(self.level):
+            return False
+        job = str(event.get("job", ""))
+        return not self.job or job.startswith(self.job) or job.endswith(self.job)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LogFile:
+    path: Path
+    identity: tuple[int, int]  # device and inode
+
+
+class LogReader:
+    """Reads a log and its rotated files (`NAME`, `NAME.1`, ...), oldest first, then whatever is added."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._rest = b""
+
+    def read(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Every whole line since the last call, as it is and parsed; what is no JSON object is left out."""
+        while True:
+            yield from self._read_open()
+            following = self._following()
+            if following is None:
+                return
+            try:
+                opened = following.path.open("rb")
+            except FileNotFoundError:
+                continue  # rotated in this moment: look again
+            if _identity(os.fstat(opened.fileno())) != following.identity:
+                opened.close()
+                continue  # likewise: another file has that name by now
+            # Once more: the last lines may have been written between our read and the rotation.
+            yield from self._read_open()
+            self.close()
+            self._file, self._rest = opened, b""
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read_open(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        if self._file is None:
+            return
+        if os.fstat(self._file.fileno()).st_size < self._file.tell():  # cut in place, as copytruncate does
+            self._file.seek(0)
+            self._rest = b""
+        while block := self._file.read(1 << 20):
+            *whole, self._rest = (self._rest + block).split(b"\n")
+            for text in whole:
+                try:
+                    event = json.loads(text)
+                except ValueError:
+                    continue
+                if isinstance(event, dict):
+                    yield text, event
+
+    def _following(self) -> _LogFile | None:
+        """The file that comes after the one that is open, None when that is the newest."""
+        files = self._files()
+        if self._file is None:
+            return files[0] if files else None
+        ours = _identity(os.fstat(self._file.fileno()))
+        places = [number for number, file in enumerate(files) if file.identity == ours]
+        if not places:  # it is gone by now: everything that is there is newer
+            return files[0] if files else None
+        return files[places[0] + 1] if places[0] + 1 < len(files) else None
+
+    def _files(self) -> list[_LogFile]:
+        """The log's files, oldest first."""
+        prefix = f"{self._path.name}."
+        numbered = [
+            (int(entry.name.removeprefix(prefix)), entry)
+            for entry in self._path.parent.glob(f"{self._path.name}.*")
+            if entry.name.removeprefix(prefix).isdecimal()
+        ]
+        found = []
+        for path in [*(entry for _, entry in sorted(numbered, reverse=True)), self._path]:
+            try:
+                found.append(_LogFile(path=path, identity=_identity(path.stat())))
+            except FileNotFoundError:
+                continue
+        return found
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def newest(
+    events: Iterable[tuple[bytes, dict[str, Any]]], wanted: Wanted, most: int | None
+) -> Iterable[tuple[bytes, dict[str, Any]]]:
+    """The last `most` of the events that are wanted, in their order; all of them when it is None."""
+    found = ((raw, event) for raw, event in events if wanted(event))
+    return found if most is None else deque(found, maxlen=most)

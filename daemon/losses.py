@@ -1,0 +1,66 @@
+"""The losses of the running job, few enough to be shown and to travel in the status file, however long the run is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from daemon.job import Progress
+
+POINTS = 200
+READ_BYTES = 8 * 2**20  # of the trainer's events, from their end; older points are drawn from what is left
+
+
+class LossHistory:
+    """At most POINTS points, evenly over the run's steps; each is the mean loss of the steps that it stands for."""
+
+    def __init__(self) -> None:
+        self._run: tuple[Path, int, int] | None = None  # run directory, attempt, steps
+        self._sums: dict[int, tuple[float, int, int]] = {}  # by part of the run: sum, count, last step
+        self._last_step = 0
+
+    def observe(self, run_dir: Path, attempt: int, progress: Progress | None) -> list[tuple[int, float]]:
+        """Note where a run is; returns (step, loss) so far, ascending.
+
+        A run that is met in its middle, after a restart or by a later attempt, is caught up from the trainer's events.
+        """
+        if progress is None or progress.total_steps < 1:
+            return []
+        run = (run_dir, attempt, progress.total_steps)
+        if run != self._run:
+            self._run, self._sums, self._last_step = run, {}, 0
+            self._catch_up(run_dir / "events.jsonl")
+        if progress.loss is not None and progress.step > self._last_step:
+            self._add(progress.step, progress.loss)
+        return [(step, round(total / count, 6)) for _, (total, count, step) in sorted(self._sums.items())]
+
+    def _add(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss) or self._run is None or step < 1:
+            return
+        part = min((step - 1) * POINTS // self._run[2], POINTS - 1)
+        total, count, last = self._sums.get(part, (0.0, 0, 0))
+        self._sums[part] = (total + loss, count + 1, max(step, last))
+        self._last_step = max(self._last_step, step)
+
+    def _catch_up(self, events: Path) -> None:
+        """Replay what the trainer told; a run that began again at an earlier step takes back what came after it."""
+        try:
+            with events.open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - READ_BYTES))
+                text = file.read()
+        except OSError:
+            return
+        told: dict[int, float] = {}
+        for line in text.splitlines():
+            try:
+                event = json.loads(line)
+                if event["event"] == "run.started":
+                    start = int(event["start_step"])
+                    told = {step: loss for step, loss in told.items() if step <= start}
+                elif event["event"] == "run.stepped":
+                    told[int(event["step"])] = float(event["loss"])
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a crash, or cut by the seek
+        for step, loss in sorted(told.items()):
+            self._add(step, loss)
