@@ -196,6 +196,16 @@ class ExecutorSettings(Section):
     )
 
 
+class GpuSettings(Section):
+    """`[gpu]`: which device trains, and when it is free enough."""
+
+    device: str = Field("auto", description='"auto" (the one with most free memory), an index, a UUID, or "none".')
+    min_free_bytes: int = Field(0, ge=0, description="Free memory to wait for; 0: estimated from the base model.")
+    lock_dir: Path = Field(
+        Path("/run/lock"), description="Where daemons of this machine share a lock file for each GPU, by its UUID."
+    )
+
+
 class HookSettings(Section):
     """`[hooks]`: commands (program and arguments) that get the facts as JSON on stdin."""
 
@@ -295,6 +305,7 @@ class Settings(BaseSettings):
     inbox: InboxSettings = InboxSettings()
     queue: QueueSettings = QueueSettings()
     executor: ExecutorSettings = ExecutorSettings()
+    gpu: GpuSettings = GpuSettings()
     hooks: HookSettings = HookSettings()
     guard: GuardSettings = GuardSettings()
     paths: PathSettings = PathSettings()

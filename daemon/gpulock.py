@@ -21,7 +21,7 @@ class GpuLock:
     """The lock at `path`; None: there is nobody to share with, and it is always ours."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        self.path = path
         self._fd: int | None = None
 
     @property
@@ -34,10 +34,10 @@ class GpuLock:
 
         Raises OSError when the file cannot be made.
         """
-        if self._path is None or self._fd is not None:
+        if self.path is None or self._fd is not None:
             return ""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -53,7 +53,7 @@ def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
         return None
     return Hold(
         kind=HoldKind.NO_SPACE,
-        reason=f"{settings.model_dir} has {_human(free)} free, a run needs {_human(needed)}; waits for free space",
+        reason=f"{settings.model_dir} has {human_bytes(free)} free, a run needs {human_bytes(needed)}; waits for free space",
     )
 
 
@@ -93,7 +93,8 @@ def _planned_adapter_bytes(recipe: Recipe) -> int:
     return recipe.lora.r * layers * (attention + feed_forward) * 4
 
 
-def _human(size: int) -> str:
+def human_bytes(size: int) -> str:
+    """`3.2 GiB`, for people."""
     value = float(size)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if value < 1024:

@@ -166,6 +166,7 @@ class RunSpec:
     key_file: str | None = None  # of the guard's seal
     state_dir: str = ""
     daemon_pid: int = 0
+    gpu: str | None = None  # UUID of the only device that the trainer shall see
 
 
 @dataclass(frozen=True, kw_only=True)

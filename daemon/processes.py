@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from daemon.text import escape
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessIdentity:
@@ -50,3 +52,12 @@ def memory_kills() -> int:
     except (OSError, ValueError):
         return 0
     return 0
+
+
+def command_of(pid: int) -> str:
+    """The short name of a process, "gone" when there is none."""
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return "gone"
+    return escape(name)

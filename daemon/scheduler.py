@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import guard
-from daemon import versions
+from daemon import gpu, versions
 from daemon.config import Recipe, Settings
-from daemon.errors import DropforgeError
+from daemon.errors import ConfigError, DropforgeError
 from daemon.executors.base import Executor, Exit
 from daemon.gpulock import GpuLock
 from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused
@@ -71,7 +71,7 @@ class Scheduler:
         *,
         settle: Any,
         hooks: Hooks,
-        gpu: GpuLock,
+        gpu_lock: GpuLock,
         log: Any,
     ) -> None:
         self.settings = settings
@@ -80,7 +80,8 @@ class Scheduler:
         self._settle = settle  # (job, hand_back) -> None: moves the file of a job in a final state
         self._hooks = hooks
         self._log = log
-        self._gpu = gpu
+        self._gpu = gpu_lock
+        self._device: str | None = None  # UUID of the GPU for the next launch
         self._run: Run | None = None
         self._hold: Hold | None = None
         self._seen_version = -1
@@ -172,7 +173,7 @@ class Scheduler:
         if self._is_trained(ready):
             return
         recipe = Recipe.model_validate(ready.recipe) if ready.recipe else self.settings.recipe
-        self._change_hold(no_space(self.settings, recipe) or self._gpu_in_use())
+        self._change_hold(no_space(self.settings, recipe) or self._gpu_in_use(recipe))
         if self._hold is not None:
             return
         job = self._store.claim_next(time.time())
@@ -205,8 +206,20 @@ class Scheduler:
         self._settle(cancelled)
         return True
 
-    def _gpu_in_use(self) -> Hold | None:
-        """Take the machine's GPU lock, or say who has it."""
+    def _gpu_in_use(self, recipe: Recipe) -> Hold | None:
+        """Choose the GPU and take its lock, or say what to wait for. A machine without one has nothing to wait for."""
+        wanted = self.settings.gpu
+        try:
+            device = gpu.look(wanted.device)
+        except ConfigError as error:  # it was there when the daemon started
+            return Hold(kind=HoldKind.GPU, reason=error.sentence)
+        self._device = device.uuid if device else None
+        if device is not None:
+            hold = gpu.memory_hold(device, recipe, min_free_bytes=wanted.min_free_bytes, own=frozenset({os.getpid()}))
+            if hold is not None:
+                return hold
+            if self.settings.executor.gpu_lock is None and not self._gpu.descriptors:
+                self._gpu.path = wanted.lock_dir / f"dropforge-{device.uuid}.lock"
         try:
             why = self._gpu.take(f"the daemon of {self.settings.root}")
         except OSError as error:
@@ -258,6 +271,7 @@ class Scheduler:
             key_file=str(self.settings.root / key_file) if key_file else None,
             state_dir=str(self.settings.state_dir),
             daemon_pid=os.getpid(),
+            gpu=self._device,
         )
 
     def _relay(self, run: Run) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import guard
-from daemon import config, logs, people, versions
+from daemon import config, gpu, logs, people, versions
 from daemon.bell import Bell
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, RootHeld
@@ -91,6 +91,7 @@ class Service:
             lock.release()
 
     def _serve(self, *, once: bool) -> int:
+        gpu.look(self.settings.gpu.device)  # a device that is not there is an error now, not when a file comes
         self._listen()
         self._publish(status="starting", reason="recovering", force=True)
         self.store = open_store(self.settings, self.log)
@@ -102,7 +103,7 @@ class Service:
             self._executor,
             settle=self._settle,
             hooks=self.hooks,
-            gpu=self._gpu,
+            gpu_lock=self._gpu,
             log=self.log,
         )
         self.intake.open()

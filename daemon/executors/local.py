@@ -44,6 +44,7 @@ class LocalExecutor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={**os.environ, **({"CUDA_VISIBLE_DEVICES": spec.gpu} if spec.gpu else {})},
                 pass_fds=self._gpu.descriptors,
             )
         self._children[run_dir] = child
