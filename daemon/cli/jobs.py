@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,11 @@ import typer
 
 from daemon import people, show
 from daemon.cli.common import JsonFlag, app, open_store, out, print_json
+from daemon.config import Settings
 from daemon.errors import ConfigError
+from daemon.eta import queue_etas, seconds_per_row, spell
 from daemon.job import JobState, Priority, to_json
-from daemon.status import finished_job
+from daemon.status import finished_job, read_status
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -23,15 +26,34 @@ def jobs(
     as_json: JsonFlag = False,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")] = 50,
 ) -> None:
-    """List jobs, oldest first."""
+    """List jobs, oldest first; those that wait with why, and about when they will be done."""
     with open_store(context) as store:
         found = list(reversed(store.jobs(limit=limit, newest=True)))
+        etas = _etas(context.obj.settings, store)
     if as_json:
-        print_json([{**finished_job(job), "created_at": job.created_at} for job in found])
+        print_json(
+            [{**finished_job(job), "created_at": job.created_at, "eta_seconds": etas.get(job.id)} for job in found]
+        )
     elif found:
-        out.print(show.jobs(found))
+        told = [
+            replace(job, reason=f"{job.reason}; done in about {spell(etas[job.id])}") if job.id in etas else job
+            for job in found
+        ]
+        out.print(show.jobs(told))
     else:
         out.print("no jobs yet")
+
+
+def _etas(settings: Settings, store: JobStore) -> dict[str, float]:
+    """Seconds to the end of the running and each queued job, as far as they can be told."""
+    try:
+        running = (read_status(settings.status_path) or {}).get("job") or {}
+    except (OSError, ValueError):
+        running = {}
+    left = running.get("eta_seconds")
+    pace = seconds_per_row([job for job in store.recent(50) if job.state is JobState.SUCCEEDED])
+    etas = queue_etas(store.queue(), pace, left)
+    return {**etas, running["id"]: left} if running.get("id") and left is not None else etas
 
 
 @app.command("show")

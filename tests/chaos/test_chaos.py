@@ -11,9 +11,8 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
-from pathlib import Path
 
 import pytest
 from blake3 import blake3
@@ -25,7 +24,7 @@ from daemon.job import FINAL_STATES, Job, JobState
 from daemon.store import JobStore
 from daemon.versions import Version, list_versions
 from tests.support.fake_trainer import adapter_bytes
-from tests.support.root import Root, wait_until
+from tests.support.root import Root, children_of, wait_until
 from tests.support.sound import assert_sound
 
 TABLES = {
@@ -155,16 +154,6 @@ def expected_weights(job: Job, parent: Version | None) -> bytes:
 
 def weights_of(version: Version) -> bytes:
     return (version.path / "adapter_model.safetensors").read_bytes()
-
-
-def children_of(pid: int) -> Iterator[tuple[int, str]]:
-    """Children and grandchildren with their command lines."""
-    with suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                with suppress(OSError):
-                    yield int(child), Path(f"/proc/{child}/cmdline").read_text(errors="replace")
-                yield from children_of(int(child))
 
 
 @pytest.mark.timeout(7200)

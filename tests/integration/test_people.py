@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from daemon.job import FailureKind, Job, JobState, run_dir
-from tests.support.root import Root, wait_until
+from daemon.processes import identify
+from tests.support.root import Root, children_of, wait_until
 from tests.support.sound import assert_sound
 
 MakeRoot = Callable[..., Root]
@@ -324,4 +326,40 @@ def test_the_same_content_queued_twice_is_trained_once(make_root: MakeRoot) -> N
     assert (first.state, second.state) == (JobState.SUCCEEDED, JobState.CANCELLED)
     assert second.duplicate_of == first.id
     wait_until((root.settings.inbox_dir / "done" / second.id / "b.jsonl").exists, what="the file in done/")
+    assert_sound(root)
+
+
+def test_waiting_jobs_tell_why_and_when(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={"*": {"step_seconds": 0.01}}, tables=STEPS)
+    root.start()
+    root.drop("a.jsonl", texts(30, "a"))
+    root.finished("a.jsonl")
+    ask(root, "pause")
+    for name, rows in (("b", 10), ("c", 40)):
+        root.drop(f"{name}.jsonl", texts(rows, name))
+        wait_until(lambda name=name: state(root, f"{name}.jsonl") is JobState.QUEUED)  # type: ignore[misc]
+    listed = {entry["dataset"]: entry for entry in json.loads(ask(root, "jobs", "--json"))}
+    assert listed["a.jsonl"]["eta_seconds"] is None
+    assert 0 < listed["b.jsonl"]["eta_seconds"] < listed["c.jsonl"]["eta_seconds"]
+    assert listed["c.jsonl"]["reason"] == "waits for its turn"
+    assert "done in about" in " ".join(ask(root, "jobs").split())
+
+
+def test_a_stop_waits_for_no_file_that_is_being_read(make_root: MakeRoot) -> None:
+    """The child that reads rows stands still, as over a file of days: SIGTERM is answered all the same, and nothing is
+    lost."""
+    root = make_root(behaviour={}, tables=STEPS)
+    daemon = root.start()
+    children = [pid for pid, command in children_of(daemon.pid) if "daemon.dataset" in command]
+    assert children
+    for pid in children:
+        os.kill(pid, signal.SIGSTOP)
+    root.drop("a.jsonl", texts(5))
+    wait_until(lambda: state(root, "a.jsonl") is JobState.CLAIMED)
+    began = time.monotonic()
+    assert root.stop() == 0
+    assert time.monotonic() - began < root.settings.queue.stop_timeout
+    assert not any(identify(pid) for pid in children)
+    root.start()
+    assert root.finished("a.jsonl").state is JobState.SUCCEEDED
     assert_sound(root)

@@ -42,6 +42,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def train(spec: RunSpec, report: Reporter, stop: StopFlag, behaviour: dict[str, Any]) -> RunResult:
+    began = time.monotonic()
     recipe = Recipe.model_validate(spec.recipe)
     model_dir = Path(spec.model_dir)
     if behaviour.get("ignore_terminate"):
@@ -108,6 +109,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag, behaviour: dict[str, 
             held_out_before=2.0,
             held_out_after=1.0,
             rows=rows,
+            wall_seconds=time.monotonic() - began,
             message=f"stopped at step {step}" if step < last else "",
         )
         if result.outcome is Outcome.INTERRUPTED:

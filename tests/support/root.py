@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -256,6 +257,16 @@ def trainer_identity(folder: Path) -> ProcessIdentity | None:
         return from_json((folder / IDENTITY_NAME).read_bytes(), ProcessIdentity)
     except (OSError, ValueError):
         return None
+
+
+def children_of(pid: int) -> Iterator[tuple[int, str]]:
+    """Children and grandchildren with their command lines."""
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                with suppress(OSError):
+                    yield int(child), Path(f"/proc/{child}/cmdline").read_text(errors="replace")
+                yield from children_of(int(child))
 
 
 def environment() -> dict[str, str]:
