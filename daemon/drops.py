@@ -48,10 +48,20 @@ class Ready:
     """A settled file and what its claim needs."""
 
     candidate: Candidate
-    path: Path
+    folder: Path
     look: Look
-    sidecar: Path | None
+    sidecar_name: str | None
     reason: str
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / self.candidate.name
+
+    @property
+    def sidecar(self) -> Path | None:
+        """Its sidecar, when it has one."""
+        return self.folder / self.sidecar_name if self.sidecar_name is not None else None
 
 
 class Drops:
@@ -70,6 +80,7 @@ class Drops:
         self._folder_times: dict[Priority, tuple[int, ...]] = {}
         self._listed_twice: dict[Priority, bool] = {}
         self._listed_at = float("-inf")
+        self._last_clock = (float("-inf"), "")
         self._claimed_at: dict[tuple[Priority, str], float] = {}
 
     @property
@@ -159,8 +170,8 @@ class Drops:
         """The file is a job now. A name that comes back soon is a writer that had not finished: it must settle."""
         self._candidates.pop(ready.candidate.key, None)
         self._unsettled.pop(ready.candidate.key, None)
-        if ready.sidecar is not None:
-            self._sidecars.pop((ready.candidate.priority, ready.sidecar.name), None)
+        if ready.sidecar_name is not None:
+            self._sidecars.pop((ready.candidate.priority, ready.sidecar_name), None)
         if not ready.candidate.renamed_in:
             self._claimed_at[ready.candidate.key] = now
 
@@ -185,12 +196,18 @@ class Drops:
         table = self._candidates if kind is Kind.DATA else self._sidecars
         candidate = table.get((priority, name))
         if candidate is None:
-            candidate = Candidate(priority=priority, name=name, first_seen=now, since=utc_now(), due=now)
+            candidate = Candidate(priority=priority, name=name, first_seen=now, since=self._clock(now), due=now)
             candidate.came_back = candidate.must_settle = self._came_back(candidate.key, now)
-            table[priority, name] = candidate
+            table[candidate.key] = candidate
             if kind is Kind.DATA:
-                self._unsettled[priority, name] = candidate
+                self._unsettled[candidate.key] = candidate
         return candidate
+
+    def _clock(self, now: float) -> str:
+        """The moment for people; one string for all that is found at once."""
+        if now != self._last_clock[0]:
+            self._last_clock = (now, utc_now())
+        return self._last_clock[1]
 
     def _list(self, priority: Priority, folder: Path, now: float) -> None:
         names = set()
@@ -249,7 +266,7 @@ class Drops:
             candidate.reason, candidate.due = "", now + ORPHAN_SECONDS
             return
         del self._unsettled[candidate.key]
-        candidate.settled, candidate.reason = True, ready.reason
+        candidate.settled, candidate.reason = True, ""
         self._settled[candidate.priority][candidate.name] = candidate
 
     def _push(self, candidate: Candidate) -> None:
@@ -257,9 +274,11 @@ class Drops:
 
     def _examine(self, candidate: Candidate, now: float, *, thorough: bool = True) -> Ready | None:
         """One look. Returns what a claim needs when the file may be taken; else the candidate says why not."""
-        path = self._folders[candidate.priority] / candidate.name
+        # Plain strings here: Path objects are slow to make, and keep every part of every path they ever saw.
+        folder = self._folders[candidate.priority]
+        path = f"{folder}/{candidate.name}"
         try:
-            look = Look.of(path.lstat())
+            look = Look.of(os.lstat(path))
         except OSError as error:
             if gone(error):
                 self._drop(candidate)
@@ -280,13 +299,13 @@ class Drops:
             return None
         sidecar = None
         if kind_of_name(candidate.name) is Kind.DATA:
-            sidecar = self._folders[candidate.priority] / sidecar_name(candidate.name)
-            if not os.path.lexists(sidecar):
-                sidecar = None
-            elif not self._sidecar_is_settled(candidate.priority, sidecar.name, now):
+            name = sidecar_name(candidate.name)
+            if os.path.lexists(f"{folder}/{name}"):
+                sidecar = name
+            if sidecar is not None and not self._sidecar_is_settled(candidate.priority, name, now):
                 self._wait(candidate, "its sidecar is not settled", now + SIDECAR_PAUSE)
                 return None
-        return Ready(candidate=candidate, path=path, look=look, sidecar=sidecar, reason=verdict.reason)
+        return Ready(candidate=candidate, folder=folder, look=look, sidecar_name=sidecar, reason=verdict.reason)
 
     def _sidecar_is_settled(self, priority: Priority, name: str, now: float) -> bool:
         sidecar = self._know(priority, name, Kind.SIDECAR, now)
@@ -294,7 +313,7 @@ class Drops:
         # One that is refused as a sidecar (a link, a folder) is taken as it is: the claim refuses the file with it.
         return ready is not None or sidecar.key in self.left_alone
 
-    def _is_free(self, candidate: Candidate, path: Path, look: Look, verdict: MayBeTaken, now: float) -> bool:
+    def _is_free(self, candidate: Candidate, path: str, look: Look, verdict: MayBeTaken, now: float) -> bool:
         """Whether nobody writes to it and, for the quick way, it is whole."""
         try:
             descriptor = open_regular(path)

@@ -166,17 +166,15 @@ class Intake:
 
     def _listen(self, now: float) -> None:
         """What the doorbell noted, and a scan when one is due."""
-        if self._watch.lost:
-            self._next_rescan = 0.0
-        if now >= self._next_rescan:
-            self._rescan(now)
         heard = self._watch.take()
+        self._scan_wanted |= heard.scan
         if self._watch.overflows > self._overflows_told:
             self._overflows_told = self._watch.overflows
             self._log.warning("inbox.events_lost", overflows=self._watch.overflows)
-        self._scan_wanted |= heard.scan
         self._drops.hear(heard, now)
-        if self._scan_wanted and now - self._scanned_at >= MIN_SCAN_SECONDS:
+        if now >= self._next_rescan or self._watch.lost:
+            self._rescan(now)
+        elif self._scan_wanted and now - self._scanned_at >= MIN_SCAN_SECONDS:
             self._scan(now, full=True)
 
     def _rescan(self, now: float) -> None:
@@ -194,7 +192,7 @@ class Intake:
         self._missing = missing
         if not missing and not (self.settings.inbox_dir / inbox.PROCESSING).is_dir():
             inbox.create_folders(self.settings)  # another folder took the inbox's place
-        self._scan(now, full=False)
+        self._scan(now, full=self._scan_wanted)
         self._tell_left_alone(now)
         self._checking.adopt()
 

@@ -53,7 +53,9 @@ def _finish_claim(settings: Settings, store: JobStore, job: Job, log: Any) -> No
         return
     source = Path(job.source)
     try:
-        same = source.lstat().st_ino == job.source_inode
+        found = source.lstat()
+        # Another size: it is being written again, and has to settle anew.
+        same = (found.st_ino, found.st_size) == (job.source_inode, job.size_bytes)
     except OSError:
         same = False
     if same:

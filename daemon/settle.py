@@ -7,7 +7,7 @@ changed between two looks.
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from daemon.config import InboxSettings
@@ -96,10 +96,10 @@ class Candidate:
     failed_claims: int = 0
     settled: bool = False  # it waits for a place in the queue only
 
-    @property
-    def key(self) -> tuple[Priority, str]:
-        """Folder and name."""
-        return self.priority, self.name
+    key: tuple[Priority, str] = field(init=False)  # folder and name; one object for all tables
+
+    def __post_init__(self) -> None:
+        self.key = (self.priority, self.name)
 
     def see(self, look: Look, now: float) -> None:
         """Take in a look; whatever changed starts the clock again."""

@@ -205,3 +205,37 @@ def test_a_file_that_cannot_be_moved_waits_with_its_reason(root: Root, monkeypat
         root.tick()
     assert len(root.jobs(JobState.CANCELLED)) == 1
     assert (root.inbox / "stuck.jsonl").exists()
+
+
+@pytest.mark.parametrize("swap", ["file", "link"])
+def test_what_takes_the_place_of_a_file_in_the_moment_of_its_claim_is_put_back(
+    root: Root, monkeypatch: pytest.MonkeyPatch, swap: str
+) -> None:
+    """Between the last look and the rename anything may happen to a name; the other thing is watched afresh."""
+    real = inbox.claim_file
+    swapped = False
+
+    def claim(settings, job, source, sidecar):
+        nonlocal swapped
+        if not swapped:
+            swapped = True
+            source.unlink()
+            if swap == "link":
+                source.symlink_to("/etc/passwd")
+            else:
+                source.write_text(ROW * 5)
+        return real(settings, job, source, sidecar)
+
+    monkeypatch.setattr(inbox, "claim_file", claim)
+    root.drop("x.job.toml", "[lora]\nr = 3\n")
+    root.drop("x.jsonl", ROW)
+    (cancelled,) = root.wait_for(1, JobState.CANCELLED)
+    assert "took its place" in cancelled.reason
+    if swap == "link":
+        root.pump(lambda: any("symbolic link" in item.reason for item in root.intake.view().left_alone))
+        assert (root.inbox / "x.jsonl").is_symlink()
+        assert (root.inbox / "x.job.toml").exists()
+    else:
+        (job,) = root.wait_for(1)
+        assert job.dataset.rows == 5
+        assert job.recipe["lora"]["r"] == 3
