@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from daemon.config import ColumnSettings, DataSettings
 from daemon.rows import Row, iter_rows
-from daemon.trainer.chat import _GENERATION
 from daemon.trainer.encode import IGNORE, encode, truncate
 
 DATA = Path(__file__).parents[1] / "data" / "trainer"
