@@ -185,6 +185,10 @@ class ExecutorSettings(Section):
         (sys.executable, "-P", "-m", "daemon.trainer"),
         description="Program and arguments; the run directory is appended. For a trainer in an environment of its own.",
     )
+    warm_start: bool = Field(
+        False, description="Keep a process with all imports done, about 500 MB, from which trainers start in a second."
+    )
+    idle_timeout: PositiveFloat = Field(900.0, description="That process ends after so many seconds without a job.")
 
 
 class GuardSettings(Section):
