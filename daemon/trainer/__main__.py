@@ -18,7 +18,8 @@ def settle_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _load() -> Engine:
+def load() -> Engine:
+    """The engine that trains in this process; takes seconds."""
     settle_environment()
     from daemon.trainer.train import train
 
@@ -26,8 +27,15 @@ def _load() -> Engine:
 
 
 def run_here(run_dir: Path) -> int:
-    """One attempt, in this process; returns the exit code."""
-    return conduct(run_dir, _load)
+    """One attempt, in this process or in several of this machine; returns the exit code."""
+    return conduct(run_dir, load, load_several=_load_several)
+
+
+def _load_several() -> Engine:
+    settle_environment()
+    from daemon.trainer.several import run_several
+
+    return run_several
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             watch.draw(steps_run, {"held_out/loss": loss_after})
         report.event("run.trained", **timing(watch))
         report.progress(phase="finishing", step=steps_run, held_out_loss=loss_after)
-        if not first:
+        if not first:  # process 0 writes; the others have agreed on every number
             return replace(result, held_out_after=loss_after, lora_norm=norm)
         candidate = save_candidate(trainer, prepared.staging_dir / f"candidate-{spec.job_id}", tokenizer)
         result = replace(
