@@ -43,17 +43,6 @@ def _stat(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()
 
 
-def memory_kills() -> int:
-    """How often the kernel has killed a process for want of memory since boot; 0 where it does not tell."""
-    try:
-        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    except (OSError, ValueError):
-        return 0
-    return 0
-
-
 def command_of(pid: int) -> str:
     """The short name of a process, "gone" when there is none."""
     try:

@@ -42,14 +42,13 @@ def conclude(
     ended: Exit,
     asked: Asked | None,
     progressed: bool,
-    memory_killed: bool,
     queue: QueueSettings,
     now: float,
 ) -> Conclusion:
     """Decide from the trainer's own result first, from its exit only when it left none.
 
     A success is believed only if every planned step ran. `progressed`: the attempt sealed a step that no earlier one
-    had. `memory_killed`: the kernel ran out of memory and killed a process while this one ended by SIGKILL.
+    had.
     """
     if result is not None and result.outcome is Outcome.SUCCEEDED:
         if result.steps_run == result.steps_planned and result.steps_run >= 1 and result.candidate:
@@ -59,7 +58,7 @@ def conclude(
             reason=f"only {result.steps_run} of {result.steps_planned} planned steps ran; nothing was promoted",
             failure=FailureKind.INTERNAL,
         )
-    kind, reason = _why(result, ended, asked, job, memory_killed=memory_killed)
+    kind, reason = _why(result, ended, asked, job)
     if asked is Asked.CANCEL:
         return Conclusion(to=JobState.CANCELLED, reason=asked.value)
     if asked is Asked.TIMEOUT:
@@ -102,9 +101,7 @@ def conclude(
     )
 
 
-def _why(
-    result: RunResult | None, ended: Exit, asked: Asked | None, job: Job, *, memory_killed: bool
-) -> tuple[FailureKind | None, str]:
+def _why(result: RunResult | None, ended: Exit, asked: Asked | None, job: Job) -> tuple[FailureKind | None, str]:
     """The failure's kind, None for an interruption that we wanted, and its sentence."""
     if asked is Asked.STALL:
         return FailureKind.STALLED, asked.value
@@ -114,7 +111,7 @@ def _why(
         return result.failure, result.message
     if asked is not None:
         return None, f"interrupted: {asked.value}; the trainer had to be ended ({ended})"
-    if memory_killed and ended.signal == 9:
+    if ended.out_of_memory:
         return FailureKind.OUT_OF_MEMORY, "the kernel ran out of memory and killed the trainer"
     return FailureKind.LOST, f"the trainer was lost ({ended}) at step {job.max_step} or later"
 

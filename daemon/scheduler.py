@@ -35,7 +35,6 @@ from daemon.job import (
     run_dir,
     utc_now,
 )
-from daemon.processes import memory_kills
 from daemon.retry import Asked, Conclusion, conclude, halved
 from daemon.status import finished_job
 from daemon.store import JobStore
@@ -57,7 +56,6 @@ class Run:
     promote_at: float | None = None  # monotonic; when a promotion that failed is tried again
     promote_failures: int = 0
     moved_at: float = field(default_factory=time.monotonic)  # when its progress changed last
-    memory_kills: int = field(default_factory=memory_kills)
 
 
 class Scheduler:
@@ -311,7 +309,6 @@ class Scheduler:
             ended=ended,
             asked=run.asked,
             progressed=run.job.max_step > run.job.step_at_launch,
-            memory_killed=memory_kills() > run.memory_kills,
             queue=self.settings.queue,
             now=time.time(),
         )

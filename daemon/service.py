@@ -16,8 +16,8 @@ from daemon import config, gpu, logs, people, versions
 from daemon.bell import Bell
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, RootHeld
+from daemon.executors import make_executor
 from daemon.executors.base import Executor
-from daemon.executors.local import LocalExecutor
 from daemon.gpulock import GpuLock
 from daemon.holds import HoldKind
 from daemon.hooks import Hooks
@@ -56,7 +56,7 @@ class Service:
         self._reload_requested = False
         lock = settings.executor.gpu_lock
         self._gpu = GpuLock(settings.root / lock if lock else None)
-        self._executor = executor or LocalExecutor(settings.executor.command, gpu=self._gpu)
+        self._executor = executor or make_executor(settings.executor, gpu=self._gpu)
         self._published = 0.0
         self._last: tuple[Any, ...] = ()
         self._model: CurrentModel | None = None
@@ -117,6 +117,7 @@ class Service:
                 self.tick()
         finally:
             self.intake.close()
+            self._executor.close()
             self.hooks.close()
             self._publish(status="stopped", reason="", force=True)
             self.log.info("daemon.stopped")

@@ -16,8 +16,11 @@ class Exit:
 
     code: int | None = None
     signal: int | None = None
+    out_of_memory: bool = False  # the kernel killed something for want of memory meanwhile, and this was not us
 
     def __str__(self) -> str:
+        if self.out_of_memory:
+            return "killed by the kernel, which was out of memory"
         if self.signal is not None:
             try:
                 return f"killed by {signal.Signals(self.signal).name}"
@@ -43,3 +46,6 @@ class Executor(Protocol):
 
     def end(self, run_dir: Path) -> None:
         """End the trainer with everything it started, at once."""
+
+    def close(self) -> None:
+        """Give up what is only kept for the next launch; a running trainer goes on."""

@@ -29,6 +29,9 @@ class LocalExecutor:
         self._gpu = gpu or GpuLock(None)
         self._children: dict[Path, subprocess.Popen[bytes]] = {}
         self._adopted: dict[Path, ProcessIdentity] = {}
+        self._ended: set[Path] = set()  # killed by us
+        self._environment: dict[str, str] = {}  # what the latest trainer gets besides ours
+        self._oom_kills = 0  # of the machine, when the latest trainer was launched
 
     def launch(self, spec: RunSpec) -> None:
         """Write the specification, start the process, note who it is."""
@@ -37,22 +40,33 @@ class LocalExecutor:
         for name in ATTEMPT_FILES:
             (run_dir / name).unlink(missing_ok=True)
         write_atomic(run_dir / SPEC_NAME, to_json(spec, indent=1))
-        with (run_dir / LOG_NAME).open("ab") as log:
-            child = subprocess.Popen(
-                [*self._command, str(run_dir)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **({"CUDA_VISIBLE_DEVICES": spec.gpu} if spec.gpu else {})},
-                pass_fds=self._gpu.descriptors,
-            )
+        self._environment = {"CUDA_VISIBLE_DEVICES": spec.gpu} if spec.gpu else {}
+        self._oom_kills = oom_kills()
+        self._ended.discard(run_dir)
+        child = self._spawn(run_dir)
         self._children[run_dir] = child
         identity = identify(child.pid)
         # A crash before this line leaves a trainer that nobody knows: its own death signal ends it, and until then
         # the model lock keeps a second one from doing harm.
         if identity is not None:
             write_atomic(run_dir / IDENTITY_NAME, to_json(identity))
+
+    def _spawn(self, run_dir: Path) -> subprocess.Popen[bytes]:
+        """Start the process, its output in the run directory."""
+        with (run_dir / LOG_NAME).open("ab") as log:
+            return subprocess.Popen(
+                [*self._command, str(run_dir)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **self._environment},
+                pass_fds=self._inherited(),
+            )
+
+    def _inherited(self) -> tuple[int, ...]:
+        """Open files that a trainer keeps for as long as it lives: the GPU's lock."""
+        return self._gpu.descriptors
 
     def adopt(self, run_dir: Path) -> bool:
         """Recognise a living trainer of an earlier daemon by pid, start time and boot."""
@@ -76,7 +90,8 @@ class LocalExecutor:
             return None
         self._signal(run_dir, signal.SIGKILL)  # what it may have left in its group, before the pid is forgotten
         del self._children[run_dir]
-        return Exit(signal=-code) if code < 0 else Exit(code=code)
+        starved = code == -signal.SIGKILL and run_dir not in self._ended and oom_kills() > self._oom_kills
+        return Exit(signal=-code, out_of_memory=starved) if code < 0 else Exit(code=code)
 
     def ask(self, run_dir: Path) -> None:
         """SIGTERM to the trainer itself."""
@@ -89,9 +104,13 @@ class LocalExecutor:
 
     def end(self, run_dir: Path) -> None:
         """SIGKILL to the whole process group."""
+        self._ended.add(run_dir)
         identity = self._adopted.get(run_dir)
         if identity is None or identity.alive:
             self._signal(run_dir, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Nothing is kept between launches."""
 
     def _signal(self, run_dir: Path, number: signal.Signals) -> None:
         child = self._children.get(run_dir)
@@ -102,3 +121,12 @@ class LocalExecutor:
                 os.killpg(group, number)
             except ProcessLookupError:
                 return  # the group is empty already
+
+
+def oom_kills(path: Path = Path("/proc/vmstat")) -> int:
+    """How many processes the kernel has killed for want of memory since the machine started; 0 when it does not say."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

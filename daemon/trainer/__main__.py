@@ -9,18 +9,36 @@ from pathlib import Path
 from daemon.trainer.session import Engine, conduct
 
 
-def _load() -> Engine:
-    # Before transformers is imported: it reads these once.
+def settle_environment() -> None:
+    """What transformers and the Hub's client read once, when they are imported. No telemetry, no progress bars."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def load() -> Engine:
+    """The engine that trains in this process; takes seconds."""
+    settle_environment()
     from daemon.trainer.train import train
 
     return train
 
 
+def run_here(run_dir: Path) -> int:
+    """One attempt, in this process or in several of this machine; returns the exit code."""
+    return conduct(run_dir, load, load_several=_load_several)
+
+
+def _load_several() -> Engine:
+    settle_environment()
+    from daemon.trainer.several import run_several
+
+    return run_several
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m daemon.trainer RUN_DIR")
-    sys.exit(conduct(Path(sys.argv[1]), _load))
+    sys.exit(run_here(Path(sys.argv[1])))

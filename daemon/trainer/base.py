@@ -56,24 +56,28 @@ def _snapshot(model: ModelSettings) -> BaseModel:
     from huggingface_hub import snapshot_download
 
     name = model.model_name_or_path
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    allowed = model.allow_downloads and not offline
     try:
         path = Path(
             snapshot_download(
                 name,
                 revision=model.revision,
-                local_files_only=not model.allow_downloads,
+                local_files_only=not allowed,
                 allow_patterns=list(SNAPSHOT_PATTERNS),
             )
         )
     # The Hub client has a dozen error classes of its own, network ones among them; each means the same to the user.
     except Exception as error:
-        allowed = model.allow_downloads
+        cached = f"the base model {name} is not in the local cache"
         raise RunFailure(
             FailureKind.CONFIG if not allowed else FailureKind.LOST,
-            f"the base model {name} is not in the local cache" if not allowed else f"cannot fetch {name}: {error}",
-            hint=f"`hf download {name}` as the service's user, or allow_downloads = true under [model]"
-            if not allowed
-            else "check the network and the spelling; the job is tried again",
+            f"cannot fetch {name}: {error}"
+            if allowed
+            else f"{cached}{', and HF_HUB_OFFLINE is set' if offline else ''}",
+            hint="check the network and the spelling; the job is tried again"
+            if allowed
+            else f"`hf download {name}` as the service's user, or allow_downloads = true under [model]",
         ) from error
     return BaseModel(name=name, path=path, revision=path.name)
 

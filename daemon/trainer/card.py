@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from daemon.config import Recipe
+from daemon.fingerprint import minor_version
 from daemon.job import Plan, RunResult, RunSpec
 from daemon.text import escape
 from daemon.versions import Version
@@ -30,9 +31,13 @@ tags: [lora, dropforge]
 | dataset | {escape(spec.dataset.name)}, {spec.dataset.rows} rows, BLAKE3 `{spec.dataset.digest}` |
 | continues | {f"version {parent.name}" if parent else "the base model"} |
 | steps | {result.steps_run} of {result.steps_planned}, {planned.global_batch_size} rows each, {planned.epochs:g} epochs |
-| adapter | r = {lora.r}, lora_alpha = {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {lora.target_modules} |
+| adapter | {_kind(recipe)}, r = {lora.r}, lora_alpha = {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {lora.target_modules} |
 | schedule | {training.lr_scheduler_type}, peak learning rate {training.learning_rate:g}, {training.optim}, seed {training.seed} |
+| data | loss on {recipe.data.train_on}, at most {recipe.data.max_length} tokens a row, {result.truncated_rows} rows cut, {result.dropped_rows} dropped |
+| tokens | {planned.tokens} an epoch, {planned.trained_tokens / max(planned.tokens, 1):.1%} of them with a loss |
+| training loss | {_loss(result.train_loss)}, mean over the last attempt |
 | held-out loss | {held_out} |
+| made with | torch {minor_version("torch")}, transformers {minor_version("transformers")}, peft {minor_version("peft")} |
 | job | {spec.job_id}, attempt {spec.attempt} |
 
 ```python
@@ -44,3 +49,13 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 """
+
+
+def _kind(recipe: Recipe) -> str:
+    lora = recipe.lora
+    kind = "DoRA" if lora.use_dora else "LoRA"
+    return f"{'rs' if lora.use_rslora else ''}{kind}{' on 4-bit base weights' if recipe.model.load_in_4bit else ''}"
+
+
+def _loss(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"

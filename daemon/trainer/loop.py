@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from daemon.job import FailureKind, Plan
 from daemon.trainer import together
@@ -69,7 +70,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         self._grad_norm: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
         self._tokens = 0
-        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._parameter_count: int = sum(parameter.numel() for parameter in model.parameters())
         self._pending: deque[tuple[int, torch.Tensor, Any, int]] = deque()
         super().__init__(
             model=model,
@@ -78,6 +79,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
             data_collator=collator,
             processing_class=tokenizer,
         )
+        self.remove_callback(PrinterCallback)  # the log has it all already
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Steps in `StepBatches`' order. Every process reads every step, and computes its share of the rows."""
@@ -158,7 +160,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
 
     def floating_point_ops(self, inputs: Any) -> int:
         """By the usual estimate: 6 a parameter and token."""
-        return 6 * int(inputs["tokens"]) * self._parameters
+        tokens: int = inputs["tokens"]
+        return 6 * tokens * self._parameter_count
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The Trainer's own, kept: it is checked at every step, not only at those that are logged."""
@@ -211,7 +214,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
 def enable_gradient_checkpointing(model: PeftModel) -> None:
     """Recompute activations in the backward pass; the embeddings' output has to ask for gradients, their weights do not."""
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Either name is deprecated in one release or another.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def held_out_loss(model: PeftModel, examples: Sequence[Example], collator: Collator, stop: StopFlag) -> float | None:
@@ -233,4 +240,10 @@ def held_out_loss(model: PeftModel, examples: Sequence[Example], collator: Colla
             tokens += count
     model.train(was_training)
     total, tokens_of_all = together.total([total, float(tokens)])
-    return total / tokens_of_all if tokens_of_all and not stop.requested else None
+    if not tokens_of_all or stop.requested:
+        return None
+    if not math.isfinite(total):
+        raise RunFailure(
+            FailureKind.DIVERGED, "the loss over the held-out rows is not finite", hint="lower learning_rate"
+        )
+    return total / tokens_of_all

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from daemon.config import LoraSettings, ModelSettings
 from daemon.job import FailureKind
@@ -21,10 +22,20 @@ from daemon.trainer.base import BaseModel
 from daemon.trainer.failure import RunFailure
 
 ADAPTER_CONFIG = "adapter_config.json"
+# Of a saved configuration: what it was called and where it came from, which decides nothing here.
+FREE_FIELDS = frozenset(
+    {"task_type", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "peft_type"}
+)
+NAMED_FIELDS = frozenset({"r", "lora_alpha", "bias"})
 
 
 def precision_of(model: ModelSettings) -> str:
-    """The dtype of the frozen base weights: "float32" or "bfloat16"."""
+    """The frozen base weights: "float32" or "bfloat16"; with load_in_4bit "nf4", and the one that is computed in."""
+    return f"nf4, {compute_dtype(model)}" if model.load_in_4bit else compute_dtype(model)
+
+
+def compute_dtype(model: ModelSettings) -> str:
+    """What is computed in: "float32" or "bfloat16"."""
     if model.dtype != "auto":
         return model.dtype
     return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
@@ -50,14 +61,45 @@ def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent
 
     Raises RunFailure(CONFIG) when the parent's shape is not the recipe's.
     """
+    if parent is not None:
+        refuse_other_shape(parent, lora)
+    network = load_network(base, model, dtype=getattr(torch, compute_dtype(model)))
+    if model.load_in_4bit:
+        # Norms and the head in float32, as QLoRA has them; gradient checkpointing stays our own decision.
+        network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
+    network.config.use_cache = False
+    config = lora_config(lora, base)
+    if parent is None:
+        return get_peft_model(network, config)
+    return load_adapter(network, parent, config, trainable=True)
+
+
+def load_adapter(network: Any, folder: Path, config: LoraConfig, *, trainable: bool = False) -> PeftModel:
+    """The weights in `folder` under our own configuration; peft does not get to see the one that lies there."""
+    config.inference_mode = not trainable
+    return PeftModel.from_pretrained(network, folder, config=config, is_trainable=trainable, local_files_only=True)
+
+
+def saved_shape(folder: Path) -> LoraSettings:
+    """The shape of a saved adapter, as far as our settings know shapes. Raises RunFailure(CONFIG) when they do not."""
+    saved = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+    lora = LoraSettings.model_validate({name: saved[name] for name in LoraSettings.model_fields if saved.get(name)})
+    refuse_other_shape(folder, lora)
+    return lora
+
+
+def load_network(base: BaseModel, model: ModelSettings, *, dtype: torch.dtype) -> Any:
+    """The base model alone, from safetensors. Raises RunFailure(CONFIG)."""
+    options: dict[str, Any] = {"quantization_config": _four_bits(dtype)} if model.load_in_4bit else {}
     try:
         network = AutoModelForCausalLM.from_pretrained(
             base.path,
-            dtype=getattr(torch, precision_of(model)),
+            dtype=dtype,
             attn_implementation=model.attn_implementation,
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
+            **options,
         )
     except (OSError, ValueError, ImportError) as error:
         raise RunFailure(
@@ -69,11 +111,20 @@ def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent
             f"the base model in {base.path} carries an adapter already",
             hint="point model_name_or_path at a plain base model",
         )
-    network.config.use_cache = False
-    if parent is None:
-        return get_peft_model(network, lora_config(lora, base))
-    refuse_other_shape(parent, lora)
-    return PeftModel.from_pretrained(network, parent, is_trainable=True, local_files_only=True)
+    return network
+
+
+def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
+        missing = "a CUDA device" if find_spec("bitsandbytes") else "bitsandbytes"
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"load_in_4bit needs {missing}",
+            hint="`pip install 'dropforge[gpu]'` on a machine with a GPU, or load_in_4bit = false under [model]",
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def lora_config(lora: LoraSettings, base: BaseModel) -> LoraConfig:
@@ -107,7 +158,11 @@ def refuse_other_shape(parent: Path, lora: LoraSettings) -> None:
     # peft resolves "all-linear" to names when it saves, so only an explicit list can be compared.
     if not isinstance(lora.target_modules, str):
         wanted["target_modules"] = sorted(lora.target_modules)
-    found = {name: _comparable(saved.get(name)) for name in wanted}
+    # Whatever else it says must be what peft itself would say: settings that we do not know are nobody's wish.
+    ours = {*LoraSettings.model_fields, *FREE_FIELDS}
+    wanted |= {name: _comparable(value) for name, value in LoraConfig().to_dict().items() if name not in ours}
+    wanted["peft_type"] = "LORA"
+    found = {name: _comparable(saved.get(name, wanted[name] if name not in NAMED_FIELDS else None)) for name in wanted}
     if found != wanted:
         different = ", ".join(
             f"{name} {found[name]} -> {wanted[name]}" for name in wanted if found[name] != wanted[name]

@@ -21,8 +21,9 @@ PROGRESS_SECONDS = 0.2  # a step of the tiny model takes 10 ms; nobody reads fas
 class Reporter:
     """Writes into one run directory. Progress is replaced without fsync: after a crash it is of no use anyway."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, result_dir: Path | None = None) -> None:
         self._run_dir = run_dir
+        self._result_dir = result_dir or run_dir
         self._events = (run_dir / EVENTS_NAME).open("a", encoding="ascii", buffering=1)
         self._progress = Progress(phase="starting")
         self._written = 0.0
@@ -45,4 +46,4 @@ class Reporter:
 
     def result(self, result: RunResult) -> None:
         """Write the result durably; it is the last word of the attempt."""
-        write_atomic(self._run_dir / RESULT_NAME, to_json(result, indent=1))
+        write_atomic(self._result_dir / RESULT_NAME, to_json(result, indent=1))

@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from daemon.job import RUN_SPEC_VERSION, FailureKind, Outcome, RunResult, RunSpec, from_json
@@ -45,23 +46,36 @@ class StopFlag:
 Engine = Callable[[RunSpec, Reporter, StopFlag], RunResult]
 
 
-def conduct(run_dir: Path, load_engine: Callable[[], Engine]) -> int:
+def conduct(
+    run_dir: Path,
+    load_engine: Callable[[], Engine],
+    *,
+    load_several: Callable[[], Engine] | None = None,
+    member: Path | None = None,
+) -> int:
     """Run one attempt in this process and write `result.json`; returns the exit code.
 
-    `load_engine` does the heavy imports. A run that ends without a result (SIGKILL, a crash of the interpreter) is told
-    apart by that: the daemon calls it lost.
+    `load_engine` does the heavy imports; `load_several` loads the engine for a recipe of several processes, one of which
+    has its own folder `member` and writes its result there. A run that ends without a result (SIGKILL, a crash of the
+    interpreter) is told apart by that: the daemon calls it lost.
     """
     stop = StopFlag()
-    die_with_parent()
-    (run_dir / RESULT_NAME).unlink(missing_ok=True)
-    report = Reporter(run_dir)
+    # One of several has nothing to save by itself: it goes when the process that speaks for all of them does.
+    die_with_parent(hard=member is not None)
+    become_the_victim()
+    home = member or run_dir
+    (home / RESULT_NAME).unlink(missing_ok=True)
+    report = Reporter(home if member and os.environ.get("RANK") != "0" else run_dir, result_dir=home)
     try:
         spec = read_spec(run_dir)
-        if spec.daemon_pid and os.getppid() != spec.daemon_pid:
+        if spec.daemon_pid and member is None and os.getppid() != spec.daemon_pid:
             raise Interrupted  # the daemon died before the death signal was set
+        if spec.gpu:  # also for a fork of a warm process, which has started no CUDA yet
+            os.environ["CUDA_VISIBLE_DEVICES"] = spec.gpu
         report.progress(phase="starting")
         stop.check()
-        result = load_engine()(spec, report, stop)
+        several = load_several is not None and spec.recipe.get("training", {}).get("num_processes", 1) > 1
+        result = (load_several if several and load_several else load_engine)()(spec, report, stop)
     except Interrupted:
         result = RunResult(outcome=Outcome.INTERRUPTED, message="stopped before the first step")
     except RunFailure as failure:
@@ -128,8 +142,16 @@ def die_with_parent(*, hard: bool = False) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
+def become_the_victim() -> None:
+    """When the machine runs out of memory, the kernel had better end this process than the daemon."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
+
+
 def _classify(error: Exception) -> tuple[FailureKind, str, str]:
     message = f"{type(error).__name__}: {error}"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's class, by name: torch may not even be imported here
+    # torch's classes, by name: torch may not even be imported here. On the CPU it has none of its own.
+    starved = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in message
+    if starved:
         return FailureKind.OUT_OF_MEMORY, message, "lower per_device_train_batch_size or max_length"
     return FailureKind.INTERNAL, message, "the traceback is in the trainer's log"

@@ -156,15 +156,15 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
 
         # 5. Nothing that is not whole leaves this function as a success.
         require_whole_run(steps_run, planned, watch.mean_loss)
+        norm = lora_b_norm(model)
+        require_learned(model, before, norm)
         loss_after = held_out_loss(model, evaluated, collator, stop)
         if loss_after is not None:
             report.event("run.evaluated", when="after", held_out_loss=loss_after, rows=len(evaluated))
             watch.draw(steps_run, {"held_out/loss": loss_after})
         report.event("run.trained", **timing(watch))
         report.progress(phase="finishing", step=steps_run, held_out_loss=loss_after)
-        norm = lora_b_norm(model)
-        require_learned(model, before, norm)
-        if not first:
+        if not first:  # process 0 writes; the others have agreed on every number
             return replace(result, held_out_after=loss_after, lora_norm=norm)
         candidate = save_candidate(trainer, prepared.staging_dir / f"candidate-{spec.job_id}", tokenizer)
         result = replace(

@@ -99,6 +99,8 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not f
         for step in steps:
             self._check(step)
         if steps:
+            if steps[0].number == self._start_step + 1:
+                self._report.event("run.first_step", step=steps[0].number, loss=round(steps[0].loss, 6))
             self._tell_progress(state, steps[-1])
         if any(step.stop for step in steps):
             for step in self._trainer.finished_steps(all_of_them=True):

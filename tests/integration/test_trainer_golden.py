@@ -51,14 +51,16 @@ def tokenised(name: str, way: str) -> list[dict[str, Any]]:
             {
                 "tokens": len(ids),
                 "ids": blake3(json.dumps(list(ids)).encode()).hexdigest(length=8),
-                "learned": [
-                    [part[0], part[-1] + 1]
-                    for learned, group in groupby(range(len(labels)), lambda at: labels[at] != IGNORE)
-                    if learned and (part := list(group))
-                ],
+                "learned": ranges([label != IGNORE for label in labels]),
             }
         )
     return found
+
+
+def ranges(learned: list[bool]) -> list[list[int]]:
+    """Where runs of learned tokens begin and end."""
+    runs = [(yes, [at for at, _ in group]) for yes, group in groupby(enumerate(learned), lambda item: item[1])]
+    return [[run[0], run[-1] + 1] for yes, run in runs if yes]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -20,7 +20,6 @@ def after(
     fruitless: int = 0,
     asked: Asked | None = None,
     progressed: bool = False,
-    memory_killed: bool = False,
     batch: int = 4,
     **exit_: Any,
 ) -> Conclusion:
@@ -32,7 +31,6 @@ def after(
         ended=Exit(**exit_),
         asked=asked,
         progressed=progressed,
-        memory_killed=memory_killed,
         queue=QUEUE,
         now=1000.0,
     )
@@ -132,8 +130,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_global_one() -> None:
 
 
 def test_the_kernels_own_killing_for_memory_is_told_from_somebody_elses_kill() -> None:
-    assert after(None, memory_killed=True, signal=9).failure is FailureKind.OUT_OF_MEMORY
-    assert after(None, memory_killed=True, signal=15).failure is FailureKind.LOST
+    assert after(None, out_of_memory=True, signal=9).failure is FailureKind.OUT_OF_MEMORY
     assert after(None, signal=9).failure is FailureKind.LOST
 
 

@@ -1,0 +1,191 @@
+"""WarmExecutor: the trainer as a fork of a process that has its imports done, a second's start instead of six.
+
+The fork server costs memory and nothing else. While there is none (not ready yet, idle for too long, killed, or of other
+versions than those installed now) a job starts cold, and a server is started beside it for the next one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from daemon.executors.base import Exit
+from daemon.executors.local import LOG_NAME, LocalExecutor
+from daemon.job import RunSpec
+from daemon.trainer.warm import QUIET
+
+_PR_SET_CHILD_SUBREAPER = 36
+ANSWER_SECONDS = 5.0
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "dropforge")
+SERVER = (sys.executable, "-P", "-m", "daemon.trainer.warm")
+
+
+class WarmExecutor(LocalExecutor):
+    """A LocalExecutor whose trainers are forked where that is possible.
+
+    Makes this process the reaper of its orphaned descendants: a forked trainer is then the daemon's own child, with an
+    exit code, a death signal and an identity like any other.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, idle_seconds: float = 900.0, server: Sequence[str] = SERVER, **options: Any
+    ) -> None:
+        super().__init__(command, **options)
+        self._server_command = list(server)
+        self._idle_seconds = idle_seconds
+        self._server: _Server | None = None
+        self._groups: set[int] = set()  # process groups of ended trainers, which may have left orphans to us
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    @property
+    def warm(self) -> bool:
+        """Whether a trainer launched now would be forked."""
+        return self._server is not None and self._server.ready()
+
+    def launch(self, spec: RunSpec) -> None:
+        """As LocalExecutor; the server for the next job is started once this one is."""
+        signature = _signature(self._server_command, self._idle_seconds, spec)
+        if self._server is not None and (self._server.signature != signature or not self._server.alive):
+            self.close()
+        super().launch(spec)
+        if self._server is None:
+            self._server = _Server.start(self._server_command, self._idle_seconds, spec, signature)
+
+    def poll(self, run_dir: Path) -> Exit | None:
+        """As LocalExecutor; also takes leave of what an ended trainer had started."""
+        child = self._children.get(run_dir)
+        ended = super().poll(run_dir)
+        if ended is not None and child is not None:
+            self._groups.add(child.pid)
+        for group in list(self._groups):
+            try:
+                while os.waitpid(-group, os.WNOHANG)[0]:
+                    pass
+            except ChildProcessError:
+                self._groups.discard(group)
+        return ended
+
+    def close(self) -> None:
+        """End the fork server. Trainers that it forked go on: they are not its children."""
+        if self._server is not None:
+            self._server.end()
+            self._server = None
+
+    def _spawn(self, run_dir: Path) -> Any:
+        server = self._server
+        if server is not None and server.ready():
+            with (run_dir / LOG_NAME).open("ab") as log:
+                pid = server.fork(run_dir, [log.fileno(), *self._inherited()])
+            if pid is not None:
+                return _Forked(pid)
+            self.close()
+        return super()._spawn(run_dir)
+
+
+class _Forked:
+    """A child that subprocess did not start; as much of Popen as LocalExecutor uses."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has reaped it; that it is gone is all that is known
+                self.returncode = 255
+            else:
+                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def terminate(self) -> None:
+        """SIGTERM; `poll` says whether it is still there to hear it."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+
+class _Server:
+    """The fork server's process and our end of the channel."""
+
+    def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket, signature: tuple[Any, ...]) -> None:
+        self.signature = signature
+        self._process = process
+        self._channel = channel
+        self._ready = False
+
+    @classmethod
+    def start(cls, command: Sequence[str], idle_seconds: float, spec: RunSpec, signature: tuple[Any, ...]) -> _Server:
+        """Start one; it is ready seconds later."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        base = str((spec.recipe.get("model") or {}).get("model_name_or_path") or "")
+        folder = Path(spec.state_dir) / "logs" if spec.state_dir else Path(spec.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with theirs, (folder / "warm.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, str(theirs.fileno()), str(idle_seconds), base],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, **QUIET},
+            )
+        return cls(process, ours, signature)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ready(self) -> bool:
+        """Whether it has its imports done; never waits."""
+        if not self.alive:
+            return False
+        if not self._ready:
+            with suppress(BlockingIOError, OSError, ValueError):
+                message = self._channel.recv(4096, socket.MSG_DONTWAIT)
+                self._ready = bool(json.loads(message).get("ready"))
+        return self._ready
+
+    def fork(self, run_dir: Path, descriptors: Sequence[int]) -> int | None:
+        """The pid of a new trainer, None when the server cannot or will not."""
+        request = json.dumps({"run_dir": os.fsencode(run_dir).hex()}).encode()
+        try:
+            self._channel.settimeout(ANSWER_SECONDS)
+            socket.send_fds(self._channel, [request], list(descriptors))
+            answer = json.loads(self._channel.recv(4096) or b"{}")
+        except (OSError, ValueError):
+            return None
+        pid: int | None = answer.get("pid")
+        return pid
+
+    def end(self) -> None:
+        """Kill and reap it; it has nothing to save."""
+        self._process.kill()
+        self._process.wait()
+        self._channel.close()
+
+
+def _signature(command: Sequence[str], idle_seconds: float, spec: RunSpec) -> tuple[Any, ...]:
+    """What a server was started for: it is replaced when this changes."""
+    versions: list[tuple[str, str | None, str | None]] = []
+    for name in PACKAGES:
+        try:
+            found = distribution(name)
+            record = found.locate_file("")
+            versions.append((name, found.version, str(record)))
+        except PackageNotFoundError:
+            versions.append((name, None, None))
+    code = Path(__file__).parents[1].rglob("*.py")
+    changed = max(path.stat().st_mtime_ns for path in code)
+    return (*command, idle_seconds, (spec.recipe.get("model") or {}).get("model_name_or_path"), changed, *versions)

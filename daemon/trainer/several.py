@@ -1,0 +1,98 @@
+"""Several processes that share one run: torchrun starts them on this machine, this process speaks for them.
+
+`python -m daemon.trainer.several RUN_DIR`, under torchrun, is one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json
+from daemon.trainer.failure import Interrupted, RunFailure
+from daemon.trainer.report import RESULT_NAME, Reporter
+from daemon.trainer.session import StopFlag, die_with_parent
+
+LOOK_SECONDS = 0.2
+
+
+def member_dir(run_dir: Path, process: int) -> Path:
+    """Where one of the processes leaves its result."""
+    return run_dir / f"process-{process}"
+
+
+def run_several(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
+    """Start the processes, pass a request to stop on, and tell what became of them."""
+    run_dir = Path(spec.run_dir)
+    count = int(spec.recipe["training"]["num_processes"])
+    for process in range(count):
+        folder = member_dir(run_dir, process)
+        folder.mkdir(exist_ok=True)
+        (folder / RESULT_NAME).unlink(missing_ok=True)
+    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
+    torchrun = subprocess.Popen(
+        [
+            *(sys.executable, "-P", "-m", "torch.distributed.run"),
+            *("--standalone", "--nproc-per-node", str(count), "--max-restarts", "0"),
+            *("-m", "daemon.trainer.several", str(run_dir)),
+        ],
+        stdin=subprocess.DEVNULL,
+        # torchrun starts its processes without -P: what lies in the current folder must not be imported.
+        env={"OMP_NUM_THREADS": threads, **os.environ, "PYTHONSAFEPATH": "1"},
+        preexec_fn=lambda: die_with_parent(hard=True),  # noqa: PLW1509  no threads here
+    )
+    passed_on = False
+    while torchrun.poll() is None:
+        if stop.requested and not passed_on:
+            passed_on = _ask_one(torchrun.pid)
+        time.sleep(LOOK_SECONDS)
+    results = sorted(_results(run_dir, count), key=lambda found: found[0])
+    failed = [result for _, result in results if result.outcome is Outcome.FAILED]
+    if failed:
+        return failed[0]  # the others only missed it
+    if len(results) == count:
+        return next(result for _, result in results if result.candidate or result.outcome is Outcome.INTERRUPTED)
+    if stop.requested:
+        raise Interrupted
+    raise RunFailure(
+        FailureKind.LOST, f"torchrun ended with {torchrun.returncode}", hint="the trainer's log tells more"
+    )
+
+
+def _ask_one(pid: int) -> bool:
+    """SIGTERM to the first of torchrun's children; they agree among themselves. False when there is none yet.
+
+    torchrun itself would give them half a minute and then kill them.
+    """
+    with suppress(OSError, ProcessLookupError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        if children:
+            os.kill(int(children[0]), signal.SIGTERM)
+            return True
+    return False
+
+
+def _results(run_dir: Path, count: int) -> list[tuple[int, RunResult]]:
+    """(time of writing, result) of the processes that have one."""
+    found = []
+    for process in range(count):
+        path = member_dir(run_dir, process) / RESULT_NAME
+        with suppress(OSError, ValueError):
+            found.append((path.stat().st_mtime_ns, from_json(path.read_bytes(), RunResult)))
+    return found
+
+
+if __name__ == "__main__":
+    from daemon.trainer import together
+    from daemon.trainer.__main__ import load
+    from daemon.trainer.session import conduct
+
+    home = Path(sys.argv[1])
+    code = conduct(home, load, member=member_dir(home, together.process()))
+    together.leave()
+    sys.exit(code)

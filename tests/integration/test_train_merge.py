@@ -1,0 +1,70 @@
+"""A merged version is the base with its adapter, for programs that know no adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from daemon.config import ModelSettings
+from daemon.trainer.failure import RunFailure
+from daemon.trainer.merge import merge
+from daemon.versions import promote
+from tests.support.inprocess import rows, specify, train
+from tests.support.root import Root
+
+
+def trained(folder: Path, base: Path, lora: dict[str, Any]) -> Path:
+    tables = {"lora": lora, "training": {"max_steps": 4, "learning_rate": 2e-2}, "data": {"held_out_fraction": 0.0}}
+    return Path(train(specify(folder, rows(16), base, tables)).candidate or "")
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True, "use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+def test_logits_of_the_merged_model_are_those_of_base_and_adapter(
+    tiny_base: Path, tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    version = trained(tmp_path / "run", tiny_base, lora)
+    merge(version, tmp_path / "out", ModelSettings(model_name_or_path=str(tiny_base)))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.dtype is torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    ids = torch.arange(10, 90).view(2, 40)
+    with torch.inference_mode():
+        plain = base(ids).logits
+        expected = PeftModel.from_pretrained(base, version)(ids).logits
+        found = merged.float()(ids).logits
+    moved = float((expected - plain).abs().max())
+    assert float((found - expected).abs().max()) < 0.05 * moved  # rounding, far below what was learned
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_neither_an_existing_folder_nor_another_base_is_taken(tiny_base: Path, tmp_path: Path) -> None:
+    version = trained(tmp_path / "run", tiny_base, {})
+    (tmp_path / "there").mkdir()
+    with pytest.raises(RunFailure, match="exists"):
+        merge(version, tmp_path / "there", ModelSettings(model_name_or_path=str(tiny_base)))
+    config = json.loads((version / "adapter_config.json").read_text())
+    (version / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "evil/base"}))
+    with pytest.raises(RunFailure, match="was trained on 'evil/base'"):
+        merge(version, tmp_path / "out", ModelSettings(model_name_or_path=str(tiny_base)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_merges_a_version_by_number_and_fails_in_words(
+    make_root: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    root: Root = make_root(base_model=tiny_base)
+    candidate = trained(tmp_path / "run", tiny_base, {})
+    promote(root.settings.model_dir, candidate, job_id="job", record={})
+    done = root.run("merge", "1", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    again = root.run("merge", "latest", str(tmp_path / "out"))
+    assert again.returncode == 1
+    assert "exists" in again.stderr
+    assert root.run("merge", "9", str(tmp_path / "other")).returncode == 4

@@ -1,0 +1,295 @@
+"""One run, in this process: what it computes, what it refuses, and what it says about itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from daemon.job import FailureKind, Outcome
+from daemon.trainer import loop
+from daemon.trainer.attention import PACKED, use_packed
+from daemon.trainer.data import Collator, Example, flatten, pad
+from daemon.trainer.failure import RunFailure
+from daemon.trainer.loop import held_out_loss
+from daemon.trainer.tensorboard import ScalarWriter, crc32c
+from daemon.trainer.watch import is_spike
+from tests.support.inprocess import Wish, events, rows, specify, train
+
+
+def example(size: int, seed: int) -> Example:
+    ids = torch.randint(10, 500, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Example(input_ids=ids, labels=[-100] * (size // 3) + ids[size // 3 :], line=seed, content_digest="")
+
+
+def adapted(base: Path, **config: Any) -> Any:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **config),
+    )
+    for name, tensor in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(tensor, std=0.02)
+    return model
+
+
+def test_flattened_passes_compute_what_padded_ones_do(tiny_base: Path) -> None:
+    """Loss and every gradient, within float tolerance."""
+    examples = [example(size, size) for size in (30, 7, 19, 2, 30)]
+    gradients, losses = [], []
+    for flat in (False, True):
+        model = adapted(tiny_base)
+        if flat:
+            assert use_packed(model, examples)
+            assert model.get_base_model().config._attn_implementation == PACKED
+        batch = flatten(examples) if flat else pad(examples, 0)
+        loss = model(**batch, num_items_in_batch=50).loss
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_that_mixes_flattened_rows_is_noticed_and_left_as_it_was(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from daemon.trainer import attention
+
+    model = adapted(tiny_base)
+    monkeypatch.setattr(
+        attention, "flatten", lambda rows: {k: v for k, v in flatten(rows).items() if "cu_seq" not in k}
+    )
+    assert not use_packed(model, [example(12, 1), example(9, 2)])
+    assert model.get_base_model().config._attn_implementation == "sdpa"
+
+
+def test_held_out_loss_does_not_depend_on_how_rows_are_divided(tiny_base: Path) -> None:
+    model = adapted(tiny_base)
+    examples = [example(size, size) for size in (30, 7, 19, 2, 64, 33)]
+    losses = [
+        held_out_loss(model, examples, Collator(pad_token_id=0, budget_tokens=budget, pass_tokens=price), Wish())  # type: ignore[arg-type]
+        for budget, price in ((10_000, 10_000), (64, 1), (200, 30))
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_a_run_tells_what_it_does(tiny_base: Path, tmp_path: Path) -> None:
+    content = rows(40)
+    content[5]["messages"] = content[5]["messages"][:-1]  # nothing to learn in this one
+    spec = specify(tmp_path, content, tiny_base)
+    result = train(spec)
+    assert result.outcome is Outcome.SUCCEEDED
+    assert result.steps_run == result.steps_planned >= 4
+    assert result.dropped_rows == 1
+    assert any("lines 6" in warning for warning in result.warnings)
+    assert result.held_out_after is not None
+    assert result.held_out_before is not None
+    assert result.held_out_after < result.held_out_before
+    assert result.trained_share is not None
+    assert 0.05 < result.trained_share < 0.95
+    table = events(spec, "run.planned")[0]["arithmetic"]
+    assert f"{result.rows:,} trained" in table
+    assert "tokens a step" in table
+    assert f"{result.steps_planned:,} = 1 epochs x ceil({result.rows} / 8)" in table
+    assert events(spec, "run.trained")[0]["bookkeeping_share"] < 0.2  # far above what it is; the benchmark measures
+    # A card, a configuration, weights in safetensors, and nothing that would be unpickled.
+    candidate = Path(result.candidate or "")
+    names = {path.name for path in candidate.iterdir()}
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    card = (candidate / "README.md").read_text()
+    assert spec.dataset.digest in card
+    assert f"{result.held_out_after:.4f}" in card
+    # Curves that TensorBoard reads.
+    curves = scalars(next((tmp_path / "run" / "tensorboard").iterdir()))
+    assert [step for step, tag, _ in curves if tag == "train/loss"] == list(range(1, result.steps_run + 1))
+    assert [value for _, tag, value in curves if tag == "held_out/loss"] == pytest.approx(
+        [result.held_out_before, result.held_out_after], rel=1e-4
+    )
+
+
+def scalars(path: Path) -> list[tuple[int, str, float]]:
+    """(step, tag, value) of an events file, its checksums verified."""
+
+    def varint(data: bytes, at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            value |= (data[at] & 0x7F) << shift
+            at += 1
+            if not data[at - 1] & 0x80:
+                return value, at
+            shift += 7
+
+    def fields(data: bytes) -> Iterator[tuple[int, Any]]:
+        at = 0
+        while at < len(data):
+            key, at = varint(data, at)
+            match key & 7:
+                case 0:
+                    value, at = varint(data, at)
+                    yield key >> 3, value
+                case 1:
+                    yield key >> 3, struct.unpack("<d", data[at : at + 8])[0]
+                    at += 8
+                case 5:
+                    yield key >> 3, struct.unpack("<f", data[at : at + 4])[0]
+                    at += 4
+                case _:
+                    size, at = varint(data, at)
+                    yield key >> 3, data[at : at + size]
+                    at += size
+
+    def checked(data: bytes, mask: bytes) -> bytes:
+        value = (struct.unpack("<I", mask)[0] - 0xA282EAD8) & 0xFFFFFFFF
+        assert (value << 15 | value >> 17) & 0xFFFFFFFF == crc32c(data)
+        return data
+
+    data, at, found = path.read_bytes(), 0, []
+    while at < len(data):
+        (size,) = struct.unpack("<Q", checked(data[at : at + 8], data[at + 8 : at + 12]))
+        event = dict(fields(checked(data[at + 12 : at + 12 + size], data[at + 12 + size : at + 16 + size])))
+        at += 16 + size
+        for _, value in fields(event.get(5, b"")):
+            scalar = dict(fields(value))
+            found.append((event.get(2, 0), scalar[1].decode(), scalar[2]))
+    return found
+
+
+def test_the_checksum_is_the_one_that_tensorboard_checks(tmp_path: Path) -> None:
+    assert crc32c(b"123456789") == 0xE3069283
+    ScalarWriter(tmp_path).write(300, {"a": 1.5})
+    assert scalars(next(tmp_path.iterdir())) == [(300, "a", 1.5)]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient norm", "weight"])
+def test_the_first_number_that_is_not_finite_ends_the_run_and_nothing_is_kept(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    spec = specify(tmp_path, rows(40), tiny_base, {"training": {"save_steps": 1}})
+    if where == "loss":
+        compute = loop.RunTrainer.compute_loss
+
+        def poisoned(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+            loss = compute(self, model, inputs, *args, **options)
+            return loss * math.nan if self.state.global_step == 2 else loss
+
+        monkeypatch.setattr(loop.RunTrainer, "compute_loss", poisoned)
+    elif where == "gradient norm":
+        norm = loop.RunTrainer._get_grad_norm
+
+        def infinite(self: Any, *args: Any, **options: Any) -> Any:
+            found = norm(self, *args, **options)
+            self._grad_norm = torch.tensor(math.inf) if self.state.global_step == 2 else found
+            return self._grad_norm
+
+        monkeypatch.setattr(loop.RunTrainer, "_get_grad_norm", infinite)
+    else:
+        run = loop.RunTrainer.run
+
+        def breaking(self: Any, *args: Any) -> int:
+            steps = run(self, *args)
+            next(p for name, p in self.model.named_parameters() if "lora_B" in name).data[0, 0] = math.nan
+            return steps
+
+        monkeypatch.setattr(loop.RunTrainer, "run", breaking)
+    with pytest.raises(RunFailure) as caught:
+        train(spec)
+    assert caught.value.kind is FailureKind.DIVERGED
+    if where != "weight":
+        assert f"the {where} became" in caught.value.message
+        assert "at step 3" in caught.value.message
+        sealed = {path.name for path in (tmp_path / "model").glob("checkpoint-*")}
+        assert "checkpoint-3" not in sealed
+    assert not list((tmp_path / "model").glob("**/candidate-*"))
+
+
+def test_an_adapter_that_learned_nothing_is_no_success(tiny_base: Path, tmp_path: Path) -> None:
+    spec = specify(tmp_path, rows(16), tiny_base, {"training": {"learning_rate": 1e-45}})
+    with pytest.raises(RunFailure, match=r"left the adapter as it was|lora_B is zero"):
+        train(spec)
+
+
+def test_a_loss_spike_is_a_warning_with_its_step(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = loop.RunTrainer.compute_loss
+
+    def spiking(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        loss = compute(self, model, inputs, *args, **options)
+        return loss * 5 if self.state.global_step == 13 else loss
+
+    monkeypatch.setattr(loop.RunTrainer, "compute_loss", spiking)
+    tables = {"training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 15}}
+    spec = specify(tmp_path, rows(40), tiny_base, {**tables, "data": {"max_length": 64, "held_out_fraction": 0.0}})
+    result = train(spec)
+    assert result.spikes == (14,)
+    assert any("spiked at step 14" in warning for warning in result.warnings)
+    assert events(spec, "run.loss_spiked")[0]["step"] == 14
+
+
+def test_noise_is_no_spike() -> None:
+    usual = [2.0 + 0.1 * math.sin(step * 2.4) for step in range(40)]
+    assert not any(is_spike(loss, usual[:at]) for at, loss in enumerate(usual))
+    assert is_spike(6.0, usual)
+    assert not is_spike(6.0, usual[:5])  # too early to know what is usual
+
+
+def test_when_memory_runs_out_a_step_is_divided_further_and_computes_the_same(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First smaller passes, then gradient checkpointing, and only then out_of_memory."""
+    tables = {"training": {"max_steps": 3}, "data": {"held_out_fraction": 0.0}}
+    expected = train(specify(tmp_path / "plenty", rows(24), tiny_base, tables))
+    compute = loop.RunTrainer.compute_loss
+    most: dict[str, Any] = {"tokens": 320, "checkpointed": False}
+
+    def scarce(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if inputs["input_ids"].numel() > most["tokens"] or (most["checkpointed"] and not checkpointed):
+            raise torch.OutOfMemoryError("no memory")
+        return compute(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(loop.RunTrainer, "compute_loss", scarce)
+    spec = specify(tmp_path / "scarce", rows(24), tiny_base, tables)
+    result = train(spec)
+    assert events(spec, "run.passes_halved")
+    assert result.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
+    assert result.lora_norm == pytest.approx(expected.lora_norm, rel=1e-2)
+
+    most["checkpointed"] = True
+    spec = specify(tmp_path / "scarcer", rows(24), tiny_base, tables)
+    result = train(spec)
+    assert events(spec, "run.gradient_checkpointing_enabled")
+    assert result.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
+
+    most["tokens"] = 8
+    with pytest.raises(RunFailure) as caught:
+        train(specify(tmp_path / "none", rows(24), tiny_base, tables))
+    assert caught.value.kind is FailureKind.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(
+    "lora", [{"use_dora": True}, {"use_rslora": True, "r": 4}, {"modules_to_save": ["lm_head"]}, {"lora_dropout": 0.1}]
+)
+def test_kinds_of_adapters_are_trained_and_load(tiny_base: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    from peft import PeftModel
+
+    tables = {"lora": lora, "training": {"max_steps": 2}, "data": {"held_out_fraction": 0.0}}
+    result = train(specify(tmp_path, rows(16), tiny_base, tables))
+    assert result.outcome is Outcome.SUCCEEDED
+    config = json.loads((Path(result.candidate or "") / "adapter_config.json").read_text())
+    assert {name: config[name] for name in lora} == lora
+    layers = {name.rpartition(".")[2] for name in config["target_modules"]}
+    assert layers >= {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"}
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), result.candidate)

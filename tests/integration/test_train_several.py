@@ -1,0 +1,95 @@
+"""Two processes that share each step: the same rows, the same run, resumed from where one process left it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from daemon.config import Recipe
+from daemon.job import Outcome, RunResult, RunSpec, from_json, to_json
+from daemon.trainer.watch import LossWatch
+from tests.support.inprocess import Wish, events, recipe, rows, specify, train
+from tests.support.root import environment
+
+ONE = {"training": {"save_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}}
+TWO = {"training": {**ONE["training"], "gradient_accumulation_steps": 1, "num_processes": 2}}
+
+
+def launch(spec: RunSpec) -> RunResult:
+    run_dir = Path(spec.run_dir)
+    (run_dir / "run.json").write_text(to_json(spec))
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "daemon.trainer", str(run_dir)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env=environment(),
+    )
+    assert (run_dir / "result.json").exists(), done.stderr[-3000:]
+    return from_json((run_dir / "result.json").read_bytes(), RunResult)
+
+
+def test_two_processes_take_over_a_run_of_one_and_end_where_it_would_have(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same fingerprint (so: resumed, nothing cleared), the same steps, the same weights within float tolerance."""
+    content = rows(60)
+    expected = train(specify(tmp_path / "whole", content, tiny_base, ONE))
+
+    wish = Wish()
+    ended = LossWatch.on_step_end
+
+    def stopping(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wish.requested = state.global_step >= 3
+        ended(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(LossWatch, "on_step_end", stopping)
+    spec = specify(tmp_path / "shared", content, tiny_base, ONE)
+    begun = train(spec, wish)
+    assert (begun.outcome, begun.steps_run) == (Outcome.INTERRUPTED, 3)
+
+    shared = replace(spec, attempt=2, recipe=recipe(tiny_base, TWO).model_dump(mode="json"))
+    result = launch(shared)
+    assert result.outcome is Outcome.SUCCEEDED, result
+    assert result.verdict == "resume"
+    assert result.resumed_from == "checkpoint-3"
+    assert result.cleared == 0
+    assert result.steps_run == result.steps_planned == expected.steps_run
+    assert result.rows == expected.rows
+    assert result.held_out_before == pytest.approx(expected.held_out_before, rel=1e-5)
+    assert result.held_out_after == pytest.approx(expected.held_out_after, rel=1e-3)
+    ours, theirs = (load_file(Path(one.candidate or "") / "adapter_model.safetensors") for one in (result, expected))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=2e-2, atol=2e-3)
+    # One voice: each step is told once, by process 0.
+    told = [event["step"] for event in events(shared, "run.stepped")]
+    assert told == list(range(1, expected.steps_run + 1))
+    assert json.loads((tmp_path / "shared" / "run" / "process-1" / "result.json").read_text())["outcome"] == "succeeded"
+
+
+def test_the_number_of_processes_is_no_part_of_a_runs_identity(tiny_base: Path) -> None:
+    from daemon.fingerprint import fingerprint_run
+    from daemon.job import Dataset
+
+    def identity(chosen: Recipe) -> str:
+        return fingerprint_run(
+            dataset=Dataset(name="x", path="/x", size_bytes=1, rows=1, digest="00", format="text"),
+            recipe=chosen,
+            base_path=tiny_base,
+            base_revision=None,
+            parent_version=None,
+            parent_digest=None,
+            precision="float32",
+        ).identity_digest
+
+    assert identity(recipe(tiny_base, ONE)) == identity(recipe(tiny_base, TWO))
+    assert identity(recipe(tiny_base, ONE)) != identity(recipe(tiny_base, {"training": {"num_processes": 2}}))

@@ -1,0 +1,87 @@
+"""The real trainer's run inside the test's own process, where starting a process is not the point."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from daemon.config import Recipe
+from daemon.init import examples_dir
+from daemon.job import RUN_SPEC_VERSION, Dataset, RunResult, RunSpec
+from daemon.trainer.failure import Interrupted
+from daemon.trainer.report import Reporter
+from guard import digest_file
+
+QUICK: Mapping[str, Mapping[str, Any]] = {
+    "training": {"learning_rate": 3e-3, "logging_steps": 1, "save_steps": 1000},
+    "data": {"max_length": 160, "held_out_fraction": 0.1},
+}
+
+
+class Wish:
+    """A stop flag that a test sets; the real one would take the test process's signals."""
+
+    requested = False
+
+    def check(self) -> None:
+        if self.requested:
+            raise Interrupted
+
+
+def rows(count: int, start: int = 0, name: str = "gsm8k_messages.jsonl") -> list[dict[str, Any]]:
+    lines = (examples_dir() / name).read_text().splitlines()
+    return [json.loads(line) for line in lines[start : start + count]]
+
+
+def recipe(base: Path, tables: Mapping[str, Mapping[str, Any]] | None = None) -> Recipe:
+    merged = {name: dict(values) for name, values in QUICK.items()}
+    for name, values in (tables or {}).items():
+        merged.setdefault(name, {}).update(values)
+    merged.setdefault("model", {})["model_name_or_path"] = str(base)
+    return Recipe.model_validate(merged)
+
+
+def specify(
+    folder: Path,
+    content: list[dict[str, Any]],
+    base: Path,
+    tables: Mapping[str, Mapping[str, Any]] | None = None,
+    format_: str = "messages",
+) -> RunSpec:
+    """A run over `content` in `folder`: rows.jsonl, run/ and model/ beside each other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    for name in ("run", "model", "state"):
+        (folder / name).mkdir(exist_ok=True)
+    dataset = Dataset(
+        name=path.name,
+        path=str(path),
+        size_bytes=path.stat().st_size,
+        rows=len(content),
+        digest=digest_file(path).blake3_hex,
+        format=format_,
+    )
+    return RunSpec(
+        schema_version=RUN_SPEC_VERSION,
+        job_id="job",
+        attempt=1,
+        dataset=dataset,
+        recipe=recipe(base, tables).model_dump(mode="json"),
+        run_dir=str(folder / "run"),
+        model_dir=str(folder / "model"),
+        state_dir=str(folder / "state"),
+    )
+
+
+def train(spec: RunSpec, wish: Wish | None = None) -> RunResult:
+    from daemon.trainer.train import train as run
+
+    return run(spec, Reporter(Path(spec.run_dir)), wish or Wish())  # type: ignore[arg-type]
+
+
+def events(spec: RunSpec, name: str = "") -> list[dict[str, Any]]:
+    lines = (Path(spec.run_dir) / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"].startswith(name)]

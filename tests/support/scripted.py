@@ -1,0 +1,38 @@
+"""A trainer for the executors' tests: does what `script` in its run directory says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def act(run_dir: Path) -> int:
+    script = json.loads((run_dir / "script").read_text())
+    print("a line for the log", flush=True)
+    facts = {"pid": os.getpid(), "parent": os.getppid(), "group": os.getpgid(0), "stdin": sys.stdin.read()}
+    if script.get("child"):
+        child = subprocess.Popen(["sleep", "1000"])
+        facts["child"] = child.pid
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    beside = run_dir / ".facts"
+    beside.write_text(json.dumps(facts))
+    beside.rename(run_dir / "facts")
+    while script.get("wait") and not asked:
+        time.sleep(0.01)
+    if asked:
+        return 75
+    if script.get("kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if script.get("raise"):
+        raise ValueError("as scripted")
+    return int(script.get("code", 0))
+
+
+if __name__ == "__main__":
+    sys.exit(act(Path(sys.argv[1])))
