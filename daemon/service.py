@@ -9,7 +9,8 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import replace
-from typing import Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 import guard
 from daemon import config, gpu, logs, people, versions
@@ -19,6 +20,7 @@ from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
 from daemon.gpulock import GpuLock
+from daemon.gpuprobe import GpuProbe
 from daemon.holds import HoldKind
 from daemon.hooks import Hooks
 from daemon.intake import Intake
@@ -38,6 +40,9 @@ from daemon.status import (
     write_status,
 )
 
+if TYPE_CHECKING:  # its library is imported only where metrics are wanted
+    from daemon.metrics import Reporter
+
 BUSY_SECONDS = 0.25  # between two looks at a running trainer's progress
 PRUNE_SECONDS = 600.0  # between two batches of old jobs that are forgotten
 STOP_GRACE_SECONDS = 30.0  # asked of systemd at each tick of a stop; our own stop_timeout is what ends the wait
@@ -47,7 +52,9 @@ REFRESH_SECONDS = 60.0  # the current version is read again at least so often, w
 class Service:
     """One daemon on one root. `run` returns the exit code; everything before it raises DropforgeError."""
 
-    def __init__(self, settings: Settings, *, log: Any, executor: Executor | None = None) -> None:
+    def __init__(
+        self, settings: Settings, *, log: Any, executor: Executor | None = None, metrics: Reporter | None = None
+    ) -> None:
         self.settings = settings
         self.log = log
         self.bell = Bell()
@@ -63,6 +70,8 @@ class Service:
         self._model_read = 0.0
         self._status_failed = False
         self._losses = LossHistory()
+        self._gpus = GpuProbe()
+        self._metrics = metrics
         self._ticks = 0
         self._next_prune = 0.0
         self._ended: list[Job] = []  # jobs in a final state when serving ended
@@ -119,6 +128,7 @@ class Service:
             self.intake.close()
             self._executor.close()
             self.hooks.close()
+            self._gpus.close()
             self._publish(status="stopped", reason="", force=True)
             self.log.info("daemon.stopped")
             self.store.close()
@@ -206,6 +216,9 @@ class Service:
         due = now - self._published >= self.settings.status.status_interval
         if not (force or due or shown != self._last):
             return
+        if self._metrics is not None and status != "starting":
+            waited = _waited_seconds(self.scheduler.run.job) if self.scheduler.run else None
+            self._metrics.publish(snapshot, overflows=self.intake.view().overflows, waited_seconds=waited)
         try:
             write_status(self.settings.status_path, snapshot)
         except OSError as error:
@@ -253,6 +266,7 @@ class Service:
             left_alone=tuple({"file": item.name, "reason": item.reason} for item in view.left_alone[:WAITING_FILES]),
             recent=tuple(finished_job(job) for job in self.store.recent(RECENT_JOBS)),
             model=self._current_model(),
+            gpu=self._gpus.look(),
             warnings=tuple(view.warnings),
         )
 
@@ -310,3 +324,10 @@ class Service:
 
     def _on_child(self, number: int, frame: object) -> None:
         self.bell.set()
+
+
+def _waited_seconds(job: Job) -> float | None:
+    """From the claim of a job's file to the start of its latest attempt."""
+    if job.started_at is None or not job.created_at:
+        return None
+    return (datetime.fromisoformat(job.started_at) - datetime.fromisoformat(job.created_at)).total_seconds()

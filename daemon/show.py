@@ -8,8 +8,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from daemon.config import Settings
+from daemon.doctor import Finding
 from daemon.job import Event, Job, JobState, run_dir
 from daemon.text import escape
 from daemon.versions import Version
@@ -27,39 +29,64 @@ STATE_STYLES = {
 
 def status(snapshot: Mapping[str, Any]) -> RenderableType:
     """status.json for people."""
-    alive = bool(snapshot.get("alive"))
-    said = snapshot["status"] if alive or snapshot["status"] == "stopped" else "dead"
-    style = {"training": "cyan", "idle": "green", "dead": "bold red", "stopped": "yellow"}.get(said, "blue")
-    head = Text.assemble(
-        (said, style),
-        f"  {escape(str(snapshot['reason']))}" if snapshot.get("reason") and alive else "",
-        f"  pid {snapshot['pid']}, heartbeat {snapshot['age_seconds']:.0f} s ago" if alive else "",
-    )
-    if said == "dead":
-        head.append(f"  the daemon (pid {snapshot['pid']}) is gone; its last heartbeat was at {snapshot['timestamp']}")
-    parts: list[RenderableType] = [head]
+    parts: list[RenderableType] = [headline(snapshot)]
     grid = _grid()
     counts = {name: number for name, number in snapshot.get("queue", {}).items() if number}
-    grid.add_row("queue", ", ".join(f"{number} {name}" for name, number in counts.items()) or "empty")
+    grid.add_row("queue", ", ".join(f"{number} {escape(str(name))}" for name, number in counts.items()) or "empty")
     model = snapshot.get("model")
     grid.add_row(
-        "model", f"version {model['version']}, from {escape(str(model['dataset']))}" if model else "no version yet"
+        "model",
+        f"version {escape(str(model['version']))}, from {escape(str(model['dataset']))}" if model else "no version yet",
     )
-    grid.add_row("watching", str(snapshot.get("watch_mode") or "not watching"))
+    alive = bool(snapshot.get("alive"))
+    if alive:
+        grid.add_row("watching", escape(str(snapshot.get("watch_mode") or "not watching")))
     job = snapshot.get("job")
     if job and alive:
-        grid.add_row("job", f"{job['id']}  {job['dataset']}  attempt {job['attempt']}")
+        grid.add_row("job", f"{escape(str(job['id']))}  {escape(str(job['dataset']))}  attempt {job['attempt']}")
         grid.add_row("", progress_line(job))
-    for item in snapshot.get("waiting", ())[:10]:
-        grid.add_row("waiting", f"{escape(str(item['file']))}: {escape(str(item['reason']))}")
-    for item in snapshot.get("left_alone", ())[:10]:
-        grid.add_row("left alone", f"{escape(str(item['file']))}: {escape(str(item['reason']))}")
-    for warning in snapshot.get("warnings", ()):
-        grid.add_row("warning", Text(escape(str(warning)), style="yellow"))
+    for name in ("waiting", "left_alone"):
+        found = snapshot.get(name, ())
+        for item in found[:10]:
+            grid.add_row(name.replace("_", " "), f"{escape(str(item['file']))}: {escape(str(item['reason']))}")
+        if len(found) > 10:
+            grid.add_row("", f"and {len(found) - 10} more")
+    for warning in snapshot.get("warnings", ())[:10] if alive else ():
+        grid.add_row("warning", Text(escape(str(warning), most=400), style="yellow"))
     parts.append(grid)
     if snapshot.get("recent"):
-        parts.append(_recent(snapshot["recent"][:10]))
+        parts += ["", recent(snapshot["recent"][:10])]
     return Group(*parts)
+
+
+def headline(snapshot: Mapping[str, Any]) -> Text:
+    """What the daemon does, or that it is dead, whatever the file claims."""
+    liveness = snapshot.get("liveness")
+    what = str(snapshot["status"]) if liveness in ("alive", "stopped") else str(liveness)
+    style = STATUS_STYLES.get(what, "blue")
+    head = Text.assemble((what, style))
+    if liveness == "alive":
+        if snapshot.get("reason"):
+            head.append(f"  {escape(str(snapshot['reason']))}")
+        head.append(f"  pid {snapshot['pid']}, heartbeat {snapshot['age_seconds']:.0f} s ago", style="dim")
+    elif liveness == "hung":
+        head.append(f"  pid {snapshot['pid']} is there, but its last heartbeat was {snapshot['age_seconds']:.0f} s ago")
+    elif liveness == "dead":
+        head.append(
+            f"  the daemon (pid {snapshot['pid']}) is gone; its last heartbeat was at {escape(str(snapshot['timestamp']))}"
+        )
+    return head
+
+
+STATUS_STYLES = {
+    "training": "bold cyan",
+    "idle": "green",
+    "waiting": "blue",
+    "paused": "yellow",
+    "stopped": "yellow",
+    "dead": "bold red",
+    "hung": "bold red",
+}
 
 
 def progress_line(job: Mapping[str, Any]) -> str:
@@ -78,25 +105,27 @@ def progress_line(job: Mapping[str, Any]) -> str:
     return line
 
 
-def jobs(found: Sequence[Job]) -> Table:
-    """One line a job."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("job", no_wrap=True)
-    for name in ("dataset", "state", "rows", "steps", "held-out loss", "version", "reason"):
-        table.add_column(name, overflow="fold")
+def jobs(found: Sequence[Job]) -> RenderableType:
+    """One line a job; below the table, why those that did not succeed are where they are."""
+    rows = []
     for item in found:
         result = item.result
-        table.add_row(
-            item.id,
-            Text(escape(item.name, most=60)),
-            Text(item.state.value, style=STATE_STYLES[item.state]),
-            str(item.dataset.rows) if item.dataset else "",
-            f"{result.steps_run}/{result.steps_planned}" if result and result.steps_planned else "",
-            losses(result.held_out_before, result.held_out_after) if result else "",
-            item.version or "",
-            Text(escape(item.reason, most=120)),
+        rows.append(
+            (
+                Text(item.id),
+                Text(escape(item.name, most=60)),
+                Text(item.state.value, style=STATE_STYLES[item.state]),
+                Text(f"{result.steps_run}/{result.steps_planned}" if result and result.steps_planned else ""),
+                Text(losses(result.held_out_before, result.held_out_after) if result else ""),
+                Text(item.version or ""),
+            )
         )
-    return table
+    table = _job_table(rows)
+    grid = _grid()
+    for item in found:
+        if item.state is not JobState.SUCCEEDED and item.reason:
+            grid.add_row(item.id, Text(escape(item.reason, most=300)))
+    return Group(table, "", grid) if grid.row_count else table
 
 
 def job(item: Job, events: Sequence[Event], settings: Settings) -> RenderableType:
@@ -140,23 +169,40 @@ def job(item: Job, events: Sequence[Event], settings: Settings) -> RenderableTyp
     return Group(grid, "", moves)
 
 
-def versions(found: Sequence[Version], current: Version | None) -> Table:
-    """One line a version."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("version", "from", "dataset", "rows", "steps", "held-out loss", "created"):
-        table.add_column(name, overflow="fold")
-    for item in found:
+def versions(found: Sequence[Version], current: Version | None) -> RenderableType:
+    """The lineage as a tree: each version below the one whose weights it continued."""
+    tree = Tree("base model", guide_style="dim")
+    branches: dict[str, Tree] = {}
+    for item in found:  # oldest first: a parent comes before its children
         record = item.record
-        table.add_row(
-            f"{item.name} *" if current and item.name == current.name else item.name,
-            str(record.get("parent") or "base"),
-            Text(escape(str(record.get("dataset", "")), most=60)),
-            str(record.get("rows", "")),
-            str(record.get("steps", "")),
-            losses(record.get("held_out_before"), record.get("held_out_after")),
-            str(record.get("created_at", "")),
+        is_current = current is not None and item.name == current.name
+        label = Text.assemble(
+            (item.name, "bold green" if is_current else "bold"),
+            ("  current" if is_current else "", "green"),
+            f"  {losses(record.get('held_out_before'), record.get('held_out_after')) or 'no held-out loss'}",
+            f"  {escape(str(record.get('dataset', '')), most=30)}",
+            (f"  {record.get('steps', '?')} steps", "dim"),
+            (f"  {str(record.get('created_at', ''))[:16].replace('T', ' ')}", "dim"),
         )
-    return table
+        label.no_wrap, label.overflow = True, "ellipsis"
+        parent = branches.get(str(record.get("parent")), tree)
+        branches[item.name] = parent.add(label)
+    return tree
+
+
+def findings(found: Sequence[Finding]) -> RenderableType:
+    """What the doctor found, worst last in each line's own words."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    for item in found:
+        told = Text(escape(item.told, most=400))
+        if item.hint:
+            told.append(f"\n-> {escape(item.hint, most=400)}", style="dim")
+        grid.add_row(Text(item.verdict.value, style=styles[item.verdict.value]), item.name, told)
+    return grid
 
 
 def losses(before: float | None, after: float | None) -> str:
@@ -166,20 +212,35 @@ def losses(before: float | None, after: float | None) -> str:
     return f"{before:.3f} -> {after:.3f}"
 
 
-def _recent(entries: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title="recent", title_justify="left")
-    table.add_column("job", no_wrap=True)
-    for name in ("dataset", "state", "steps", "held-out loss", "version"):
-        table.add_column(name, overflow="fold")
+def recent(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """The last jobs of a status file."""
+    rows = []
     for entry in entries:
-        table.add_row(
-            entry["id"],
-            Text(str(entry["dataset"])),
-            Text(entry["state"], style=STATE_STYLES[JobState(entry["state"])]),
-            str(entry["steps"] or ""),
-            losses(entry.get("held_out_before"), entry.get("held_out_after")),
-            entry["version"] or "",
+        state = str(entry["state"])
+        rows.append(
+            (
+                Text(escape(str(entry["id"]))),
+                Text(escape(str(entry["dataset"]), most=60)),
+                Text(escape(state), style=STATE_STYLES[JobState(state)] if state in set(JobState) else ""),
+                Text(str(entry.get("steps") or "")),
+                Text(losses(entry.get("held_out_before"), entry.get("held_out_after"))),
+                Text(escape(str(entry.get("version") or ""))),
+            )
         )
+    return _job_table(rows)
+
+
+def _job_table(rows: Sequence[tuple[Text, ...]]) -> Table:
+    """A table for 80 columns: where room is short the dataset's name gives way, and nothing wraps."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("job", "dataset", "state", "steps", "held-out loss", "version"):
+        # Columns that may wrap give way first; the cell's own text then refuses to.
+        table.add_column(
+            name, no_wrap=name != "dataset", justify="right" if name == "steps" else "left", min_width=len(name)
+        )
+    for row in rows:
+        row[1].no_wrap, row[1].overflow = True, "ellipsis"
+        table.add_row(*row)
     return table
 
 

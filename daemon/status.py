@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypedDict, cast
 import msgspec
 from msgspec import Meta
 
+from daemon.gpuprobe import Gpu
 from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
 from daemon.text import escape, finite
@@ -131,6 +132,7 @@ class StatusSnapshot:
     left_alone: Annotated[tuple[LeftAlone, ...], Meta(max_length=WAITING_FILES)] = ()
     recent: Annotated[tuple[FinishedJob, ...], Meta(max_length=RECENT_JOBS)] = ()
     model: CurrentModel | None = None
+    gpu: Annotated[tuple[Gpu, ...], Meta(description="As nvidia-smi tells; empty without it.")] = ()
     warnings: Annotated[tuple[str, ...], Meta(max_length=WARNINGS)] = ()
 
 

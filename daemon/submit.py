@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from daemon.config import Settings
 from daemon.errors import DropforgeError, NotFound, TryLater
@@ -17,6 +20,8 @@ from daemon.text import escape
 from guard.atomic import fsync_dir
 
 POLL_SECONDS = 0.2
+COPY_BYTES = 4 * 2**20
+PROGRESS_BYTES = 32 * 2**20  # a smaller file is copied before a bar is drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +50,7 @@ def submit(settings: Settings, file: Path, *, priority: Priority, force: bool) -
     folder.mkdir(exist_ok=True)
     hidden = folder / f".submit-{os.getpid()}-{time.monotonic_ns()}.part"
     try:
-        shutil.copyfile(file, hidden)
-        with hidden.open("rb") as written:
-            os.fsync(written.fileno())
-        inode = hidden.stat().st_ino
+        inode = _copy(file, hidden)
         placed = _place(hidden, folder, file.name, force=force)
     except OSError as error:
         raise DropforgeError(operation="submit to", subject=folder, cause=error.strerror or str(error)) from error
@@ -56,6 +58,29 @@ def submit(settings: Settings, file: Path, *, priority: Priority, force: bool) -
         hidden.unlink(missing_ok=True)
     fsync_dir(folder)
     return Placed(path=placed, inode=inode)
+
+
+def _copy(file: Path, hidden: Path) -> int:
+    """Copy and fsync, with a progress bar on a terminal when it takes long; returns the copy's inode. Raises OSError."""
+    size = file.stat().st_size
+    shown = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=size < PROGRESS_BYTES or not sys.stderr.isatty(),
+    )
+    with file.open("rb") as source, hidden.open("xb") as target, shown:
+        task = shown.add_task("copying", total=size)
+        while block := source.read(COPY_BYTES):
+            target.write(block)
+            shown.update(task, advance=len(block))
+        target.flush()
+        os.fsync(target.fileno())
+        return os.fstat(target.fileno()).st_ino
 
 
 def _place(hidden: Path, folder: Path, name: str, *, force: bool) -> Path:

@@ -19,6 +19,7 @@ from daemon.errors import DropforgeError, NotFound
 from daemon.job import utc_now
 from guard.atomic import append_line_durable, fsync_dir, fsync_tree, rename_durable, write_atomic
 from guard.digest import digest_file
+from guard.lock import require_lock
 
 VERSIONS = "versions"
 LATEST = "latest"
@@ -118,6 +119,21 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
     return version
 
 
+def rollback(model_dir: Path, name: str) -> Version:
+    """Make the version called `name` the current one; the caller holds the model lock. A no-op when it is already.
+
+    The lineage says so first: after a crash between the two, the same call carries on. Raises NotFound.
+    """
+    require_lock(model_dir, "roll back")
+    version, replaced = find_version(model_dir, name), current_version(model_dir)
+    if replaced is not None and replaced.name == version.name:
+        return version
+    line = {"event": "rolled_back", "version": version.name, "replaced": replaced.name if replaced else None}
+    append_line_durable(model_dir / LINEAGE, json.dumps({**line, "at": utc_now()}))
+    point_latest(model_dir, version)
+    return version
+
+
 def point_latest(model_dir: Path, version: Version) -> None:
     """Swap `latest` to `version` and make the model directory's own links follow it.
 
@@ -154,7 +170,8 @@ def _record_lineage(model_dir: Path, version: Version) -> None:
     path = model_dir / LINEAGE
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            if json.loads(line).get("version") == version.name:
+            entry = json.loads(line)
+            if entry.get("version") == version.name and entry.get("event") == "promoted":
                 return
         except (ValueError, AttributeError):
             continue  # a line torn by a crash; append_line_durable ends it and the record follows

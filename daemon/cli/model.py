@@ -1,24 +1,32 @@
-"""Commands about the model directory: versions, merge, guard."""
+"""Commands about the model directory: versions, rollback, merge, guard."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import guard
 from daemon import show, versions
 from daemon.cli.common import JsonFlag, app, print_json
 from daemon.cli.common import out as out_console
-from daemon.errors import DropforgeError
+from daemon.config import Settings
+from daemon.errors import DropforgeError, TryLater
+from daemon.job import JobState
+from daemon.store import JobStore
+from daemon.text import escape
+
+WAIT_SECONDS = 0.05  # between two attempts; a promotion is followed by seconds of a trainer's start
 
 
 @app.command("versions")
 def list_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
-    """List finished adapters, oldest first; the current one is marked."""
+    """Show finished adapters as a tree: which continued which, and their held-out losses before and after."""
     model_dir = context.obj.settings.model_dir
     found = versions.list_versions(model_dir)
     current = versions.current_version(model_dir)
@@ -65,6 +73,52 @@ def merge(
         )
     out_size = f"{told['parameters']:,} parameters, {told['size_bytes'] / 1e6:,.1f} MB"
     out_console.print(f"version {found.name} merged into {out}: {out_size}")
+
+
+@app.command()
+def rollback(
+    context: typer.Context,
+    version: Annotated[str, typer.Argument(help="An earlier version: 0003, or 3.")],
+    after_job: Annotated[bool, typer.Option("--after-job", help="Wait until the running job has ended.")] = False,
+) -> None:
+    """Make an earlier version the current one. The next dataset continues from it; nothing is deleted."""
+    settings: Settings = context.obj.settings
+    versions.find_version(settings.model_dir, version)  # before any waiting
+    told = False
+    while True:
+        running = _running(settings)
+        if not running:
+            try:
+                with guard.ModelLock(settings.model_dir, owner="rollback"):
+                    done = versions.rollback(settings.model_dir, version)
+                break
+            except guard.ModelLocked as error:
+                running = error.cause
+        if not after_job:
+            raise TryLater(
+                operation="roll back",
+                cause=running,
+                hint="--after-job waits for its end; `dropforge cancel` ends it",
+            )
+        if not told:
+            out_console.print(f"waiting: {running}", markup=False)
+            told = True
+        time.sleep(WAIT_SECONDS)
+    out_console.print(
+        f"version {done.name} is current now: {escape(str(done.record.get('dataset', '')))}", markup=False
+    )
+
+
+def _running(settings: Settings) -> str:
+    """Which job runs, or was running when its daemon died: its promotion may be half done."""
+    if not settings.store_path.exists():
+        return ""
+    store = JobStore(settings.store_path)
+    try:
+        running = store.jobs({JobState.RUNNING}, limit=1)
+    finally:
+        store.close()
+    return f"job {running[0].id} is running" if running else ""
 
 
 @app.command(

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from daemon import config, show
 from daemon.cli.common import JsonFlag, Place, app, out, print_json
 from daemon.errors import DropforgeError, NotFound
-from daemon.status import read_status
+from daemon.status import Liveness, read_status
 from daemon.text import escape
 
 
@@ -42,13 +43,19 @@ def run(
     from daemon.service import Service
 
     settings = context.obj.settings
+    wanted = settings.metrics.port is not None or settings.metrics.textfile is not None
+    if wanted:
+        from daemon.metrics import Metrics, Reporter
+
+        metrics = Metrics()
     try:
-        log = logs.configure(settings)
+        log = logs.configure(settings, listeners=[metrics.hear] if wanted else [])
     except OSError as error:
         raise DropforgeError(
             operation="open the log", subject=settings.log_path, cause=str(error), hint="may this user write there?"
         ) from error
-    raise typer.Exit(Service(settings, log=log).run(once=once))
+    reporter = Reporter(metrics, settings.metrics, settings.root, log) if wanted else None
+    raise typer.Exit(Service(settings, log=log, metrics=reporter).run(once=once))
 
 
 @app.command()
@@ -64,12 +71,21 @@ def demo(
 
 
 @app.command()
-def status(context: typer.Context, as_json: JsonFlag = False) -> None:
-    """Is it alive, what does it do, what waits and why."""
+def status(
+    context: typer.Context,
+    as_json: JsonFlag = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="A live screen, until Ctrl-C.")] = False,
+) -> None:
+    """Is it alive, what does it do, what waits and why. Exit 1 when the daemon died or hangs."""
     settings = context.obj.settings
+    if watch:
+        from daemon.watchscreen import watch as watch_screen
+
+        watch_screen(settings.status_path, Console(highlight=False))
+        return
     try:
         snapshot = read_status(settings.status_path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise DropforgeError(
             operation="read", subject=settings.status_path, cause=str(error), hint="the daemon replaces it when it runs"
         ) from error
@@ -84,3 +100,4 @@ def status(context: typer.Context, as_json: JsonFlag = False) -> None:
         print_json(snapshot)
     else:
         out.print(show.status(snapshot))
+    raise typer.Exit(0 if snapshot["liveness"] in (Liveness.ALIVE, Liveness.STOPPED) else 1)

@@ -1,0 +1,311 @@
+"""`dropforge doctor`: what would bite, before it does. Each check gives one finding: ok, warn or fail, and what to do.
+
+It looks as the user who runs it; run it as the service's user to learn what the service will meet.
+"""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from daemon import config
+from daemon.config import Settings
+from daemon.errors import DropforgeError
+from daemon.watch import remote_type
+
+TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
+IMPORT_TIMEOUT_SECONDS = 120.0
+LEAST_FREE_BYTES, LITTLE_FREE_BYTES = 2**30, 10 * 2**30
+LEAST_INOTIFY_WATCHES, LEAST_INOTIFY_INSTANCES = 1024, 16
+OLDEST_SYSTEMD = 252
+EARLIEST_CLOCK = 1_767_225_600  # 2026: a clock before this was never set
+# What a trainer would meet; in a process of its own, because only the trainer's packages import torch.
+_PROBE = """
+import json, torch, transformers, peft
+found = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": []}
+if torch.cuda.is_available():
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        found["devices"].append([torch.cuda.get_device_name(number), free, total])
+print(json.dumps(found))
+"""
+
+
+class Verdict(StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line."""
+
+    name: str
+    verdict: Verdict
+    told: str
+    hint: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+
+def examine(root: Path) -> list[Finding]:
+    """Run every check on `root`; a check that breaks is a finding itself."""
+    try:
+        settings = config.load(root)
+    except DropforgeError as error:
+        return [_fail("settings", error.sentence, error.hint), *_guarded("python", _python, None)]
+    found = [_ok("settings", f"{root / config.CONFIG_NAME} is valid")]
+    if not (root / config.CONFIG_NAME).exists():
+        found = [_warn("settings", f"{root} has no {config.CONFIG_NAME}: all is at its default", "`dropforge init`")]
+    for name, check in CHECKS.items():
+        found += _guarded(name, check, settings)
+    return found
+
+
+def _guarded(name: str, check: Callable[[Any], Iterator[Finding]], settings: Settings | None) -> list[Finding]:
+    try:
+        return list(check(settings))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return [_warn(name, f"could not be checked: {error}", "")]
+
+
+def _python(settings: Settings | None) -> Iterator[Finding]:
+    told = f"Python {sys.version.split()[0]}, dropforge {_version('dropforge') or 'not installed as a package'}"
+    yield (
+        _ok("python", told) if sys.version_info >= (3, 11) else _fail("python", told, "Python 3.11 or newer is needed")
+    )
+
+
+def _packages(settings: Settings) -> Iterator[Finding]:
+    ours = tuple(settings.executor.command) == tuple(config.ExecutorSettings().command)
+    missing = [name for name in TRAINING_PACKAGES if _version(name) is None]
+    told = ", ".join(f"{name} {_version(name)}" for name in TRAINING_PACKAGES if _version(name))
+    if missing and ours:
+        yield _fail("packages", f"missing: {', '.join(missing)}", "`pip install 'dropforge[train]'`")
+    elif missing:
+        yield _ok("packages", f"the trainer has an environment of its own: {settings.executor.command[0]}")
+    else:
+        yield _ok("packages", told)
+
+
+def _gpu(settings: Settings) -> Iterator[Finding]:
+    driver = Path("/proc/driver/nvidia/version")
+    has_card = driver.exists() or any(Path("/dev").glob("nvidia[0-9]*"))
+    if _version("torch") is None:
+        return
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _PROBE],
+        capture_output=True,
+        text=True,
+        timeout=IMPORT_TIMEOUT_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        yield _fail("torch", f"cannot be imported: {last}", "reinstall the training packages: `make setup`")
+        return
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["devices"]:
+        for name, free, total in found["devices"]:
+            yield _ok("gpu", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {found['cuda']}")
+    elif has_card:
+        told = f"there is an NVIDIA card, but torch {found['torch']} (CUDA {found['cuda']}) does not see it"
+        yield _fail("gpu", told, "is torch a build for this driver's CUDA? May this user open /dev/nvidia*?")
+    else:
+        yield _warn("gpu", "no GPU: training runs on the CPU", "fine for a first try; real models want a GPU")
+    if driver.exists():
+        yield _ok("driver", driver.read_text(encoding="utf-8", errors="replace").splitlines()[0])
+
+
+def _disk(settings: Settings) -> Iterator[Finding]:
+    seen: set[int] = set()
+    for folder in (settings.model_dir, settings.inbox_dir, settings.state_dir):
+        existing = _nearest(folder)
+        device = existing.stat().st_dev
+        if device in seen:
+            continue
+        seen.add(device)
+        free = shutil.disk_usage(existing).free
+        told = f"{free / 2**30:.1f} GiB free for {folder}"
+        if free < LEAST_FREE_BYTES:
+            yield _fail("disk", told, "checkpoints need room; free some, or move [paths] to another disk")
+        elif free < LITTLE_FREE_BYTES:
+            yield _warn("disk", told, "a large model's checkpoints may not fit")
+        else:
+            yield _ok("disk", told)
+
+
+def _inotify(settings: Settings) -> Iterator[Finding]:
+    limits = Path("/proc/sys/fs/inotify")
+    watches = int((limits / "max_user_watches").read_text())
+    instances = int((limits / "max_user_instances").read_text())
+    told = f"{watches} watches, {instances} instances a user"
+    if watches < LEAST_INOTIFY_WATCHES or instances < LEAST_INOTIFY_INSTANCES:
+        yield _warn("inotify", told, "`sysctl fs.inotify.max_user_watches=65536 fs.inotify.max_user_instances=256`")
+    else:
+        yield _ok("inotify", told)
+
+
+def _inbox(settings: Settings) -> Iterator[Finding]:
+    folder = settings.inbox_dir
+    if not folder.is_dir():
+        yield _warn("inbox", f"{folder} does not exist", "the daemon makes it at its start")
+        return
+    kind = remote_type(folder)
+    if kind is not None:
+        yield _warn(
+            "inbox", f"{folder} is on {kind}, which tells of no changes: it is polled", "a local disk is quicker"
+        )
+    else:
+        yield _ok("inbox", f"{folder} is on a file system that tells of changes")
+
+
+def _permissions(settings: Settings) -> Iterator[Finding]:
+    name = _user()
+    closed = [
+        str(folder)
+        for folder in (settings.inbox_dir, settings.model_dir, settings.state_dir)
+        if not os.access(_nearest(folder), os.W_OK | os.X_OK)
+    ]
+    if closed:
+        yield _fail(
+            "permissions",
+            f"{name} may not write to {', '.join(closed)}",
+            f"`chown -R {name} ...`, or run as their owner",
+        )
+    else:
+        yield _ok("permissions", f"{name} may write to inbox, model and state")
+    key_file = settings.guard.key_file
+    if (
+        key_file is not None
+        and (settings.root / key_file).exists()
+        and (settings.root / key_file).stat().st_mode & 0o077
+    ):
+        yield _fail("key", f"{settings.root / key_file} is open to others", f"`chmod 600 {settings.root / key_file}`")
+    config_path = settings.root / config.CONFIG_NAME
+    if config_path.exists() and config_path.stat().st_mode & 0o022:
+        group = grp.getgrgid(config_path.stat().st_gid).gr_name
+        told = f"{config_path} may be changed by others (group {group} or everybody): it names what the daemon runs"
+        yield _warn("settings", told, f"`chmod go-w {config_path}`")
+
+
+def _model(settings: Settings) -> Iterator[Finding]:
+    name = settings.model.model_name_or_path
+    if not name:
+        yield _fail(
+            "model", "no base model is configured", "set model_name_or_path under [model], or `dropforge init --tiny`"
+        )
+        return
+    local = Path(settings.recipe.model.model_name_or_path).expanduser()
+    if local.is_dir():
+        whole = (local / "config.json").is_file() and any(local.glob("*.safetensors"))
+        if whole:
+            yield _ok("model", f"{local}")
+        else:
+            yield _fail("model", f"{local} has no config.json or no *.safetensors", "fetch the model again")
+        return
+    cache = Path(
+        os.environ.get("HF_HUB_CACHE")
+        or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
+    )
+    snapshots = cache / f"models--{name.replace('/', '--')}" / "snapshots"
+    if any(snapshots.glob("*/config.json")):
+        yield _ok("model", f"{name} is in {cache}")
+    elif settings.model.allow_downloads:
+        yield _warn(
+            "model", f"{name} is not in {cache}; it will be fetched", "the service needs the drop-in downloads.conf"
+        )
+    else:
+        yield _fail(
+            "model", f"{name} is neither a folder nor in {cache}", f"`hf download {name}` as the service's user"
+        )
+
+
+def _clock(settings: Settings) -> Iterator[Finding]:
+    if time.time() < EARLIEST_CLOCK:
+        yield _fail("clock", f"it is {time.strftime('%Y-%m-%d')} here", "set the clock: `timedatectl set-ntp true`")
+        return
+    told = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    if Path("/run/systemd/system").is_dir() and not Path("/run/systemd/timesync/synchronized").exists():
+        yield _ok("clock", f"{told}; not synchronised by systemd-timesyncd (another program may)")
+    else:
+        yield _ok("clock", told)
+
+
+def _systemd(settings: Settings) -> Iterator[Finding]:
+    if shutil.which("systemctl") is None:
+        yield _warn("systemd", "it is not installed", "`dropforge run` under a supervisor of your own")
+        return
+    done = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, timeout=20, check=False)
+    words = done.stdout.split()
+    number = int(words[1].split(".")[0]) if len(words) > 1 and words[1].split(".")[0].isdecimal() else 0
+    if number < OLDEST_SYSTEMD:
+        yield _warn(
+            "systemd",
+            f"version {number}",
+            f"the unit is tried with {OLDEST_SYSTEMD} and newer; some hardening may be ignored",
+        )
+    else:
+        yield _ok("systemd", f"version {number}")
+
+
+CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
+    "python": _python,
+    "packages": _packages,
+    "gpu": _gpu,
+    "disk": _disk,
+    "inotify": _inotify,
+    "inbox": _inbox,
+    "permissions": _permissions,
+    "model": _model,
+    "clock": _clock,
+    "systemd": _systemd,
+}
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"user {os.geteuid()}"
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _ok(name: str, told: str) -> Finding:
+    return Finding(name=name, verdict=Verdict.OK, told=told)
+
+
+def _warn(name: str, told: str, hint: str) -> Finding:
+    return Finding(name=name, verdict=Verdict.WARN, told=told, hint=hint)
+
+
+def _fail(name: str, told: str, hint: str) -> Finding:
+    return Finding(name=name, verdict=Verdict.FAIL, told=told, hint=hint)
