@@ -33,12 +33,17 @@ EVENTS: Mapping[str, Event] = {
     "daemon.stopping": _event("info", "It was asked to stop; a running trainer seals a checkpoint.", "running"),
     "daemon.stopped": _event("info", "The last line of a daemon that left in order."),
     "daemon.reloaded": _event("info", "SIGHUP: the log was opened again, settings were read again."),
+    "daemon.not_reloaded": _event("error", "SIGHUP: the settings have a fault; those of before stay.", "error"),
+    "store.set_aside": _event("error", "The queue's database cannot be read and was moved aside.", "path reason"),
+    "store.rebuilt": _event("warning", "The queue was made anew from the folders.", "jobs succeeded"),
     "status.not_written": _event("error", "The status file cannot be written; told once, training goes on.", "error"),
     "status.written_again": _event("info", "The status file can be written again."),
     "metrics.not_written": _event("error", "The metrics file cannot be written; told once.", "path error"),
     "metrics.not_served": _event("error", "The metrics endpoint cannot be opened; training goes on.", "port error"),
-    "queue.held": _event("warning", "Nothing is launched although jobs are ready.", "reason"),
-    "queue.released": _event("info", "The reason to hold the queue is gone.", "reason"),
+    "queue.held": _event("warning", "Nothing is launched although jobs are ready.", "kind reason"),
+    "queue.released": _event("info", "The reason to hold the queue is gone.", "kind"),
+    "hook.failed": _event("error", "A hook could not be started, failed, or took too long.", "hook error"),
+    "inbox.claims_failed": _event("error", "Files could not be claimed; it is tried again.", "error"),
     "inbox.polling": _event("warning", "The inbox cannot be watched by events; it is looked at instead.", "reason"),
     "inbox.watch_rebuilt": _event("warning", "The watch was lost and set up again.", "reason"),
     "inbox.events_lost": _event("warning", "The kernel dropped events; a scan finds what they told of.", "overflows"),
@@ -55,6 +60,9 @@ EVENTS: Mapping[str, Event] = {
     "file.claimed_after_crash": _event("info", "A claim that a crash cut short was completed.", "job file"),
     "file.returned_after_crash": _event("info", "A claim that a crash cut short was taken back.", "job"),
     "file.settled_after_crash": _event("info", "A finished job's file was moved where it belongs.", "job"),
+    "dataset.not_concluded": _event(
+        "error", "What a pass found could not be acted on; it is tried again.", "job error"
+    ),
     "dataset.checked": _event(
         "info", "Every row was read and is good.", "job rows format size_bytes digest skipped_rows"
     ),
@@ -68,6 +76,7 @@ EVENTS: Mapping[str, Event] = {
     "job.cancelled": _event("info", "It will not be trained: a duplicate, or a person said so.", _END + " file"),
     "job.rejected": _event("warning", "The data cannot be trained; the report beside it says why.", "job file reason"),
     "trainer.adopted": _event("warning", "A trainer outlived its daemon; it is asked to leave.", "job attempt"),
+    "trainer.asked_to_leave": _event("info", "The trainer is to seal a checkpoint and leave.", "job reason"),
     "trainer.ended": _event("warning", "A trainer did not leave when asked and was ended.", "job waited_seconds"),
     "trainer.not_launched": _event("error", "The trainer could not be started.", "job error"),
     "guard.run_decided": _event(
@@ -76,6 +85,8 @@ EVENTS: Mapping[str, Event] = {
     "guard.checkpoint_passed_over": _event("info", "A checkpoint is not resumed from.", "job"),
     "guard.entry_left_alone": _event("info", "Something in the model directory is none of ours.", "job path reason"),
     "guard.checkpoints_cleared": _event("info", "Checkpoints that do not belong were moved aside.", "job cleared set"),
+    "guard.cleared_sets_purged": _event("info", "Cleared checkpoints were deleted as policy says.", "sets size_bytes"),
+    "guard.not_purged": _event("error", "Cleared checkpoints could not be deleted.", "error"),
     "guard.run_stamped": _event("info", "The model directory says whose run it holds.", "job identity dataset"),
     "run.planned": _event(
         "info",
@@ -88,6 +99,13 @@ EVENTS: Mapping[str, Event] = {
     "run.stepped": _event(
         "info", "Each logging_steps: how training goes.", "job step loss grad_norm learning_rate epoch"
     ),
+    "run.first_step": _event("info", "The first step of this attempt is done.", "job step loss"),
+    "run.loss_spiked": _event("info", "A step's loss is far above the usual.", "job step loss usual"),
+    "run.passes_halved": _event(
+        "info", "Memory was short: a step is divided into smaller passes.", "job step budget_tokens passes"
+    ),
+    "run.gradient_checkpointing_enabled": _event("info", "Memory was short even for one row.", "job step longest_row"),
+    "run.trained": _event("info", "All steps are done: where the time went.", "job"),
     "checkpoint.sealed": _event("info", "A checkpoint is on disk, whole.", "job step path size_bytes"),
     "version.promoted": _event("info", "A finished adapter became the current one.", "job version"),
     "version.not_promoted": _event("error", "A finished adapter could not become a version.", "job error"),
