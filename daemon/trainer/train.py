@@ -10,6 +10,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from daemon.trainer.tensorboard import ScalarWriter
 # What a resume relies on: checkpoints loaded by weights alone, and the Trainer whose silences we know.
 OLDEST = {"torch": (2, 10), "transformers": (5, 0)}
 
+COMPILE_LEAST_STEPS = 1000  # below, compiling takes longer than it saves
+
 
 def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     """Run `spec`; returns a result that succeeded or was interrupted.
@@ -53,6 +56,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     report.progress(phase="preparing")
     check_unchanged(spec)
     base = resolve_base(recipe.model)
+    require_packages(recipe)
     tokenizer = load_tokenizer(base)
     rows = iter_rows(Path(spec.dataset.path), spec.dataset.format, recipe.data)
     workers = max(1, worker_processes(spec.dataset.rows) // together.processes())
@@ -211,6 +215,16 @@ def prepare(
     )
 
 
+def require_packages(recipe: Recipe) -> None:
+    """Raise RunFailure(CONFIG) before anything is done when the recipe needs a package that is not installed."""
+    if recipe.training.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise RunFailure(
+            FailureKind.CONFIG,
+            "use_liger_kernel needs the package liger-kernel",
+            hint="`pip install 'dropforge[gpu]'`, or use_liger_kernel = false under [training]",
+        )
+
+
 def refuse_old_libraries() -> None:
     """Raise RunFailure(CONFIG) when a checkpoint would be loaded by libraries older than those whose loading we know."""
     for package, oldest in OLDEST.items():
@@ -256,14 +270,15 @@ def training_arguments(recipe: Recipe, planned: Plan, staging_dir: Path, precisi
         bf16="bfloat16" in precision and torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         use_liger_kernel=training.use_liger_kernel,
-        torch_compile=training.torch_compile,
+        torch_compile=training.torch_compile and planned.total_steps >= COMPILE_LEAST_STEPS,
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=None,  # rotation is the guard's: it knows which checkpoints are intact
         logging_strategy="steps",
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,  # the filter writes NaN as 0.0
-        report_to=list(training.report_to) or "none",
+        # TensorBoard's events are written anyway, by ourselves, into the run directory.
+        report_to=[name for name in training.report_to if name != "tensorboard"] or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,

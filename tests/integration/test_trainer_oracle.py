@@ -12,11 +12,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from daemon.config import ColumnSettings, DataSettings
 from daemon.rows import Row, iter_rows
+from daemon.trainer.chat import ChatTemplate
 from daemon.trainer.encode import IGNORE, encode, truncate
 
 DATA = Path(__file__).parents[1] / "data" / "trainer"
 MAX_LENGTH = 384
 COLUMNS = ColumnSettings(prompt="question", completion="answer")
+# Templates of well-known models, for which TRL keeps a copy with generation markers. Not among them: those that hide what
+# was thought in earlier turns (Qwen3, Nemotron, DeepSeek, gpt-oss), and Phi-3's, which ends every beginning with EOS. Their
+# beginnings do not nest, which is an error here, with last_turn as the way out; TRL changes the template instead, and so
+# trains on another text than the model will see.
+TEMPLATES = ("cohere", "cohere2", "gemma", "gemma3", "lfm2", "lfm2_v2", "llama3", "qwen2_5", "qwen2_5_vl")
+TEMPLATES += ("qwen3_instruct_2507", "qwen3_vl")
 FORMATS = {
     "gsm8k_pairs.jsonl": "columns",
     "alpaca_instruction.jsonl": "alpaca",
@@ -108,3 +115,29 @@ def test_cut_rows_are_trls_where_nothing_trained_would_be_lost_or_all_is_trained
         else:
             assert kept > (sum(label != IGNORE for label in expected[0][1]) if expected else 0)
     assert matched >= len(rows) // 2
+
+
+@pytest.mark.parametrize("turns", [2, 6])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_turns_of_known_models_are_those_that_trls_markers_mark(
+    trl: Any, name: str, turns: int, tokenizer: Any
+) -> None:
+    """By prefixes for a few turns and by pieces for more, from the template as the model brings it."""
+    folder = Path(trl.__file__).parent / "chat_templates"
+    messages = [] if "gemma" in name else [{"role": "system", "content": "Be brief."}]
+    for number in range(turns):
+        messages += [
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": f"answer {number}"},
+        ]
+    spoken = []
+    for path in (folder / f"{name}.jinja", folder / f"{name}_training.jinja"):
+        if not path.is_file():
+            pytest.skip(f"this TRL has no {path.name}")
+        with_template = copy.deepcopy(tokenizer)
+        with_template.chat_template = path.read_text()
+        with_template.bos_token = "<|pad|>"
+        rendered = ChatTemplate(with_template).render(messages, None)
+        spoken.append([rendered.text[start:end].strip() for start, end in rendered.turns])
+    assert spoken[0] == spoken[1]
+    assert [f"answer {number}" in text for number, text in enumerate(spoken[0])] == [True] * turns

@@ -117,6 +117,19 @@ def test_rows_without_a_trained_token_are_dropped_and_named_and_none_left_is_bad
     assert caught.value.kind is FailureKind.BAD_DATA
 
 
+def test_several_processes_give_the_same_and_their_failures_arrive_whole(tokenizer: Any) -> None:
+    rows = [
+        Row(kind="messages", messages=TURNS, line=n, content_digest=f"{n * 0x0101010101010101:032x}")
+        for n in range(600)
+    ]
+    data = DATA.model_copy(update={"held_out_fraction": 0.1, "max_length": 20})
+    assert tokenise(rows, tokenizer, data, processes=2) == tokenise(rows, tokenizer, data)
+    with pytest.raises(RunFailure, match="renders a conversation's beginning differently") as caught:
+        tokenise(rows, _with_template(tokenizer, COUNTING), data, processes=2)
+    assert caught.value.kind is FailureKind.CONFIG
+    assert "train_on" in caught.value.hint
+
+
 def test_a_row_stays_on_its_side_of_the_split_whatever_else_the_file_holds(tokenizer: Any) -> None:
     rows = [
         Row(kind="text", text=f"row {n}", line=n, content_digest=f"{n * 0x0101010101010101:032x}") for n in range(200)

@@ -1,0 +1,73 @@
+"""Rows tokenised a second: our preparation, and TRL's of the same rows.
+
+    python -m benchmarks.train_prepare [--rounds 3] [--copies 1] [FILE.jsonl]
+
+Ours includes reading and checking the file; TRL's begins from rows in memory, with as many processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks._table import Arm, measure, print_goal, print_table
+from daemon.config import ColumnSettings, DataSettings
+from daemon.init import examples_dir
+from daemon.rows import iter_rows
+from daemon.trainer.data import tokenise
+from daemon.trainer.tiny import build_tiny
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--copies", type=int, default=10, help="how often the example's rows are repeated")
+    chosen = parser.parse_args()
+    datasets.disable_caching()
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        build_tiny(folder / "base", sorted(examples_dir().glob("*.jsonl")))
+        tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+        text = (examples_dir() / "gsm8k_more_messages.jsonl").read_bytes() * chosen.copies
+        path = folder / "rows.jsonl"
+        path.write_bytes(text)
+        data = DataSettings(max_length=1024, columns=ColumnSettings(), held_out_fraction=0.0)
+        rows = [{"messages": row.messages} for row in iter_rows(path, "messages", data)]
+        table = datasets.Dataset.from_list(rows)
+
+        def ours(processes: int) -> Any:
+            return tokenise(iter_rows(path, "messages", data), tokenizer, data, processes=processes)
+
+        def theirs(processes: int | None) -> Any:
+            args = SFTConfig(
+                output_dir=str(folder / "out"), report_to="none", use_cpu=True, bf16=False, max_length=1024,
+                assistant_only_loss=True, dataset_num_proc=processes,
+            )  # fmt: skip
+            return SFTTrainer(model=model, args=args, train_dataset=table, processing_class=tokenizer)
+
+        seconds = measure(
+            [
+                Arm(name="dropforge, 1 process", run=lambda: ours(1)),
+                Arm(name=f"dropforge, {cores} processes", run=lambda: ours(cores)),
+                Arm(name="TRL, 1 process", run=lambda: theirs(None)),
+                Arm(name=f"TRL, {cores} processes", run=lambda: theirs(cores)),
+            ],
+            rounds=chosen.rounds,
+        )
+    title = f"{len(rows):,} conversations to ids and labels"
+    print_table(title, seconds, relative_to=["TRL, 1 process", f"TRL, {cores} processes"])
+    best = min(*seconds["TRL, 1 process"], *seconds[f"TRL, {cores} processes"])
+    print_goal("x TRL's better rate", value=best / min(seconds[f"dropforge, {cores} processes"]), at_least=3.0)
+
+
+if __name__ == "__main__":
+    main()
