@@ -22,11 +22,13 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# What takes too long for every day: thousands of random kills.
+# What takes too long for every day: thousands of random kills, with the quick trainer and with the real one.
 chaos: setup
 	$(BIN)/python -m pytest -s tests/chaos --kills 3000
+	$(BIN)/python -m pytest -s tests/chaos --kills 300 --real-trainer
+	$(BIN)/python -m pytest -m chaos
 
 # Each script prints a table, with peers measured in the same run.
 bench: setup

@@ -14,6 +14,7 @@ from tests.support.root import Root
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=200, help="how many processes the random test kills")
+    parser.addoption("--real-trainer", action="store_true", help="the random test trains for real")
     parser.addoption("--seed", type=int, default=random.randrange(2**32), help="of the random test")
 
 
