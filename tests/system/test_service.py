@@ -52,8 +52,7 @@ def service(machine: Machine) -> Iterator[Service]:
 
 def configure(service: Service, *lines: str) -> None:
     """The environment of the checkout, and what a test sets besides."""
-    environment = f"Environment=PYTHONPATH={service.machine.environment['PYTHONPATH']}"
-    service.configure("\n".join(["[Service]", environment, "RestartSec=100ms", *lines, ""]))
+    service.configure("\n".join(["[Service]", service.machine.unit_environment, "RestartSec=100ms", *lines, ""]))
 
 
 def behave(service: Service, **behaviour: Any) -> None:
