@@ -129,7 +129,7 @@ class Scheduler:
         self._log.info("job.started", job=job.id, dataset=escape(job.name), attempt=job.attempt)
 
     def _take_gpu(self) -> str:
-        """Why the machine's GPU is not ours; empty when it is."""
+        """Why the machine's GPU is not ours for now; empty when it is."""
         try:
             return self._gpu.take(f"the daemon of {self._settings.root}")
         except OSError as error:

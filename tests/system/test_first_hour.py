@@ -21,6 +21,7 @@ def clean(machine: Machine) -> Iterator[Machine]:
         rm -rf {ROOT} /var/log/dropforge /run/dropforge /etc/systemd/system/dropforge.service*
         systemctl daemon-reload
         userdel dropforge 2>/dev/null || true
+        groupdel dropforge 2>/dev/null || true
         getent passwd alice >/dev/null || useradd --create-home alice
         """
     machine.shell(erase)
