@@ -21,8 +21,8 @@ from daemon.config import Settings
 from daemon.errors import DropforgeError, RootHeld
 from daemon.executors.base import Executor
 from daemon.executors.local import LocalExecutor
-from daemon.gpu import GpuProbe
 from daemon.gpulock import GpuLock
+from daemon.gpuprobe import GpuProbe
 from daemon.intake import Intake, settle_files
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.losses import LossHistory

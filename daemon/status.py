@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypedDict, cast
 import msgspec
 from msgspec import Meta
 
-from daemon.gpu import Gpu
+from daemon.gpuprobe import Gpu
 from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
 from daemon.text import escape, finite

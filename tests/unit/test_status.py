@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon import status
-from daemon.gpu import GpuProbe, parse
+from daemon.gpuprobe import GpuProbe, parse
 from daemon.job import FailureKind, Job, JobState, Progress, RunResult
 from daemon.losses import POINTS, LossHistory
 from daemon.processes import identify
@@ -189,7 +189,7 @@ def test_nvidia_smi_is_never_waited_for(
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("daemon.gpu.PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr("daemon.gpuprobe.PATIENCE_SECONDS", 0.3)
     probe = GpuProbe()
     assert probe.look() == ()  # asked, not waited for
     deadline = time.monotonic() + 20
