@@ -109,7 +109,6 @@ EVENTS: Mapping[str, Event] = {
     "checkpoint.sealed": _event("info", "A checkpoint is on disk, whole.", "job step path size_bytes"),
     "version.promoted": _event("info", "A finished adapter became the current one.", "job version"),
     "version.not_promoted": _event("error", "A finished adapter could not become a version.", "job error"),
-    "version.rolled_back": _event("warning", "A person made an earlier version the current one.", "version replaced"),
     "version.unreadable": _event("error", "The current version cannot be read.", "error"),
 }
 

@@ -12,6 +12,7 @@ import logging.handlers
 import os
 import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import structlog
 from daemon import journal, logview
 from daemon.config import Settings
 from daemon.text import finite
+from guard.atomic import write_all
 
 Listener = Callable[[str, Mapping[str, Any]], None]  # (event name, its data)
 
@@ -106,6 +108,10 @@ class CompleteFile(logging.handlers.RotatingFileHandler):
         error = sys.exc_info()[1]
         self.fault = getattr(error, "strerror", None) or str(error) or type(error).__name__
 
+    def _open(self) -> Any:
+        """Called by the base class, also after a rotation."""
+        return _WholeLines(Path(self.baseFilename))
+
     def reopen(self) -> None:
         """Close the file and open the one that has its name now. One that cannot be opened is told at the next event."""
         self.acquire()
@@ -115,6 +121,40 @@ class CompleteFile(logging.handlers.RotatingFileHandler):
             self.stream = None  # emit opens it, and knows how to fail
         finally:
             self.release()
+
+
+class _WholeLines:
+    """The stream of the log file: each line is written at once, or not at all.
+
+    A text stream would keep what a full disk refused, raise it again at its close, and leave half a line behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def write(self, text: str) -> None:
+        """Append; what was written of a line that did not fit is taken back. Raises OSError."""
+        size = self.tell()
+        try:
+            write_all(self._fd, text.encode("ascii"))
+        except OSError:
+            with suppress(OSError):  # a device has no length
+                os.ftruncate(self._fd, size)
+            raise
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def seek(self, offset: int, whence: int) -> None:
+        """To the end is where every write goes."""
+
+    def tell(self) -> int:
+        """The file's size."""
+        return os.fstat(self._fd).st_size
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._fd)
 
 
 def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ class LossHistory:
             self._catch_up(run_dir / "events.jsonl")
         if progress.loss is not None and progress.step > self._last_step:
             self._add(progress.step, progress.loss)
-        return [(step, round(total / count, 6)) for _, (total, count, step) in sorted(self._sums.items())]
+        return [(step, float(f"{total / count:.6g}")) for _, (total, count, step) in sorted(self._sums.items())]
 
     def _add(self, step: int, loss: float) -> None:
         if not math.isfinite(loss) or self._run is None or step < 1:

@@ -6,10 +6,12 @@ trainer: those live in processes of their own.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import guard
@@ -68,6 +70,7 @@ class Service:
         self._last: tuple[Any, ...] = ()
         self._model: CurrentModel | None = None
         self._model_read = 0.0
+        self._model_link = ""
         self._status_failed = False
         self._losses = LossHistory()
         self._gpus = GpuProbe()
@@ -272,8 +275,9 @@ class Service:
 
     def _current_model(self) -> CurrentModel | None:
         now = time.monotonic()
-        if not self._model_read or now - self._model_read > REFRESH_SECONDS:
-            self._model_read = now
+        link = _link(self.settings.model_dir / versions.LATEST)
+        if not self._model_read or link != self._model_link or now - self._model_read > REFRESH_SECONDS:
+            self._model_read, self._model_link = now, link
             try:
                 version = versions.current_version(self.settings.model_dir)
             except DropforgeError as error:
@@ -331,3 +335,11 @@ def _waited_seconds(job: Job) -> float | None:
     if job.started_at is None or not job.created_at:
         return None
     return (datetime.fromisoformat(job.started_at) - datetime.fromisoformat(job.created_at)).total_seconds()
+
+
+def _link(path: Path) -> str:
+    """Where a link leads, empty when it is none: whoever rolls back changes it."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

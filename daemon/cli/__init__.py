@@ -20,7 +20,7 @@ def main() -> NoReturn:
     """Run the command line; every foreseeable error is one sentence, a hint and the exit code of its class."""
     code = 1
     try:
-        code = int(app(standalone_mode=False) or 0)
+        code = int(app(standalone_mode=False, prog_name="dropforge") or 0)
     except DropforgeError as error:
         code = complain(str(error), error.exit_code)
     except guard.GuardError as error:

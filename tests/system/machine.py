@@ -22,6 +22,7 @@ PROGRAMS = ("unshare", "nsenter", "mount", "systemctl", "journalctl", "systemd-a
 PACKAGES = "systemd util-linux passwd"
 SYSTEMD = Path("/lib/systemd/systemd")
 HOME = Path("/opt/dropforge")  # where the documents install Dropforge
+PYTHON_HOME = Path("/opt/python")
 PARTS = ("daemon", "guard", "docs", "examples", "systemd", "tests", "pyproject.toml", "README.md")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT_SECONDS = 60.0
@@ -68,6 +69,7 @@ class Machine:
         assert parent is not None
         self._cgroup = parent / self._scratch.name
         self.environment = {"PATH": PATH, "LANG": "C.UTF-8", "TERM": "dumb"}
+        self.python_environment: dict[str, str] = {}  # what the moved interpreter needs, also in a unit
 
     def start(self) -> None:
         """Boot; returns when the machine answers."""
@@ -77,9 +79,13 @@ class Machine:
         extra = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
         extra = [entry for entry in extra if entry.is_dir() and entry.resolve() != REPOSITORY]
         shown += [(entry, HOME / "lib" / str(number)) for number, entry in enumerate(extra)]
-        self.environment["PYTHONPATH"] = os.pathsep.join(
-            [str(HOME), *(str(HOME / "lib" / str(number)) for number in range(len(extra)))]
-        )
+        self.python_environment = {
+            "PYTHONPATH": os.pathsep.join(
+                [str(HOME), *(str(HOME / "lib" / str(number)) for number in range(len(extra)))]
+            ),
+            "LD_LIBRARY_PATH": f"{PYTHON_HOME}/lib",  # its own libpython, where it was built as a shared library
+        }
+        self.environment |= self.python_environment
         parent, cgroup = os.getpid(), self._cgroup / "cgroup.procs"
 
         def enter() -> None:
@@ -113,7 +119,7 @@ class Machine:
         """This interpreter and its packages, laid out below /opt as a virtual environment that any user may use."""
         base = Path(sys.base_prefix)
         python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        home = base if base == Path("/usr") else Path("/opt/python")
+        home = base if base == Path("/usr") else PYTHON_HOME
         (self._venv / "bin").mkdir()
         (self._venv / "bin" / "python").symlink_to(home / "bin" / python)
         (self._venv / "pyvenv.cfg").write_text(f"home = {home}/bin\ninclude-system-site-packages = false\n")
@@ -156,6 +162,11 @@ class Machine:
         except OSError:
             return False
         return True
+
+    @property
+    def unit_environment(self) -> str:
+        """Environment= for a unit that runs the checkout."""
+        return "Environment=" + " ".join(f"{key}={value}" for key, value in self.python_environment.items())
 
     def path(self, inner: str | Path) -> Path:
         """A file of the machine, as this process reaches it."""

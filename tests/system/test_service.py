@@ -36,7 +36,8 @@ def service(machine: Machine) -> Iterator[Service]:
         rm -rf {ROOT} /var/log/dropforge /etc/systemd/system/dropforge.service.d
         cp {HOME}/systemd/dropforge.service /etc/systemd/system/
         getent passwd dropforge >/dev/null || useradd --system --user-group --home-dir {ROOT} dropforge
-        getent passwd alice >/dev/null || useradd --groups dropforge alice
+        getent passwd alice >/dev/null || useradd --create-home alice
+        usermod --append --groups dropforge alice
         install -d -o dropforge -g dropforge -m 0750 {ROOT} {ROOT}/base
         install -d -o dropforge -g dropforge -m 3770 {ROOT}/inbox {ROOT}/inbox/high {ROOT}/inbox/low
         echo '{{}}' | tee {ROOT}/base/config.json > {ROOT}/base/tokenizer.json
@@ -52,8 +53,7 @@ def service(machine: Machine) -> Iterator[Service]:
 
 def configure(service: Service, *lines: str) -> None:
     """The environment of the checkout, and what a test sets besides."""
-    environment = f"Environment=PYTHONPATH={service.machine.environment['PYTHONPATH']}"
-    service.configure("\n".join(["[Service]", environment, "RestartSec=100ms", *lines, ""]))
+    service.configure("\n".join(["[Service]", service.machine.unit_environment, "RestartSec=100ms", *lines, ""]))
 
 
 def behave(service: Service, **behaviour: Any) -> None:

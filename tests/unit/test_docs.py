@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from daemon.cli import app
+from daemon.config import Section, Settings
+from daemon.init import sections
 from tests.support.root import REPOSITORY, environment
 
 
@@ -41,3 +44,20 @@ def test_the_product_has_nothing_that_only_pretends(word: str) -> None:
         check=False,
     )
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "path", [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_every_file_that_a_document_links_to_exists(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
+def test_every_setting_is_documented() -> None:
+    text = (REPOSITORY / "docs" / "configuration.md").read_text()
+    for name, section in sections(Settings):
+        assert f"## [{name}]" in text
+        assert all(
+            field.description for field in section.model_fields.values() if not isinstance(field.default, Section)
+        )

@@ -1,0 +1,296 @@
+"""The command: units for this machine, completion, errors in one line, screens that fit 80 columns."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from daemon import doctor, install, show, watchscreen
+from daemon.cli import main
+from daemon.config import Settings
+from daemon.doctor import Verdict
+from daemon.errors import ConfigError
+from daemon.gpulock import GpuLock
+from daemon.job import Job, JobState
+from daemon.unitfile import DropIn
+from daemon.versions import Version
+from tests.support.root import DROPFORGE, environment
+
+NAMES = st.text(alphabet=st.one_of(st.characters(), st.sampled_from("\n\x1b界\u202e")), min_size=1, max_size=80)
+
+
+def rendered(value: Any, width: int = 80) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(value)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*DROPFORGE, *arguments], capture_output=True, text=True, check=False, env={**environment(), **variables}
+    )
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """The same in this process: exit code, stdout, stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["dropforge", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    said = capsys.readouterr()
+    return int(stop.value.code or 0), said.out, said.err
+
+
+# -- what is shown
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(NAMES, min_size=1, max_size=4), reason=NAMES)
+def test_jobs_fit_80_columns_one_line_each(names: list[str], reason: str) -> None:
+    found = [
+        Job(id=f"20261123-041500-000{number}", name=name, state=JobState.FAILED, reason=reason, version="0001")
+        for number, name in enumerate(names)
+    ]
+    lines = rendered(show.jobs(found))
+    assert all(cell_len(line) <= 80 for line in lines)
+    assert [line.split()[0] for line in lines[1 : len(names) + 1]] == [job.id for job in found]
+    assert all("failed" in line and line.rstrip().endswith("0001") for line in lines[1 : len(names) + 1])
+
+
+SNAPSHOT: dict[str, Any] = {
+    "status": "training",
+    "reason": "j",
+    "pid": 1,
+    "timestamp": "2026-11-23T04:41:07Z",
+    "alive": True,
+    "liveness": "alive",
+    "age_seconds": 0.3,
+    "watch_mode": "inotify",
+    "queue": {"queued": 3, "running": 1},
+    "model": {"version": "0007", "dataset": "d.jsonl", "created_at": None},
+    "gpu": [{"name": "NVIDIA H200", "used_bytes": 2**35, "total_bytes": 2**37, "utilization": 0.9}],
+    "warnings": ["w" * 300],
+    "waiting": [{"file": "f" * 200, "reason": "r" * 200, "since": ""}] * 30,
+    "left_alone": [{"file": "f", "reason": "r"}],
+    "recent": [
+        {"id": "20261123-041500-9f3a", "dataset": "x" * 100, "state": "succeeded", "steps": 10, "version": "0007",
+         "held_out_before": 3.0, "held_out_after": 2.5}
+    ] * 20,
+    "job": {
+        "id": "20261123-041500-9f3a", "dataset": "n" * 100, "attempt": 1, "phase": "training", "step": 40, "total_steps": 90,
+        "loss": 1.5, "learning_rate": 1e-4, "tokens_per_second": 1e6, "eta_seconds": 4000.0,
+        "losses": [[n, 5.0 / (n + 1)] for n in range(200)],
+    },
+}  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.integers(40, 140), name=NAMES, step=st.integers(0, 90), losses=st.lists(st.floats(0, 1e6), max_size=200)
+)
+def test_the_live_screen_fits_its_width(width: int, name: str, step: int, losses: list[float]) -> None:
+    job = {**SNAPSHOT["job"], "dataset": name, "step": step, "losses": [[n, loss] for n, loss in enumerate(losses)]}
+    lines = rendered(watchscreen.screen({**SNAPSHOT, "job": job, "reason": name}, width), width)
+    assert all(cell_len(line) <= width for line in lines)
+    assert len(lines) < 45
+
+
+def test_the_live_screen_shows_what_matters() -> None:
+    text = "\n".join(rendered(watchscreen.screen(SNAPSHOT, 80)))
+    for word in (
+        "training",
+        "40/90",
+        "44%",
+        "67 min left",
+        "5.000 → 0.025",
+        "NVIDIA H200  32.0 of 128.0 GiB",
+        "3 queued",
+        "waiting (30)",
+    ):
+        assert word in text
+    dead = "\n".join(rendered(watchscreen.screen({**SNAPSHOT, "alive": False, "liveness": "dead"}, 80)))
+    assert dead.startswith("dead")
+    assert "40/90" not in dead
+
+
+def test_a_spark_line_falls_as_the_loss_does() -> None:
+    assert watchscreen.spark([8, 7, 6, 5, 4, 3, 2, 1], 8) == "█▇▆▅▄▃▂▁"
+    assert watchscreen.spark([1.0] * 100, 10) == "▁" * 10
+    assert len(watchscreen.spark(list(range(200)), 30)) == 30
+
+
+def test_versions_are_a_tree_of_who_continued_whom() -> None:
+    def version(name: str, parent: str | None) -> Version:
+        record = {"parent": parent, "held_out_before": 3.0, "held_out_after": 2.0, "dataset": "d.jsonl", "steps": 5}
+        return Version(name=name, path=Path(name), record=record)
+
+    found = [version("0001", None), version("0002", "0001"), version("0003", "0001")]
+    lines = rendered(show.versions(found, found[2]))
+    assert [line.index(name) for line, name in zip(lines[1:], ("0001", "0002", "0003"), strict=True)] == [4, 8, 8]
+    assert "current" in lines[3]
+    assert "3.000 -> 2.000" in lines[1]
+
+
+# -- the command
+
+
+def test_errors_are_one_line_with_a_hint_and_their_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dropforge.toml").write_text("[training]\nlearning_rat = 1\n")
+    code, _, told = run_here(capsys, "--root", str(tmp_path), "status")
+    assert code == 2
+    assert told.count("\n") == 2
+    assert "hint: " in told
+    (tmp_path / "dropforge.toml").write_text("")
+    for command, expected in (
+        ("status", 4),
+        ("jobs", 4),
+        ("logs", 4),
+        ("rollback 1", 4),
+        ("rollback", 2),
+        ("nonsense", 2),
+    ):
+        code, _, told = run_here(capsys, "--root", str(tmp_path), *command.split())
+        assert code == expected, command
+        assert told
+
+
+def test_version_help_and_completion_for_each_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version").stdout.startswith("dropforge ")
+    text = run("--help", COLUMNS="80").stdout
+    assert "\x1b" not in text
+    for command in ("init", "run", "status", "logs", "rollback", "doctor", "service"):
+        assert command in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for shell in ("bash", "zsh", "fish"):
+        assert "_DROPFORGE_COMPLETE" in run_here(capsys, "completion", shell)[1]
+    assert run_here(capsys, "completion", "tcsh")[0] == 2
+
+
+@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="there is no bash")
+def test_bash_takes_the_completion(tmp_path: Path) -> None:
+    script = tmp_path / "completion"
+    script.write_text(run("completion", "bash").stdout)
+    program = tmp_path / "dropforge"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -P -c "from daemon.cli import main; main()" "$@"\n')
+    program.chmod(0o755)
+    asked = f'source {script}; COMP_WORDS=(dropforge roll); COMP_CWORD=1; _dropforge_completion dropforge; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(
+        ["bash", "-c", asked], capture_output=True, text=True, check=False,
+        env={**environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "rollback", done.stderr
+
+
+# -- service install
+
+
+def test_a_dry_run_shows_the_unit_and_writes_nothing(tmp_path: Path) -> None:
+    done = run("--root", str(tmp_path), "service", "install", "--dry-run", "--directory", str(tmp_path / "units"))
+    assert done.returncode == 0
+    assert f"--root {tmp_path} run" in done.stdout
+    assert f"ReadWritePaths={tmp_path}" in done.stdout
+    assert "systemctl enable --now dropforge.service" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_units_are_written_for_this_interpreter_and_root(tmp_path: Path) -> None:
+    units = tmp_path / "units"
+    settings_ = Settings(root=Path("/var/lib/dropforge-b"), queue={"stop_timeout": 500.0}, metrics={"port": 9000})
+    planned = install.plan(settings_, instance="b", drop_ins=install.wanted_drop_ins(settings_), directory=units)
+    planned.execute()
+    template = (units / "dropforge@.service").read_text()
+    assert "--root /var/lib/dropforge-%i run" in template
+    assert "TimeoutStopSec=530" in template
+    assert f"ExecStart={sys.prefix}/bin/python" in template
+    assert (units / "dropforge@b.service.d" / "metrics.conf").exists()
+    assert any("dropforge@b.service" in command for command in planned.commands)
+
+
+def test_an_instance_with_a_root_elsewhere_gets_a_drop_in_of_its_own(tmp_path: Path) -> None:
+    planned = install.plan(Settings(root=tmp_path / "forge"), instance="b", directory=tmp_path)
+    text = dict(planned.files)[tmp_path / "dropforge@b.service.d" / "root.conf"]
+    assert f"ReadWritePaths={tmp_path / 'forge'}" in text
+    assert "ExecStart=\nExecStart=" in text
+
+
+@pytest.mark.parametrize("request_", [{"user": True, "instance": "a"}, {"instance": "../a"}, {"instance": "a b"}])
+def test_what_makes_no_sense_is_refused(tmp_path: Path, request_: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        install.plan(Settings(root=tmp_path), directory=tmp_path, **request_)
+
+
+def test_drop_ins_follow_from_the_settings(tmp_path: Path) -> None:
+    wanted = install.wanted_drop_ins(Settings(root=tmp_path, model={"allow_downloads": True}, metrics={"port": 9101}))
+    assert {DropIn.DOWNLOADS, DropIn.METRICS} <= set(wanted)
+    assert not {DropIn.DOWNLOADS, DropIn.METRICS} & set(install.wanted_drop_ins(Settings(root=tmp_path)))
+
+
+# -- doctor
+
+
+def verdicts(found: list[doctor.Finding]) -> dict[str, Verdict]:
+    return {finding.name: finding.verdict for finding in found}
+
+
+def test_the_doctor_finds_what_is_wrong_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", {name: check for name, check in doctor.CHECKS.items() if name != "gpu"})
+    (tmp_path / "dropforge.toml").write_text(
+        '[model]\nmodel_name_or_path = "nobody/nothing"\n[guard]\nkey_file = "key"\n'
+    )
+    (tmp_path / "dropforge.toml").chmod(0o666)
+    (tmp_path / "key").write_text("secret")
+    (tmp_path / "key").chmod(0o644)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    found = doctor.examine(tmp_path)
+    assert verdicts(found)["model"] is Verdict.FAIL
+    assert verdicts(found)["key"] is Verdict.FAIL
+    assert verdicts(found)["settings"] is Verdict.WARN
+    assert all(finding.hint for finding in found if finding.verdict is Verdict.FAIL)
+    assert all(len(line) <= 80 for line in rendered(show.findings(found)))
+    (tmp_path / "dropforge.toml").write_text("[training]\nlearning_rat = 1\n")
+    assert verdicts(doctor.examine(tmp_path))["settings"] is Verdict.FAIL
+
+
+def test_the_doctor_s_json_is_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", {name: check for name, check in doctor.CHECKS.items() if name != "gpu"})
+    run_here(capsys, "--root", str(tmp_path), "init")
+    code, told, _ = run_here(capsys, "--root", str(tmp_path), "doctor", "--json")
+    found = {entry["name"]: entry["verdict"] for entry in json.loads(told)}
+    assert found["model"] == "fail"  # none is configured yet
+    assert found["packages"] == "ok"
+    assert code == 1
+
+
+# -- one GPU, several daemons
+
+
+def test_the_lock_is_one_daemon_s_until_it_and_its_trainer_have_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "gpu.lock"
+    first, second, alone = GpuLock(path), GpuLock(path), GpuLock(None)
+    assert first.take("a") == ""
+    assert first.take("a") == ""  # it has it already
+    assert "in use by b" not in (told := second.take("b"))
+    assert "in use by a" in told
+    trainer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=first.descriptors)
+    first.give()
+    assert "in use by a" in second.take("b")  # the trainer still has it
+    trainer.communicate(b"")
+    assert second.take("b") == ""
+    second.give()
+    assert alone.take("c") == ""
+    assert alone.descriptors == ()

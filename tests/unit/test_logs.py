@@ -1,0 +1,263 @@
+"""The log: every event once and whole, for whoever reads it; nothing untrusted forges a line, a field or a colour."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from daemon import journal, logs, logview
+from daemon.config import Settings
+from daemon.text import escape
+
+TEXT = st.text(
+    alphabet=st.one_of(st.characters(), st.sampled_from("\n\r\x1b\x9b\u2028\u202e\udcff \\\"'=\x00")), max_size=60
+)
+VALUES = st.one_of(
+    TEXT, st.integers(), st.floats(), st.none(), st.lists(TEXT, max_size=3), st.dictionaries(TEXT, TEXT, max_size=2)
+)
+EVENTS = st.dictionaries(st.sampled_from(["job", "file", "reason", "error", "loss"]), VALUES, max_size=5)
+
+
+@pytest.fixture
+def make_log(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    def make(**logging_settings: Any) -> Any:
+        return logs.configure(Settings(root=tmp_path, logging=logging_settings), terminal=False)
+
+    yield make
+    for handler in logging.getLogger("dropforge").handlers:
+        handler.close()
+
+
+def lines(tmp_path: Path, name: str = "dropforge.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "state" / "logs" / name).read_bytes().splitlines()]
+
+
+def is_visible(character: str) -> bool:
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=EVENTS)
+def test_an_event_is_one_line_that_has_it_whole(
+    make_log: Callable[..., Any], tmp_path: Path, data: dict[str, Any]
+) -> None:
+    log = make_log()
+    before = len(lines(tmp_path))
+    log.info("file.settled", **data)
+    raw = (tmp_path / "state" / "logs" / "dropforge.jsonl").read_bytes()
+    assert raw.isascii()
+    (event,) = lines(tmp_path)[before:]
+    assert list(event)[:3] == ["timestamp", "level", "event"]
+    for key, value in data.items():
+        if isinstance(value, float) and not (value == value and abs(value) != float("inf")):
+            assert event[key] is None  # NaN has no place in JSON
+        else:
+            assert event[key] == value
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=TEXT, data=EVENTS)
+def test_a_line_for_people_is_one_line_of_visible_characters(name: str, data: dict[str, Any]) -> None:
+    event = {"timestamp": "2026-11-23T04:41:07Z", "level": "info", "event": name, **data}
+    text = logview.line(event, colours=False)
+    assert all(is_visible(character) for character in text)
+
+
+@given(text=TEXT, job=TEXT)
+def test_no_text_passes_for_another_key(text: str, job: str) -> None:
+    """What stands outside quotes is written by us: `reason=x job=forged` in a value stays inside its quotes."""
+    shown = logview.line({"event": "e", "reason": text, "job": job}, colours=False)
+    outside = shown.replace("\\\\", "").replace('\\"', "")
+    bare = "".join(part for number, part in enumerate(outside.split('"')) if number % 2 == 0)
+    assert bare.count("=") == 2
+
+
+def test_an_exception_s_own_text_cannot_pass_for_an_event(make_log: Callable[..., Any], tmp_path: Path) -> None:
+    log = make_log()
+    try:
+        raise ValueError("x\n2026-11-23 04:41:07 info    job.succeeded  \x1b[2J")
+    except ValueError:
+        log.exception("file.not_moved", job="j")
+    (event,) = lines(tmp_path)
+    text = logview.line(event, colours=False)
+    assert "ValueError" in text
+    assert "\x1b" not in text
+    assert all(line.startswith("    | ") for line in text.split("\n")[1:])
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=EVENTS)
+def test_the_journal_reads_each_value_back_and_none_that_was_forged(data: dict[str, Any]) -> None:
+    fields = parse_datagram(
+        journal.render(None, "", {"event": "job.failed", "level": "error", **data}).encode("latin-1")
+    )
+    assert set(fields) == {
+        "MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "DROPFORGE_EVENT", "DROPFORGE_LEVEL",
+        *(f"DROPFORGE_{key.upper()}" for key in data),
+    }  # fmt: skip
+    assert fields["PRIORITY"] == "3"
+    assert all(is_visible(character) for character in fields["MESSAGE"])
+    for key, value in data.items():
+        if isinstance(value, str):
+            assert fields[f"DROPFORGE_{key.upper()}"] == value.encode("utf-8", "backslashreplace").decode()[:4000]
+
+
+def parse_datagram(data: bytes) -> dict[str, str]:
+    """The journal's own reading: `KEY=value` lines, or the key, a length, and so many bytes."""
+    fields: dict[str, str] = {}
+    while data:
+        key, _, rest = data.partition(b"\n")
+        if b"=" in key:
+            name, _, value = key.partition(b"=")
+            data = rest
+        else:
+            name, size = key, int.from_bytes(rest[:8], "little")
+            value, data = rest[8 : 8 + size], rest[8 + size + 1 :]
+        assert name.decode() not in fields
+        fields[name.decode()] = value.decode()
+    return fields
+
+
+def test_a_journal_that_is_gone_does_not_end_the_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handler = journal.JournalHandler(str(tmp_path / "nobody"))
+    handler.emit(logging.LogRecord("x", logging.INFO, "", 0, "told all the same", (), None))
+    assert "told all the same" in capsys.readouterr().err
+    handler.close()
+
+
+def test_an_event_of_any_size_reaches_the_journal(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "journal"))
+        handler = journal.JournalHandler(str(tmp_path / "journal"))
+        text = journal.render(None, "", {"event": "job.failed", **{f"key{n}": "ä" * 100_000 for n in range(10)}})
+        handler.emit(logging.LogRecord("x", logging.INFO, "", 0, text, (), None))
+        assert parse_datagram(listener.recv(1 << 20))["DROPFORGE_EVENT"] == "job.failed"
+        handler.close()
+
+
+def test_the_log_is_rotated_by_size_and_number(make_log: Callable[..., Any], tmp_path: Path) -> None:
+    log = make_log(max_bytes=2000, backups=2)
+    for number in range(100):
+        log.info("file.settled", number=number)
+    names = sorted(path.name for path in (tmp_path / "state" / "logs").iterdir())
+    assert names == ["dropforge.jsonl", "dropforge.jsonl.1", "dropforge.jsonl.2"]
+    assert all((tmp_path / "state" / "logs" / name).stat().st_size <= 2000 for name in names)
+    told = [event["number"] for name in reversed(names) for event in lines(tmp_path, name)]
+    assert told == list(range(told[0], 100))
+
+
+def test_a_log_that_was_moved_away_is_opened_again(make_log: Callable[..., Any], tmp_path: Path) -> None:
+    log = make_log(max_bytes=0)
+    log.info("file.settled", number=1)
+    path = tmp_path / "state" / "logs" / "dropforge.jsonl"
+    path.rename(path.with_name("moved"))
+    log.info("file.settled", number=2)
+    logs.reopen()
+    log.info("file.settled", number=3)
+    assert [event["number"] for event in lines(tmp_path, "moved")] == [1, 2]
+    assert [event["number"] for event in lines(tmp_path)] == [3]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")  # noqa: PTH110
+def test_a_log_that_cannot_be_written_is_told_once(
+    make_log: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "state" / "logs"
+    folder.mkdir(parents=True)
+    (folder / "dropforge.jsonl").symlink_to("/dev/full")
+    log = make_log()
+    for _ in range(5):
+        log.info("file.settled")
+    assert capsys.readouterr().err.count("cannot write the log") == 1
+    assert "space" in logs.fault().lower()
+
+
+def test_a_listener_hears_also_what_is_not_written(tmp_path: Path) -> None:
+    heard: list[str] = []
+    settings_ = Settings(root=tmp_path, logging={"level": "error"})
+    log = logs.configure(settings_, terminal=False, listeners=[lambda name, data: heard.append(name)])
+    log.info("job.succeeded", job="j")
+    assert heard == ["job.succeeded"]
+    assert lines(tmp_path) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ops=st.lists(st.sampled_from(["write", "write", "write", "rotate", "read", "move", "truncate_last"]), max_size=40)
+)
+def test_a_reader_that_follows_sees_every_line_once_across_rotation(
+    tmp_path_factory: pytest.TempPathFactory, ops: list[str]
+) -> None:
+    """However writes, rotations and reads fall; at most BACKUPS rotations between two reads, as files are then gone."""
+    folder = tmp_path_factory.mktemp("log")
+    path = folder / "dropforge.jsonl"
+    reader = logview.LogReader(path)
+    written, seen, rotated = 0, [], 0
+    for op in ops:
+        if op == "write":
+            with path.open("ab") as file:
+                file.write(b'{"n": %d}\n' % written)
+            written += 1
+        elif op == "rotate" and path.exists() and rotated < 3:
+            for number in (2, 1):
+                old = folder / f"dropforge.jsonl.{number}"
+                if old.exists():
+                    old.rename(folder / f"dropforge.jsonl.{number + 1}")
+            path.rename(folder / "dropforge.jsonl.1")
+            rotated += 1
+        elif op == "read":
+            seen += [event["n"] for _, event in reader.read()]
+            rotated = 0
+    seen += [event["n"] for _, event in reader.read()]
+    reader.close()
+    assert seen == list(range(written))
+
+
+def test_a_line_in_the_middle_of_its_writing_is_read_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b'{"n": 1}\n{"n"')
+    reader = logview.LogReader(path)
+    assert [event for _, event in reader.read()] == [{"n": 1}]
+    with path.open("ab") as file:
+        file.write(b": 2}\nnot json\n[]\n")
+    assert [event for _, event in reader.read()] == [{"n": 2}]
+    path.write_bytes(b'{"n": 3}\n')  # cut in place, as logrotate's copytruncate does
+    assert [event for _, event in reader.read()] == [{"n": 3}]
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("job", "level", "expected"),
+    [
+        ("", "debug", [1, 2, 3]),
+        ("", "warning", [2, 3]),
+        ("abc", "debug", [1, 2]),
+        ("-1", "debug", [1, 2]),
+        ("zz", "debug", []),
+    ],
+)
+def test_events_are_chosen_by_job_and_level(job: str, level: str, expected: list[int]) -> None:
+    events = [
+        {"n": 1, "job": "abc-1", "level": "info"},
+        {"n": 2, "job": "abc-1", "level": "warning"},
+        {"n": 3, "level": "error"},
+    ]
+    wanted = logview.Wanted(job=job, level=level)
+    assert [event["n"] for event in events if wanted(event)] == expected
+
+
+@given(TEXT)
+def test_escaped_text_is_visible_and_short(text: str) -> None:
+    shown = escape(text, most=50)
+    assert len(shown) <= 50
+    assert all(is_visible(character) for character in shown)
