@@ -7,6 +7,7 @@ unread, and values that nobody uses are typed with bounded depth. What the types
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -193,8 +194,15 @@ def _turn_type() -> Any:
     return union
 
 
+_ESCAPED = re.compile(r'[\x00-\x1f"\\]')
+
+
 def _struct(name: str, fields: list[_Field], order: Sequence[str] = (), **options: Any) -> Any:
-    """A Struct type whose keys may be any strings; it is fastest where keys come in `order`."""
+    """A Struct type with these keys; it is fastest where keys come in `order`.
+
+    A key that JSON has to escape cannot be a field of one; it is left out, and a row that has it goes the exact way.
+    """
+    fields = [field for field in fields if _ESCAPED.search(field[0]) is None]
     place = {key: index for index, key in enumerate(order)}
     rename = {}
     members: list[tuple[str, Any] | _Field] = []

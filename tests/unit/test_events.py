@@ -12,7 +12,7 @@ from daemon.events import EVENTS, by_noun
 from tests.support.root import REPOSITORY
 
 NAME = re.compile(rf"({'|'.join(by_noun())})\.[a-z_]+")
-METHODS = {"debug", "info", "warning", "error", "critical", "exception", "event", "tell", "log", "_log"}
+METHODS = {"_tell", "debug", "info", "warning", "error", "critical", "exception", "event", "tell", "log", "_log"}
 # Names that are put together at run time: every end of a job is one.
 COMPOSED = {"job.failed", "job.cancelled"}
 

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from daemon.config import DataSettings
+from daemon.dataset import scan_dataset
 from daemon.jsonline import LineFault
 from daemon.rows import Columns, Format, Rules, check_row
 from daemon.rowtypes import MAX_EXTRA_KEYS, NOT_TAKEN, RowDecoder
@@ -146,3 +148,12 @@ def test_what_typed_decoding_skips_elsewhere_is_refused_here(tmp_path: Path) -> 
     decoder = taught(Format.TEXT, [b'{"text": "ok", "unread": "fine"}'])
     assert takes(decoder, b'{"text": "ok", "unread": "fine"}')
     assert not takes(decoder, line)
+
+
+@pytest.mark.parametrize("key", ["\x1f", '"', "\\", "a\nb", "\x00"])
+def test_a_key_that_has_to_be_escaped_is_read_the_exact_way(tmp_path: Path, key: str) -> None:
+    """Such a key, first seen beside good ones, must not end the pass."""
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {n}", key: n, "other": {key: None}}) + "\n" for n in range(200)))
+    found = scan_dataset(path, DataSettings())
+    assert found.dataset.rows == 200
