@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from daemon import inbox
@@ -237,7 +238,8 @@ class Intake:
 
     def _claim_one(self, ready: Ready, now: float) -> Job | None:
         """Row, then rename. None when the file could not be taken; it waits, or is gone."""
-        if ready.look.device != self._processing_device():
+        # Folders are compared: on an overlay, as in a container, a file's own device is another than its folder's.
+        if _device(ready.path.parent) != _device(self.settings.inbox_dir / inbox.PROCESSING):
             reason = "inbox/processing is on another file system; files are taken by renaming"
             self._drops.give_back(ready.candidate, now, seconds=FAILED_CLAIM_SECONDS, reason=reason)
             return None
@@ -268,10 +270,6 @@ class Intake:
         self._drops.claimed(ready, now)
         self._log.info("file.claimed", file=shown, job=job.id, priority=job.priority.value)
         return job
-
-    def _processing_device(self) -> int | None:
-        identity = identity_of(self.settings.inbox_dir / inbox.PROCESSING)
-        return identity[0] if identity else None
 
     def _new_job(self, ready: Ready, sidecar: Sidecar, priority: Priority) -> Job:
         job_id = new_job_id()
@@ -332,6 +330,11 @@ class Intake:
                 continue  # not ours: never deleted
             except OSError as error:
                 self._log.error("file.not_purged", job=path.name, error=str(error))
+
+
+def _device(folder: Path) -> int | None:
+    identity = identity_of(folder)
+    return identity[0] if identity else None
 
 
 def _same_file(before: Look, after: Look) -> bool:

@@ -197,11 +197,13 @@ class Root:
         return next((job for job in reversed(self.jobs()) if job.name == name), None)
 
     def finished(self, name: str, timeout: float = 120.0) -> Job:
-        """Wait until the newest job of this name is in a final state."""
+        """Wait until the newest job of this name is in a final state and its file has left processing/."""
 
         def final() -> Job | None:
             job = self.job(name)
-            return job if job is not None and job.state in FINAL_STATES else None
+            if job is None or job.state not in FINAL_STATES:
+                return None
+            return None if (self.settings.inbox_dir / "processing" / job.id).exists() else job
 
         try:
             job = wait_until(final, timeout, f"{name} to be finished")
