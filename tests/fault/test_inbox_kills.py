@@ -57,7 +57,7 @@ def retry(root: str, job_id: str) -> None:
     job = store.get(job_id)
     inbox.return_for_retry(settings, job)
     if job.state is JobState.FAILED:
-        store.transition(job_id, JobState.FAILED, JobState.QUEUED, "retry")
+        store.transition(job_id, JobState.FAILED, JobState.CLAIMED, "retry")
     store.close()
 
 

@@ -78,12 +78,12 @@ def test_content_that_was_trained_before_is_told_with_job_and_version(tmp_path: 
 
 
 def test_the_share_of_trained_tokens_comes_from_a_child_process(tmp_path: Path) -> None:
-    """Which gets the file and the recipe, sidecar included; whatever goes wrong there is a reason, not an error."""
+    """Which gets the file, its format and the recipe, sidecar included; whatever goes wrong there is a reason, not an error."""
     path = drop(tmp_path / "x.jsonl", ROWS)
     drop(tmp_path / "x.job.toml", "[data]\nmax_length = 77\n")
     settings = Settings(root=tmp_path, model={"model_name_or_path": "some/model"})
     counting = (
-        "import json, sys; recipe = json.loads(sys.argv[2])\n"
+        "import json, sys; recipe = json.loads(sys.argv[3])\n"
         "print(json.dumps({'tokens': 200, 'trained_tokens': recipe['data']['max_length'], 'lengths': {}}))"
     )
     for code, expected in (
