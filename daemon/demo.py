@@ -31,6 +31,7 @@ from daemon.status import read_status
 from daemon.store import JobStore
 from daemon.versions import current_version
 
+MARGIN = 22  # time and word before each text
 PATIENCE_SECONDS = 900.0  # a hang ends; a busy machine does not
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "inbox": {"settle_seconds": 0.5},
@@ -103,7 +104,7 @@ class Story:
         )
         values = {**event, "because": because}
         try:
-            text = form.format(**values)
+            text = form.format(**values).replace("\n", f"\n{' ' * MARGIN}")
         except (KeyError, ValueError, TypeError):
             text = " ".join(
                 f"{key}={value}" for key, value in event.items() if key not in ("timestamp", "level", "event")
