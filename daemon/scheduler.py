@@ -424,16 +424,12 @@ def canonical(job: Job, result: RunResult | None) -> dict[str, Any]:
 
 def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:
     """A full disk waits; anything else (no memory for a process, a missing program) is tried again a few times."""
-    return _again(job, f"the trainer could not be started: {error}", error, settings)
-
-
-def _again(job: Job, reason: str, error: Exception, settings: Settings) -> Conclusion:
     no_space_left = is_no_space(error)
     fruitless = job.fruitless if no_space_left else job.fruitless + 1
     over = fruitless >= settings.queue.max_attempts
     return Conclusion(
         to=JobState.FAILED if over else JobState.QUEUED,
-        reason=reason,
+        reason=f"the trainer could not be started: {error}",
         failure=FailureKind.NO_SPACE if no_space_left else FailureKind.INTERNAL,
         not_before=time.time() + settings.queue.retry_seconds,
         fruitless=fruitless,
