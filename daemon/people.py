@@ -93,6 +93,7 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
         duplicate_of=None,
         failure=None,
         fruitless=0,
+        max_step=0,  # whose checkpoints lie there now, the guard will tell
         not_before=0.0,
         finished_at=None,
         result=None,
@@ -113,8 +114,12 @@ def move(store: JobStore, job: Job, *, first: bool, priority: Priority | None) -
         store.update(job.id, priority=priority, position=0)
     if first:
         store.move_first(job.id)
-    place = [queued.id for queued in store.queue()].index(job.id) + 1
-    return f"job {job.id} is number {place} in the queue"
+    queue = store.queue()
+    place = [queued.id for queued in queue].index(job.id) + 1
+    begun = queue[0].id if queue[0].max_step and place > 1 else None
+    return f"job {job.id} is number {place} in the queue" + (
+        f"; job {begun} has begun and goes on first" if begun else ""
+    )
 
 
 def prune(settings: Settings, store: JobStore) -> int:

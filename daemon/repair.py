@@ -6,19 +6,34 @@ be told from what is there, and finished. Nothing is deleted but empty folders.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from daemon import inbox
 from daemon.config import Settings
 from daemon.errors import NotFound
-from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState, utc_now
+from daemon.executors.local import SPEC_NAME
+from daemon.job import (
+    FINAL_STATES,
+    OPEN_STATES,
+    RUN_SPEC_VERSION,
+    Job,
+    JobState,
+    Priority,
+    RunSpec,
+    from_json,
+    run_dir,
+    utc_now,
+)
 from daemon.report import REPORT_JSON, REPORT_TEXT
 from daemon.settle import Kind, kind_of_name, sidecar_name
+from daemon.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -31,11 +46,12 @@ def repair(settings: Settings, store: JobStore, log: Any) -> Iterator[str]:
     for job in store.jobs({JobState.CLAIMED}):
         _finish_claim(settings, store, job, log)
     folder = settings.inbox_dir / inbox.PROCESSING
+    latest = _latest_run(settings)
     for path in sorted(folder.iterdir()):
         try:
             job = store.get(path.name)
         except NotFound:
-            yield from _adopt(settings, store, path, log)
+            yield from _adopt(settings, store, path, log, run=latest if latest and latest.job_id == path.name else None)
             continue
         if job.state in FINAL_STATES:
             inbox.settle_files(settings, job)
@@ -75,8 +91,35 @@ def _finish_claim(settings: Settings, store: JobStore, job: Job, log: Any) -> No
     inbox.settle_files(settings, moved)
 
 
-def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any) -> Iterator[str]:
-    """A folder without a row (the store was lost or set aside): its file becomes a job again, under the same id."""
+def _latest_run(settings: Settings) -> RunSpec | None:
+    """The run that was launched last; None when there is none that this version can read."""
+    paths = (settings.state_dir / "runs").glob(f"*/{SPEC_NAME}")
+    path = max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
+    try:
+        spec = from_json(path.read_bytes(), RunSpec) if path is not None else None
+    except (OSError, ValueError):
+        return None
+    return spec if spec is not None and spec.schema_version == RUN_SPEC_VERSION else None
+
+
+def _sealed_step(directory: Path) -> int:
+    """The last step that a run has told to be sealed; its checkpoints lie in the model directory. 0: none."""
+    step = 0
+    with suppress(OSError):
+        for line in (directory / "events.jsonl").read_bytes().splitlines():
+            with suppress(ValueError, AttributeError):  # torn by a crash
+                event = json.loads(line)
+                if event.get("event") in ("run.started", "checkpoint.sealed"):
+                    step = int(event.get("step", event.get("start_step", 0)))
+    return step
+
+
+def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any, *, run: RunSpec | None) -> Iterator[str]:
+    """A folder without a row (the store was lost or set aside): its file becomes a job again, under the same id.
+
+    The run that was launched last is taken for running: the scheduler then adopts its trainer, or concludes what it
+    left. Every other file has its rows checked again.
+    """
     if not folder.is_dir() or folder.is_symlink():
         yield f"{_shown(settings, folder)} does not belong there; it is left alone"
         return
@@ -91,18 +134,29 @@ def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any) -> Itera
         return
     path = folder / data[0]
     found = path.lstat()
-    store.add(
-        Job(
-            id=folder.name,
-            name=path.name,
-            state=JobState.CLAIMED,
-            path=str(path),
-            source=str(settings.inbox_dir / path.name),
-            source_inode=found.st_ino,
-            size_bytes=found.st_size,
-            reason="found in processing/ without a record",
-        )
+    sidecar = Sidecar()
+    with suppress(OSError, RejectedSidecar):  # told when the rows are checked
+        if os.path.lexists(beside := folder / sidecar_name(path.name)):
+            sidecar = read_sidecar(beside, settings.recipe)
+    job = Job(
+        id=folder.name,
+        name=path.name,
+        state=JobState.CLAIMED,
+        priority=sidecar.priority or Priority.NORMAL,
+        path=str(path),
+        source=str(settings.inbox_dir / path.name),
+        source_inode=found.st_ino,
+        size_bytes=found.st_size,
+        force=sidecar.force,
+        overrides=sidecar.overrides,
+        reason="found in processing/ without a record",
     )
+    if run is not None:
+        step = _sealed_step(run_dir(settings.state_dir, job.id))
+        job = replace(
+            job, state=JobState.RUNNING, dataset=run.dataset, recipe=run.recipe, attempt=run.attempt, max_step=step
+        )
+    store.add(job)
     log.warning("file.adopted", job=folder.name, file=escape(path.name))
 
 

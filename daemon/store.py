@@ -68,8 +68,16 @@ _MIGRATIONS = (
     INSERT INTO counts SELECT state, count(*) FROM jobs GROUP BY state;
     CREATE TABLE controls (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
     """,
+    # A run that has sealed checkpoints goes on before anything else is launched: another run would clear them.
+    """
+    ALTER TABLE jobs ADD COLUMN begun INTEGER NOT NULL DEFAULT 0;     -- 1: its checkpoints lie in the model directory
+    UPDATE jobs SET begun = 1 WHERE state IN ('queued', 'running') AND json_extract(body, '$.max_step') > 0;
+    DROP INDEX jobs_queue;
+    CREATE INDEX jobs_queue ON jobs (state, begun DESC, priority, position, seq)
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
+_QUEUE_ORDER = "ORDER BY begun DESC, priority, position, seq"
 
 
 class NewerStore(StoreError):
@@ -126,8 +134,8 @@ class JobStore:
         stamped = replace(job, created_at=job.created_at or utc_now(), updated_at=utc_now())
         with self._transaction():
             self._db.execute(
-                "INSERT INTO jobs (id, state, priority, position, not_before, digest, source_inode, body)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO jobs (id, state, begun, priority, position, not_before, digest, source_inode, body)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (stamped.id, *_columns(stamped)),
             )
             self._count(stamped.state, 1)
@@ -191,14 +199,16 @@ class JobStore:
     def peek(self, now: float) -> Job | None:
         """The job that `claim_next` would take.
 
-        A back-off that ends later than any can be was written before the clock was set back; it counts as over.
+        One that has sealed checkpoints is waited for while it backs off: whoever ran meanwhile would clear them. A
+        back-off that ends later than any can be was written before the clock was set back; it counts as over.
         """
         row = self._db.execute(
-            "SELECT body FROM jobs WHERE state = ?1 AND (not_before <= ?2 OR not_before > ?2 + ?3)"
-            " ORDER BY priority, position, seq LIMIT 1",
+            "SELECT body, due FROM"  # noqa: S608  likewise
+            " (SELECT *, not_before <= ?2 OR not_before > ?2 + ?3 AS due FROM jobs WHERE state = ?1)"
+            f" WHERE due OR begun {_QUEUE_ORDER} LIMIT 1",
             (JobState.QUEUED, now, LONGEST_BACKOFF_SECONDS),
         ).fetchone()
-        return from_json(row[0], Job) if row else None
+        return from_json(row[0], Job) if row and row[1] else None
 
     def next_due(self, now: float) -> float | None:
         """When the next back-off of a queued job ends, seconds since the epoch; None when none is waited for."""
@@ -253,7 +263,8 @@ class JobStore:
     def queue(self, *, limit: int = -1) -> list[Job]:
         """Queued jobs in the order in which they will run."""
         rows = self._db.execute(
-            "SELECT body FROM jobs WHERE state = ? ORDER BY priority, position, seq LIMIT ?", (JobState.QUEUED, limit)
+            f"SELECT body FROM jobs WHERE state = ? {_QUEUE_ORDER} LIMIT ?",  # noqa: S608  likewise
+            (JobState.QUEUED, limit),
         ).fetchall()
         return [from_json(row[0], Job) for row in rows]
 
@@ -376,8 +387,8 @@ class JobStore:
 
     def _write(self, job: Job) -> None:
         self._db.execute(
-            "UPDATE jobs SET state = ?, priority = ?, position = ?, not_before = ?, digest = ?, source_inode = ?, body = ?"
-            " WHERE id = ?",
+            "UPDATE jobs SET state = ?, begun = ?, priority = ?, position = ?, not_before = ?, digest = ?,"
+            " source_inode = ?, body = ? WHERE id = ?",
             (*_columns(job), job.id),
         )
 
@@ -393,7 +404,9 @@ class JobStore:
         )
 
 
-def _columns(job: Job) -> tuple[str, int, int, float, str | None, int, str]:
-    """What `_SCHEMA` keeps beside the body, in its order, then the body."""
+def _columns(job: Job) -> tuple[str, bool, int, int, float, str | None, int, str]:
+    """What the schema keeps beside the body, in its order, then the body."""
     digest = job.dataset.digest if job.dataset else None
-    return job.state.value, job.priority.rank, job.position, job.not_before, digest, job.source_inode, to_json(job)
+    begun = job.max_step > 0
+    order = (job.priority.rank, job.position, job.not_before)
+    return job.state.value, begun, *order, digest, job.source_inode, to_json(job)

@@ -132,8 +132,8 @@ def test_a_retry_checks_and_trains_under_the_settings_of_now(make_root: MakeRoot
     os.kill(root.start_pid, signal.SIGHUP)
     wait_until(lambda: root.events("daemon.reloaded"))
     ask(root, "retry", job.id)
-    done = wait_until(lambda: (now := root.job("a.jsonl")) and now.state is JobState.SUCCEEDED and now)
-    assert done
+    done = root.finished("a.jsonl")
+    assert done.state is JobState.SUCCEEDED
     assert done.id == job.id
     assert done.result is not None
     assert done.result.steps_planned == 24
@@ -151,8 +151,8 @@ def test_a_rejected_file_that_was_mended_in_place_can_be_retried(make_root: Make
     wait_until(path.exists, what="the file in failed/")
     path.write_text('{"text": "fine"}\n{"text": "whole"}\n')
     ask(root, "retry", job.id)
-    done = wait_until(lambda: (now := root.job("a.jsonl")) and now.state is JobState.SUCCEEDED and now)
-    assert done
+    done = root.finished("a.jsonl")
+    assert done.state is JobState.SUCCEEDED
     assert done.dataset is not None
     assert done.dataset.rows == 2
     assert_sound(root)
@@ -172,6 +172,30 @@ def test_order_can_be_changed_while_jobs_wait(make_root: MakeRoot) -> None:
     ask(root, "resume")
     wait_until(lambda: all(state(root, f"{name}.jsonl") is JobState.SUCCEEDED for name in "abc"))
     assert [event["dataset"][0] for event in root.events("job.started")] == ["c", "b", "a"]
+
+
+def test_a_lost_run_keeps_its_checkpoints_while_others_wait(make_root: MakeRoot) -> None:
+    """A trainer that died backs off; what waits behind it, or comes urgently meanwhile, does not take its place."""
+    root = make_root(
+        behaviour={"1": {"die_at": 45, "step_seconds": 0.02}}, tables={**STEPS, "queue": {"retry_seconds": 2.0}}
+    )
+    root.start()
+    root.drop("a.jsonl", texts(60, "a"))
+    begun = root.running("a.jsonl")
+    root.drop("b.jsonl", texts(5, "b"), folder="high")
+    root.drop("c.jsonl", texts(5, "c"))
+    wait_until(lambda: (job := root.job("a.jsonl")) and job.failure is FailureKind.LOST, what="the trainer to be lost")
+    waiting = root.job("c.jsonl")
+    assert waiting is not None
+    assert f"job {begun.id} has begun" in ask(root, "move", waiting.id, "--first")
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        assert root.finished(name).state is JobState.SUCCEEDED
+    done = root.job("a.jsonl")
+    assert done is not None
+    assert done.result is not None
+    assert (done.attempt, done.result.start_step) == (2, 40)
+    assert [event["dataset"] for event in root.events("job.started")] == ["a.jsonl", "a.jsonl", "b.jsonl", "c.jsonl"]
+    assert_sound(root)
 
 
 def test_a_disk_without_room_holds_the_queue_and_lets_it_go_by_itself(make_root: MakeRoot) -> None:
@@ -303,7 +327,7 @@ def test_submit_waits_for_the_result_and_tells_it_by_its_exit_code(make_root: Ma
     bad.write_text("no row\n")
     assert root.run("submit", str(good), "--wait").returncode == 75  # nobody is there to train it
     root.start()
-    wait_until(lambda: state(root, "good.jsonl") is JobState.SUCCEEDED)
+    assert root.finished("good.jsonl").state is JobState.SUCCEEDED
     assert root.run("submit", str(bad), "--wait").returncode == 3
     assert root.run("submit", str(good), "--wait", "--force").returncode == 0
     root.behave({"*": {"fail": {"kind": "diverged", "message": "NaN"}}})

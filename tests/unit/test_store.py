@@ -68,6 +68,18 @@ def test_priority_then_arrival_decides_and_back_off_waits(store: JobStore) -> No
     assert store.claim_next(now=100.0) is not None
 
 
+def test_a_job_that_has_begun_goes_on_first_and_is_waited_for(store: JobStore) -> None:
+    """Whatever ran before it would clear its checkpoints: hours of a GPU, for a back-off of seconds."""
+    queued(store, "normal")
+    queued(store, "begun", priority=Priority.LOW, max_step=400, not_before=100.0)
+    queued(store, "high", priority=Priority.HIGH)
+    assert [job.id for job in store.queue()] == ["begun", "high", "normal"]
+    assert store.claim_next(now=50.0) is None
+    assert store.next_due(now=50.0) == 100.0
+    order = [job.id for job in iter(lambda: store.claim_next(now=100.0), None) if job is not None]
+    assert order == ["begun", "high", "normal"]
+
+
 @pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
 def test_a_clock_that_jumps_a_day_holds_no_job_back(store: JobStore, jump: float) -> None:
     """Back-offs are kept as times of day; one that the clock was set back behind must not wait for a day."""

@@ -64,7 +64,7 @@ def test_no_file_is_lost_and_nothing_is_trained_twice(make_root: Callable[..., R
     assert root.events("store.set_aside")
     resumed = root.job("running.jsonl")
     assert resumed is not None
-    assert resumed.id == running.id
+    assert (resumed.id, resumed.attempt) == (running.id, 2)
     assert resumed.result is not None
     assert resumed.result.start_step >= 20
     states = {job.name: job.state for job in root.jobs()}

@@ -66,7 +66,7 @@ def test_a_model_directory_that_became_read_only_fails_the_job_and_loses_nothing
         assert "read-only file system" in job.reason
         remount(root.settings.model_dir, "rw")
         assert root.run("retry", job.id).returncode == 0
-        wait_until(lambda: (now := root.job("a.jsonl")) and now.state is JobState.SUCCEEDED)
+        assert root.finished("a.jsonl").state is JobState.SUCCEEDED
         assert root.stop() == 0
         assert_sound(root)
 
