@@ -22,8 +22,11 @@ CONFIG_NAME = "dropforge.toml"
 ENV_PREFIX = "DROPFORGE_"
 ROOT_VARIABLE = "DROPFORGE_ROOT"
 
-# Of [training], what a dropped file has no say in.
-OF_THE_MACHINE = frozenset({"num_processes", "report_to"})
+# What a dropped file has no say in: it is about this machine, or keeps one file from harming the daemon.
+NOT_FOR_ONE_DATASET: Mapping[str, frozenset[str]] = {
+    "training": frozenset({"num_processes", "report_to", "save_total_limit"}),
+    "data": frozenset({"max_line_bytes", "max_expansion", "render_seconds"}),
+}
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -282,12 +285,19 @@ class Recipe(Section):
                     cause=f"[{table}] cannot be set for one dataset",
                     hint="a sidecar may hold priority, force, [training], [lora] and [data]",
                 )
-            if table == "training" and (named := sorted(OF_THE_MACHINE & values.keys())):
+            if named := sorted(NOT_FOR_ONE_DATASET.get(table, frozenset()) & values.keys()):
                 raise ConfigError(
                     operation="apply the sidecar",
-                    cause=f"[training] {', '.join(named)} cannot be set for one dataset",
+                    cause=f"[{table}] {', '.join(named)} cannot be set for one dataset",
                     hint="set it in dropforge.toml: it is about this machine, not about the dataset",
                 )
+        modules = overrides.get("lora", {}).get("target_modules", "all-linear")
+        if isinstance(modules, str) and modules != "all-linear":  # peft takes it for a pattern, which may never end
+            raise ConfigError(
+                operation="apply the sidecar",
+                cause="[lora] target_modules cannot be a pattern for one dataset",
+                hint='list the modules by name, or say "all-linear"',
+            )
         try:
             return Recipe.model_validate(_layered(self.model_dump(), overrides))
         except ValidationError as error:

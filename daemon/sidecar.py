@@ -20,7 +20,6 @@ from daemon.source import SourceFault, open_regular
 from daemon.text import escape
 
 MAX_SIDECAR_BYTES = 64 * 1024
-PROTECTED = {"data": ("max_line_bytes", "max_expansion")}  # what keeps one file from harming the daemon
 ALLOWED = "priority, force, [training], [lora] and [data]"
 
 
@@ -51,9 +50,6 @@ def read_sidecar(path: Path, recipe: Recipe) -> Sidecar:
         if key in ("training", "lora", "data"):
             if not isinstance(value, dict):
                 raise _rejected(path, f"{key} is a table: write [{key}]")
-            for name in PROTECTED.get(key, ()):
-                if name in value:
-                    raise _rejected(path, f"[{key}] {name} protects the daemon; it is set in dropforge.toml alone")
             overrides[key] = value
         elif key not in ("priority", "force"):
             raise _rejected(path, f"unknown or forbidden key {escape(key)}")
