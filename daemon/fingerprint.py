@@ -41,6 +41,7 @@ def fingerprint_run(
         "data.truncation": "keep the trained part",
         "data.packing": False,
         "data.train_on": data.train_on,
+        "data.columns": data.columns.model_dump(),
         "tokenizer.digest": digest_tokenizer_files(base_path),
         "model.name": recipe.model.model_name_or_path,
         "model.digest": digest_model_files(base_path, DigestCache(cache_path) if cache_path else None),
