@@ -85,10 +85,11 @@ class LocalExecutor:
         if child is None:
             identity = self._adopted.get(run_dir)
             return None if identity is not None and identity.alive else Exit()
-        code = child.poll()
-        if code is None:
+        if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return None
-        self._signal(run_dir, signal.SIGKILL)  # what it may have left in its group, before the pid is forgotten
+        # What it may have left in its group; before it is reaped, because its number is somebody else's afterwards.
+        self._signal(run_dir, signal.SIGKILL)
+        code = child.wait()
         del self._children[run_dir]
         starved = code == -signal.SIGKILL and run_dir not in self._ended and oom_kills() > self._oom_kills
         return Exit(signal=-code, out_of_memory=starved) if code < 0 else Exit(code=code)
@@ -97,8 +98,8 @@ class LocalExecutor:
         """SIGTERM to the trainer itself."""
         child = self._children.get(run_dir)
         identity = self._adopted.get(run_dir)
-        if child is not None and child.poll() is None:
-            child.terminate()
+        if child is not None:  # not reaped before `poll` does it, so its number is its own
+            os.kill(child.pid, signal.SIGTERM)
         elif identity is not None and identity.alive:
             os.kill(identity.pid, signal.SIGTERM)
 

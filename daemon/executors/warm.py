@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -97,23 +96,10 @@ class _Forked:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self.returncode: int | None = None
 
-    def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
-        if self.returncode is None:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # somebody else has reaped it; that it is gone is all that is known
-                self.returncode = 255
-            else:
-                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def terminate(self) -> None:
-        """SIGTERM; `poll` says whether it is still there to hear it."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGTERM)
+    def wait(self) -> int:
+        """The exit code, negative for a signal."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 class _Server:

@@ -48,9 +48,13 @@ def test_an_unfinished_run_is_not_continued_by_another_dataset(make_root: MakeRo
     root = make_root(behaviour={"1": {"die_at": 1200}}, tables={**ONE_ROW_A_STEP, "queue": {"retry_seconds": 3600.0}})
     root.start()
     root.drop("a.jsonl", texts(2000, "a"))
-    wait_until(lambda: (job := root.job("a.jsonl")) and job.attempt == 1 and job.state is JobState.QUEUED)
+    lost = wait_until(
+        lambda: (job := root.job("a.jsonl")) and job.attempt == 1 and job.state is JobState.QUEUED and job
+    )
+    assert lost
     root.behave({})
     root.drop("b.jsonl", texts(300, "b"))
+    assert root.run("cancel", lost.id).returncode == 0  # until then b waits for it
     job = root.finished("b.jsonl")
     assert job.result is not None
     assert (job.result.start_step, job.result.steps_run, job.result.cleared) == (0, 300, 2)
