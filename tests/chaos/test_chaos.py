@@ -49,8 +49,11 @@ class Chaos:
 
     def drop(self) -> None:
         """A new dataset, sometimes broken, sometimes one that was dropped before, sometimes under an old name."""
-        self.sets += self.dice.random() < 0.7  # else one that was dropped before
-        number = self.sets if self.dice.random() < 0.7 else self.dice.randrange(self.sets + 1)
+        if self.dice.random() < 0.7:
+            self.sets += 1
+            number = self.sets
+        else:
+            number = self.dice.randrange(self.sets + 1)
         rows = "".join(json.dumps({"text": f"set {number} row {row}"}) + "\n" for row in range(1 + number * 7 % 40))
         if self.dice.random() < 0.1:
             rows += '{"text": cut'
