@@ -59,11 +59,12 @@ def devices() -> tuple[Gpu, ...]:
 def choose(found: Sequence[Gpu], device: str) -> Gpu | None:
     """The device that `[gpu] device` names: an index, a UUID, or with "auto" the one with most free memory.
 
-    None when there is none to see, or `device` is "none". Raises ConfigError when a named device is not there.
+    None when there is none to see, or `device` is "none". Raises ConfigError when a named device is not there: a run on
+    the CPU, or on another GPU, is not what was asked for.
     """
     if device == "none":
         return None
-    if device == "auto" or not found:
+    if device == "auto":
         return max(found, key=lambda gpu: gpu.free_bytes, default=None)
     for index, gpu in enumerate(found):
         if device in (str(index), gpu.uuid):
@@ -72,7 +73,9 @@ def choose(found: Sequence[Gpu], device: str) -> Gpu | None:
         operation="use",
         subject=f"[gpu] device = {device!r}",
         cause="there is no such GPU",
-        hint=f"there are {', '.join(gpu.uuid for gpu in found)}",
+        hint=f"there are {', '.join(gpu.uuid for gpu in found)}"
+        if found
+        else "none can be seen: is the driver loaded, and the extra installed (pip install 'dropforge[gpu]')?",
     )
 
 
