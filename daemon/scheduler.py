@@ -5,7 +5,6 @@ It keeps nothing that the store and the run directory do not hold: `recover` fin
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -17,7 +16,7 @@ from typing import Any
 import guard
 from daemon import gpu, versions
 from daemon.config import Recipe, Settings
-from daemon.errors import ConfigError, DropforgeError
+from daemon.errors import ConfigError, DropforgeError, is_no_space
 from daemon.executors.base import Executor, Exit
 from daemon.gpulock import GpuLock
 from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused
@@ -434,15 +433,6 @@ def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:
         not_before=time.time() + settings.queue.retry_seconds,
         fruitless=fruitless,
     )
-
-
-def is_no_space(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, says that the disk or a quota is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _read(path: Path, kind: Any) -> Any:

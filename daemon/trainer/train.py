@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import LossWatch, RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.model import adapter_tensors, all_finite, load_model, load_tokenizer, lora_b_norm, precision_of
 from daemon.trainer.report import Reporter
+from daemon.trainer.room import full_disk_is_told
 from daemon.trainer.session import StopFlag, check_unchanged
 from daemon.trainer.tensorboard import ScalarWriter
 
@@ -67,13 +68,15 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     stop.check()
 
     together.join()
-    with guard.ModelLock(model_dir, owner=f"job {spec.job_id}") if first else nullcontext():
+    with guard.ModelLock(model_dir, owner=f"job {spec.job_id}") if first else nullcontext(), ExitStack() as stack:
         # 2. Whose checkpoints are these?
         parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
         precision = precision_of(recipe.model)
         prepared = together.from_first(
             prepare(spec, recipe, base, parent=parent, precision=precision, key=key, report=report) if first else None
         )
+        if first:
+            stack.enter_context(full_disk_is_told(prepared.staging_dir))
         if prepared.resume_from is not None:
             refuse_old_libraries()
         stop.check()
