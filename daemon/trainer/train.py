@@ -30,7 +30,15 @@ from daemon.trainer.card import model_card
 from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan, tokenise, worker_processes
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import LossWatch, RunTrainer, enable_gradient_checkpointing, held_out_loss
-from daemon.trainer.model import adapter_tensors, all_finite, load_model, load_tokenizer, lora_b_norm, precision_of
+from daemon.trainer.model import (
+    adapter_tensors,
+    all_finite,
+    load_model,
+    load_tokenizer,
+    lora_b_norm,
+    lora_config,
+    precision_of,
+)
 from daemon.trainer.report import Reporter
 from daemon.trainer.room import full_disk_is_told
 from daemon.trainer.session import StopFlag, check_unchanged
@@ -62,6 +70,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     rows = iter_rows(Path(spec.dataset.path), spec.dataset.format, recipe.data)
     workers = max(1, worker_processes(spec.dataset.rows) // together.processes())
     examples = tokenise(rows, tokenizer, recipe.data, processes=workers)
+    check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between
     planned = plan(examples, recipe.training)
     report.event("run.planned", **vars(planned), arithmetic=arithmetic(planned, examples, recipe))
     tokenised = time.monotonic()
@@ -73,7 +82,9 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
         precision = precision_of(recipe.model)
         prepared = together.from_first(
-            prepare(spec, recipe, base, parent=parent, precision=precision, key=key, report=report) if first else None
+            prepare(spec, recipe, base, planned, parent=parent, precision=precision, key=key, report=report)
+            if first
+            else None
         )
         if first:
             stack.enter_context(full_disk_is_told(prepared.staging_dir))
@@ -191,6 +202,7 @@ def prepare(
     spec: RunSpec,
     recipe: Recipe,
     base: BaseModel,
+    planned: Plan,
     *,
     parent: versions.Version | None,
     precision: str,
@@ -206,6 +218,8 @@ def prepare(
         parent_version=parent.name if parent else None,
         parent_digest=parent.digest if parent else None,
         precision=precision,
+        plan=planned,
+        lora_config=lora_config(recipe.lora, base).to_dict(),
         cache_path=Path(spec.state_dir) / "digests.json" if spec.state_dir else None,
     )
     return guard.prepare_run(
