@@ -127,7 +127,17 @@ def _running(settings: Settings) -> str:
     add_help_option=False,
 )
 def guard_command(context: typer.Context) -> None:
-    """Fingerprints, verdicts, seals and clearing by hand: fingerprint | check | verify | clear | seal."""
+    """Fingerprints, verdicts, seals and clearing by hand: fingerprint | check | verify | clear | purge | seal."""
+    from guard.cli import OwnModel
     from guard.cli import main as guard_main
 
-    raise typer.Exit(guard_main(context.args))
+    settings: Settings = context.obj.settings
+    policy = settings.guard
+    own = OwnModel(
+        model_dir=settings.model_dir,
+        key_file=settings.root / policy.key_file if policy.key_file else None,
+        keep_sets=policy.keep_cleared_sets,
+        keep_days=policy.keep_cleared_days,
+        keep_bytes=policy.keep_cleared_bytes,
+    )
+    raise typer.Exit(guard_main(context.args, prog="dropforge guard", own=own))
