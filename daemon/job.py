@@ -116,7 +116,7 @@ class Job:
     state: JobState
     priority: Priority = Priority.NORMAL
     position: int = 0  # within its priority; smaller runs earlier
-    wanted: str = ""  # what a person asked of a running job: "" | cancel | return
+    wanted: str = ""  # what a person asked of it: "" | cancel | return (its file goes back to the inbox)
     path: str = ""  # where the file lies now
     source: str = ""  # where it was dropped
     source_inode: int = 0  # survives the claim's rename, so that a submitter recognises its own file

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from daemon.errors import is_no_space
 from daemon.job import RUN_SPEC_VERSION, FailureKind, Outcome, RunResult, RunSpec, from_json
+from daemon.news import RESULT_NAME
 from daemon.trainer.failure import Interrupted, RunFailure
-from daemon.trainer.report import RESULT_NAME, Reporter
+from daemon.trainer.report import Reporter
 from guard import FileChanged, GuardError, ModelLocked, UsageError, WeightsNotFinite, digest_file
 
 SPEC_NAME = "run.json"

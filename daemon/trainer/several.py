@@ -14,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json
+from daemon.news import RESULT_NAME
 from daemon.trainer.failure import Interrupted, RunFailure
-from daemon.trainer.report import RESULT_NAME, Reporter
+from daemon.trainer.report import Reporter
 from daemon.trainer.session import StopFlag, die_with_parent
 
 LOOK_SECONDS = 0.2
