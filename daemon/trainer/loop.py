@@ -18,10 +18,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from daemon.job import FailureKind, Plan
 from daemon.trainer import together
+from daemon.trainer.attention import computing
 from daemon.trainer.batches import StepBatches
 from daemon.trainer.data import Collator, Example
 from daemon.trainer.encode import IGNORE
 from daemon.trainer.failure import RunFailure
+from daemon.trainer.objective import Objective
 from daemon.trainer.report import Reporter
 from daemon.trainer.session import StopFlag
 from daemon.trainer.watch import LossWatch
@@ -54,6 +56,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         args: TrainingArguments,
         examples: Sequence[Example],
         collator: Collator,
+        objective: Objective,
         tokenizer: Any,
         grouped: bool,
         checkpoint_when_full: bool = False,
@@ -64,6 +67,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
             lengths, rows_a_step=args.per_device_train_batch_size, seed=args.seed, grouped=grouped
         )
         self._collator = collator
+        self._objective = objective
         self._budget_tokens = collator.budget_tokens
         self._checkpoint_when_full = checkpoint_when_full
         self._run_report = report
@@ -150,11 +154,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
 
         Times the number of processes, because gradients are averaged over them.
         """
-        trained = num_items_in_batch
-        if self.model_accepts_loss_kwargs:
-            loss: torch.Tensor = model(**inputs, num_items_in_batch=trained).loss
-        else:  # a mean over the pass
-            loss = model(**inputs).loss * ((inputs["labels"][..., 1:] != IGNORE).sum() / trained)
+        loss = self._objective.loss(model, inputs, over=num_items_in_batch, takes_count=self.model_accepts_loss_kwargs)
         self.loss_is_scaled_for_ga = True
         return loss * together.processes()
 
@@ -221,24 +221,22 @@ def enable_gradient_checkpointing(model: PeftModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def held_out_loss(model: PeftModel, examples: Sequence[Example], collator: Collator, stop: StopFlag) -> float | None:
+def held_out_loss(
+    model: PeftModel, examples: Sequence[Example], collator: Collator, objective: Objective, stop: StopFlag
+) -> float | None:
     """Mean loss a trained token over held-out rows, None when there are none (or a stop was asked for)."""
     if not examples:
         return None
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    with torch.inference_mode():
+    with computing(model) as device, torch.inference_mode():
         for one in collator.passes(examples):
             if stop.requested and together.processes() == 1:
                 break
             count = int((one["labels"][..., 1:] != IGNORE).sum())
             if count:
                 batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in one.items()}
-                total += float(model(**batch).loss) * count
+                total += float(objective.loss(model, batch, over=1))
             tokens += count
-    model.train(was_training)
     total, tokens_of_all = together.total([total, float(tokens)])
     if not tokens_of_all or stop.requested:
         return None

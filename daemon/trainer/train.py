@@ -31,6 +31,7 @@ from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan, 
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import LossWatch, RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.model import adapter_tensors, all_finite, load_model, load_tokenizer, lora_b_norm, precision_of
+from daemon.trainer.objective import Objective
 from daemon.trainer.report import Reporter
 from daemon.trainer.session import StopFlag, check_unchanged
 from daemon.trainer.tensorboard import ScalarWriter
@@ -87,9 +88,12 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         if recipe.training.gradient_checkpointing is True:
             enable_gradient_checkpointing(model)
         collator = collator_for(model, recipe, examples, tokenizer)
+        objective = Objective()
+        if not (recipe.training.use_liger_kernel or recipe.training.torch_compile):  # they have ways of their own
+            objective.select_trained(model, examples.train)
         evaluated = held_out_sample(examples, recipe.data.held_out_max_rows)
         report.progress(phase="evaluating", total_steps=planned.total_steps)
-        loss_before = held_out_loss(model, evaluated, collator, stop)
+        loss_before = held_out_loss(model, evaluated, collator, objective, stop)
         if loss_before is not None:
             report.event("run.evaluated", when="before", held_out_loss=loss_before, rows=len(evaluated))
         loaded = time.monotonic()
@@ -100,6 +104,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             args=training_arguments(recipe, planned, prepared.staging_dir, precision),
             examples=examples.train,
             collator=collator,
+            objective=objective,
             tokenizer=tokenizer,
             grouped=recipe.training.train_sampling_strategy == "group_by_length",
             checkpoint_when_full=recipe.training.gradient_checkpointing == "auto",
@@ -123,6 +128,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             tokenised_seconds=round(tokenised - started, 3),
             loaded_seconds=round(loaded - tokenised, 3),
             flat=collator.flat,
+            scores_trained_only=objective.selects,
         )
         report.progress(
             phase="training",
@@ -162,7 +168,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         require_whole_run(steps_run, planned, watch.mean_loss)
         norm = lora_b_norm(model)
         require_learned(model, before, norm)
-        loss_after = held_out_loss(model, evaluated, collator, stop)
+        loss_after = held_out_loss(model, evaluated, collator, objective, stop)
         if loss_after is not None:
             report.event("run.evaluated", when="after", held_out_loss=loss_after, rows=len(evaluated))
             watch.draw(steps_run, {"held_out/loss": loss_after})

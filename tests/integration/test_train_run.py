@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from daemon.job import FailureKind, Outcome
 from daemon.trainer import loop
 from daemon.trainer.attention import PACKED, use_packed
-from daemon.trainer.data import Collator, Example, flatten, pad
+from daemon.trainer.data import Collator, Example, flatten, pad, with_targets
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import held_out_loss
+from daemon.trainer.objective import Objective
 from daemon.trainer.tensorboard import ScalarWriter, crc32c
 from daemon.trainer.watch import is_spike
 from tests.support.inprocess import Wish, events, rows, specify, train
@@ -61,6 +63,61 @@ def test_flattened_passes_compute_what_padded_ones_do(tiny_base: Path) -> None:
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("config", [{}, {"modules_to_save": ["lm_head"]}])
+def test_scoring_trained_positions_alone_computes_what_scoring_all_does(
+    tiny_base: Path, flat: bool, config: dict[str, Any]
+) -> None:
+    """Loss and every gradient, over a step of several passes; and the held-out loss."""
+    examples = [example(size, size) for size in (30, 7, 19, 2, 30)]
+    gradients, losses, held_out = [], [], []
+    for selects in (False, True):
+        model, objective = adapted(tiny_base, **config), Objective()
+        assert not selects or objective.select_trained(model, examples)
+        collator = Collator(pad_token_id=0, budget_tokens=40, flat=flat and use_packed(model, examples))
+        passes = collator(examples)["passes"]
+        assert len(passes) > 1
+        loss = sum(objective.loss(model, one, over=50, takes_count=True) for one in passes)
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        held_out.append(held_out_loss(model, examples, collator, objective, Wish()))  # type: ignore[arg-type]
+        # Whoever asks for logits still gets all of them.
+        assert model(torch.tensor([[5, 6, 7]])).logits.shape[1] == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-6)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_pass_with_nothing_to_learn_has_no_loss_and_zero_gradients(tiny_base: Path) -> None:
+    model, objective = adapted(tiny_base), Objective()
+    assert objective.select_trained(model, [example(12, 1), example(9, 2)])
+    loss = objective.loss(model, with_targets(pad([example(9, 2)], 0, silent=True)), over=50)
+    loss.backward()
+    assert float(loss) == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_model_that_says_other_things_to_fewer_positions_is_left_as_it_was(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose logits depend on one another across positions, and one that ignores shifted labels."""
+    model, objective = adapted(tiny_base), Objective()
+    head = model.get_base_model().get_output_embeddings()
+    mixing = head.register_forward_hook(lambda _module, _inputs, logits: logits - logits.mean(dim=1, keepdim=True))
+    assert not objective.select_trained(model, [example(12, 1), example(9, 2)])
+    mixing.remove()
+    assert not head._forward_pre_hooks
+    known = model.get_base_model().loss_function
+    monkeypatch.setattr(
+        type(model.get_base_model()),
+        "loss_function",
+        lambda self, *, shift_labels=None, **kwargs: known(**kwargs),
+    )
+    assert not objective.select_trained(model, [example(12, 1), example(9, 2)])
+
+
 def test_a_model_that_mixes_flattened_rows_is_noticed_and_left_as_it_was(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,11 +131,22 @@ def test_a_model_that_mixes_flattened_rows_is_noticed_and_left_as_it_was(
     assert model.get_base_model().config._attn_implementation == "sdpa"
 
 
+def test_rows_beyond_a_models_window_are_noticed_before_the_run(tiny_base: Path) -> None:
+    """The rows that are tried are short; one of the run is longer than the window that packed attention has not."""
+    model = adapted(tiny_base)
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.forward = partial(layer.self_attn.forward, sliding_window=64)
+    assert not use_packed(model, [example(12, 1), example(65, 2)])
+    assert use_packed(model, [example(12, 1), example(64, 2)])
+
+
 def test_held_out_loss_does_not_depend_on_how_rows_are_divided(tiny_base: Path) -> None:
     model = adapted(tiny_base)
     examples = [example(size, size) for size in (30, 7, 19, 2, 64, 33)]
     losses = [
-        held_out_loss(model, examples, Collator(pad_token_id=0, budget_tokens=budget, pass_tokens=price), Wish())  # type: ignore[arg-type]
+        held_out_loss(
+            model, examples, Collator(pad_token_id=0, budget_tokens=budget, pass_tokens=price), Objective(), Wish()
+        )  # type: ignore[arg-type]
         for budget, price in ((10_000, 10_000), (64, 1), (200, 30))
     ]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
