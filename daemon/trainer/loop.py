@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -76,6 +77,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         self._tokens = 0
         self._parameter_count: int = sum(parameter.numel() for parameter in model.parameters())
         self._pending: deque[tuple[int, torch.Tensor, Any, int]] = deque()
+        self.waited_seconds = 0.0  # for the device's numbers: it computes meanwhile
+        self.sealing_seconds = 0.0  # checkpoints, written between steps
+        # Several visible GPUs are no reason to spread one process over them: its batches would be cut in pieces.
+        args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
             model=model,
             args=args,
@@ -158,6 +163,22 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         self.loss_is_scaled_for_ga = True
         return loss * together.processes()
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """A pass on the device, without waiting for what the device is computing: from pinned memory."""
+        if self.args.device.type != "cuda":
+            return super()._prepare_inputs(inputs)
+        return {
+            name: value.pin_memory().to(self.args.device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in inputs.items()
+        }
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """The Trainer's own, timed when it saves."""
+        saves, began = self.control.should_save, time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **options)
+        if saves:
+            self.sealing_seconds += time.perf_counter() - began
+
     def floating_point_ops(self, inputs: Any) -> int:
         """By the usual estimate: 6 a parameter and token."""
         tokens: int = inputs["tokens"]
@@ -189,7 +210,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         while self._pending and (all_of_them or len(self._pending) > 1 or self._pending[0][2] is None):
             number, numbers, ready, tokens = self._pending.popleft()
             if ready is not None:
+                began = time.perf_counter()
                 ready.synchronize()
+                self.waited_seconds += time.perf_counter() - began
             loss, norm, stop = numbers.tolist()
             loss, stop = together.total([loss, stop])
             found.append(

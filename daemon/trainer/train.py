@@ -6,6 +6,7 @@ until the candidate is complete.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from contextlib import nullcontext
@@ -324,10 +325,12 @@ def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
 
 
 def timing(watch: LossWatch) -> dict[str, Any]:
-    """Where the training's time went, for the log."""
+    """Where the training's time went, for the log: shares of the time from the first step to the last."""
+    seconds = watch.train_seconds or math.inf
     return {
         "train_seconds": round(watch.train_seconds, 3),
-        "bookkeeping_share": round(watch.bookkeeping_seconds / watch.train_seconds, 5) if watch.train_seconds else 0.0,
+        "bookkeeping_share": round(watch.bookkeeping_seconds / seconds, 5),
+        "sealing_share": round(watch.sealing_seconds / seconds, 5),
         "tokens_per_second": round(watch.tokens_per_second or 0.0, 1),
     }
 
