@@ -276,7 +276,8 @@ class Scheduler:
             key_file=str(self.settings.root / key_file) if key_file else None,
             state_dir=str(self.settings.state_dir),
             daemon_pid=os.getpid(),
-            gpu=self._device,
+            # Several processes need a GPU each.
+            gpu=self._device if job.recipe.get("training", {}).get("num_processes", 1) == 1 else None,
         )
 
     def _relay(self, run: Run) -> None:

@@ -219,19 +219,20 @@ class Collator:
         }
 
     def passes(self, examples: Sequence[Example], *, budget_tokens: int | None = None) -> list[dict[str, Any]]:
-        """Tensors of each pass. A process without a row of its own computes one with nothing to learn."""
+        """Tensors of each pass, `with_targets`. A process without a row of its own computes one with nothing to learn."""
         budget = budget_tokens or self.budget_tokens
         mine = list(examples)
         if self.processes > 1:
             shares = share_rows([len(example.input_ids) for example in examples], self.processes)
             mine = [examples[at] for at in shares[self.process]]
             if not mine:
-                return [pad([examples[-1]], self.pad_token_id, silent=True)]
+                return [with_targets(pad([examples[-1]], self.pad_token_id, silent=True))]
         lengths = [len(example.input_ids) for example in mine]
         if self.flat:
-            return [flatten([mine[at] for at in rows]) for rows in flat_passes(lengths, budget_tokens=budget)]
+            divided = flat_passes(lengths, budget_tokens=budget)
+            return [with_targets(flatten([mine[at] for at in rows])) for rows in divided]
         divided = padded_passes(lengths, budget_tokens=budget, pass_tokens=self.pass_tokens)
-        return [pad([mine[at] for at in rows], self.pad_token_id) for rows in divided]
+        return [with_targets(pad([mine[at] for at in rows], self.pad_token_id)) for rows in divided]
 
 
 def pad(examples: Sequence[Example], pad_token_id: int, *, silent: bool = False) -> dict[str, Any]:
@@ -273,6 +274,17 @@ def flatten(examples: Sequence[Example]) -> dict[str, Any]:
         "max_length_q": max(sizes),
         "max_length_k": max(sizes),
     }
+
+
+def with_targets(one: dict[str, Any]) -> dict[str, Any]:
+    """A pass, and where it learns: `trained_at`, int64 (N,), positions of B x T that predict a trained token, and that
+    token, `targets`, int64 (1, N). A pass with nothing to learn has one position, whose target is IGNOREd."""
+    following = torch.full_like(one["labels"], IGNORE)
+    following[:, :-1] = one["labels"][:, 1:]
+    trained_at = (following.flatten() != IGNORE).nonzero()[:, 0]
+    if not len(trained_at):
+        trained_at = torch.zeros(1, dtype=torch.long)
+    return {**one, "trained_at": trained_at, "targets": following.flatten()[trained_at][None]}
 
 
 def _tensor(values: Sequence[int]) -> torch.Tensor:
