@@ -21,7 +21,6 @@ from daemon.gpulock import GpuLock
 from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused, unwritable
 from daemon.hooks import Hooks
 from daemon.job import (
-    OPEN_STATES,
     RUN_SPEC_VERSION,
     FailureKind,
     Job,
@@ -35,7 +34,6 @@ from daemon.job import (
 from daemon.news import News, sealed_step
 from daemon.promotion import promote
 from daemon.retry import Asked, Conclusion, conclude, halved
-from daemon.status import finished_job
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -202,7 +200,6 @@ class Scheduler:
         cancelled = self._store.transition(
             job.id, JobState.QUEUED, JobState.CANCELLED, reason, duplicate_of=trained[0].id, finished_at=utc_now()
         )
-        self._log.info("job.cancelled", job=job.id, file=escape(job.name), reason=reason)
         self._settle(cancelled)
         return True
 
@@ -332,7 +329,7 @@ class Scheduler:
     def _finish(
         self, run: Run, conclusion: Conclusion, result: RunResult | None, *, version: str | None = None
     ) -> None:
-        """Move the job, tell it in one line that has everything, then move its file."""
+        """Move the job, then its file."""
         fields: dict[str, Any] = {
             "failure": conclusion.failure,
             "not_before": conclusion.not_before,
@@ -352,36 +349,8 @@ class Scheduler:
             )
         self._run = None
         self._gpu.give()
-        name = "job.requeued" if job.state is JobState.QUEUED else f"job.{job.state}"
-        tell = self._log.info if job.state in (JobState.SUCCEEDED, JobState.QUEUED) else self._log.error
-        tell(name, **canonical(job, result))
-        if job.state is JobState.QUEUED:
-            return
-        self._settle(job)
-        self._hooks.fire("on_job_finished", {"job": finished_job(job)})
-        if not any(self._store.counts()[state] for state in OPEN_STATES):
-            self._hooks.fire("on_queue_empty", {"job": finished_job(job)})
-
-
-def canonical(job: Job, result: RunResult | None) -> dict[str, Any]:
-    """Everything about a job's end, for one line of the log."""
-    line: dict[str, Any] = {
-        "job": job.id,
-        "dataset": escape(job.name),
-        "digest": job.dataset.digest if job.dataset else None,
-        "attempt": job.attempt,
-        "reason": job.reason,
-        "failure": job.failure,
-        "version": job.version,
-    }
-    if result is not None:
-        kept = (
-            "verdict", "cleared", "resumed_from", "start_step", "steps_run", "steps_planned", "rows", "held_out_rows",
-            "dropped_rows", "train_loss", "held_out_before", "held_out_after", "tokens_per_second", "wall_seconds",
-            "warnings",
-        )  # fmt: skip
-        line |= {name: getattr(result, name) for name in kept}
-    return {name: value for name, value in line.items() if value is not None}
+        if job.state is not JobState.QUEUED:
+            self._settle(job)
 
 
 def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:

@@ -18,6 +18,7 @@ import guard
 from daemon import config, gpu, logs, people, versions
 from daemon.bell import Bell
 from daemon.config import Settings
+from daemon.endings import Endings
 from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
@@ -126,6 +127,7 @@ class Service:
             gpu_lock=self._gpu,
             log=self.log,
         )
+        self.endings = Endings(self.store, hooks=self.hooks, log=self.log)
         self.intake.open()
         self.scheduler.recover()
         before = {job.id for job in self.store.jobs(FINAL_STATES)} if once else set()
@@ -138,6 +140,7 @@ class Service:
         finally:
             self.intake.close()
             self._executor.close()
+            self.endings.tell()
             self.hooks.close()
             self._gpus.close()
             self._publish(status="stopped", reason="", force=True)
@@ -161,6 +164,7 @@ class Service:
             self.intake.adopt()  # a job that a person put back has its rows checked again
         self.intake.tick(accept=not self.stopping)
         self.scheduler.reap()
+        self.endings.tell()
         if not self.stopping:
             self.scheduler.dispatch()
         self.hooks.collect()
