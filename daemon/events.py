@@ -47,6 +47,8 @@ EVENTS: Mapping[str, Event] = {
     "queue.released": _event("info", "The reason to hold the queue is gone.", "kind"),
     "hook.failed": _event("error", "A hook could not be started, failed, or took too long.", "hook error"),
     "inbox.claims_failed": _event("error", "Files could not be claimed; it is tried again.", "error"),
+    "inbox.unusable": _event("warning", "A folder of the inbox is missing or has no way in; told once.", "reason"),
+    "inbox.usable_again": _event("info", "The inbox can be used again."),
     "inbox.polling": _event("warning", "The inbox cannot be watched by events; it is looked at instead.", "reason"),
     "inbox.watch_rebuilt": _event("warning", "The watch was lost and set up again.", "reason"),
     "inbox.events_lost": _event("warning", "The kernel dropped events; a scan finds what they told of.", "overflows"),
@@ -56,7 +58,8 @@ EVENTS: Mapping[str, Event] = {
     "file.came_back": _event("warning", "A file of this very name and content was dropped again at once.", "file job"),
     "file.replaced": _event("warning", "Another file took its place while it was taken.", "file job now"),
     "file.left_alone": _event("warning", "Something in the inbox will not be taken as it is.", "file reason"),
-    "file.not_moved": _event("error", "A finished job's file could not be moved; the next start does it.", "job error"),
+    "file.not_moved": _event("error", "A finished job's file could not be moved; it is tried again.", "job error"),
+    "file.moved": _event("info", "A finished job's file that could not be moved has been.", "job"),
     "file.purged": _event("info", "A trained file was deleted after keep_done_days.", "job file finished_at"),
     "file.not_purged": _event("error", "A trained file could not be deleted.", "job error"),
     "file.adopted": _event("warning", "A claimed file that no job knew was queued anew.", "job file"),
@@ -105,7 +108,7 @@ EVENTS: Mapping[str, Event] = {
     "run.started": _event(
         "info",
         "The first step is next.",
-        "job start_step total_steps resumed_from loaded_seconds tokenised_seconds flat",
+        "job start_step total_steps resumed_from loaded_seconds tokenised_seconds flat scores_trained_only",
     ),
     "run.stepped": _event(
         "info", "Each logging_steps: how training goes.", "job step loss grad_norm learning_rate epoch"

@@ -365,4 +365,3 @@ def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:
         not_before=time.time() + settings.queue.retry_seconds,
         fruitless=fruitless,
     )
-
