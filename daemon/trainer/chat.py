@@ -46,6 +46,7 @@ class ChatTemplate:
                 hint="choose an instruction-tuned base model, or drop prompt/completion or text rows",
             )
         self._tokenizer = tokenizer
+        self._eos = tokenizer.eos_token
         self._special = sorted((str(token) for token in tokenizer.all_special_tokens), key=len, reverse=True)
 
     def text(self, messages: Sequence[Message], tools: Any, *, generation_prompt: bool = False) -> str:
@@ -89,6 +90,8 @@ class ChatTemplate:
 
     def _prefix(self, messages: Sequence[Message], tools: Any, whole: str, *, generation_prompt: bool = False) -> int:
         before = self.text(messages, tools, generation_prompt=generation_prompt)
+        if self._eos and not whole.startswith(before):  # some templates, Phi-3's, close every conversation with EOS
+            before = before.removesuffix(self._eos)
         if not whole.startswith(before):
             at = common_prefix(before, whole)
             raise RunFailure(

@@ -20,7 +20,7 @@ from daemon.trainer.encode import IGNORE, Encoder, truncate
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.session import die_with_parent
 
-ROWS_A_CHUNK = 256
+ROWS_A_CHUNK = 128
 # Below this many rows, starting processes costs more than they save.
 ROWS_WORTH_A_PROCESS = 1000
 # What a forward and backward pass costs besides its tokens, in tokens: launches of kernels, mostly.

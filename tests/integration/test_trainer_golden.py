@@ -19,9 +19,12 @@ from tests.support.tokens import encode_cut
 DATA = Path(__file__).parents[1] / "data" / "trainer"
 FILES = {
     "gsm8k_pairs.jsonl": "columns",
-    "alpaca_instruction.jsonl": "alpaca",
-    "c4_text.jsonl": "text",
-    "sharegpt_tools.jsonl": "sharegpt",
+    "alpaca.jsonl": "alpaca",
+    "conversation_pairs.jsonl": "prompt_completion",
+    "messages.jsonl": "messages",
+    "prompt_completion.jsonl": "prompt_completion",
+    "sharegpt.jsonl": "sharegpt",
+    "text.jsonl": "text",
 }
 # The tokenizer's own template has generation markers; this one has none, so turns are told apart by their prefixes.
 UNMARKED = (
