@@ -122,9 +122,10 @@ def computing(network: Any) -> Iterator[torch.device]:
 
 
 def autocast(network: Any) -> torch.autocast:
-    """What the Trainer computes a pass in: on a GPU with bfloat16 weights or 4-bit ones, bfloat16."""
+    """What the Trainer computes a pass in: bfloat16 on a GPU, where the base weights are, or 4-bit ones compute in it."""
     device = next(network.parameters()).device
-    low = getattr(network, "is_quantized", False) or any(
+    quantized = getattr(network.config, "quantization_config", None)
+    low = getattr(quantized, "bnb_4bit_compute_dtype", None) is torch.bfloat16 or any(
         parameter.dtype is torch.bfloat16 for parameter in network.parameters()
     )
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" and low)

@@ -21,7 +21,7 @@ from daemon.job import FailureKind
 from daemon.trainer.base import BaseModel
 from daemon.trainer.failure import RunFailure
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of a saved configuration: what it was called and where it came from, which decides nothing here.
 FREE_FIELDS = frozenset(
     {"task_type", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "peft_type"}
@@ -77,7 +77,16 @@ def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent
 
 
 def load_adapter(network: Any, folder: Path, config: LoraConfig, *, trainable: bool = False) -> PeftModel:
-    """The weights in `folder` under our own configuration; peft does not get to see the one that lies there."""
+    """The weights in `folder` under our own configuration; peft does not get to see the one that lies there.
+
+    Raises RunFailure(CONFIG) where there are none in safetensors: peft would go on to a pickled file.
+    """
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"{folder.name} has no {ADAPTER_WEIGHTS}",
+            hint="pickled weights are never loaded; `dropforge versions` lists what else there is to go back to",
+        )
     config.inference_mode = not trainable
     return PeftModel.from_pretrained(network, folder, config=config, is_trainable=trainable, local_files_only=True)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 import guard
 from daemon import versions
@@ -70,7 +71,9 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     require_packages(recipe)
     tokenizer = load_tokenizer(base)
     rows = iter_rows(Path(spec.dataset.path), spec.dataset.format, recipe.data)
-    workers = max(1, worker_processes(spec.dataset.rows) // together.processes())
+    # A process that has started CUDA, as some package may have when it was imported, cannot be forked.
+    most = 1 if torch.cuda.is_initialized() else worker_processes(spec.dataset.rows)
+    workers = max(1, most // together.processes())
     examples = tokenise(rows, tokenizer, recipe.data, processes=workers)
     check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between
     planned = plan(examples, recipe.training)
@@ -247,6 +250,18 @@ def require_packages(recipe: Recipe) -> None:
             "use_liger_kernel needs the package liger-kernel",
             hint="`pip install 'dropforge[gpu]'`, or use_liger_kernel = false under [training]",
         )
+    missing = others_reported_to(recipe) - {*get_available_reporting_integrations(), "all", "none"}
+    if missing:
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"report_to names {', '.join(sorted(missing))}, whose package is not installed",
+            hint="install it into the trainer's environment, or take it out of report_to under [training]",
+        )
+
+
+def others_reported_to(recipe: Recipe) -> set[str]:
+    """Where else the run's numbers go. TensorBoard's events are written anyway, by ourselves, into the run directory."""
+    return set(recipe.training.report_to) - {"tensorboard"}
 
 
 def refuse_old_libraries() -> None:
@@ -301,8 +316,7 @@ def training_arguments(recipe: Recipe, planned: Plan, staging_dir: Path, precisi
         logging_strategy="steps",
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,  # the filter writes NaN as 0.0
-        # TensorBoard's events are written anyway, by ourselves, into the run directory.
-        report_to=[name for name in training.report_to if name != "tensorboard"] or "none",
+        report_to=sorted(others_reported_to(recipe)) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,

@@ -147,6 +147,21 @@ def preload(base: str) -> None:
     gc.freeze()  # children share these pages as long as nobody counts the garbage in them
 
 
+def run_forked(run_dir: Path) -> int:
+    """A run in a fork of this process; where CUDA cannot be started in one, in the same process begun anew.
+
+    It cannot when something asked the driver for GPUs before the fork: torch does where NVML is missing, as in containers that
+    were given `compute` alone. That is known only in the fork.
+    """
+    from torch.cuda import _is_in_bad_fork
+
+    if _is_in_bad_fork():
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "daemon.trainer", str(run_dir)])  # noqa: S606  no shell is wanted
+    from daemon.trainer.__main__ import run_here
+
+    return run_here(run_dir)
+
+
 def _send(channel: socket.socket, **message: object) -> None:
     channel.send(json.dumps(message).encode())
 
@@ -162,7 +177,7 @@ def main(run: Callable[[Path], int], load: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    from daemon.trainer.__main__ import run_here, settle_environment
+    from daemon.trainer.__main__ import settle_environment
 
     settle_environment()
-    main(run_here, preload)
+    main(run_forked, preload)

@@ -341,6 +341,26 @@ def test_importing_the_trainer_leaves_bitsandbytes_alone_until_a_model_is_loaded
     assert done.stdout.split() == ["True", "imported"]
 
 
+def test_a_fork_that_cannot_start_cuda_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same process, which the daemon knows by its pid."""
+    import torch
+
+    from daemon.trainer.warm import run_forked
+
+    class Replaced(Exception):
+        pass
+
+    def execute(program: str, command: list[str]) -> None:
+        raise Replaced(program, command)
+
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(os, "execv", execute)
+    with pytest.raises(Replaced) as caught:
+        run_forked(Path("/some/run"))
+    command = [sys.executable, "-P", "-m", "daemon.trainer", "/some/run"]
+    assert caught.value.args == (sys.executable, command)
+
+
 def test_only_our_own_trainer_is_kept_warm() -> None:
     assert type(make_executor(ExecutorSettings())) is LocalExecutor
     assert type(make_executor(ExecutorSettings(warm_start=True, command=("other",)))) is LocalExecutor

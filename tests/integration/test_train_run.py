@@ -13,18 +13,20 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from daemon.job import FailureKind, Outcome
+from daemon.rows import iter_rows
 from daemon.trainer import loop
 from daemon.trainer.attention import PACKED, use_packed
-from daemon.trainer.data import Collator, Example, flatten, pad, with_targets
+from daemon.trainer.data import Collator, Example, Examples, flatten, pad, plan, tokenise, with_targets
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import held_out_loss
 from daemon.trainer.objective import Objective
 from daemon.trainer.tensorboard import ScalarWriter, crc32c
+from daemon.trainer.train import training_arguments
 from daemon.trainer.watch import is_spike
-from tests.support.inprocess import Wish, events, rows, specify, train
+from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 
 
 def example(size: int, seed: int) -> Example:
@@ -367,16 +369,45 @@ def test_when_memory_runs_out_a_step_is_divided_further_and_computes_the_same(
 
 
 @pytest.mark.parametrize(
-    "lora", [{"use_dora": True}, {"use_rslora": True, "r": 4}, {"modules_to_save": ["lm_head"]}, {"lora_dropout": 0.1}]
+    "lora",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "r": 4},
+        {"modules_to_save": ["lm_head"]},
+        {"lora_dropout": 0.1, "bias": "lora_only"},
+        {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 7},
+    ],
 )
 def test_kinds_of_adapters_are_trained_and_load(tiny_base: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    """peft gives the loaded adapter the loss that the run said it has."""
     from peft import PeftModel
 
-    tables = {"lora": lora, "training": {"max_steps": 2}, "data": {"held_out_fraction": 0.0}}
-    result = train(specify(tmp_path, rows(16), tiny_base, tables))
+    tables = {"lora": lora, "training": {"max_steps": 4}, "data": {"held_out_fraction": 0.2}}
+    result = train(specify(tmp_path, rows(40), tiny_base, tables))
     assert result.outcome is Outcome.SUCCEEDED
     config = json.loads((Path(result.candidate or "") / "adapter_config.json").read_text())
-    assert {name: config[name] for name in lora} == lora
-    layers = {name.rpartition(".")[2] for name in config["target_modules"]}
-    assert layers >= {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"}
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), result.candidate)
+    layers = {name.rpartition(".")[2] for name in config.pop("target_modules")}
+    all_linear = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"}
+    assert layers == set(lora.get("target_modules", all_linear))
+    assert {name: config[name] for name in lora if name != "target_modules"} == {
+        name: value for name, value in lora.items() if name != "target_modules"
+    }
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), result.candidate)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    data = recipe(tiny_base, tables).data
+    examples = tokenise(iter_rows(tmp_path / "rows.jsonl", "messages", data), tokenizer, data)
+    collator = Collator(pad_token_id=tokenizer.pad_token_id, budget_tokens=1000)
+    loss = held_out_loss(loaded, examples.held_out, collator, Objective(), Wish())  # type: ignore[arg-type]
+    assert loss == pytest.approx(result.held_out_after, rel=1e-4)
+
+
+def test_numbers_go_where_the_recipe_reports_them(tiny_base: Path, tmp_path: Path) -> None:
+    """A reporter without its package is named before anything is done; TensorBoard needs none."""
+    spec = specify(tmp_path, rows(16), tiny_base, {"training": {"report_to": ["tensorboard", "neptune"]}})
+    with pytest.raises(RunFailure, match="report_to names neptune") as caught:
+        train(spec)
+    assert caught.value.kind is FailureKind.CONFIG
+    assert not list((tmp_path / "model").iterdir())
+    chosen = recipe(tiny_base, {"training": {"report_to": ["tensorboard", "wandb"]}})
+    planned = plan(Examples(train=[example(9, 1)], held_out=[], dropped_lines=(), truncated_rows=0), chosen.training)
+    assert training_arguments(chosen, planned, tmp_path, "float32").report_to == ["wandb"]
