@@ -24,6 +24,7 @@ from daemon.writers import Writing, find_writer, writing
 
 LOOKS_PER_TICK = 2000  # files looked at before the service gets its turn again
 FULL_SCAN_SECONDS = 60.0  # a folder whose times did not move is listed all the same after so long
+COARSEST_CLOCK_SECONDS = 2.5  # a folder's times move every 2 s on FAT, every second through SFTP, every 4 ms on ext4
 ORPHAN_SECONDS = 60.0  # a sidecar without its file is reported after so long
 THOROUGH_BELOW = 100  # files in line; beyond, those behind them are looked at more briefly
 SHOWN = 100  # files whose reasons are published
@@ -78,7 +79,8 @@ class Drops:
         self._order = itertools.count()
         self.left_alone: dict[tuple[Priority, str], Found] = {}
         self._folder_times: dict[Priority, tuple[int, ...]] = {}
-        self._listed_twice: dict[Priority, bool] = {}
+        self._moved_at: dict[Priority, float] = {}  # when a folder's times were seen to have moved
+        self._last_listed: dict[Priority, float] = {}
         self._listed_at = float("-inf")
         self._last_clock = (float("-inf"), "")
         self._claimed_at: dict[tuple[Priority, str], float] = {}
@@ -105,7 +107,7 @@ class Drops:
                 self._leave_other(priority, name)
 
     def scan(self, now: float, *, full: bool) -> None:
-        """List the folders. One whose times stayed the same over two listings is skipped, unless `full`."""
+        """List the folders. One that was listed since its times last moved is skipped, unless `full`."""
         full = full or now - self._listed_at >= FULL_SCAN_SECONDS
         if full:
             self._listed_at = now
@@ -117,12 +119,12 @@ class Drops:
                 self._forget_missing(priority, set())
                 continue
             times = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
-            same = self._folder_times.get(priority) == times
-            # A name that came within the same clock tick as the last listing moved no time: one more listing shows it.
-            if same and self._listed_twice.get(priority) and not full:
+            if times != self._folder_times.get(priority):
+                self._folder_times[priority], self._moved_at[priority] = times, now
+            # A name that came within the same clock tick as the listing before it moved no time.
+            elif not full and self._last_listed[priority] >= self._moved_at[priority] + COARSEST_CLOCK_SECONDS:
                 continue
-            self._listed_twice[priority] = same
-            self._folder_times[priority] = times
+            self._last_listed[priority] = now
             self._list(priority, folder, now)
 
     def look(self, now: float) -> None:

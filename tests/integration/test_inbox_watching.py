@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon import watch
-from daemon.job import JobState
+from daemon import drops, watch
+from daemon.config import InboxSettings
+from daemon.job import JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 
 SLOW_RESCAN = {"rescan_seconds": 30.0}  # a drop that is claimed sooner was found by its event
@@ -267,10 +268,9 @@ def test_the_file_systems_type_is_read_from_the_mount_of_its_device(tmp_path: Pa
 
 
 def test_the_inbox_is_not_listed_while_nothing_moves(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder whose times stayed the same over two listings costs one stat a rescan, however full it is."""
-    from daemon import drops
-
+    """A folder that was listed since its times last moved costs one stat a rescan, however full it is."""
     monkeypatch.setattr(drops, "FULL_SCAN_SECONDS", 3600.0)
+    monkeypatch.setattr(drops, "COARSEST_CLOCK_SECONDS", 0.5)
     listed = []
     real = drops.Drops._list
     monkeypatch.setattr(drops.Drops, "_list", lambda self, *rest: (listed.append(rest[0]), real(self, *rest)))
@@ -285,3 +285,25 @@ def test_the_inbox_is_not_listed_while_nothing_moves(root: Root, monkeypatch: py
     assert not listed
     (root.inbox / "other.txt").touch()
     root.pump(lambda: listed)
+
+
+class Coarse(type(Path())):  # type: ignore[misc]
+    """A folder whose times are whole even seconds, as on FAT."""
+
+    changed_at = 0.0
+
+    def stat(self, **_: object) -> os.stat_result:
+        time_ns = int(self.changed_at // 2 * 2) * 10**9
+        return os.stat_result(tuple(super().stat()), {"st_mtime_ns": time_ns, "st_ctime_ns": time_ns})
+
+
+def test_names_that_come_within_one_tick_of_a_coarse_clock_are_all_found(tmp_path: Path) -> None:
+    """Only the first of them moves the folder's times."""
+    folder = Coarse(tmp_path)
+    found = drops.Drops({Priority.NORMAL: folder}, InboxSettings())
+    for now in (quarter / 4 for quarter in range(40)):
+        if now in (2.0, 2.75, 3.75):
+            (tmp_path / f"{now}.jsonl").write_text(ROW)
+            Coarse.changed_at = now
+        found.scan(now, full=False)
+    assert sorted(candidate.name for candidate in found.waiting()) == ["2.0.jsonl", "2.75.jsonl", "3.75.jsonl"]
