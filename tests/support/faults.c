@@ -2,6 +2,7 @@
  * fail once, or from then on.
  *
  *   FAULT_ROOT=/folder FAULT_CALL=write|fsync|rename FAULT_ERRNO=28 FAULT_AT=7 FAULT_FOREVER=0
+ *   FAULT_ERRNO=0: it is not failed, but ends the process by SIGKILL before it
  *   FAULT_ONCE=/file: fail only for the process that makes this file
  *   FAULT_PROGRAM=text that the process's command line must hold (its children inherit the preload)
  */
@@ -10,6 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,6 +64,7 @@ static int fails(const char *call) {
             close(fd);
         }
         errno = atoi(getenv("FAULT_ERRNO"));
+        if (!errno) kill(getpid(), SIGKILL);
         return 1;
     }
     return 0;

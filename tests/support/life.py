@@ -1,9 +1,9 @@
-"""One daemon's life in a process that can be ended at any of its own durable steps.
+"""One `dropforge` command in a process that can be ended at any of its own durable steps.
 
-    python -P life.py ROOT [KILL_AT]
+    python -P life.py ROOT KILL_AT COMMAND...       (`run` is `run --once`)
 
-Runs `dropforge run --once` on ROOT with every COMMIT of the store and every rename counted and noted in
-`ROOT/points.txt`; before number KILL_AT the process ends by SIGKILL. Renames of the status and progress files are not
+Every COMMIT of the store and every rename is counted and noted in `ROOT/points.txt`; before number KILL_AT the process
+ends by SIGKILL, with 0 never. Renames of the status and progress files are not
 counted: how many there are depends on the clock, and nothing depends on them.
 """
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-root, kill_at = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+root, kill_at, command = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 points = os.open(root / "points.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 count = 0
 
@@ -48,8 +48,7 @@ for name in ("rename", "replace"):
 
     setattr(os, name, counted)
 
-from daemon import config, logs  # noqa: E402  they must see the counted functions
-from daemon.service import Service  # noqa: E402  likewise
+from daemon.cli import main  # noqa: E402  it must see the counted functions
 
-settings = config.load(root)
-sys.exit(Service(settings, log=logs.configure(settings, terminal=False)).run(once=True))
+sys.argv = ["dropforge", "--root", str(root), *command, *(["--once"] if command == ["run"] else [])]
+main()

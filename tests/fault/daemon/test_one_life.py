@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from daemon.job import JobState
 from daemon.versions import list_versions
 from tests.support.root import Root, environment, wait_until
@@ -18,12 +20,14 @@ TABLES = {
     "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 2},
     "queue": {"retry_seconds": 0.0},
 }
+FAILS_FIRST = {"1": {"fail": {"kind": "diverged", "message": "as the test says"}}}
+DIES_FIRST = {"1": {"die_at": 3}}
 
 
-def live(root: Root, kill_at: int = 0) -> tuple[int, list[str]]:
-    """One life of the daemon; its exit code and the points that it passed."""
+def live(root: Root, command: str, kill_at: int = 0) -> tuple[int, list[str]]:
+    """One process of this root; its exit code and the points that it passed."""
     done = subprocess.run(
-        [sys.executable, "-P", str(LIFE), str(root.path), str(kill_at)],
+        [sys.executable, "-P", str(LIFE), str(root.path), str(kill_at), *command.split()],
         env=environment(),
         capture_output=True,
         text=True,
@@ -38,29 +42,91 @@ def no_trainer(root: Root) -> bool:
     return not any(root.trainer_alive(folder) for folder in (root.settings.state_dir / "runs").glob("*"))
 
 
-def test_a_job_survives_the_daemons_death_at_each_point_of_its_life(make_root: Callable[..., Root]) -> None:
-    """After each death the next daemon ends the job right, once: one version, its steps run, its file in one place."""
+def dropped(root: Root) -> None:
+    root.drop("a.jsonl", [{"text": f"row {number}"} for number in range(4)])
 
-    def prepared(name: str) -> Root:
-        root = make_root(name, behaviour={}, tables=TABLES)
-        root.drop("a.jsonl", [{"text": f"row {number}"} for number in range(4)])
+
+def queued_and_paused(root: Root) -> None:
+    """A job waits in a paused queue."""
+    root.start()
+    assert root.run("pause").returncode == 0
+    dropped(root)
+    wait_until(lambda: (job := root.job("a.jsonl")) and job.state is JobState.QUEUED)
+    assert root.stop() == 0
+
+
+def idle(root: Root) -> None:
+    """A daemon has been here, so that there is a queue to pause."""
+    assert root.run("run", "--once").returncode == 0
+    dropped(root)
+
+
+def failed(root: Root) -> None:
+    """A job has failed, and would succeed now."""
+    dropped(root)
+    assert root.run("run", "--once").returncode == 1
+
+
+def promoted_before(root: Root) -> None:
+    """There is a version already, and its checkpoints are in the way."""
+    root.drop("before.jsonl", [{"text": "another dataset"}] * 3)
+    assert root.run("run", "--once").returncode == 0
+    dropped(root)
+
+
+# What is killed, after what, with which trainer; and what people say afterwards, where they were not heard.
+LIVES = {
+    "from the inbox to a version": ("run", dropped, {}, ()),
+    "a second version over the first": ("run", promoted_before, {}, ()),
+    "a trainer that dies once": ("run", dropped, DIES_FIRST, ()),
+    "retry": ("retry LAST", failed, FAILS_FIRST, ("retry LAST",)),
+    "cancel --return": ("cancel LAST --return", queued_and_paused, {}, ("resume",)),
+    "cancel": ("cancel LAST", queued_and_paused, {}, ("resume", "cancel LAST", "retry LAST")),
+    "pause": ("pause", idle, {}, ("resume",)),
+    "resume": ("resume", queued_and_paused, {}, ("resume",)),
+}
+
+
+LONG = {"a second version over the first", "a trainer that dies once"}  # each as long as the first one
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.chaos] if name in LONG else []) for name in LIVES]
+)
+def test_a_job_survives_death_at_each_point_of_its_life(make_root: Callable[..., Root], name: str) -> None:
+    """After each death the job ends right, once: one version, its steps run, its file in one place."""
+    command, prepare, behaviour, afterwards = LIVES[name]
+
+    def prepared(folder: str) -> Root:
+        root = make_root(folder, behaviour=behaviour, tables=TABLES)
+        prepare(root)
         return root
 
-    code, points = live(prepared("whole"))
-    assert code == 0, points
-    assert len(points) > 20
+    whole = prepared("whole")
+    last = [job.id for job in whole.jobs()][-1:] or ["?"]
+    _, points = live(whole, command.replace("LAST", last[0]))
+    assert len(points) >= (15 if command == "run" else 1), points
     for number in range(1, len(points) + 1):
         root = prepared(f"killed-at-{number}")
-        code, passed = live(root, number)
+        last = [job.id for job in root.jobs()][-1:] or ["?"]
+        code, passed = live(root, command.replace("LAST", last[0]), number)
         where = f"killed at {passed[-1]} of {len(points)}"
         assert code == -9, where
         wait_until(partial(no_trainer, root), what=f"the trainer to follow its daemon, {where}")
-        code, _ = live(root)
-        assert code == 0, f"{where}: {root.errors()}"
-        jobs = root.jobs()
-        assert [job.state for job in jobs] == [JobState.SUCCEEDED], where
-        assert jobs[0].result is not None
-        assert jobs[0].result.steps_run == jobs[0].result.steps_planned == 4, where
-        assert [version.name for version in list_versions(root.settings.model_dir)] == ["0001"], where
-        assert not (root.settings.inbox_dir / "a.jsonl").exists(), where
-        assert_sound(root)
+        for said in afterwards:  # some of it may have been heard: that is refused, and harms nothing
+            root.run(*said.replace("LAST", last[0]).split())
+        assert root.run("run", "--once").returncode == 0, f"{where}: {root.errors()}"
+        ended_right(root, where)
+
+
+def ended_right(root: Root, where: str) -> None:
+    trained = [job for job in root.jobs() if job.name == "a.jsonl" and job.state is JobState.SUCCEEDED]
+    assert len(trained) == 1, f"{where}: {[(job.name, job.state, job.reason) for job in root.jobs()]}"
+    assert trained[0].result is not None
+    assert trained[0].result.steps_run == trained[0].result.steps_planned == 4, where
+    versions = [version.name for version in list_versions(root.settings.model_dir)]
+    assert versions[-1] == trained[0].version, where
+    assert len(versions) == len({job.id for job in root.jobs() if job.state is JobState.SUCCEEDED}), where
+    assert not (root.settings.inbox_dir / "a.jsonl").exists(), where
+    assert_sound(root)
