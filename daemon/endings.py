@@ -102,7 +102,7 @@ def canonical(job: Job, move: Event) -> dict[str, Any]:
         "started_at": job.started_at,
         "total_seconds": _seconds_between(job.created_at, move.at),
     }
-    return {name: value for name, value in line.items() if value is not None}
+    return {name: value for name, value in line.items() if value is not None and value != ""}
 
 
 def _seconds_between(begin: str, end: str) -> float | None:

@@ -10,9 +10,11 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from daemon import inbox
 from daemon.config import Settings
 from daemon.doctor import Finding
-from daemon.job import Event, Job, JobState, run_dir
+from daemon.eta import spell
+from daemon.job import Event, Job, JobState, Priority, run_dir, to_json
 from daemon.text import escape
 from daemon.versions import Version
 
@@ -69,11 +71,13 @@ def headline(snapshot: Mapping[str, Any]) -> Text:
         if snapshot.get("reason"):
             head.append(f"  {escape(str(snapshot['reason']))}")
         head.append(f"  pid {snapshot['pid']}, heartbeat {snapshot['age_seconds']:.0f} s ago", style="dim")
+    elif liveness == "stopped":
+        head.append(f"  since {escape(clock(str(snapshot['timestamp'])))}", style="dim")
     elif liveness == "hung":
         head.append(f"  pid {snapshot['pid']} is there, but its last heartbeat was {snapshot['age_seconds']:.0f} s ago")
     elif liveness == "dead":
         head.append(
-            f"  the daemon (pid {snapshot['pid']}) is gone; its last heartbeat was at {escape(str(snapshot['timestamp']))}"
+            f"  the daemon (pid {snapshot['pid']}) is gone; its last heartbeat was at {escape(clock(str(snapshot['timestamp'])))}"
         )
     return head
 
@@ -89,6 +93,11 @@ STATUS_STYLES = {
 }
 
 
+def clock(timestamp: str) -> str:
+    """`2026-11-23 04:41 UTC` from the ISO 8601 in UTC that everything is written in."""
+    return f"{timestamp[:16].replace('T', ' ')} UTC" if timestamp else ""
+
+
 def progress_line(job: Mapping[str, Any]) -> str:
     """`training 12/90  loss 3.21  lr 1.0e-03  2,310 tok/s  40 s left`, as far as it is known."""
     line = str(job.get("phase", ""))
@@ -98,10 +107,11 @@ def progress_line(job: Mapping[str, Any]) -> str:
         ("loss", "  loss {:.4f}"),
         ("learning_rate", "  lr {:.1e}"),
         ("tokens_per_second", "  {:,.0f} tok/s"),
-        ("eta_seconds", "  {:.0f} s left"),
     ):
         if job.get(key) is not None:
             line += form.format(job[key])
+    if job.get("eta_seconds") is not None:
+        line += f"  {spell(float(job['eta_seconds']))} left"
     return line
 
 
@@ -138,6 +148,8 @@ def job(item: Job, events: Sequence[Event], settings: Settings) -> RenderableTyp
         ("reason", escape(item.reason, most=2000)),
         ("failure", item.failure),
         ("attempt", item.attempt or None),
+        ("priority", item.priority if item.priority is not Priority.NORMAL else None),
+        ("sidecar", escape(to_json(item.overrides), most=2000) if item.overrides else None),
         ("version", item.version),
     ]
     if item.dataset:
@@ -154,10 +166,13 @@ def job(item: Job, events: Sequence[Event], settings: Settings) -> RenderableTyp
             ("steps", f"{result.steps_run} of {result.steps_planned} planned"),
             ("held-out loss", losses(result.held_out_before, result.held_out_after) or None),
             ("tokens/s", f"{result.tokens_per_second:,.0f}" if result.tokens_per_second else None),
+            ("took", spell(result.wall_seconds) if result.wall_seconds else None),
             *(("warning", Text(escape(warning), style="yellow")) for warning in result.warnings),
             ("hint", escape(result.hint) or None),
         ]
-    rows.append(("run directory", str(run_dir(settings.state_dir, item.id))))
+    lies, directory = inbox.locate(settings, item), run_dir(settings.state_dir, item.id)
+    rows.append(("file", escape(str(lies), most=2000) if lies else "no longer in the inbox"))
+    rows.append(("run directory", str(directory) if directory.is_dir() else None))
     for name, value in rows:
         if value is not None:
             grid.add_row(name, value if isinstance(value, Text) else str(value))
@@ -182,7 +197,7 @@ def versions(found: Sequence[Version], current: Version | None) -> RenderableTyp
             f"  {losses(record.get('held_out_before'), record.get('held_out_after')) or 'no held-out loss'}",
             f"  {escape(str(record.get('dataset', '')), most=30)}",
             (f"  {record.get('steps', '?')} steps", "dim"),
-            (f"  {str(record.get('created_at', ''))[:16].replace('T', ' ')}", "dim"),
+            (f"  {clock(str(record.get('created_at', '')))}", "dim"),
         )
         label.no_wrap, label.overflow = True, "ellipsis"
         parent = branches.get(str(record.get("parent")), tree)

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon import show
+from daemon.eta import spell
 from daemon.status import read_status
 from daemon.text import escape
 
@@ -73,7 +74,7 @@ def _job(job: Mapping[str, Any], width: int) -> list[RenderableType]:
     step, total = int(job.get("step") or 0), int(job.get("total_steps") or 0)
     eta = job.get("eta_seconds")
     told = f" {step}/{total}  {step / total:4.0%}" if total else f" {escape(str(job.get('phase', '')))}"
-    told += f"  {duration(float(eta))} left" if eta is not None else ""
+    told += f"  {spell(float(eta))} left" if eta is not None else ""
     room = max(10, width - len(told) - 2)
     filled = round(room * step / total) if total else 0
     bar = Text.assemble((("━" * filled), "cyan"), (("━" * (room - filled)), "dim"), told)
@@ -110,14 +111,6 @@ def spark(values: Sequence[float], width: int) -> str:
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)
     return "".join(BARS[round((value - low) / (high - low) * (len(BARS) - 1)) if high > low else 0] for value in means)
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 05 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _fit(text: Text) -> Text:
