@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ class Drops:
         self._candidates: dict[tuple[Priority, str], Candidate] = {}
         self._sidecars: dict[tuple[Priority, str], Candidate] = {}
         self._unsettled: dict[tuple[Priority, str], Candidate] = {}  # those of the candidates that are not in _settled
-        self._settled: dict[Priority, OrderedDict[str, Candidate]] = {p: OrderedDict() for p in Priority}
+        self._settled: dict[Priority, deque[Candidate]] = {p: deque() for p in Priority}
         self._agenda: list[tuple[float, int, tuple[Priority, str]]] = []
         self._order = itertools.count()
         self.left_alone: dict[tuple[Priority, str], Found] = {}
@@ -88,7 +88,7 @@ class Drops:
     @property
     def deferred(self) -> int:
         """Settled files that wait for a place in the queue."""
-        return sum(len(settled) for settled in self._settled.values())
+        return len(self._candidates) - len(self._unsettled)
 
     def waiting(self) -> Iterator[Candidate]:
         """Files that are not settled yet."""
@@ -152,7 +152,7 @@ class Drops:
         """The next settled file, high before normal before low, as it is at this moment; None when there is none."""
         for settled in (self._settled[priority] for priority in Priority):
             while settled:
-                _, candidate = settled.popitem(last=False)
+                candidate = settled.popleft()
                 candidate.settled = False
                 self._unsettled[candidate.key] = candidate
                 ready = self._examine(candidate, now)
@@ -234,9 +234,8 @@ class Drops:
         for table in (self._candidates, self._unsettled, self._sidecars, self.left_alone):
             for key in [key for key in table if key[0] is priority and key[1] not in names]:
                 del table[key]
-        settled = self._settled[priority]
-        for name in [name for name in settled if name not in names]:
-            del settled[name]
+        if any(candidate.name not in names for candidate in self._settled[priority]):
+            self._settled[priority] = deque(found for found in self._settled[priority] if found.name in names)
 
     def _leave_other(self, priority: Priority, name: str) -> None:
         key = (priority, name)
@@ -269,7 +268,7 @@ class Drops:
             return
         del self._unsettled[candidate.key]
         candidate.settled, candidate.reason = True, ""
-        self._settled[candidate.priority][candidate.name] = candidate
+        self._settled[candidate.priority].append(candidate)
 
     def _push(self, candidate: Candidate) -> None:
         heapq.heappush(self._agenda, (candidate.due, next(self._order), candidate.key))
@@ -358,4 +357,3 @@ class Drops:
         self._candidates.pop(candidate.key, None)
         self._unsettled.pop(candidate.key, None)
         self._sidecars.pop(candidate.key, None)
-        self._settled[candidate.priority].pop(candidate.name, None)

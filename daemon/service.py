@@ -268,6 +268,7 @@ class Service:
             status_interval=self.settings.status.status_interval,
             log_path=str(self.settings.log_path),
             watch_mode=view.watch_mode,
+            events_lost=view.overflows,
             queue={**counts, "deferred": view.deferred},
             job=running_job(run.job, run.progress, self._losses.observe(run.run_dir, run.job.attempt, run.progress))
             if run

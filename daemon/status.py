@@ -124,6 +124,10 @@ class StatusSnapshot:
     status_interval: Annotated[float, Meta(description="Seconds between heartbeats.")] = 0.0
     log_path: Annotated[str, Meta(description="Where the complete log is.")] = ""
     watch_mode: Annotated[str, Meta(description="inotify, or polling with the reason.")] = ""
+    events_lost: Annotated[
+        int,
+        Meta(description="Times that the kernel dropped inbox events since the start; scans found what they told of."),
+    ] = 0
     queue: Annotated[Mapping[str, int], Meta(description="Jobs by state, and deferred files.")] = field(
         default_factory=dict
     )
