@@ -110,6 +110,13 @@ def test_a_tick_is_heard_more_often_than_the_watchdog_asks_for(service: Service)
     wait_until(
         lambda: int(service.value("WatchdogTimestampMonotonic")) > begun + 3_000_000, what="three seconds of heartbeats"
     )
+    # Nor does a checkpoint that takes four times as long as the watchdog waits hold it up.
+    behave(service, step_seconds=0.02, seal_seconds=4)
+    service.drop("a.jsonl", 300)
+    wait_until(lambda: any(event["event"] == "run.started" for event in service.log()), what="the first step")
+    service.machine.run(f"{HOME}/.venv/bin/dropforge", "--root", ROOT, "pause", user="dropforge")
+    service.wait_for("a.jsonl", "queued")
+    assert any(event["event"] == "checkpoint.sealed" for event in service.log())
     assert service.value("NRestarts") == "0"
 
 
