@@ -12,11 +12,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from daemon.children import die_with_parent
+from tests.support.documents import OPERATIONS, commands_of
 from tests.support.root import REPOSITORY, wait_until
 
 PROGRAMS = ("unshare", "nsenter", "mount", "systemctl", "journalctl", "systemd-analyze", "runuser", "useradd")
@@ -26,7 +27,6 @@ HOME = Path("/opt/dropforge")  # where the documents install Dropforge, from a c
 PYTHON_HOME = Path("/opt/python")
 PACKAGES_HOME = Path("/opt/packages")  # what a package index would give
 PARTS = ("daemon", "guard", "docs", "examples", "systemd", "tests", "pyproject.toml", "README.md", "LICENSE")
-DOCUMENT = REPOSITORY / "docs" / "operations.md"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT_SECONDS = 60.0
 STATES = {"started": "running", "requeued": "queued"}  # what an event says of a job, where it is not the state's name
@@ -122,7 +122,7 @@ class Machine:
 
     def _install(self, python: Path, places: Iterable[Path]) -> None:
         """The document's own commands, which build a wheel; a list of folders stands in for the package index."""
-        (block,) = commands_of(DOCUMENT, "## Install")
+        (block,) = commands_of(OPERATIONS, "Install")
         make, *install = block.splitlines()
         self.run("sh", "-euc", make, env={"PATH": f"{python.parent}:{PATH}"})
         (packages,) = self.path(HOME / ".venv" / "lib").glob("python*/site-packages")
@@ -317,23 +317,3 @@ def as_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
     for table, values in tables.items():
         lines += [f"[{table}]", *(f"{key} = {toml_value(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
-
-
-def commands_of(markdown: Path, heading: str) -> Sequence[str]:
-    """The shell blocks below a heading of a document, up to the next heading of that depth."""
-    lines = markdown.read_text().splitlines()
-    depth = heading.split(" ", 1)[0]
-    begin = lines.index(heading)
-    blocks: list[str] = []
-    block: list[str] | None = None
-    for line in lines[begin + 1 :]:
-        if block is None and line.startswith("#") and len(line.split(" ", 1)[0]) <= len(depth):
-            break
-        if block is None and line.strip() == "```sh":
-            block = []
-        elif block is not None and line.strip() == "```":
-            blocks.append("\n".join(block))
-            block = None
-        elif block is not None:
-            block.append(line)
-    return blocks

@@ -328,6 +328,21 @@ def test_the_doctor_finds_what_is_wrong_and_says_what_to_do(tmp_path: Path, monk
     assert verdicts(doctor.examine(tmp_path))["settings"] is Verdict.FAIL
 
 
+def test_the_doctor_tells_packages_that_are_too_old_and_whose_view_this_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("packages", "permissions")})
+    monkeypatch.setattr(doctor, "version", lambda name: {"peft": "0.9.1", "torch": "2.13.0+cpu"}.get(name, "99"))
+    (tmp_path / "dropforge.toml").write_text("")
+    found = doctor.examine(tmp_path)
+    assert [finding.told for finding in found if finding.verdict is Verdict.FAIL] == ["peft 0.9.1 is older than 0.18"]
+    if os.geteuid() != 0:
+        return
+    (tmp_path / "state").mkdir()
+    os.chown(tmp_path / "state", 65534, -1)
+    assert any("root's view" in finding.told and "runuser -u" in finding.hint for finding in doctor.examine(tmp_path))
+
+
 def test_the_doctor_s_json_is_what_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
