@@ -106,9 +106,7 @@ EVENTS: Mapping[str, Event] = {
     ),
     "run.evaluated": _event("info", "Loss over the rows held out, before or after.", "job when held_out_loss rows"),
     "run.started": _event(
-        "info",
-        "The first step is next.",
-        "job start_step total_steps resumed_from loaded_seconds tokenised_seconds flat scores_trained_only",
+        "info", "The first step is next.", "job start_step total_steps resumed_from flat scores_trained_only"
     ),
     "run.stepped": _event(
         "info", "Each logging_steps: how training goes.", "job step loss grad_norm learning_rate epoch"
@@ -120,7 +118,9 @@ EVENTS: Mapping[str, Event] = {
     ),
     "run.gradient_checkpointing_enabled": _event("info", "Memory was short even for one row.", "job step longest_row"),
     "run.trained": _event(
-        "info", "All steps are done: where the time went.", "job train_seconds bookkeeping_share tokens_per_second"
+        "info",
+        "All steps are done: where the time went.",
+        "job train_seconds bookkeeping_share sealing_share tokens_per_second",
     ),
     "checkpoint.sealed": _event("info", "A checkpoint is on disk, whole.", "job step path size_bytes"),
     "version.promoted": _event("info", "A finished adapter became the current one.", "job version"),
