@@ -106,7 +106,9 @@ EVENTS: Mapping[str, Event] = {
     ),
     "run.evaluated": _event("info", "Loss over the rows held out, before or after.", "job when held_out_loss rows"),
     "run.started": _event(
-        "info", "The first step is next.", "job start_step total_steps resumed_from flat scores_trained_only"
+        "info",
+        "The first step is next.",
+        "job start_step total_steps resumed_from tokenised_seconds loaded_seconds flat scores_trained_only",
     ),
     "run.stepped": _event(
         "info", "Each logging_steps: how training goes.", "job step loss grad_norm learning_rate epoch"
