@@ -16,6 +16,7 @@ from daemon import show, versions
 from daemon.cli import completing
 from daemon.cli.common import MODEL, JsonFlag, app, print_json
 from daemon.cli.common import out as out_console
+from daemon.children import environment
 from daemon.config import Settings
 from daemon.errors import DropforgeError, TryLater
 from daemon.job import JobState
@@ -62,6 +63,7 @@ def merge(
         ],
         capture_output=True,
         text=True,
+        env=environment(),
         check=False,
     )
     try:
