@@ -13,10 +13,10 @@ import typer
 
 import guard
 from daemon import show, versions
+from daemon.children import environment
 from daemon.cli import completing
 from daemon.cli.common import MODEL, JsonFlag, app, print_json
 from daemon.cli.common import out as out_console
-from daemon.children import environment
 from daemon.config import Settings
 from daemon.errors import DropforgeError, TryLater
 from daemon.job import JobState
