@@ -15,7 +15,7 @@ from daemon.config import Settings
 from daemon.doctor import Finding
 from daemon.eta import spell
 from daemon.job import Event, Job, JobState, Priority, run_dir, to_json
-from daemon.text import escape
+from daemon.text import escape, printable
 from daemon.versions import Version
 
 STATE_STYLES = {
@@ -34,27 +34,29 @@ def status(snapshot: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [headline(snapshot)]
     grid = _grid()
     counts = {name: number for name, number in snapshot.get("queue", {}).items() if number}
-    grid.add_row("queue", ", ".join(f"{number} {escape(str(name))}" for name, number in counts.items()) or "empty")
+    grid.add_row("queue", ", ".join(f"{number} {printable(str(name))}" for name, number in counts.items()) or "empty")
     model = snapshot.get("model")
     grid.add_row(
         "model",
-        f"version {escape(str(model['version']))}, from {escape(str(model['dataset']))}" if model else "no version yet",
+        f"version {printable(str(model['version']))}, from {printable(str(model['dataset']))}"
+        if model
+        else "no version yet",
     )
     alive = bool(snapshot.get("alive"))
     if alive:
-        grid.add_row("watching", escape(str(snapshot.get("watch_mode") or "not watching")))
+        grid.add_row("watching", printable(str(snapshot.get("watch_mode") or "not watching")))
     job = snapshot.get("job")
     if job and alive:
-        grid.add_row("job", f"{escape(str(job['id']))}  {escape(str(job['dataset']))}  attempt {job['attempt']}")
+        grid.add_row("job", f"{printable(str(job['id']))}  {printable(str(job['dataset']))}  attempt {job['attempt']}")
         grid.add_row("", progress_line(job))
     for name in ("waiting", "left_alone"):
         found = snapshot.get(name, ())
         for item in found[:10]:
-            grid.add_row(name.replace("_", " "), f"{escape(str(item['file']))}: {escape(str(item['reason']))}")
+            grid.add_row(name.replace("_", " "), f"{printable(str(item['file']))}: {printable(str(item['reason']))}")
         if len(found) > 10:
             grid.add_row("", f"and {len(found) - 10} more")
     for warning in snapshot.get("warnings", ())[:10] if alive else ():
-        grid.add_row("warning", Text(escape(str(warning), most=400), style="yellow"))
+        grid.add_row("warning", Text(printable(str(warning), most=400), style="yellow"))
     parts.append(grid)
     if snapshot.get("recent"):
         parts += ["", recent(snapshot["recent"][:10])]
@@ -69,7 +71,7 @@ def headline(snapshot: Mapping[str, Any]) -> Text:
     head = Text.assemble((what, style))
     if liveness == "alive":
         if snapshot.get("reason"):
-            head.append(f"  {escape(str(snapshot['reason']))}")
+            head.append(f"  {printable(str(snapshot['reason']))}")
         head.append(f"  pid {snapshot['pid']}, heartbeat {snapshot['age_seconds']:.0f} s ago", style="dim")
     elif liveness == "stopped":
         head.append(f"  since {escape(clock(str(snapshot['timestamp'])))}", style="dim")
@@ -234,12 +236,12 @@ def recent(entries: Sequence[Mapping[str, Any]]) -> Table:
         state = str(entry["state"])
         rows.append(
             (
-                Text(escape(str(entry["id"]))),
-                Text(escape(str(entry["dataset"]), most=60)),
+                Text(printable(str(entry["id"]))),
+                Text(printable(str(entry["dataset"]), most=60)),
                 Text(escape(state), style=STATE_STYLES[JobState(state)] if state in set(JobState) else ""),
                 Text(str(entry.get("steps") or "")),
                 Text(losses(entry.get("held_out_before"), entry.get("held_out_after"))),
-                Text(escape(str(entry.get("version") or ""))),
+                Text(printable(str(entry.get("version") or ""))),
             )
         )
     return _job_table(rows)

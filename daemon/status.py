@@ -22,7 +22,7 @@ from msgspec import Meta
 from daemon.gpuprobe import Gpu
 from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
-from daemon.text import escape, finite
+from daemon.text import escape, finite, printable
 
 SCHEMA_VERSION = 1
 STATES = ("starting", "idle", "training", "waiting", "paused", "stopping", "stopped")
@@ -170,8 +170,8 @@ def render(snapshot: StatusSnapshot) -> str:
     me = identify(os.getpid())
     stamped = replace(
         snapshot,
-        reason=escape(snapshot.reason, most=TEXT_CHARACTERS),
-        warnings=tuple(escape(warning, most=TEXT_CHARACTERS) for warning in snapshot.warnings[:WARNINGS]),
+        reason=printable(snapshot.reason, most=TEXT_CHARACTERS),
+        warnings=tuple(printable(warning, most=TEXT_CHARACTERS) for warning in snapshot.warnings[:WARNINGS]),
         pid=os.getpid(),
         start_ticks=me.start_ticks if me else 0,
         boot_id=boot_id(),
