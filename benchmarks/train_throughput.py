@@ -36,6 +36,7 @@ from daemon.trainer.attention import use_packed
 from daemon.trainer.data import PASS_TOKENS, Collator, Example, tokenise
 from daemon.trainer.encode import IGNORE
 from daemon.trainer.loop import RunTrainer, held_out_loss
+from daemon.trainer.objective import Objective
 from daemon.trainer.tiny import build_tiny
 
 ROWS_A_STEP, DEVICE_ROWS, MAX_LENGTH, RATE = 8, 4, 1024, 1e-3
@@ -116,7 +117,17 @@ def ours(base: Path, tokenizer: Any, train: Sequence[Example], folder: str) -> t
         optim="adamw_torch_fused",
         remove_unused_columns=False,
     )
-    trainer = RunTrainer(model=model, args=args, examples=train, collator=collator, tokenizer=tokenizer, grouped=True)
+    objective = Objective()
+    objective.select_trained(model, train)
+    trainer = RunTrainer(
+        model=model,
+        args=args,
+        examples=train,
+        collator=collator,
+        objective=objective,
+        tokenizer=tokenizer,
+        grouped=True,
+    )
     return model, trainer
 
 
@@ -189,7 +200,7 @@ def run(arm: str, base: Path, tokenizer: Any, train: Sequence[Example], held_out
         seconds = time.perf_counter() - began
         flat = arm == "dropforge" and trainer.data_collator.flat
         collator = Collator(pad_token_id=tokenizer.pad_token_id, budget_tokens=8192, flat=flat)
-        loss = held_out_loss(model, held_out, collator, NeverStop())  # type: ignore[arg-type]
+        loss = held_out_loss(model, held_out, collator, Objective(), NeverStop())  # type: ignore[arg-type]
         result = Result(
             seconds=seconds,
             tokens=sum(len(example.input_ids) for example in train),

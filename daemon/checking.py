@@ -15,7 +15,8 @@ from typing import Any
 from daemon import inbox
 from daemon.config import Settings
 from daemon.dataset import Reply, Request
-from daemon.errors import DropforgeError, NotFound
+from daemon.errors import NotFound
+from daemon.filing import Filing
 from daemon.job import Dataset, Job, JobState, utc_now
 from daemon.passes import Passes
 from daemon.rows import Rules
@@ -41,8 +42,9 @@ class _Again:
 class Checking:
     """The claimed jobs of one root, and the passes over their files. One thread calls everything."""
 
-    def __init__(self, settings: Settings, store: JobStore, *, bell: Rings, log: Any) -> None:
+    def __init__(self, settings: Settings, store: JobStore, *, filing: Filing, bell: Rings, log: Any) -> None:
         self.settings = settings
+        self._filing = filing
         self._store = store
         self._log = log
         self._passes = Passes(bell, log)
@@ -128,16 +130,14 @@ class Checking:
     def reject(self, job: Job, reason: str) -> None:
         """The file cannot be trained: claimed -> rejected, file to failed/."""
         moved = self._store.transition(job.id, JobState.CLAIMED, JobState.REJECTED, reason, finished_at=utc_now())
-        self._log.warning("job.rejected", job=job.id, file=escape(job.name), reason=escape(reason, most=1000))
-        self._settle(moved)
+        self._filing.file(moved)
 
     def cancel(self, job: Job, reason: str, **fields: Any) -> None:
         """Nothing is to be trained: claimed -> cancelled, with a note beside the file."""
         moved = self._store.transition(
             job.id, JobState.CLAIMED, JobState.CANCELLED, reason, finished_at=utc_now(), **fields
         )
-        self._log.info("job.cancelled", job=job.id, file=escape(job.name), reason=escape(reason))
-        self._settle(moved)
+        self._filing.file(moved)
 
     def _claimed(self, job_id: str) -> Job | None:
         """The job, unless a person cancelled it meanwhile."""
@@ -190,10 +190,3 @@ class Checking:
             size_bytes=dataset.size_bytes,
         )
         self._log.info("job.queued", job=job.id)
-
-    def _settle(self, job: Job) -> None:
-        """Move a finished job's files; if that fails now, the next start does it."""
-        try:
-            inbox.settle_files(self.settings, job)
-        except (DropforgeError, OSError) as error:
-            self._log.error("file.not_moved", job=job.id, error=str(error))

@@ -1,4 +1,4 @@
-"""Why the queue may have to wait although jobs are ready: a person paused it, or there is no room on the disk.
+"""Why the queue may have to wait although jobs are ready: a person paused it, or a folder has no room or no way in.
 
 A hold burns no attempt and needs nobody: it goes when its reason goes.
 """
@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from daemon.access import closed
 from daemon.config import Recipe, Settings
 
 PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", "at": ..., "reason": ...}
@@ -25,6 +26,7 @@ class HoldKind(StrEnum):
     """What holds the queue."""
 
     PAUSED = "paused"
+    UNWRITABLE = "unwritable"
     NO_SPACE = "no_space"
     GPU = "gpu"
 
@@ -43,6 +45,19 @@ def paused(control: Mapping[str, Any] | None) -> Hold | None:
         return None
     why = f": {control['reason']}" if control.get("reason") else ""
     return Hold(kind=HoldKind.PAUSED, reason=f"paused by a person at {control.get('at', '?')}{why}; `dropforge resume`")
+
+
+def unwritable(settings: Settings) -> Hold | None:
+    """The hold of a folder that a run has to write to and cannot: its mode, or a file system that became read-only."""
+    model, runs = settings.model_dir, settings.state_dir / "runs"
+    for path in (model, *(model / name for name in ("versions", ".staging", ".cleared")), settings.state_dir, runs):
+        try:
+            why = closed(path)
+        except FileNotFoundError:
+            continue  # the run makes it
+        if why:
+            return Hold(kind=HoldKind.UNWRITABLE, reason=f"{path} cannot be used: {why}; waits until it can")
+    return None
 
 
 def no_space(settings: Settings, recipe: Recipe) -> Hold | None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from daemon.access import closed
 from daemon.config import Settings
 from daemon.dataset import DatasetReport
 from daemon.errors import NotFound
@@ -42,6 +43,18 @@ def create_folders(settings: Settings) -> None:
     for name in sorted(OWN_FOLDERS):
         (settings.inbox_dir / name).mkdir(exist_ok=True)
     fsync_dir(settings.inbox_dir)
+
+
+def trouble(settings: Settings) -> str:
+    """Why nothing can be taken from the inbox now, empty when something can."""
+    for path in (settings.inbox_dir, settings.inbox_dir / PROCESSING):
+        try:
+            why = closed(path)
+        except FileNotFoundError:
+            why = "it is missing" if path == settings.inbox_dir else ""
+        if why:
+            return f"{path} cannot be used: {why}; files are taken again when it can"
+    return ""
 
 
 def processing_dir(settings: Settings, job_id: str) -> Path:
@@ -100,7 +113,7 @@ def return_sidecar(settings: Settings, job: Job) -> None:
 def settle_files(settings: Settings, job: Job, report: DatasetReport | None = None) -> Path:
     """Move a finished job's folder to done/ or failed/, with report.txt and report.json in it; returns that folder.
 
-    Can be repeated, and is after a crash. `report` (default: what the pass left beside the file) tells of bad rows.
+    The file of a cancelled job that a person wants back goes to the inbox first. Can be repeated, and is after a crash. `report` (default: what the pass left beside the file) tells of bad rows.
     Raises OSError, ValueError when the job is not finished.
     """
     if job.state not in FINAL_STATES:
@@ -110,6 +123,10 @@ def settle_files(settings: Settings, job: Job, report: DatasetReport | None = No
         if target.is_dir():
             return target
         source.mkdir(parents=True)  # the file is gone; what became of the job is still worth telling
+    if job.state is JobState.CANCELLED and job.wanted == "return":
+        for name in (sidecar_name(job.name), job.name):  # the file alone would be taken without its sidecar
+            if os.path.lexists(source / name):
+                return_to_inbox(source / name, folders(settings)[job.priority])
     found = report if report is not None else read_rows_report(source)
     deleted = job.state is JobState.SUCCEEDED and settings.inbox.on_success == "delete"
     log = run_dir(settings.state_dir, job.id) / "trainer.log"

@@ -18,6 +18,7 @@ from daemon.checking import Checking
 from daemon.config import Settings
 from daemon.drops import SHOWN, Drops, Ready
 from daemon.errors import NotFound
+from daemon.filing import Filing
 from daemon.inbox import locate, return_for_retry, settle_files
 from daemon.job import Job, JobState, Priority, new_job_id
 from daemon.repair import repair
@@ -68,7 +69,8 @@ class Intake:
         folders = inbox.folders(settings)
         self._drops = Drops(folders, settings.inbox)
         self._watch = FolderWatch(folders, bell, log)
-        self._checking = Checking(settings, store, bell=bell, log=log)
+        self.filing = Filing(settings, store, log)
+        self._checking = Checking(settings, store, filing=self.filing, bell=bell, log=log)
         self._told: set[tuple[Priority, str, str]] = set()
         self._next_rescan = 0.0
         self._scanned_at = float("-inf")
@@ -77,7 +79,7 @@ class Intake:
         self._claim_after = 0.0
         self._full = False  # the queue has no place
         self._accepting = True
-        self._missing = False
+        self._trouble = ""  # why the inbox cannot be used
         self._warnings: dict[str, str] = {}
         self._overflows_told = 0
 
@@ -98,7 +100,7 @@ class Intake:
         """Take over new settings; the folders stay where they are until a restart."""
         self.settings = settings
         self._drops.settings = settings.inbox
-        self._checking.settings = settings
+        self._checking.settings = self.filing.settings = settings
         self._next_rescan = 0.0
 
     def tick(self, *, accept: bool = True) -> None:
@@ -152,7 +154,11 @@ class Intake:
             Waiting(name=_shown(found.priority, found.name), reason=found.reason, since=found.since)
             for found, _ in zip(self._drops.alone(now), range(SHOWN), strict=False)
         )
-        warnings = [*self._warnings.values(), *(f"{found.name}: {found.reason}" for found in alone)]
+        warnings = [
+            *self._warnings.values(),
+            *self.filing.warnings(),
+            *(f"{found.name}: {found.reason}" for found in alone),
+        ]
         if self._watch.polling:
             warnings.append(f"the inbox is polled: {self._watch.polling_reason}")
         return IntakeView(
@@ -184,18 +190,26 @@ class Intake:
         if self._watch.polling:
             seconds = min(seconds, self.settings.inbox.poll_seconds)
         self._next_rescan = now + seconds
-        missing = not self.settings.inbox_dir.is_dir()
-        if missing:
-            cause = f"the inbox {self.settings.inbox_dir} is missing"
-            self._warnings["missing"] = f"{cause}; it is watched again when it is back"
-        elif self._missing:
-            self._warnings.pop("missing", None)
-        self._missing = missing
-        if not missing and not (self.settings.inbox_dir / inbox.PROCESSING).is_dir():
+        if not self._look_for_trouble() and not (self.settings.inbox_dir / inbox.PROCESSING).is_dir():
             inbox.create_folders(self.settings)  # another folder took the inbox's place
         self._scan(now, full=self._scan_wanted)
         self._tell_left_alone(now)
+        self.filing.again()
         self._checking.adopt()
+
+    def _look_for_trouble(self) -> bool:
+        """Whether the inbox cannot be used now; told once each time, and shown for as long as it lasts."""
+        trouble = inbox.trouble(self.settings)
+        if trouble != self._trouble:
+            if trouble:
+                self._log.warning("inbox.unusable", reason=trouble)
+                self._warnings["trouble"] = trouble
+            else:
+                self._log.info("inbox.usable_again")
+                self._warnings.pop("trouble", None)
+                self._scan_wanted = True
+            self._trouble = trouble
+        return bool(trouble)
 
     def _scan(self, now: float, *, full: bool) -> None:
         self._scan_wanted = False
@@ -217,6 +231,10 @@ class Intake:
         """Claim settled files while the queue has a place and the tick has time."""
         if not self._drops.deferred:
             self._full = False
+            return
+        if self._look_for_trouble():
+            self._next_rescan = min(self._next_rescan, time.monotonic() + FAILED_CLAIM_SECONDS)
+            self._claim_after = self._next_rescan
             return
         counts = self._store.counts()
         room = self.settings.inbox.max_queued - counts[JobState.CLAIMED] - counts[JobState.QUEUED]

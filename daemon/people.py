@@ -13,7 +13,6 @@ from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.holds import PAUSED_KEY
 from daemon.job import FINAL_STATES, Job, JobState, Priority, utc_now
-from daemon.settle import sidecar_name
 from daemon.store import JobStore, TransitionRefused
 
 
@@ -45,29 +44,27 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
         job = store.get(job.id)
         if job.state in FINAL_STATES:
             raise DropforgeError(operation="cancel job", subject=job.id, cause=f"it is {job.state} already")
-        if job.state is JobState.RUNNING:
-            store.update(job.id, wanted="return" if hand_back else "cancel")
-            return f"job {job.id} is asked to leave; its checkpoints stay until the next run"
+        wanted = "return" if hand_back else "cancel"
         try:
+            if job.state is JobState.RUNNING:
+                store.update(job.id, expected=JobState.RUNNING, wanted=wanted)
+                return f"job {job.id} is asked to leave; its checkpoints stay until the next run"
             cancelled = store.transition(
-                job.id, job.state, JobState.CANCELLED, "a person cancelled the job", finished_at=utc_now()
+                job.id,
+                job.state,
+                JobState.CANCELLED,
+                "a person cancelled the job",
+                wanted=wanted,
+                finished_at=utc_now(),
             )
         except TransitionRefused:
             continue
-        settle(settings, cancelled, hand_back=hand_back)
+        try:
+            inbox.settle_files(settings, cancelled)
+        except OSError as error:
+            return f"job {job.id} is cancelled; its file is moved when the daemon starts next: {error}"
         return f"job {job.id} is cancelled" + (", its file is back in the inbox" if hand_back else "")
     raise DropforgeError(operation="cancel job", subject=job.id, cause="it is moving", hint="try again")
-
-
-def settle(settings: Settings, job: Job, *, hand_back: bool = False) -> None:
-    """Move a finished job's folder to its place; with `hand_back` its file and sidecar return to where they came from."""
-    folder = inbox.settle_files(settings, job)
-    if not hand_back:
-        return
-    target = inbox.folders(settings)[job.priority]
-    for name in (sidecar_name(job.name), job.name):  # the sidecar first: the file alone would be taken without it
-        if (folder / name).exists():
-            inbox.return_to_inbox(folder / name, target)
 
 
 def retry(settings: Settings, store: JobStore, job: Job) -> str:
@@ -97,6 +94,7 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
         not_before=0.0,
         finished_at=None,
         result=None,
+        wanted="",
     )
     return f"job {job.id} is checked again and then queued"
 

@@ -6,7 +6,6 @@ be told from what is there, and finished. Nothing is deleted but empty folders.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from daemon.job import (
     run_dir,
     utc_now,
 )
+from daemon.news import sealed_step
 from daemon.report import REPORT_JSON, REPORT_TEXT
 from daemon.settle import Kind, kind_of_name, sidecar_name
 from daemon.sidecar import RejectedSidecar, Sidecar, read_sidecar
@@ -102,18 +102,6 @@ def _latest_run(settings: Settings) -> RunSpec | None:
     return spec if spec is not None and spec.schema_version == RUN_SPEC_VERSION else None
 
 
-def _sealed_step(directory: Path) -> int:
-    """The last step that a run has told to be sealed; its checkpoints lie in the model directory. 0: none."""
-    step = 0
-    with suppress(OSError):
-        for line in (directory / "events.jsonl").read_bytes().splitlines():
-            with suppress(ValueError, AttributeError):  # torn by a crash
-                event = json.loads(line)
-                if event.get("event") in ("run.started", "checkpoint.sealed"):
-                    step = int(event.get("step", event.get("start_step", 0)))
-    return step
-
-
 def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any, *, run: RunSpec | None) -> Iterator[str]:
     """A folder without a row (the store was lost or set aside): its file becomes a job again, under the same id.
 
@@ -152,7 +140,7 @@ def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any, *, run: 
         reason="found in processing/ without a record",
     )
     if run is not None:
-        step = _sealed_step(run_dir(settings.state_dir, job.id))
+        step = sealed_step(run_dir(settings.state_dir, job.id))
         job = replace(
             job, state=JobState.RUNNING, dataset=run.dataset, recipe=run.recipe, attempt=run.attempt, max_step=step
         )

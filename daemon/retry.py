@@ -13,6 +13,12 @@ from daemon.job import LONGEST_BACKOFF_SECONDS, FailureKind, Job, JobState, Outc
 FINAL_FAILURES = frozenset({FailureKind.BAD_DATA, FailureKind.CONFIG, FailureKind.DIVERGED})
 
 
+ONE_ROW_HINT = (
+    "one row at a time is too much already: lower max_length under [data], choose a smaller base model, or set"
+    " load_in_4bit under [model]"
+)
+
+
 class Asked(StrEnum):
     """Why we asked a trainer to leave."""
 
@@ -80,7 +86,7 @@ def conclude(
     if kind is FailureKind.OUT_OF_MEMORY and not can_halve(job):
         return Conclusion(
             to=JobState.FAILED,
-            reason=f"{reason}; one row at a time is too much already",
+            reason=f"{reason}; {ONE_ROW_HINT}",
             failure=kind,
             fruitless=fruitless,
         )
@@ -117,15 +123,19 @@ def _why(result: RunResult | None, ended: Exit, asked: Asked | None, job: Job) -
 
 
 def can_halve(job: Job) -> bool:
-    """Whether a forward pass has more than one row, and an even number, so that the global batch stays what it is."""
+    """Whether a forward pass has more than one row."""
     training = (job.recipe or {}).get("training", {})
-    rows = int(training.get("per_device_train_batch_size", 1))
-    return rows > 1 and rows % 2 == 0
+    return int(training.get("per_device_train_batch_size", 1)) > 1
 
 
 def halved(recipe: dict[str, object]) -> dict[str, object]:
-    """`recipe` with half the rows a forward pass and twice the passes a step: the same global batch."""
+    """`recipe` with half the rows a forward pass and twice the passes a step: the same global batch.
+
+    An odd number of rows is divided by its smallest factor instead (9 x 2 becomes 3 x 6), so that nothing is lost.
+    """
     training = dict(recipe["training"])  # type: ignore[call-overload]  # a recipe's tables are mappings
-    training["per_device_train_batch_size"] //= 2
-    training["gradient_accumulation_steps"] *= 2
+    rows = training["per_device_train_batch_size"]
+    factor = next(factor for factor in range(2, rows + 1) if rows % factor == 0)
+    training["per_device_train_batch_size"] = rows // factor
+    training["gradient_accumulation_steps"] *= factor
     return {**recipe, "training": training}

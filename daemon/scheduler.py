@@ -5,24 +5,22 @@ It keeps nothing that the store and the run directory do not hold: `recover` fin
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import guard
-from daemon import gpu, versions
+from daemon import gpu
 from daemon.config import Recipe, Settings
 from daemon.errors import ConfigError, DropforgeError, is_no_space
 from daemon.executors.base import Executor, Exit
 from daemon.gpulock import GpuLock
-from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused
+from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused, unwritable
 from daemon.hooks import Hooks
 from daemon.job import (
-    OPEN_STATES,
     RUN_SPEC_VERSION,
     FailureKind,
     Job,
@@ -30,12 +28,12 @@ from daemon.job import (
     Progress,
     RunResult,
     RunSpec,
-    from_json,
     run_dir,
     utc_now,
 )
+from daemon.news import News, sealed_step
+from daemon.promotion import promote
 from daemon.retry import Asked, Conclusion, conclude, halved
-from daemon.status import finished_job
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -46,7 +44,7 @@ class Run:
 
     job: Job
     run_dir: Path
-    events_read: int = 0  # bytes of events.jsonl that are in our log already
+    news: News
     asked: Asked | None = None  # why the trainer was asked to leave
     asked_at: float = 0.0  # monotonic
     ended: bool = False  # it was asked, did not leave, and was ended
@@ -54,6 +52,7 @@ class Run:
     launched_at: float = field(default_factory=time.monotonic)
     promote_at: float | None = None  # monotonic; when a promotion that failed is tried again
     promote_failures: int = 0
+    waits: str = ""  # for what its promotion waits
     moved_at: float = field(default_factory=time.monotonic)  # when its progress changed last
 
 
@@ -66,7 +65,7 @@ class Scheduler:
         store: JobStore,
         executor: Executor,
         *,
-        settle: Any,
+        settle: Callable[[Job], None],
         hooks: Hooks,
         gpu_lock: GpuLock,
         log: Any,
@@ -74,7 +73,7 @@ class Scheduler:
         self.settings = settings
         self._store = store
         self._executor = executor
-        self._settle = settle  # (job, hand_back) -> None: moves the file of a job in a final state
+        self._settle = settle  # moves the file of a job in a final state
         self._hooks = hooks
         self._log = log
         self._gpu = gpu_lock
@@ -101,9 +100,11 @@ class Scheduler:
 
     def recover(self) -> None:
         """Take up what an earlier daemon left running: adopt a living trainer (and ask it to leave), conclude a dead one."""
-        for job in self._store.jobs({JobState.RUNNING}):
-            run = Run(job=job, run_dir=run_dir(self.settings.state_dir, job.id))
-            run.events_read = _size(run.run_dir / "events.jsonl")
+        for left in self._store.jobs({JobState.RUNNING}):
+            directory = run_dir(self.settings.state_dir, left.id)
+            # What it sealed while no daemon listened counts as progress all the same.
+            job = self._store.update(left.id, max_step=max(left.max_step, sealed_step(directory)))
+            run = Run(job=job, run_dir=directory, news=News(directory))
             run.asked = Asked.CANCEL if job.wanted else None
             self._run = run
             if self._executor.adopt(run.run_dir):
@@ -137,7 +138,7 @@ class Scheduler:
         if run is None:
             return
         if run.promote_at is not None:
-            if time.monotonic() >= run.promote_at:
+            if time.monotonic() >= run.promote_at or run.asked is Asked.CANCEL:
                 self._conclude(run, Exit(code=0))
             return
         self._relay(run)
@@ -170,7 +171,7 @@ class Scheduler:
         if self._is_trained(ready):
             return
         recipe = Recipe.model_validate(ready.recipe) if ready.recipe else self.settings.recipe
-        self._change_hold(no_space(self.settings, recipe) or self._gpu_in_use(recipe))
+        self._change_hold(unwritable(self.settings) or no_space(self.settings, recipe) or self._gpu_in_use(recipe))
         if self._hold is not None:
             return
         job = self._store.claim_next(time.time())
@@ -178,7 +179,7 @@ class Scheduler:
             self._gpu.give()
             return
         directory = run_dir(self.settings.state_dir, job.id)
-        run = Run(job=job, run_dir=directory, events_read=_size(directory / "events.jsonl"))
+        run = Run(job=job, run_dir=directory, news=News(directory))
         self._run = run
         try:
             self._executor.launch(self._specify(job, directory))
@@ -199,7 +200,6 @@ class Scheduler:
         cancelled = self._store.transition(
             job.id, JobState.QUEUED, JobState.CANCELLED, reason, duplicate_of=trained[0].id, finished_at=utc_now()
         )
-        self._log.info("job.cancelled", job=job.id, file=escape(job.name), reason=reason)
         self._settle(cancelled)
         return True
 
@@ -224,15 +224,20 @@ class Scheduler:
         return Hold(kind=HoldKind.GPU, reason=why) if why else None
 
     def ask_to_leave(self, why: Asked) -> None:
-        """Ask the running trainer to seal a checkpoint and leave; a later, weightier reason replaces the first."""
+        """Ask the running trainer to seal a checkpoint and leave. A later reason replaces the first, but nothing a
+        cancellation."""
         run = self._run
         if run is None:
+            return
+        if run.promote_at is not None and why is Asked.STOP:
+            self._run = None  # nothing runs: the adapter is finished, and the next daemon promotes it
             return
         if run.asked is None:
             run.asked_at = time.monotonic()
             self._executor.ask(run.run_dir)
             self._log.info("trainer.asked_to_leave", job=run.job.id, reason=why.value)
-        run.asked = why
+        if run.asked is not Asked.CANCEL:
+            run.asked = why
 
     def end_now(self) -> None:
         """End the running trainer at once; what it sealed stays."""
@@ -268,40 +273,26 @@ class Scheduler:
             key_file=str(self.settings.root / key_file) if key_file else None,
             state_dir=str(self.settings.state_dir),
             daemon_pid=os.getpid(),
-            gpu=self._device,
+            # Several processes need a GPU each.
+            gpu=self._device if job.recipe.get("training", {}).get("num_processes", 1) == 1 else None,
         )
 
     def _relay(self, run: Run) -> None:
-        """Whole lines only: the trainer may be in the middle of one."""
-        progress = _read(run.run_dir / "progress.json", Progress)
-        if progress is not None and progress != run.progress:
-            run.progress, run.moved_at = progress, time.monotonic()
-        try:
-            with (run.run_dir / "events.jsonl").open("rb") as events:
-                events.seek(run.events_read)
-                text = events.read()
-        except FileNotFoundError:
-            return
-        whole = text[: text.rfind(b"\n") + 1]
-        run.events_read += len(whole)
-        if whole:
+        """Carry what the trainer told since the last look into the log, and its sealed steps into the store."""
+        told, progress = run.news.read(), run.news.progress()
+        if told or (progress is not None and progress != run.progress):
             run.moved_at = time.monotonic()
-        for line in whole.splitlines():
-            try:
-                event = json.loads(line)
-                name = str(event.pop("event"))
-            except (ValueError, KeyError, AttributeError):
-                continue  # torn by a crash of the trainer; its result says what happened
-            event.pop("at", None)
+        run.progress = progress or run.progress
+        for name, facts in told:
             if name == "run.started":  # it may begin below an earlier attempt, whose checkpoints were another run's
-                start = int(event.get("start_step", 0))
+                start = int(facts.get("start_step", 0))
                 run.job = self._store.update(run.job.id, max_step=start, step_at_launch=start)
             elif name == "checkpoint.sealed":
-                run.job = self._store.update(run.job.id, max_step=max(run.job.max_step, int(event.get("step", 0))))
-            self._log.info(name, job=run.job.id, **{key: value for key, value in event.items() if key != "job"})
+                run.job = self._store.update(run.job.id, max_step=max(run.job.max_step, int(facts.get("step", 0))))
+            self._log.info(name, **{**facts, "job": run.job.id})
 
     def _conclude(self, run: Run, ended: Exit) -> None:
-        result = _read(run.run_dir / "result.json", RunResult)
+        result = run.news.result()
         conclusion = conclude(
             job=run.job,
             result=result,
@@ -311,15 +302,18 @@ class Scheduler:
             queue=self.settings.queue,
             now=time.time(),
         )
+        if run.promote_at is not None and run.asked is Asked.CANCEL:
+            conclusion = Conclusion(to=JobState.CANCELLED, reason=run.asked.value)
         if conclusion.to is JobState.SUCCEEDED and result is not None:
             try:
-                version = self._promote(run.job, result)
+                version = promote(self.settings, run.job, result, self._log)
             except (DropforgeError, guard.GuardError, OSError) as error:
                 self._log.error("version.not_promoted", job=run.job.id, error=str(error))
                 # The adapter is finished: only its promotion is tried again, here or by the next daemon.
                 run.promote_failures += not is_no_space(error)
                 if run.promote_failures < self.settings.queue.max_attempts:
                     run.promote_at = time.monotonic() + self.settings.queue.retry_seconds
+                    run.waits = f"the finished adapter cannot be promoted yet: {error}".splitlines()[0]
                     return
                 conclusion = Conclusion(
                     to=JobState.FAILED,
@@ -332,51 +326,15 @@ class Scheduler:
                 return
         self._finish(run, conclusion, result)
 
-    def _promote(self, job: Job, result: RunResult) -> versions.Version:
-        """Candidate to current version, idempotent: a crash in between is repaired by the next call."""
-        model_dir = self.settings.model_dir
-        record: Mapping[str, Any] = {
-            "dataset": job.dataset.name if job.dataset else job.name,
-            "dataset_digest": job.dataset.digest if job.dataset else None,
-            "rows": result.rows,
-            "steps": result.steps_run,
-            "held_out_before": result.held_out_before,
-            "held_out_after": result.held_out_after,
-            "train_loss": result.train_loss,
-            "adapter_digest": result.adapter_digest,
-        }
-        with guard.ModelLock(model_dir, owner="promotion"):
-            version = versions.promote(model_dir, Path(result.candidate or ""), job_id=job.id, record=record)
-            guard.mark_finished(model_dir, version.name)
-            self._purge(model_dir)
-        return version
-
-    def _purge(self, model_dir: Path) -> None:
-        """Delete cleared checkpoints that policy no longer keeps; a failure is told and changes nothing else."""
-        policy = self.settings.guard
-        try:
-            purged = guard.purge_cleared(
-                model_dir,
-                keep_sets=policy.keep_cleared_sets,
-                keep_days=policy.keep_cleared_days,
-                keep_bytes=policy.keep_cleared_bytes,
-            )
-        except (guard.GuardError, OSError) as error:
-            self._log.error("guard.not_purged", error=str(error))
-            return
-        if purged.purged:
-            self._log.info("guard.cleared_sets_purged", sets=list(purged.purged), size_bytes=purged.size_bytes)
-
     def _finish(
         self, run: Run, conclusion: Conclusion, result: RunResult | None, *, version: str | None = None
     ) -> None:
-        """Move the job, tell it in one line that has everything, then move its file."""
+        """Move the job, then its file."""
         fields: dict[str, Any] = {
             "failure": conclusion.failure,
             "not_before": conclusion.not_before,
             "fruitless": conclusion.fruitless,
             "result": result,
-            "wanted": "",
         }
         if conclusion.halve_batch and run.job.recipe is not None:
             fields["recipe"] = halved(dict(run.job.recipe))
@@ -385,40 +343,14 @@ class Scheduler:
         if version:
             fields["version"] = version
         job = self._store.transition(run.job.id, JobState.RUNNING, conclusion.to, conclusion.reason, **fields)
+        if job.state is JobState.QUEUED and job.wanted:  # a person cancelled it while the trainer was leaving
+            job = self._store.transition(
+                job.id, JobState.QUEUED, JobState.CANCELLED, Asked.CANCEL.value, finished_at=utc_now()
+            )
         self._run = None
         self._gpu.give()
-        name = {JobState.QUEUED: "job.requeued", JobState.SUCCEEDED: "job.succeeded"}.get(
-            conclusion.to, f"job.{conclusion.to}"
-        )
-        tell = self._log.info if conclusion.to in (JobState.SUCCEEDED, JobState.QUEUED) else self._log.error
-        tell(name, **canonical(job, result))
-        if conclusion.to is JobState.QUEUED:
-            return
-        self._settle(job, hand_back=run.job.wanted == "return" and job.state is JobState.CANCELLED)
-        self._hooks.fire("on_job_finished", {"job": finished_job(job)})
-        if not any(self._store.counts()[state] for state in OPEN_STATES):
-            self._hooks.fire("on_queue_empty", {"job": finished_job(job)})
-
-
-def canonical(job: Job, result: RunResult | None) -> dict[str, Any]:
-    """Everything about a job's end, for one line of the log."""
-    line: dict[str, Any] = {
-        "job": job.id,
-        "dataset": escape(job.name),
-        "digest": job.dataset.digest if job.dataset else None,
-        "attempt": job.attempt,
-        "reason": job.reason,
-        "failure": job.failure,
-        "version": job.version,
-    }
-    if result is not None:
-        kept = (
-            "verdict", "cleared", "resumed_from", "start_step", "steps_run", "steps_planned", "rows", "held_out_rows",
-            "dropped_rows", "train_loss", "held_out_before", "held_out_after", "tokens_per_second", "wall_seconds",
-            "warnings",
-        )  # fmt: skip
-        line |= {name: getattr(result, name) for name in kept}
-    return {name: value for name, value in line.items() if value is not None}
+        if job.state is not JobState.QUEUED:
+            self._settle(job)
 
 
 def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:
@@ -433,18 +365,3 @@ def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:
         not_before=time.time() + settings.queue.retry_seconds,
         fruitless=fruitless,
     )
-
-
-def _read(path: Path, kind: Any) -> Any:
-    """A value that the trainer wrote, None when it is missing or torn."""
-    try:
-        return from_json(path.read_bytes(), kind)
-    except (OSError, ValueError):
-        return None
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

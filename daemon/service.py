@@ -18,6 +18,7 @@ import guard
 from daemon import config, gpu, logs, people, versions
 from daemon.bell import Bell
 from daemon.config import Settings
+from daemon.endings import Endings
 from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
@@ -85,11 +86,13 @@ class Service:
         Returns 0; with `once` 1 if a job failed, 3 if only refused data was met. Raises RootHeld when another daemon
         owns the root.
         """
-        self.settings.state_dir.mkdir(parents=True, exist_ok=True)
-        self.settings.model_dir.mkdir(parents=True, exist_ok=True)
         try:
+            self.settings.state_dir.mkdir(parents=True, exist_ok=True)
+            self.settings.model_dir.mkdir(parents=True, exist_ok=True)
             lock = guard.ModelLock(self.settings.state_dir, owner="dropforge daemon")
             lock.acquire()
+        except OSError as error:
+            raise DropforgeError(operation="serve", subject=self.settings.root, cause=str(error)) from error
         except guard.ModelLocked as error:
             raise RootHeld(
                 operation="serve",
@@ -99,6 +102,12 @@ class Service:
             ) from error
         try:
             return self._serve(once=once)
+        except (
+            OSError
+        ) as error:  # what a tick can live with is handled there; the next start finds its way from the disk
+            raise DropforgeError(
+                operation="serve", subject=self.settings.root, cause=str(error), hint="mend that and start it again"
+            ) from error
         finally:
             lock.release()
 
@@ -118,6 +127,7 @@ class Service:
             gpu_lock=self._gpu,
             log=self.log,
         )
+        self.endings = Endings(self.store, hooks=self.hooks, log=self.log)
         self.intake.open()
         self.scheduler.recover()
         before = {job.id for job in self.store.jobs(FINAL_STATES)} if once else set()
@@ -130,6 +140,7 @@ class Service:
         finally:
             self.intake.close()
             self._executor.close()
+            self.endings.tell()
             self.hooks.close()
             self._gpus.close()
             self._publish(status="stopped", reason="", force=True)
@@ -153,6 +164,7 @@ class Service:
             self.intake.adopt()  # a job that a person put back has its rows checked again
         self.intake.tick(accept=not self.stopping)
         self.scheduler.reap()
+        self.endings.tell()
         if not self.stopping:
             self.scheduler.dispatch()
         self.hooks.collect()
@@ -194,12 +206,9 @@ class Service:
         """While a trainer seals its last checkpoint, systemd waits as long as we do, whatever the unit says."""
         return (extend_timeout(STOP_GRACE_SECONDS),) if self.stopping and self.scheduler.run is not None else ()
 
-    def _settle(self, job: Job, *, hand_back: bool = False) -> None:
-        """Move a finished job's file; if that fails now, the next start does it."""
-        try:
-            people.settle(self.settings, job, hand_back=hand_back)
-        except (DropforgeError, guard.GuardError, OSError) as error:
-            self.log.error("file.not_moved", job=job.id, error=str(error))
+    def _settle(self, job: Job) -> None:
+        """A job came to its end: its file moves, and the current version may be another."""
+        self.intake.filing.file(job)
         self._model_read = 0.0
 
     def _publish(self, *, status: str | None = None, reason: str = "", force: bool = False) -> None:
@@ -243,7 +252,7 @@ class Service:
         if self.stopping:
             status, reason = "stopping", "a checkpoint is being sealed" if run else ""
         elif run is not None:
-            status, reason = "training", run.job.id
+            status, reason = ("waiting", run.waits) if run.waits else ("training", run.job.id)
         elif hold is not None:
             status, reason = "paused" if hold.kind is HoldKind.PAUSED else "waiting", hold.reason
         elif view.waiting or view.scanning:

@@ -77,6 +77,13 @@ _MIGRATIONS = (
     """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
+# Errors that say nothing of the file itself: a store is not set aside because a disk was full for a moment.
+_PASSING = frozenset(
+    {
+        sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_AUTH,
+    }
+)  # fmt: skip
 _QUEUE_ORDER = "ORDER BY begun DESC, priority, position, seq"
 
 
@@ -115,13 +122,14 @@ class JobStore:
         except (sqlite3.Error, StoreError) as error:
             if "_db" in vars(self):
                 self._db.close()
-            busy = "locked" in str(error)
-            raise (StoreError if busy else BrokenStore)(
+            passing = _may_pass(error)
+            raise (StoreError if passing else BrokenStore)(
                 operation="open the job store",
                 subject=path,
                 cause=error.cause if isinstance(error, StoreError) else str(error),
-                hint="another process holds it; try again"
-                if busy
+                hint="it was left as it is: another process holds it, the disk has no room or fails, or this user may not"
+                " write there; try again when that is mended"
+                if passing
                 else "it was left as it is; `dropforge run` sets it aside and rebuilds the queue from the folders",
             ) from error
 
@@ -162,12 +170,15 @@ class JobStore:
             self._record(job_id, expected, to, reason)
         return moved
 
-    def update(self, job_id: str, **fields: Any) -> Job:
-        """Set fields other than the state."""
+    def update(self, job_id: str, *, expected: JobState | None = None, **fields: Any) -> Job:
+        """Set fields other than the state. Raises TransitionRefused when the job is in another state than `expected`."""
         if "state" in fields:
             raise ValueError("a state changes by transition alone")
         with self._transaction():
-            job = replace(self.get(job_id), updated_at=utc_now(), **fields)
+            found = self.get(job_id)
+            if expected is not None and found.state is not expected:
+                raise TransitionRefused(operation=f"change job {job_id}", cause=f"it is {found.state}")
+            job = replace(found, updated_at=utc_now(), **fields)
             self._write(job)
         return job
 
@@ -293,13 +304,27 @@ class JobStore:
             for at, old, new, reason in rows
         ]
 
+    def moves_after(self, number: int) -> list[tuple[int, Event]]:
+        """Every move of every job after the one of this number, with its own number, in order."""
+        rows = self._db.execute(
+            "SELECT seq, job_id, at, old, new, reason FROM events WHERE seq > ? ORDER BY seq", (number,)
+        ).fetchall()
+        return [
+            (seq, Event(at=at, job_id=job_id, old=old, new=new, reason=from_json(reason, str)))
+            for seq, job_id, at, old, new, reason in rows
+        ]
+
+    def last_move(self) -> int:
+        """The number of the newest move, 0 when there is none."""
+        return int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+
     def control(self, key: str) -> Any:
-        """What a person asked for under this key (`paused`), None when nothing."""
+        """What is remembered under this key (`paused`: what a person asked for), None when nothing."""
         row = self._db.execute("SELECT value FROM controls WHERE key = ?", (key,)).fetchone()
         return json.loads(row[0]) if row else None
 
     def set_control(self, key: str, value: Any) -> None:
-        """Record what a person asks for; None takes it back."""
+        """Remember a value under a key; None forgets it."""
         with self._transaction():
             if value is None:
                 self._db.execute("DELETE FROM controls WHERE key = ?", (key,))
@@ -402,6 +427,13 @@ class JobStore:
             "INSERT INTO events (job_id, at, old, new, reason) VALUES (?, ?, ?, ?, ?)",
             (job_id, utc_now(), old, new, to_json(reason)),
         )
+
+
+def _may_pass(error: sqlite3.Error | StoreError) -> bool:
+    """Whether an error tells of the moment (no room, no permission, a lock) and not of the file."""
+    known = error if isinstance(error, sqlite3.Error) else error.__cause__
+    code = getattr(known, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in _PASSING
 
 
 def _columns(job: Job) -> tuple[str, bool, int, int, float, str | None, int, str]:

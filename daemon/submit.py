@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,9 @@ class Placed:
 
     path: Path
     inode: int
+    earlier: frozenset[
+        str
+    ]  # jobs whose file had this inode before; file systems give the numbers of deleted files again
 
 
 def submit(settings: Settings, file: Path, *, priority: Priority, force: bool) -> Placed:
@@ -51,13 +55,21 @@ def submit(settings: Settings, file: Path, *, priority: Priority, force: bool) -
     hidden = folder / f".submit-{os.getpid()}-{time.monotonic_ns()}.part"
     try:
         inode = _copy(file, hidden)
+        earlier = _jobs_with(settings, inode)
         placed = _place(hidden, folder, file.name, force=force)
     except OSError as error:
         raise DropforgeError(operation="submit to", subject=folder, cause=error.strerror or str(error)) from error
     finally:
         hidden.unlink(missing_ok=True)
     fsync_dir(folder)
-    return Placed(path=placed, inode=inode)
+    return Placed(path=placed, inode=inode, earlier=earlier)
+
+
+def _jobs_with(settings: Settings, inode: int) -> frozenset[str]:
+    if not settings.store_path.exists():
+        return frozenset()
+    with closing(JobStore(settings.store_path)) as store:
+        return frozenset(job.id for job in store.with_inode(inode))
 
 
 def _copy(file: Path, hidden: Path) -> int:
@@ -113,14 +125,15 @@ def wait_for(settings: Settings, placed: Placed) -> Job:
             snapshot = read_status(settings.status_path)
             if store is None and settings.store_path.exists():
                 store = JobStore(settings.store_path)
-            found = store.with_inode(placed.inode)[-1:] if store else []
+            jobs = store.with_inode(placed.inode) if store else []
+            found = [job for job in jobs if job.id not in placed.earlier][-1:]
             if found and found[0].state in FINAL_STATES:
                 return found[0]
             if snapshot is None or not snapshot["alive"]:
                 raise TryLater(
                     operation="wait for",
                     subject=escape(placed.path.name),
-                    cause="no daemon is running on this root; the file stays in the inbox",
+                    cause="no daemon is running on this root; the file waits for one",
                     hint="`dropforge run` starts one",
                 )
             time.sleep(POLL_SECONDS)

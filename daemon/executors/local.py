@@ -49,7 +49,12 @@ class LocalExecutor:
         # A crash before this line leaves a trainer that nobody knows: its own death signal ends it, and until then
         # the model lock keeps a second one from doing harm.
         if identity is not None:
-            write_atomic(run_dir / IDENTITY_NAME, to_json(identity))
+            try:
+                write_atomic(run_dir / IDENTITY_NAME, to_json(identity))
+            except BaseException:  # a trainer that the next daemon could not recognise must not run
+                self._signal(run_dir, signal.SIGKILL)
+                self._children.pop(run_dir).wait()
+                raise
 
     def _spawn(self, run_dir: Path) -> subprocess.Popen[bytes]:
         """Start the process, its output in the run directory."""

@@ -38,7 +38,9 @@ def compute_dtype(model: ModelSettings) -> str:
     """What is computed in: "float32" or "bfloat16"."""
     if model.dtype != "auto":
         return model.dtype
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    # Emulated, as on GPUs before Ampere, it is slower than float32.
+    has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_it else "float32"
 
 
 def load_tokenizer(base: BaseModel) -> Any:

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from daemon.job import Progress, RunResult, to_json, utc_now
+from daemon.news import EVENTS_NAME, PROGRESS_NAME, RESULT_NAME
 from guard.atomic import write_atomic
 
-EVENTS_NAME = "events.jsonl"
-PROGRESS_NAME = "progress.json"
-RESULT_NAME = "result.json"
 PROGRESS_SECONDS = 0.2  # a step of the tiny model takes 10 ms; nobody reads faster than this
 
 

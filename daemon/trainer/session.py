@@ -18,8 +18,9 @@ from pathlib import Path
 
 from daemon.errors import is_no_space
 from daemon.job import RUN_SPEC_VERSION, FailureKind, Outcome, RunResult, RunSpec, from_json
+from daemon.news import RESULT_NAME
 from daemon.trainer.failure import Interrupted, RunFailure
-from daemon.trainer.report import RESULT_NAME, Reporter
+from daemon.trainer.report import Reporter
 from guard import FileChanged, GuardError, ModelLocked, UsageError, WeightsNotFinite, digest_file
 
 SPEC_NAME = "run.json"
@@ -89,8 +90,6 @@ def conduct(
         result = failed(FailureKind.DIVERGED, error.cause, "lower learning_rate; nothing of this run is promoted")
     except GuardError as error:
         result = failed(kind_of(error), f"cannot {error.operation} {error.path}: {error.cause}", error.hint)
-    except MemoryError as error:
-        result = failed(FailureKind.OUT_OF_MEMORY, f"out of memory: {error}", "lower per_device_train_batch_size")
     except OSError as error:
         traceback.print_exc()
         result = failed(kind_of(error), str(error), "free some space" if is_no_space(error) else "")
@@ -157,8 +156,8 @@ def become_the_victim() -> None:
 
 def _classify(error: Exception) -> tuple[FailureKind, str, str]:
     message = f"{type(error).__name__}: {error}"
-    # torch's classes, by name: torch may not even be imported here. On the CPU it has none of its own.
-    starved = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in message
-    if starved:
+    # torch's class, by name: torch may not even be imported here. On the CPU it has none of its own.
+    starved = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if starved or "DefaultCPUAllocator: can't allocate memory" in message:
         return FailureKind.OUT_OF_MEMORY, message, "lower per_device_train_batch_size or max_length"
     return FailureKind.INTERNAL, message, "the traceback is in the trainer's log"

@@ -6,6 +6,7 @@ until the candidate is complete.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from contextlib import ExitStack, nullcontext
@@ -39,6 +40,7 @@ from daemon.trainer.model import (
     lora_config,
     precision_of,
 )
+from daemon.trainer.objective import Objective
 from daemon.trainer.report import Reporter
 from daemon.trainer.room import full_disk_is_told
 from daemon.trainer.session import StopFlag, check_unchanged
@@ -101,9 +103,12 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         if recipe.training.gradient_checkpointing is True:
             enable_gradient_checkpointing(model)
         collator = collator_for(model, recipe, examples, tokenizer)
+        objective = Objective()
+        if not (recipe.training.use_liger_kernel or recipe.training.torch_compile):  # they have ways of their own
+            objective.select_trained(model, examples.train)
         evaluated = held_out_sample(examples, recipe.data.held_out_max_rows)
         report.progress(phase="evaluating", total_steps=planned.total_steps)
-        loss_before = held_out_loss(model, evaluated, collator, stop)
+        loss_before = held_out_loss(model, evaluated, collator, objective, stop)
         if loss_before is not None:
             report.event("run.evaluated", when="before", held_out_loss=loss_before, rows=len(evaluated))
         loaded = time.monotonic()
@@ -114,6 +119,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             args=training_arguments(recipe, planned, prepared.staging_dir, precision),
             examples=examples.train,
             collator=collator,
+            objective=objective,
             tokenizer=tokenizer,
             grouped=recipe.training.train_sampling_strategy == "group_by_length",
             checkpoint_when_full=recipe.training.gradient_checkpointing == "auto",
@@ -137,6 +143,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             tokenised_seconds=round(tokenised - started, 3),
             loaded_seconds=round(loaded - tokenised, 3),
             flat=collator.flat,
+            scores_trained_only=objective.selects,
         )
         report.progress(
             phase="training",
@@ -176,7 +183,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         require_whole_run(steps_run, planned, watch.mean_loss)
         norm = lora_b_norm(model)
         require_learned(model, before, norm)
-        loss_after = held_out_loss(model, evaluated, collator, stop)
+        loss_after = held_out_loss(model, evaluated, collator, objective, stop)
         if loss_after is not None:
             report.event("run.evaluated", when="after", held_out_loss=loss_after, rows=len(evaluated))
             watch.draw(steps_run, {"held_out/loss": loss_after})
@@ -335,10 +342,12 @@ def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
 
 
 def timing(watch: LossWatch) -> dict[str, Any]:
-    """Where the training's time went, for the log."""
+    """Where the training's time went, for the log: shares of the time from the first step to the last."""
+    seconds = watch.train_seconds or math.inf
     return {
         "train_seconds": round(watch.train_seconds, 3),
-        "bookkeeping_share": round(watch.bookkeeping_seconds / watch.train_seconds, 5) if watch.train_seconds else 0.0,
+        "bookkeeping_share": round(watch.bookkeeping_seconds / seconds, 5),
+        "sealing_share": round(watch.sealing_seconds / seconds, 5),
         "tokens_per_second": round(watch.tokens_per_second or 0.0, 1),
     }
 

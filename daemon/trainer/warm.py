@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from daemon.trainer.imports import import_peft
 from daemon.trainer.session import die_with_parent
 
 MOST_DESCRIPTORS = 8
@@ -43,6 +44,10 @@ QUIET = {
 
 def serve(channel: socket.socket, *, idle_seconds: float, run: Callable[[Path], int]) -> None:
     """Fork a child for every request until the daemon is gone, or nothing came for `idle_seconds`."""
+    if reason := unfit():
+        print(f"no trainer can be kept warm: {reason}", file=sys.stderr)
+        _send(channel, refused=reason)
+        return
     _send(channel, ready=True)
     channel.settimeout(idle_seconds)
     while True:
@@ -131,6 +136,7 @@ def _leave(run: Callable[[Path], int], run_dir: Path) -> None:
 
 def preload(base: str) -> None:
     """Import what every run imports, and the module of the base model's architecture."""
+    import_peft()
     for name in ON_THE_WAY:
         importlib.import_module(name)
     with suppress(OSError, ValueError, ImportError, AttributeError):

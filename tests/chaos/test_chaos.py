@@ -43,14 +43,18 @@ class Chaos:
         self.real = real
         self.dice = random.Random(seed)
         self.dropped: Counter[str] = Counter()  # digest of the content -> times
-        self.names: list[str] = []
+        self.sets = 0
         self.kills: Counter[str] = Counter()
         self.cancelled: set[str] = set()
 
     def drop(self) -> None:
         """A new dataset, sometimes broken, sometimes one that was dropped before, sometimes under an old name."""
-        number = self.dice.randrange(60)
-        rows = "".join(json.dumps({"text": f"set {number} row {row}"}) + "\n" for row in range(1 + number % 12))
+        if self.dice.random() < 0.7:
+            self.sets += 1
+            number = self.sets
+        else:
+            number = self.dice.randrange(self.sets + 1)
+        rows = "".join(json.dumps({"text": f"set {number} row {row}"}) + "\n" for row in range(1 + number * 7 % 40))
         if self.dice.random() < 0.1:
             rows += '{"text": cut'
         name = f"set-{self.dice.randrange(30)}.jsonl"
@@ -89,7 +93,8 @@ class Chaos:
             self.kills["daemon"] += 1
             self.root.start()
             return
-        pid, command = self.dice.choice(children)
+        trainers = [child for child in children if "daemon.dataset" not in child[1]]
+        pid, command = self.dice.choice(trainers if victim == "trainer" and trainers else children)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             self.kills["rows" if "daemon.dataset" in command else "trainer"] += 1

@@ -190,6 +190,43 @@ def test_stop_ends_a_trainer_that_does_not_listen(make_root: MakeRoot) -> None:
     assert_sound(root)
 
 
+def test_a_stop_does_not_wait_for_a_promotion_that_cannot_be_made(make_root: MakeRoot) -> None:
+    """The adapter is finished; the next daemon promotes it, and nothing is trained again."""
+    root = make_root(
+        behaviour={"*": {"step_seconds": 0.02}}, tables={**ONE_ROW_A_STEP, "queue": {"retry_seconds": 3600.0}}
+    )
+    root.start()
+    root.drop("a.jsonl", texts(40))
+    root.running("a.jsonl")
+    in_the_way = root.settings.model_dir / "versions"
+    in_the_way.write_text("a file where a folder has to be")
+    wait_until(lambda: root.events("version.not_promoted"))
+    status = wait_until(lambda: (now := root.status()) and now["status"] == "waiting" and now)
+    assert status
+    assert "cannot be promoted yet" in status["reason"]
+    assert root.stop(timeout=15) == 0
+    in_the_way.unlink()
+    root.start()
+    done = root.finished("a.jsonl")
+    assert (done.state, done.attempt) == (JobState.SUCCEEDED, 1)
+    assert_sound(root)
+
+
+def test_a_job_that_is_being_cancelled_stays_cancelled_when_the_daemon_stops_meanwhile(make_root: MakeRoot) -> None:
+    root = make_root(behaviour={"*": {"step_seconds": 0.02, "seal_seconds": 1.0}}, tables=ONE_ROW_A_STEP)
+    root.start()
+    root.drop("a.jsonl", texts(3000))
+    job = root.running("a.jsonl")
+    assert root.run("cancel", job.id, "--return").returncode == 0
+    wait_until(lambda: root.events("trainer.asked_to_leave"))
+    assert root.stop() == 0
+    cancelled = root.job("a.jsonl")
+    assert cancelled is not None
+    assert cancelled.state is JobState.CANCELLED
+    assert (root.settings.inbox_dir / "a.jsonl").exists()
+    assert_sound(root)
+
+
 def test_one_job_runs_at_a_time_in_order_of_priority_and_arrival(make_root: MakeRoot) -> None:
     root = make_root(behaviour={"*": {"step_seconds": 0.02}}, tables=ONE_ROW_A_STEP)
     root.start()

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from daemon.config import ColumnSettings, DataSettings
 from daemon.rows import iter_rows
-from daemon.trainer.encode import IGNORE, encode, truncate
+from daemon.trainer.encode import IGNORE
+from tests.support.tokens import encode_cut
 
 DATA = Path(__file__).parents[1] / "data" / "trainer"
 FILES = {
@@ -45,7 +46,7 @@ def tokenised(name: str, way: str) -> list[dict[str, Any]]:
     )
     found = []
     for row in iter_rows(DATA / name, FILES[name], data):
-        ids, labels = truncate(*encode(row, tokenizer, data), data.max_length, tokenizer.bos_token_id)
+        ids, labels = encode_cut(row, tokenizer, data)
         assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
         found.append(
             {

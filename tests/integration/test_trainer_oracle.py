@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from daemon.config import ColumnSettings, DataSettings
 from daemon.rows import Row, iter_rows
 from daemon.trainer.chat import ChatTemplate
-from daemon.trainer.encode import IGNORE, encode, truncate
+from daemon.trainer.encode import IGNORE
+from tests.support.tokens import encode_cut
 
 DATA = Path(__file__).parents[1] / "data" / "trainer"
 MAX_LENGTH = 384
@@ -49,7 +50,7 @@ def rows_of(name: str, **settings: Any) -> tuple[list[Row], DataSettings]:
 
 
 def ours(rows: list[Row], data: DataSettings, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    encoded = (truncate(*encode(row, tokenizer, data), data.max_length, tokenizer.bos_token_id) for row in rows)
+    encoded = (encode_cut(row, tokenizer, data) for row in rows)
     return [(list(ids), list(labels)) for ids, labels in encoded]
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,8 +57,13 @@ class Root:
         *,
         behaviour: Mapping[str, Any] | None = None,
         base_model: Path | None = None,
+        through: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
+        """`through`: a command that the daemon is started by; `variables`: of its environment."""
         self.path = path
+        self._through = list(through)
+        self._variables = dict(variables or {})
         self._daemon: subprocess.Popen[bytes] | None = None
         self.tables: dict[str, dict[str, Any]] = {name: dict(values) for name, values in QUICK.items()}
         if behaviour is not None:
@@ -99,11 +104,11 @@ class Root:
     def start(self) -> subprocess.Popen[bytes]:
         """Start the daemon and wait until it watches."""
         self._daemon = subprocess.Popen(
-            [*DROPFORGE, "--root", str(self.path), "run"],
+            [*self._through, *DROPFORGE, "--root", str(self.path), "run"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=(self.path / "daemon.err").open("ab"),
-            env=environment(),
+            env={**environment(), **self._variables},
         )
         pid = self._daemon.pid
 

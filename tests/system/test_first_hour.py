@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.root import REPOSITORY, wait_until
-from tests.system.machine import HOME, Machine, Service, commands_of
+from tests.support.root import wait_until
+from tests.system.machine import DOCUMENT, HOME, Machine, Service, commands_of
 
-DOCUMENT = REPOSITORY / "docs" / "operations.md"
 ROOT = "/var/lib/dropforge"
+OLDER_STORE = HOME / "tests" / "data" / "queue-v1.sqlite3"
 
 
 @pytest.fixture
@@ -24,19 +24,26 @@ def clean(machine: Machine) -> Iterator[Machine]:
         groupdel dropforge 2>/dev/null || true
         getent passwd alice >/dev/null || useradd --create-home alice
         """
-    machine.shell(erase)
+    machine.shell(f"{erase} cp -a {HOME}/.venv /opt/venv")
     yield machine
-    machine.shell(erase)
+    machine.shell(f"{erase} rm -rf {HOME}/.venv; mv /opt/venv {HOME}/.venv")
 
 
 def test_the_first_hour_as_the_document_tells_it(clean: Machine) -> None:
-    """Account, init, doctor, service install, drop, watch, stop, start, upgrade, uninstall - and what was made stays."""
+    """Account, init, doctor, service install, drop, watch, stop, start, upgrade, uninstall - and what was made stays.
+
+    All of it with the wheel that `pip install` made, so that a file that is missing from it is missed here.
+    """
     service = Service(clean)
     clean.write(
         "/etc/systemd/system/dropforge.service.d/50-test.conf",
         f"[Service]\n{clean.unit_environment} OMP_NUM_THREADS=1"
         " DROPFORGE_TRAINING__MAX_STEPS=6 DROPFORGE_DATA__MAX_LENGTH=96 DROPFORGE_DATA__HELD_OUT_MAX_ROWS=16\n",
     )
+    imported = clean.run(
+        f"{HOME}/.venv/bin/python", "-P", "-c", "import daemon, guard; print(daemon.__file__, guard.__file__)"
+    )
+    assert imported.stdout.count(f"{HOME}/.venv/lib/") == 2
     account, init, install, drop, watch, stop = commands_of(DOCUMENT, "## First hour")
     clean.shell(account)
     told = clean.shell(init)
@@ -59,8 +66,13 @@ def test_the_first_hour_as_the_document_tells_it(clean: Machine) -> None:
     assert service.value("ActiveState") == "active"
 
     (upgrade,) = commands_of(DOCUMENT, "## Upgrade")
+    service.systemctl("stop")
+    clean.shell(
+        f"rm {ROOT}/state/queue.sqlite3*; install -o dropforge -g dropforge {OLDER_STORE} {ROOT}/state/queue.sqlite3"
+    )
     clean.shell(upgrade)
-    wait_until(lambda: (service.status() or {}).get("queue", {}).get("succeeded") == 1, what="the old state")
+    wait_until(lambda: (service.status() or {}).get("queue", {}).get("rejected") == 1, what="the older state")
+    assert "0.jsonl" in clean.shell(f"{HOME}/.venv/bin/dropforge --root {ROOT} jobs")
 
     (uninstall,) = commands_of(DOCUMENT, "## Uninstall")
     clean.shell(uninstall)

@@ -125,8 +125,11 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_global_one() -> None:
         "training": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "seed": 1},
         "lora": {},
     }
-    for odd in (1, 3):
-        assert after(oom, batch=odd, code=1).to is JobState.FAILED
+    odd = halved({"training": {"per_device_train_batch_size": 9, "gradient_accumulation_steps": 2}})
+    assert odd == {"training": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 6}}
+    one = after(oom, batch=1, code=1)
+    assert one.to is JobState.FAILED
+    assert "lower max_length" in one.reason
 
 
 def test_the_kernels_own_killing_for_memory_is_told_from_somebody_elses_kill() -> None:

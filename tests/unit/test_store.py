@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.errors import NotFound
+from daemon.errors import NotFound, StoreError
 from daemon.job import TRANSITIONS, Dataset, Job, JobState, Priority
 from daemon.store import BrokenStore, JobStore, NewerStore, TransitionRefused
 
@@ -115,6 +115,24 @@ def test_what_is_no_store_is_refused_and_left_as_it_is(tmp_path: Path, content: 
     with pytest.raises(BrokenStore, match="left as it is"):
         JobStore(path)
     assert path.read_bytes() == content
+
+
+def test_a_store_that_cannot_be_opened_now_is_not_called_broken(tmp_path: Path) -> None:
+    """No permission, no room, a lock: the file may be whole, and is not set aside."""
+    path = tmp_path / "queue.sqlite3"
+    JobStore(path).close()
+    (tmp_path / "queue.sqlite3-wal").mkdir()  # SQLite cannot open its log: as without permission, whoever we are
+    with pytest.raises(StoreError) as caught:
+        JobStore(path)
+    assert not isinstance(caught.value, BrokenStore)
+
+
+def test_a_wish_for_a_job_that_has_moved_on_is_refused(store: JobStore) -> None:
+    """Or a cancellation of a running job would be lost on one that went back to the queue."""
+    job = queued(store, "a")
+    with pytest.raises(TransitionRefused, match="queued"):
+        store.update(job.id, expected=JobState.RUNNING, wanted="cancel")
+    assert store.get(job.id).wanted == ""
 
 
 def test_a_store_of_a_newer_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
