@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -160,3 +163,40 @@ def test_a_run_that_died_after_its_last_checkpoint_trains_no_step_twice(tiny_bas
     again = train(spec)
     assert (again.outcome, again.start_step, again.steps_run) == (Outcome.SUCCEEDED, 2, 2)
     assert again.adapter_digest == first.adapter_digest
+
+
+def test_a_base_from_the_hub_is_known_by_its_commit_and_its_files_are_digested_once(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's own cache, links into blobs and all; another commit with the same files is another base model."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--some--tiny"
+    commits = ["a" * 40, "b" * 40]
+    for commit in commits:
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for path in tiny_base.iterdir():
+            blob = repository / "blobs" / guard.digest_file(path).blake3_hex
+            blob.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, blob)
+            os.utime(blob, (1, 1))
+            (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits[0])
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    tables = {**SHORT, "model": {"model_name_or_path": "some/tiny"}}
+    spec = specify(tmp_path / "run", rows(16), tiny_base, SHORT)
+    spec = replace(spec, recipe={**spec.recipe, "model": {**spec.recipe["model"], **tables["model"]}})
+    first = train(spec)
+    found = stamped(spec.model_dir)
+    assert (first.outcome, found["model.name"], found["model.revision"]) == (Outcome.SUCCEEDED, "some/tiny", commits[0])
+    assert found["model.digest"] == guard.digest_model_files(tiny_base)
+    cached = json.loads((Path(spec.state_dir or "") / "digests.json").read_text())
+    assert {Path(path).parent.name for path in cached} == {"blobs"}
+
+    (repository / "refs" / "main").write_text(commits[1])
+    again = train(spec)
+    assert (again.start_step, again.cleared) == (0, 1)
+    assert again.reasons == (f"model.revision: {commits[0]} -> {commits[1]}",)
