@@ -70,6 +70,7 @@ def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent
         # Norms and the head in float32, as QLoRA has them; gradient checkpointing stays our own decision.
         network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
     network.config.use_cache = False
+    network.name_or_path = base.reference  # peft writes this into the adapter; it would be the cache's folder
     config = lora_config(lora, base)
     if parent is None:
         return get_peft_model(network, config)
@@ -142,7 +143,7 @@ def lora_config(lora: LoraSettings, base: BaseModel) -> LoraConfig:
     """peft's configuration from our own settings, field by field; never from a file that was found or dropped."""
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base.name,
+        base_model_name_or_path=base.reference,
         revision=base.revision,
         r=lora.r,
         lora_alpha=_whole(lora.lora_alpha),

@@ -193,6 +193,8 @@ def test_a_base_from_the_hub_is_known_by_its_commit_and_its_files_are_digested_o
     found = stamped(spec.model_dir)
     assert (first.outcome, found["model.name"], found["model.revision"]) == (Outcome.SUCCEEDED, "some/tiny", commits[0])
     assert found["model.digest"] == guard.digest_model_files(tiny_base)
+    adapter = json.loads((Path(first.candidate or "") / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "some/tiny"  # which other machines know, unlike the cache's folder
     cached = json.loads((Path(spec.state_dir or "") / "digests.json").read_text())
     assert {Path(path).parent.name for path in cached} == {"blobs"}
 
