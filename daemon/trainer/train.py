@@ -420,6 +420,11 @@ def warnings_of(
             f"{len(examples.truncated_lines)} rows lost trained tokens to max_length"
             f" (lines {_shown(examples.truncated_lines)})"
         )
+    if examples.control_lines:
+        found.append(
+            f"{len(examples.control_lines)} rows hold control tokens, which were read as text"
+            f" (lines {_shown(examples.control_lines)})"
+        )
     if planned.trained_tokens < 0.05 * planned.tokens:
         found.append(f"only {planned.trained_tokens / planned.tokens:.1%} of the tokens are trained")
     if before is not None and after is not None and after > before:
