@@ -147,7 +147,7 @@ def test_the_readme_s_guard_commands(tmp_path: Path, path_with_dropforge: str) -
         done = type_in(command, tmp_path, path_with_dropforge)
         assert done.stdout, done.stderr
         codes[command.split()[3]] = done.returncode
-    assert codes == {"fingerprint": 0, "check": 3, "verify": codes["verify"], "clear": 0}
+    assert codes == {"fingerprint": 0, "check": 3, "verify": codes["verify"], "clear": 0, "purge": 0}
     assert (tmp_path / "out" / "checkpoint-10").is_dir()  # --dry-run
 
 
