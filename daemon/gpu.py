@@ -7,6 +7,7 @@ package, the driver or a GPU, there is nothing to wait for: the trainer then run
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,30 +32,38 @@ class Gpu:
     free_bytes: int
     total_bytes: int
     processes: tuple[int, ...]  # pids that hold memory on it
+    utilization: float | None  # 0 to 1; None where the driver does not tell
 
 
-def look(device: str) -> Gpu | None:
+def devices() -> tuple[Gpu, ...]:
+    """Every device of this machine, in the driver's order; empty without the package, the driver or a GPU.
+
+    Waits for the driver, and one in trouble may never answer: `GpuProbe` asks for whoever must not wait.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return ()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        return tuple(_read(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError:
+        return ()  # a driver that fell over; the trainer will say what it thinks of it
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def choose(found: Sequence[Gpu], device: str) -> Gpu | None:
     """The device that `[gpu] device` names: an index, a UUID, or with "auto" the one with most free memory.
 
     None when there is none to see, or `device` is "none". Raises ConfigError when a named device is not there.
     """
     if device == "none":
         return None
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        found = [_read(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return None  # a driver that fell over; the trainer will say what it thinks of it
-    finally:
-        pynvml.nvmlShutdown()
-    if device == "auto":
+    if device == "auto" or not found:
         return max(found, key=lambda gpu: gpu.free_bytes, default=None)
     for index, gpu in enumerate(found):
         if device in (str(index), gpu.uuid):
@@ -63,7 +72,7 @@ def look(device: str) -> Gpu | None:
         operation="use",
         subject=f"[gpu] device = {device!r}",
         cause="there is no such GPU",
-        hint=f"there are {', '.join(gpu.uuid for gpu in found) or 'none'}",
+        hint=f"there are {', '.join(gpu.uuid for gpu in found)}",
     )
 
 
@@ -102,10 +111,15 @@ def _stored_as_float32(folder: Path) -> bool:
 def _read(nvml: Any, index: int) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    try:
+        utilization = int(nvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
+    except nvml.NVMLError:  # a slice of a device does not know
+        utilization = None
     return Gpu(
         uuid=str(nvml.nvmlDeviceGetUUID(handle)),
         name=str(nvml.nvmlDeviceGetName(handle)),
         free_bytes=int(memory.free),
         total_bytes=int(memory.total),
         processes=tuple(int(process.pid) for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+        utilization=utilization,
     )

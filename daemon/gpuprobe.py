@@ -1,98 +1,55 @@
-"""What the GPUs are doing, as nvidia-smi tells it: asked now and then, and never waited for."""
+"""What the GPUs are doing, asked in a thread: a driver in trouble may never answer, and the daemon goes on."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
+import threading
 import time
-from typing import IO, TypedDict
+from collections.abc import Callable
 
-from daemon.text import escape
+from daemon import gpu
+from daemon.gpu import Gpu
 
 ASK_SECONDS = 10.0
-PATIENCE_SECONDS = 8.0  # a driver in trouble may never answer
-_QUERY = ("--query-gpu=name,memory.used,memory.total,utilization.gpu", "--format=csv,noheader,nounits")
+PATIENCE_SECONDS = 5.0
 
 
-class Gpu(TypedDict):
-    """One device."""
-
-    name: str
-    used_bytes: int
-    total_bytes: int
-    utilization: float | None  # 0 to 1
+class GpuSilent(Exception):
+    """The driver has not answered in time."""
 
 
 class GpuProbe:
-    """Call `look` at each tick; it returns what is known, and asks again when that is old."""
+    """One thread calls everything here; another waits for the driver."""
 
-    def __init__(self) -> None:
-        self._program = shutil.which("nvidia-smi")
+    def __init__(self, ask: Callable[[], tuple[Gpu, ...]] = gpu.devices) -> None:
+        self._ask = ask
         self._known: tuple[Gpu, ...] = ()
         self._asked_at = float("-inf")
-        self._child: subprocess.Popen[bytes] | None = None
-        self._answer: IO[bytes] | None = None
+        self._question: threading.Thread | None = None
 
-    def look(self) -> tuple[Gpu, ...]:
-        """The devices as they were told last; empty without nvidia-smi or without an answer."""
-        if self._program is None:
-            return ()
-        now = time.monotonic()
-        if self._child is not None:
-            self._collect(self._child, now)
-        elif now - self._asked_at >= ASK_SECONDS:
-            self._ask(self._program, now)
+    def known(self) -> tuple[Gpu, ...]:
+        """The devices as they were told last; asks again when that is old, and never waits."""
+        if time.monotonic() - self._asked_at >= ASK_SECONDS:
+            self._start()
         return self._known
 
-    def close(self) -> None:
-        """End what still runs."""
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-            self._child = None
-        if self._answer is not None:
-            self._answer.close()
-            self._answer = None
+    def fresh(self) -> tuple[Gpu, ...]:
+        """The devices as they are now. Waits PATIENCE_SECONDS at most, and once for a driver that is silent.
 
-    def _ask(self, program: str, now: float) -> None:
-        self._asked_at = now
-        self._answer = tempfile.TemporaryFile()  # noqa: SIM115  read at a later tick; a pipe could fill and block
-        try:
-            self._child = subprocess.Popen(
-                [program, *_QUERY], stdin=subprocess.DEVNULL, stdout=self._answer, stderr=subprocess.DEVNULL
-            )
-        except OSError:
-            self.close()
+        Raises GpuSilent.
+        """
+        question = self._start()
+        question.join(max(0.0, self._asked_at + PATIENCE_SECONDS - time.monotonic()))
+        if question.is_alive():
+            raise GpuSilent
+        return self._known
 
-    def _collect(self, child: subprocess.Popen[bytes], now: float) -> None:
-        code = child.poll()
-        if code is None and now - self._asked_at < PATIENCE_SECONDS:
-            return
-        text = b""
-        if code == 0 and self._answer is not None:
-            self._answer.seek(0)
-            text = self._answer.read(65_536)
-        self.close()
-        self._known = parse(text.decode("utf-8", "replace"))
+    def _start(self) -> threading.Thread:
+        """Put the question, unless the driver still owes the answer to the last one."""
+        if self._question is None or not self._question.is_alive():
+            self._asked_at = time.monotonic()
+            self._question = threading.Thread(target=self._wait, name="gpu", daemon=True)
+            self._question.start()
+        return self._question
 
-
-def parse(text: str) -> tuple[Gpu, ...]:
-    """nvidia-smi's lines `name, MiB used, MiB in all, per cent busy`; a line of another form is left out."""
-    found = []
-    for line in text.splitlines():
-        name, *values = (part.strip() for part in line.rsplit(",", 3))
-        try:
-            used, total = int(values[0]), int(values[1])
-        except (ValueError, IndexError):
-            continue
-        busy = values[2]
-        found.append(
-            Gpu(
-                name=escape(name, most=60),
-                used_bytes=used * 2**20,
-                total_bytes=total * 2**20,
-                utilization=int(busy) / 100 if busy.isdecimal() else None,
-            )
-        )
-    return tuple(found)
+    def _wait(self) -> None:
+        self._known = self._ask()

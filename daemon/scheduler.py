@@ -18,6 +18,7 @@ from daemon.config import Recipe, Settings
 from daemon.errors import ConfigError, DropforgeError, is_no_space
 from daemon.executors.base import Executor, Exit
 from daemon.gpulock import GpuLock
+from daemon.gpuprobe import GpuProbe, GpuSilent
 from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused, unwritable
 from daemon.hooks import Hooks
 from daemon.job import (
@@ -68,6 +69,7 @@ class Scheduler:
         settle: Callable[[Job], None],
         hooks: Hooks,
         gpu_lock: GpuLock,
+        gpus: GpuProbe,
         log: Any,
     ) -> None:
         self.settings = settings
@@ -77,6 +79,7 @@ class Scheduler:
         self._hooks = hooks
         self._log = log
         self._gpu = gpu_lock
+        self._gpus = gpus
         self._device: str | None = None  # UUID of the GPU for the next launch
         self._run: Run | None = None
         self._hold: Hold | None = None
@@ -207,9 +210,12 @@ class Scheduler:
         """Choose the GPU and take its lock, or say what to wait for. A machine without one has nothing to wait for."""
         wanted = self.settings.gpu
         try:
-            device = gpu.look(wanted.device)
+            found = () if wanted.device == "none" else self._gpus.fresh()
+            device = gpu.choose(found, wanted.device)
         except ConfigError as error:  # it was there when the daemon started
             return Hold(kind=HoldKind.GPU, reason=error.sentence)
+        except GpuSilent:
+            return Hold(kind=HoldKind.GPU, reason="the GPU's driver does not answer; waits until it does")
         self._device = device.uuid if device else None
         if device is not None:
             hold = gpu.memory_hold(device, recipe, min_free_bytes=wanted.min_free_bytes, own=frozenset({os.getpid()}))

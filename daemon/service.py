@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
 from daemon.gpulock import GpuLock
-from daemon.gpuprobe import GpuProbe
+from daemon.gpuprobe import GpuProbe, GpuSilent
 from daemon.holds import HoldKind
 from daemon.hooks import Hooks
 from daemon.intake import Intake
@@ -39,6 +40,7 @@ from daemon.status import (
     CurrentModel,
     StatusSnapshot,
     finished_job,
+    gpu_device,
     running_job,
     write_status,
 )
@@ -112,7 +114,8 @@ class Service:
             lock.release()
 
     def _serve(self, *, once: bool) -> int:
-        gpu.look(self.settings.gpu.device)  # a device that is not there is an error now, not when a file comes
+        with suppress(GpuSilent):  # a device that is not there is an error now, not when a file comes
+            gpu.choose(self._gpus.fresh(), self.settings.gpu.device)
         self._listen()
         self._publish(status="starting", reason="recovering", force=True)
         self.store = open_store(self.settings, self.log)
@@ -125,6 +128,7 @@ class Service:
             settle=self._settle,
             hooks=self.hooks,
             gpu_lock=self._gpu,
+            gpus=self._gpus,
             log=self.log,
         )
         self.endings = Endings(self.store, hooks=self.hooks, log=self.log)
@@ -142,7 +146,6 @@ class Service:
             self._executor.close()
             self.endings.tell()
             self.hooks.close()
-            self._gpus.close()
             self._publish(status="stopped", reason="", force=True)
             self.log.info("daemon.stopped")
             self.store.close()
@@ -279,7 +282,7 @@ class Service:
             left_alone=tuple({"file": item.name, "reason": item.reason} for item in view.left_alone[:WAITING_FILES]),
             recent=tuple(finished_job(job) for job in self.store.recent(RECENT_JOBS)),
             model=self._current_model(),
-            gpu=self._gpus.look(),
+            gpu=tuple(map(gpu_device, self._gpus.known())),
             warnings=tuple(view.warnings),
         )
 

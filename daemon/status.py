@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypedDict, cast
 import msgspec
 from msgspec import Meta
 
-from daemon.gpuprobe import Gpu
+from daemon.gpu import Gpu
 from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
 from daemon.text import escape, finite, printable
@@ -91,6 +91,15 @@ class RunningJob(TypedDict):
     ]
 
 
+class GpuDevice(TypedDict):
+    """One GPU, whoever uses it."""
+
+    name: str
+    used_bytes: int
+    total_bytes: int
+    utilization: Annotated[float | None, Meta(description="0 to 1; null where the driver does not tell.")]
+
+
 class FinishedJob(TypedDict):
     """A job that came to its end."""
 
@@ -136,7 +145,7 @@ class StatusSnapshot:
     left_alone: Annotated[tuple[LeftAlone, ...], Meta(max_length=WAITING_FILES)] = ()
     recent: Annotated[tuple[FinishedJob, ...], Meta(max_length=RECENT_JOBS)] = ()
     model: CurrentModel | None = None
-    gpu: Annotated[tuple[Gpu, ...], Meta(description="As nvidia-smi tells; empty without it.")] = ()
+    gpu: Annotated[tuple[GpuDevice, ...], Meta(description="As NVML tells; empty without it.")] = ()
     warnings: Annotated[tuple[str, ...], Meta(max_length=WARNINGS)] = ()
 
 
@@ -243,6 +252,16 @@ def running_job(job: Job, progress: Progress | None, losses: list[tuple[int, flo
         "losses": list(losses),
     }
     return cast(RunningJob, shown)
+
+
+def gpu_device(found: Gpu) -> GpuDevice:
+    """One entry of `gpu`."""
+    return {
+        "name": escape(found.name, most=60),
+        "used_bytes": found.total_bytes - found.free_bytes,
+        "total_bytes": found.total_bytes,
+        "utilization": found.utilization,
+    }
 
 
 def finished_job(job: Job) -> FinishedJob:

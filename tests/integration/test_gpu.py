@@ -57,6 +57,9 @@ def test_a_run_waits_for_memory_that_others_hold_and_says_for_whom(
     assert status
     assert status["status"] == "waiting"
     assert f"pid {os.getpid()}" in status["reason"]
+    shown = wait_until(lambda: (now := root.status()) and now["gpu"])
+    used = 80 * GIB - GIB // 10
+    assert shown == [{"name": "Imaginary 9000", "used_bytes": used, "total_bytes": 80 * GIB, "utilization": 0.37}]
     job = root.job("a.jsonl")
     assert job is not None
     assert (job.state, job.attempt) == (JobState.QUEUED, 0)

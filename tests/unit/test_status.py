@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon import status
-from daemon.gpuprobe import GpuProbe, parse
+from daemon.gpu import Gpu
+from daemon.gpuprobe import GpuProbe, GpuSilent
 from daemon.job import FailureKind, Job, JobState, Progress, RunResult
 from daemon.losses import POINTS, LossHistory
 from daemon.processes import identify
-from daemon.status import StatusSnapshot, finished_job, judge, read_status, running_job, write_status
+from daemon.status import StatusSnapshot, finished_job, gpu_device, judge, read_status, running_job, write_status
 from tests.support.root import REPOSITORY
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "status.schema.json").read_text())
@@ -175,28 +177,27 @@ def test_another_attempt_or_job_begins_anew(tmp_path: Path) -> None:
 # -- GPUs
 
 
-def test_nvidia_smi_s_answer_is_read_and_odd_lines_are_left_out() -> None:
-    text = "NVIDIA H200, 1024, 143771, 37\nA, B, 5, 10, [N/A]\n[Unknown Error]\nx, y, z, w\n"
-    first, second = parse(text)
-    assert first == {"name": "NVIDIA H200", "used_bytes": 2**30, "total_bytes": 143771 * 2**20, "utilization": 0.37}
-    assert (second["name"], second["utilization"]) == ("A, B", None)
+GPU = Gpu(uuid="GPU-1", name="H200\n", free_bytes=30, total_bytes=100, processes=(), utilization=0.37)
 
 
-@pytest.mark.parametrize(("script", "expected"), [("echo 'G, 1, 2, 3'", 1), ("exit 9", 0), ("sleep 60", 0)])
-def test_nvidia_smi_is_never_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: int
-) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("daemon.gpuprobe.PATIENCE_SECONDS", 0.3)
-    probe = GpuProbe()
-    assert probe.look() == ()  # asked, not waited for
-    deadline = time.monotonic() + 20
-    while probe._child is not None and time.monotonic() < deadline:
-        found = probe.look()
-        time.sleep(0.01)
-    assert len(found) == expected
-    assert probe._child is None
-    probe.close()
+def test_a_gpu_is_shown_by_what_is_used_of_it() -> None:
+    assert gpu_device(GPU) == {"name": "H200\\n", "used_bytes": 70, "total_bytes": 100, "utilization": 0.37}
+
+
+def test_a_driver_that_never_answers_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.gpuprobe.PATIENCE_SECONDS", 0.2)
+    answers = threading.Event()
+
+    def ask() -> tuple[Gpu, ...]:
+        answers.wait(60)
+        return (GPU,)
+
+    probe = GpuProbe(ask)
+    assert probe.known() == ()  # asked, not waited for
+    for _ in range(50):
+        with pytest.raises(GpuSilent):
+            probe.fresh()
+    assert sum(thread.name == "gpu" for thread in threading.enumerate()) == 1
+    answers.set()
+    monkeypatch.setattr("daemon.gpuprobe.PATIENCE_SECONDS", 60.0)
+    assert probe.fresh() == probe.known() == (GPU,)
