@@ -104,9 +104,7 @@ class Service:
             ) from error
         try:
             return self._serve(once=once)
-        except (
-            OSError
-        ) as error:  # what a tick can live with is handled there; the next start finds its way from the disk
+        except OSError as error:  # what a tick can live with is handled there; the next start finds its way
             raise DropforgeError(
                 operation="serve", subject=self.settings.root, cause=str(error), hint="mend that and start it again"
             ) from error
