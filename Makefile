@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test chaos bench lint format clean
+.PHONY: setup demo test oracle peers chaos bench lint format clean
 
 setup: .venv/.installed
 
@@ -24,6 +24,13 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
+# Ids and labels against TRL's own, which the product does without; `make test` has its golden values.
+oracle: peers
+	$(BIN)/python -m pytest tests/integration/test_trainer_oracle.py
+
+peers: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+
 # What takes too long for every day: thousands of random kills, with the quick trainer and with the real one.
 chaos: setup
 	$(BIN)/python -m pytest -s tests/chaos --kills 3000
@@ -31,8 +38,7 @@ chaos: setup
 	$(BIN)/python -m pytest -m chaos
 
 # Each script prints a table, with peers measured in the same run.
-bench: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+bench: peers
 	@set -e; for script in benchmarks/[a-z]*.py; do \
 		echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py); done
 

@@ -129,12 +129,13 @@ def main() -> None:
             print(f"  {name:<16}{firsts[name]:>10.2f} s{min(each):>7.2f} s{max(each):>7.2f} s{end:>7.2f} s")
         print_goal("seconds to the first step, warm", value=firsts["dropforge warm"], at_most=1.0)
 
-        for name, executor in (("cold", cold), ("warm", warm)):
+        print(f"\n{chosen.jobs} jobs in a row, end to end: from the start of the first to the end of the last")
+        for name, run in arms.items():
             began = time.monotonic()
             for _ in range(chosen.jobs):
-                ours(executor, folder(), root / "base")
+                run()
             spent = time.monotonic() - began
-            print(f"  {chosen.jobs} jobs in a row, {name}: {spent:.1f} s, {spent / chosen.jobs:.2f} s each")
+            print(f"  {name:<16}{spent:>10.1f} s{spent / chosen.jobs:>8.2f} s each")
         warm.close()
 
 

@@ -1,11 +1,13 @@
 """Useful tokens a second and what they taught: our trainer, TRL as it comes, TRL tuned, and a plain padded Trainer.
 
-    python -m benchmarks.train_throughput [--rounds 3] [--rows 192] [--parameters tiny|0.5b]
+    python -m benchmarks.train_throughput [--rounds 3] [--rows 128] [--parameters tiny|0.5b] [--data FILE_OR_FOLDER ...]
 
 Every arm trains the same rows for one epoch, in steps of 8 rows, with the same LoRA, learning rate and labels, from the
 same weights; the arms take turns within each round. Padding does not count as tokens. The loss over the same held-out rows
 stands beside the speed, and so does the number of steps, so that speed is never bought with learning. One model load and
-the tokenising are outside the clock for all arms; evaluation too.
+the tokenising are outside the clock for all arms; evaluation too. Our arm also does a run's bookkeeping (checks of every
+step, progress, events, curves), whose share of the time is printed. Set OMP_NUM_THREADS=1 on a machine that does other
+things as well: threads that wait for each other measure those.
 """
 
 from __future__ import annotations
@@ -28,18 +30,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks._table import print_goal
-from daemon.config import ColumnSettings, DataSettings
+from daemon.config import ColumnSettings, DataSettings, TrainingSettings
 from daemon.init import examples_dir
 from daemon.jsonline import parse_object
 from daemon.rows import detect_format, iter_rows
 from daemon.trainer.attention import use_packed
-from daemon.trainer.data import PASS_TOKENS, Collator, Example, tokenise
+from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan, tokenise
 from daemon.trainer.encode import IGNORE
 from daemon.trainer.loop import RunTrainer, held_out_loss
+from daemon.trainer.objective import Objective
+from daemon.trainer.report import Reporter
+from daemon.trainer.tensorboard import ScalarWriter
 from daemon.trainer.tiny import build_tiny
+from daemon.trainer.watch import LossWatch
 
 ROWS_A_STEP, DEVICE_ROWS, MAX_LENGTH, RATE = 8, 4, 1024, 1e-3
-SHARED = Path(__file__).parents[1] / "shared" / "data"
 CUDA = torch.cuda.is_available()
 
 
@@ -55,6 +60,7 @@ class Result:
     tokens: int
     steps: int
     held_out: float
+    bookkeeping: float | None = None  # its share of the seconds, where there is any
 
 
 def lognormal(count: int, vocabulary: int) -> list[Example]:
@@ -116,7 +122,27 @@ def ours(base: Path, tokenizer: Any, train: Sequence[Example], folder: str) -> t
         optim="adamw_torch_fused",
         remove_unused_columns=False,
     )
-    trainer = RunTrainer(model=model, args=args, examples=train, collator=collator, tokenizer=tokenizer, grouped=True)
+    objective = Objective()
+    objective.select_trained(model, train)
+    trainer = RunTrainer(
+        model=model,
+        args=args,
+        examples=train,
+        collator=collator,
+        objective=objective,
+        tokenizer=tokenizer,
+        grouped=True,
+    )
+    settings = TrainingSettings(per_device_train_batch_size=ROWS_A_STEP, gradient_accumulation_steps=1)
+    planned = plan(Examples(train=list(train), held_out=[], dropped_lines=(), truncated_rows=0), settings)
+    trainer.watch = LossWatch(
+        report=Reporter(Path(folder)),
+        stop=NeverStop(),  # type: ignore[arg-type]
+        plan=planned,
+        trainer=trainer,
+        scalars=ScalarWriter(Path(folder)),
+    )
+    trainer.add_callback(trainer.watch)
     return model, trainer
 
 
@@ -189,12 +215,13 @@ def run(arm: str, base: Path, tokenizer: Any, train: Sequence[Example], held_out
         seconds = time.perf_counter() - began
         flat = arm == "dropforge" and trainer.data_collator.flat
         collator = Collator(pad_token_id=tokenizer.pad_token_id, budget_tokens=8192, flat=flat)
-        loss = held_out_loss(model, held_out, collator, NeverStop())  # type: ignore[arg-type]
+        loss = held_out_loss(model, held_out, collator, Objective(), NeverStop())  # type: ignore[arg-type]
         result = Result(
             seconds=seconds,
             tokens=sum(len(example.input_ids) for example in train),
             steps=int(trainer.state.global_step),
             held_out=loss or 0.0,
+            bookkeeping=trainer.watch.bookkeeping_seconds / seconds if arm == "dropforge" else None,
         )
     del model, trainer
     gc.collect()
@@ -219,6 +246,8 @@ def compare(title: str, base: Path, tokenizer: Any, examples: list[Example], rou
         each = [r.tokens / r.seconds for r in found]
         print(f"  {arm:<16}{speeds[arm]:>10,.0f}{min(each):>9,.0f}{max(each):>9,.0f}"
               f"{speeds[arm] / speeds['dropforge']:>9.2f}{found[0].steps:>7}{found[-1].held_out:>15.4f}")  # fmt: skip
+    shares = [r.bookkeeping for found in results.values() for r in found if r.bookkeeping is not None]
+    print_goal("percent of the time spent on bookkeeping", value=100 * statistics.median(shares), at_most=1.0)
     return speeds
 
 
@@ -245,9 +274,16 @@ def half_a_billion(folder: Path, vocabulary: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--parameters", choices=("tiny", "0.5b"), default="0.5b" if CUDA else "tiny")
-    parser.add_argument("--data", type=Path, default=SHARED, help="folder of .jsonl files, searched whole")
+    parser.add_argument("--no-log-normal", action="store_true", help="only the rows of --data")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="*",
+        default=[examples_dir() / "gsm8k_messages.jsonl"],
+        help=".jsonl files, or folders",
+    )
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary) / "base"
@@ -255,10 +291,10 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(base)
         if chosen.parameters == "0.5b":
             half_a_billion(base, len(tokenizer))
-        tables = {"log-normal lengths": lognormal(chosen.rows, len(tokenizer))}
-        files = sorted(path for path in chosen.data.rglob("*.jsonl") if path.stem != "test") if chosen.data else []
-        for path in files or sorted(examples_dir().glob("*_messages.jsonl"))[:1]:
-            tables[path.name] = from_file(path, chosen.rows, tokenizer)
+        tables = {} if chosen.no_log_normal else {"log-normal lengths": lognormal(chosen.rows, len(tokenizer))}
+        for given in chosen.data:
+            for path in [given] if given.is_file() else sorted(given.rglob("*.jsonl")):
+                tables[path.name] = from_file(path, chosen.rows, tokenizer)
         for title, examples in tables.items():
             speeds = compare(title, base, tokenizer, examples, chosen.rounds)
             print_goal(

@@ -53,7 +53,8 @@ class Tokens:
 
     tokens: int | None = None
     trained_tokens: int | None = None
-    lengths: Any = None  # histogram of tokens a row, as the trainer prints it
+    lengths: Any = None  # histogram of tokens a row: [{"up_to": 32, "rows": 7}, ...], up_to null for the longest
+    rows_over_max_length: int = 0
     reason: str = ""
 
     @property
@@ -96,8 +97,8 @@ def check_files(
 ) -> list[CheckReport]:
     """Check each file under the settings and the sidecar beside it.
 
-    `store` tells what was trained before. `lengths_command` gets a file, its format and a recipe as JSON, and prints one JSON
-    object {tokens, trained_tokens, lengths}; without a configured model it is not run.
+    `store` tells what was trained before. `lengths_command` gets a file, its format and a recipe as JSON, and prints what
+    `daemon.trainer.lengths.measure` returns; without a configured model it is not run.
     """
     return [_check(Path(path), settings, store, lengths_command) for path in paths]
 
@@ -201,7 +202,10 @@ def _count_tokens(path: Path, format_: str, recipe: Recipe, command: Sequence[st
         if "error" in value:
             return Tokens(reason=escape(str(value["error"])))
         return Tokens(
-            tokens=int(value["tokens"]), trained_tokens=int(value["trained_tokens"]), lengths=value.get("lengths")
+            tokens=int(value["tokens"]),
+            trained_tokens=int(value["trained_tokens"]),
+            lengths=value["lengths"],
+            rows_over_max_length=int(value["rows_over_max_length"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         return Tokens(reason=f"the trainer's answer was not understood: {error!r}")
@@ -229,9 +233,13 @@ def render_text(report: CheckReport) -> str:
         lines.append(f"  tokens      {_tokens_text(report.tokens)}")
         before = ", ".join(f"job {item['job']} (version {item['version'] or '?'})" for item in report.trained_before)
         lines.append(f"  trained     {f'before, in {before}' if before else 'not before'}")
-    if report.lengths:
+    if report.tokens.lengths:
+        lines.append("  tokens a row")
+        lines += _plot([(_bin(found["up_to"]), found["rows"]) for found in report.tokens.lengths])
+    elif report.lengths:
         lines.append("  characters a row")
-        lines += _plot(report.lengths)
+        bins = range(min(report.lengths), max(report.lengths) + 1)
+        lines += _plot([(f"up to {2**bits - 1:,}", report.lengths.get(bits, 0)) for bits in bins])
     return "\n".join(lines)
 
 
@@ -246,16 +254,20 @@ def _repeats_text(repeats: Repeats) -> str:
 def _tokens_text(tokens: Tokens) -> str:
     if tokens.trained_share is None:
         return f"not available: {tokens.reason or 'no tokens'}"
-    return f"{tokens.tokens:,}, of them {tokens.trained_tokens:,} trained ({tokens.trained_share:.1%})"
+    text = f"{tokens.tokens:,}, of them {tokens.trained_tokens:,} trained ({tokens.trained_share:.1%})"
+    many = tokens.rows_over_max_length
+    return f"{text}; {many:,} {'row is' if many == 1 else 'rows are'} longer than max_length" if many else text
 
 
-def _plot(lengths: Mapping[int, int]) -> list[str]:
-    """A bar for each power of two, the longest `_BAR` characters wide."""
-    most = max(lengths.values())
+def _bin(up_to: int | None) -> str:
+    return "longer" if up_to is None else f"up to {up_to:,}"
+
+
+def _plot(bins: Sequence[tuple[str, int]]) -> list[str]:
+    """A bar for each bin, the longest `_BAR` characters wide."""
+    most = max(count for _, count in bins)
     lines = []
-    for bits in range(min(lengths), max(lengths) + 1):
-        low, high = (2 ** (bits - 1), 2**bits - 1) if bits else (0, 0)
-        count = lengths.get(bits, 0)
+    for label, count in bins:
         bar = "█" * round(_BAR * count / most) or ("▏" if count else "")
-        lines.append(f"  {f'{low:,}-{high:,}':>23}  {count:>9,}  {bar}".rstrip())
+        lines.append(f"  {label:>16}  {count:>9,}  {bar}".rstrip())
     return lines

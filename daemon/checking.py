@@ -130,7 +130,6 @@ class Checking:
     def reject(self, job: Job, reason: str) -> None:
         """The file cannot be trained: claimed -> rejected, file to failed/."""
         moved = self._store.transition(job.id, JobState.CLAIMED, JobState.REJECTED, reason, finished_at=utc_now())
-        self._log.warning("job.rejected", job=job.id, file=escape(job.name), reason=escape(reason, most=1000))
         self._filing.file(moved)
 
     def cancel(self, job: Job, reason: str, **fields: Any) -> None:
@@ -138,7 +137,6 @@ class Checking:
         moved = self._store.transition(
             job.id, JobState.CLAIMED, JobState.CANCELLED, reason, finished_at=utc_now(), **fields
         )
-        self._log.info("job.cancelled", job=job.id, file=escape(job.name), reason=escape(reason))
         self._filing.file(moved)
 
     def _claimed(self, job_id: str) -> Job | None:

@@ -29,7 +29,11 @@ def describe_exit(returncode: int) -> str:
 
 
 def environment() -> dict[str, str]:
-    """For a child that runs one of our modules: it imports these very packages, also from a checkout."""
+    """For a child that runs one of our modules: it imports these very packages, also from a checkout, and sees no GPU.
+
+    A running job has that to itself, and a library may open it at its import.
+    """
     own = str(Path(__file__).resolve().parent.parent)
     rest = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{own}{os.pathsep}{rest}" if rest else own}
+    path = f"{own}{os.pathsep}{rest}" if rest else own
+    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}

@@ -144,11 +144,13 @@ def judge(
         reason, hint = _unrecognised(tally)
     elif tally.bad and rules.on_bad_rows == "reject":
         some = "at least " if tally.stopped else ""
-        reason = f"{some}{tally.bad} of {tally.lines} lines {'is' if tally.bad == 1 else 'are'} bad"
+        first = tally.problems[0]
+        where = f"{'' if tally.bad == 1 else 'the first is '}line {first.line}, column {first.column}: {first.reason}"
+        reason = f"{some}{tally.bad} of {tally.lines} lines {'is' if tally.bad == 1 else 'are'} bad; {where}"
         hint = _row_hint(tally)
     elif tally.bad and (share > rules.max_bad_fraction or not rows):
         reason = f"{share:.2%} of the rows are bad, more than max_bad_fraction = {rules.max_bad_fraction:.2%}"
-        hint = "mend the lines above, or raise [data] max_bad_fraction"
+        hint = "mend the lines named, or raise [data] max_bad_fraction"
     return DatasetReport(
         name=name,
         size_bytes=size_bytes,
@@ -182,7 +184,7 @@ def _row_hint(tally: Tally) -> str:
     if any("max_line_bytes" in problem.reason for problem in tally.problems):
         return "split the long rows, or raise [data] max_line_bytes; then drop the file again"
     skip = 'set [data] on_bad_rows = "skip" (here or in a sidecar) to leave them out'
-    return f"mend the lines above and drop the file again, or {skip}"
+    return f"mend the lines named and drop the file again, or {skip}"
 
 
 def verify_dataset(path: str | Path, dataset: Dataset) -> None:

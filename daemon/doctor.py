@@ -9,6 +9,7 @@ import grp
 import json
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def _packages(settings: Settings) -> Iterator[Finding]:
     ours = tuple(settings.executor.command) == tuple(config.ExecutorSettings().command)
     missing = [name for name in TRAINING_PACKAGES if _version(name) is None]
     told = ", ".join(f"{name} {_version(name)}" for name in TRAINING_PACKAGES if _version(name))
+    for name, found, least in _too_old():
+        yield _fail("packages", f"{name} {found} is older than {least}", f"`pip install --upgrade '{name}>={least}'`")
     if missing and ours:
         yield _fail("packages", f"missing: {', '.join(missing)}", "`pip install 'dropforge[train]'`")
     elif missing:
@@ -192,6 +195,10 @@ def _permissions(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield _ok("permissions", f"{name} may write to inbox, model and state")
+    owner = _nearest(settings.state_dir).stat().st_uid
+    if os.geteuid() == 0 and owner != 0:  # root may do everything, which says nothing of the service
+        told = f"this is root's view; {settings.state_dir} belongs to {_user(owner)}"
+        yield _warn("permissions", told, f"`runuser -u {_user(owner)} -- dropforge doctor` sees what the service sees")
     key_file = settings.guard.key_file
     if (
         key_file is not None
@@ -280,11 +287,31 @@ CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
 }
 
 
-def _user() -> str:
+def _too_old() -> Iterator[tuple[str, str, str]]:
+    """Name, version and least version of each installed package that is older than Dropforge's own metadata asks for."""
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        wanted = requires("dropforge") or []
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return
+    for requirement in wanted:
+        match = re.match(r"([A-Za-z0-9_.-]+)>=([0-9.]+)", requirement)
+        found = _version(match[1]) if match and "bench" not in requirement and "test" not in requirement else None
+        if match and found and _numbers(found) < _numbers(match[2]):
+            yield match[1], found, match[2]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: 2.13.0+cpu is (2, 13, 0)."""
+    return tuple(int(part) for part in re.match(r"[0-9.]*", text)[0].split(".") if part)  # type: ignore[index]
+
+
+def _user(uid: int | None = None) -> str:
+    """A user's name; of this process without `uid`."""
+    number = os.geteuid() if uid is None else uid
+    try:
+        return pwd.getpwuid(number).pw_name
     except KeyError:
-        return f"user {os.geteuid()}"
+        return f"user {number}"
 
 
 def _nearest(path: Path) -> Path:

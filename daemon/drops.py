@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from daemon.writers import Writing, find_writer, writing
 
 LOOKS_PER_TICK = 2000  # files looked at before the service gets its turn again
 FULL_SCAN_SECONDS = 60.0  # a folder whose times did not move is listed all the same after so long
+COARSEST_CLOCK_SECONDS = 2.5  # a folder's times move every 2 s on FAT, every second through SFTP, every 4 ms on ext4
 ORPHAN_SECONDS = 60.0  # a sidecar without its file is reported after so long
 THOROUGH_BELOW = 100  # files in line; beyond, those behind them are looked at more briefly
 SHOWN = 100  # files whose reasons are published
@@ -73,12 +74,13 @@ class Drops:
         self._candidates: dict[tuple[Priority, str], Candidate] = {}
         self._sidecars: dict[tuple[Priority, str], Candidate] = {}
         self._unsettled: dict[tuple[Priority, str], Candidate] = {}  # those of the candidates that are not in _settled
-        self._settled: dict[Priority, OrderedDict[str, Candidate]] = {p: OrderedDict() for p in Priority}
+        self._settled: dict[Priority, deque[Candidate]] = {p: deque() for p in Priority}
         self._agenda: list[tuple[float, int, tuple[Priority, str]]] = []
         self._order = itertools.count()
         self.left_alone: dict[tuple[Priority, str], Found] = {}
         self._folder_times: dict[Priority, tuple[int, ...]] = {}
-        self._listed_twice: dict[Priority, bool] = {}
+        self._moved_at: dict[Priority, float] = {}  # when a folder's times were seen to have moved
+        self._last_listed: dict[Priority, float] = {}
         self._listed_at = float("-inf")
         self._last_clock = (float("-inf"), "")
         self._claimed_at: dict[tuple[Priority, str], float] = {}
@@ -86,7 +88,7 @@ class Drops:
     @property
     def deferred(self) -> int:
         """Settled files that wait for a place in the queue."""
-        return sum(len(settled) for settled in self._settled.values())
+        return len(self._candidates) - len(self._unsettled)
 
     def waiting(self) -> Iterator[Candidate]:
         """Files that are not settled yet."""
@@ -105,7 +107,7 @@ class Drops:
                 self._leave_other(priority, name)
 
     def scan(self, now: float, *, full: bool) -> None:
-        """List the folders. One whose times stayed the same over two listings is skipped, unless `full`."""
+        """List the folders. One that was listed since its times last moved is skipped, unless `full`."""
         full = full or now - self._listed_at >= FULL_SCAN_SECONDS
         if full:
             self._listed_at = now
@@ -117,12 +119,12 @@ class Drops:
                 self._forget_missing(priority, set())
                 continue
             times = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
-            same = self._folder_times.get(priority) == times
-            # A name that came within the same clock tick as the last listing moved no time: one more listing shows it.
-            if same and self._listed_twice.get(priority) and not full:
+            if times != self._folder_times.get(priority):
+                self._folder_times[priority], self._moved_at[priority] = times, now
+            # A name that came within the same clock tick as the listing before it moved no time.
+            elif not full and self._last_listed[priority] >= self._moved_at[priority] + COARSEST_CLOCK_SECONDS:
                 continue
-            self._listed_twice[priority] = same
-            self._folder_times[priority] = times
+            self._last_listed[priority] = now
             self._list(priority, folder, now)
 
     def look(self, now: float) -> None:
@@ -150,7 +152,7 @@ class Drops:
         """The next settled file, high before normal before low, as it is at this moment; None when there is none."""
         for settled in (self._settled[priority] for priority in Priority):
             while settled:
-                _, candidate = settled.popitem(last=False)
+                candidate = settled.popleft()
                 candidate.settled = False
                 self._unsettled[candidate.key] = candidate
                 ready = self._examine(candidate, now)
@@ -232,9 +234,8 @@ class Drops:
         for table in (self._candidates, self._unsettled, self._sidecars, self.left_alone):
             for key in [key for key in table if key[0] is priority and key[1] not in names]:
                 del table[key]
-        settled = self._settled[priority]
-        for name in [name for name in settled if name not in names]:
-            del settled[name]
+        if any(candidate.name not in names for candidate in self._settled[priority]):
+            self._settled[priority] = deque(found for found in self._settled[priority] if found.name in names)
 
     def _leave_other(self, priority: Priority, name: str) -> None:
         key = (priority, name)
@@ -267,7 +268,7 @@ class Drops:
             return
         del self._unsettled[candidate.key]
         candidate.settled, candidate.reason = True, ""
-        self._settled[candidate.priority][candidate.name] = candidate
+        self._settled[candidate.priority].append(candidate)
 
     def _push(self, candidate: Candidate) -> None:
         heapq.heappush(self._agenda, (candidate.due, next(self._order), candidate.key))
@@ -356,4 +357,3 @@ class Drops:
         self._candidates.pop(candidate.key, None)
         self._unsettled.pop(candidate.key, None)
         self._sidecars.pop(candidate.key, None)
-        self._settled[candidate.priority].pop(candidate.name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import ClassVar
 
@@ -63,3 +64,12 @@ class TryLater(DropforgeError):
 
 class StoreError(DropforgeError):
     """The job store cannot be read or written; the daemon stops rather than guess."""
+
+
+def is_no_space(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, says that the disk or a quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False

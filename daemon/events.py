@@ -24,8 +24,11 @@ def _event(level: str, meaning: str, keys: str = "") -> Event:
 
 
 _END = (
-    "job dataset digest attempt reason failure version verdict cleared resumed_from start_step steps_run steps_planned"
-    " rows held_out_rows dropped_rows train_loss held_out_before held_out_after tokens_per_second wall_seconds warnings"
+    "job dataset was reason failure attempt version duplicate_of priority force overrides base_model size_bytes digest"
+    " format dataset_rows skipped_rows hint steps_planned steps_run start_step resumed_from verdict reasons cleared"
+    " train_loss held_out_before held_out_after tokens_per_second tokens_trained rows dropped_rows held_out_rows"
+    " truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm warnings max_step created_at started_at"
+    " total_seconds"
 )
 
 EVENTS: Mapping[str, Event] = {
@@ -44,6 +47,8 @@ EVENTS: Mapping[str, Event] = {
     "queue.released": _event("info", "The reason to hold the queue is gone.", "kind"),
     "hook.failed": _event("error", "A hook could not be started, failed, or took too long.", "hook error"),
     "inbox.claims_failed": _event("error", "Files could not be claimed; it is tried again.", "error"),
+    "inbox.unusable": _event("warning", "A folder of the inbox is missing or has no way in; told once.", "reason"),
+    "inbox.usable_again": _event("info", "The inbox can be used again."),
     "inbox.polling": _event("warning", "The inbox cannot be watched by events; it is looked at instead.", "reason"),
     "inbox.watch_rebuilt": _event("warning", "The watch was lost and set up again.", "reason"),
     "inbox.events_lost": _event("warning", "The kernel dropped events; a scan finds what they told of.", "overflows"),
@@ -53,7 +58,8 @@ EVENTS: Mapping[str, Event] = {
     "file.came_back": _event("warning", "A file of this very name and content was dropped again at once.", "file job"),
     "file.replaced": _event("warning", "Another file took its place while it was taken.", "file job now"),
     "file.left_alone": _event("warning", "Something in the inbox will not be taken as it is.", "file reason"),
-    "file.not_moved": _event("error", "A finished job's file could not be moved; the next start does it.", "job error"),
+    "file.not_moved": _event("error", "A finished job's file could not be moved; it is tried again.", "job error"),
+    "file.moved": _event("info", "A finished job's file that could not be moved has been.", "job"),
     "file.purged": _event("info", "A trained file was deleted after keep_done_days.", "job file finished_at"),
     "file.not_purged": _event("error", "A trained file could not be deleted.", "job error"),
     "file.adopted": _event("warning", "A claimed file that no job knew was queued anew.", "job file"),
@@ -70,11 +76,11 @@ EVENTS: Mapping[str, Event] = {
     "dataset.child_died": _event("warning", "A process that reads rows died over a file.", "job how tries"),
     "job.queued": _event("info", "It waits for its turn.", "job"),
     "job.started": _event("info", "A trainer was launched.", "job dataset attempt"),
-    "job.requeued": _event("info", "An attempt ended without a result; it will be tried again.", _END),
-    "job.succeeded": _event("info", "All steps ran and the adapter was promoted. Has everything.", _END),
-    "job.failed": _event("error", "It was given up. Has everything.", _END),
-    "job.cancelled": _event("info", "It will not be trained: a duplicate, or a person said so.", _END + " file"),
-    "job.rejected": _event("warning", "The data cannot be trained; the report beside it says why.", "job file reason"),
+    "job.requeued": _event("info", "An attempt ended without a result; the job waits for its next one.", _END),
+    "job.succeeded": _event("info", "All steps ran and the adapter was promoted.", _END),
+    "job.failed": _event("error", "It was given up.", _END),
+    "job.cancelled": _event("info", "It will not be trained: a duplicate, or a person said so.", _END),
+    "job.rejected": _event("warning", "The data cannot be trained; the report beside it says why.", _END),
     "trainer.adopted": _event("warning", "A trainer outlived its daemon; it is asked to leave.", "job attempt"),
     "trainer.asked_to_leave": _event("info", "The trainer is to seal a checkpoint and leave.", "job reason"),
     "trainer.ended": _event("warning", "A trainer did not leave when asked and was ended.", "job waited_seconds"),
@@ -82,9 +88,13 @@ EVENTS: Mapping[str, Event] = {
     "guard.run_decided": _event(
         "info", "Whose checkpoints are these: fresh, resume or stale.", "job verdict step reasons"
     ),
-    "guard.checkpoint_passed_over": _event("info", "A checkpoint is not resumed from.", "job"),
+    "guard.checkpoint_passed_over": _event(
+        "info", "A checkpoint is not resumed from.", "job path step state reason resume_from"
+    ),
     "guard.entry_left_alone": _event("info", "Something in the model directory is none of ours.", "job path reason"),
-    "guard.checkpoints_cleared": _event("info", "Checkpoints that do not belong were moved aside.", "job cleared set"),
+    "guard.checkpoints_cleared": _event(
+        "info", "Checkpoints that do not belong were moved aside.", "job cleared set reason size_bytes"
+    ),
     "guard.cleared_sets_purged": _event("info", "Cleared checkpoints were deleted as policy says.", "sets size_bytes"),
     "guard.not_purged": _event("error", "Cleared checkpoints could not be deleted.", "error"),
     "guard.run_stamped": _event("info", "The model directory says whose run it holds.", "job identity dataset"),
@@ -95,7 +105,11 @@ EVENTS: Mapping[str, Event] = {
         " warmup_steps arithmetic",
     ),
     "run.evaluated": _event("info", "Loss over the rows held out, before or after.", "job when held_out_loss rows"),
-    "run.started": _event("info", "The first step is next.", "job start_step total_steps resumed_from"),
+    "run.started": _event(
+        "info",
+        "The first step is next.",
+        "job start_step total_steps resumed_from tokenised_seconds loaded_seconds flat scores_trained_only",
+    ),
     "run.stepped": _event(
         "info", "Each logging_steps: how training goes.", "job step loss grad_norm learning_rate epoch"
     ),
@@ -105,7 +119,11 @@ EVENTS: Mapping[str, Event] = {
         "info", "Memory was short: a step is divided into smaller passes.", "job step budget_tokens passes"
     ),
     "run.gradient_checkpointing_enabled": _event("info", "Memory was short even for one row.", "job step longest_row"),
-    "run.trained": _event("info", "All steps are done: where the time went.", "job"),
+    "run.trained": _event(
+        "info",
+        "All steps are done: where the time went.",
+        "job train_seconds bookkeeping_share sealing_share tokens_per_second",
+    ),
     "checkpoint.sealed": _event("info", "A checkpoint is on disk, whole.", "job step path size_bytes"),
     "version.promoted": _event("info", "A finished adapter became the current one.", "job version"),
     "version.not_promoted": _event("error", "A finished adapter could not become a version.", "job error"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from daemon.config import Recipe
-from daemon.job import Dataset
+from daemon.job import Dataset, Plan
 from guard import DigestCache, Fingerprint, digest_model_files, digest_tokenizer_files
 
 
@@ -22,11 +23,14 @@ def fingerprint_run(
     parent_version: str | None,
     parent_digest: str | None,
     precision: str,
+    plan: Plan | None = None,
+    lora_config: Mapping[str, Any] | None = None,
     cache_path: Path | None = None,
 ) -> Fingerprint:
     """Everything that decides what a run computes, and some things worth recording that do not.
 
-    `cache_path` keeps digests of base-model files between runs, keyed by size, mtime and inode.
+    `plan`: what is left of the dataset once rows became tokens. `lora_config`: every field of peft's own class, as the
+    trainer uses it. `cache_path` keeps digests of base-model files between runs, keyed by size, mtime and inode.
     """
     training, lora, data = recipe.training, recipe.lora, recipe.data
     components: dict[str, Any] = {
@@ -35,7 +39,9 @@ def fingerprint_run(
         "dataset.name": dataset.name,
         "dataset.path": dataset.path,
         "data.format": dataset.format,
+        "dataset.rows_trained": plan.rows if plan else None,
         "split.held_out_fraction": data.held_out_fraction,
+        "split.seed": "none: by each row's own content",
         "data.order_seed": training.seed,
         "data.max_length": data.max_length,
         "data.truncation": "keep the trained part",
@@ -55,16 +61,18 @@ def fingerprint_run(
         "training.world_size": training.num_processes,
         "training.precision": precision,
         "training.attn_implementation": recipe.model.attn_implementation,
+        "training.total_steps": plan.total_steps if plan else None,
         "training.loss": "mean over trained tokens of a step",
         "attempt.host": socket.gethostname(),
         "attempt.pid": os.getpid(),
     }
     components |= {f"lora.{name}": value for name, value in lora.model_dump(mode="json").items()}
+    components |= {f"lora.{name}": value for name, value in (lora_config or {}).items()}
     separate = {"start_from", "num_processes", "report_to"}  # named above, or nothing that computes
     components |= {
         f"training.{name}": value for name, value in training.model_dump(mode="json").items() if name not in separate
     }
-    components |= {f"versions.{name}": minor_version(name) for name in ("torch", "transformers", "peft")}
+    components |= {f"versions.{name}": minor_version(name) for name in ("torch", "transformers", "peft", "dropforge")}
     return Fingerprint(components)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,9 @@ def build_tiny_in_child(folder: Path) -> None:
 
 
 def examples_dir() -> Path:
-    """The example datasets: beside the packages in a checkout, inside them when installed from a wheel."""
-    here = Path(__file__).resolve().parent
-    for folder in (here.parent / "examples", here / "examples"):
+    """The example datasets: beside the packages in a checkout, among the environment's shared files when installed."""
+    installed = Path(sysconfig.get_path("data")) / "share" / "dropforge" / "examples"
+    for folder in (Path(__file__).resolve().parents[1] / "examples", installed):
         if (folder / "gsm8k_messages.jsonl").is_file():
             return folder
     raise DropforgeError(

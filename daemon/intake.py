@@ -283,7 +283,9 @@ class Intake:
             self._drops.claimed(ready, now)
             self._scan_wanted = True
             self._log.warning("file.replaced", file=shown, job=job.id, now=escape(back.name))
-            self._checking.cancel(job, "another file took its place while it was being taken; that one is watched anew")
+            self._checking.cancel(
+                job, "it changed, or another took its place, while it was being taken; what lies there is watched anew"
+            )
             return None
         self._drops.claimed(ready, now)
         self._log.info("file.claimed", file=shown, job=job.id, priority=job.priority.value)

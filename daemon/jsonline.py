@@ -56,7 +56,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
     Of repeated keys the last counts, as in every common parser. Raises LineFault.
     """
-    text = decode_utf8(line)
+    text = decode_utf8(line).rstrip("\r\n")  # a column beyond the last character is one beyond, not on the next line
     if text.startswith("\ufeff"):
         raise LineFault(1, "a byte order mark inside the file")
     if control := _CONTROL.search(text):

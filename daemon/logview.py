@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from daemon.text import escape
+from daemon.text import escape, printable
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 VALUE_CHARACTERS = 2000
@@ -57,7 +57,7 @@ def _data(event: Mapping[str, Any], most: int) -> str:
 def _value(value: Any, most: int) -> str:
     """A text bare where it is one word, in quotes elsewhere, so that no text can pass for another key."""
     if isinstance(value, str):
-        shown = escape(value, most=most)
+        shown = printable(value, most=most)
         return shown if shown and not set(' "=') & set(shown) else '"' + shown.replace('"', '\\"') + '"'
     if isinstance(value, float):
         return f"{value:.6g}"

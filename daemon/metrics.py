@@ -16,6 +16,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from daemon.config import MetricsSettings
+from daemon.job import JobState
 from daemon.status import STATES, StatusSnapshot
 
 ADDRESS = "127.0.0.1"
@@ -36,7 +37,7 @@ class Metrics:
             return Counter(f"dropforge_{name}", text, labels, registry=self.registry)
 
         self._finished = counter(
-            "attempts_finished", "Attempts that ended, by what became of the job.", "outcome", "failure"
+            "attempts_finished", "Jobs, and attempts of jobs, that ended, by what became of them.", "outcome", "failure"
         )
         self._steps = counter("steps_trained", "Optimizer steps of attempts that ended.")
         self._tokens = counter("tokens_trained", "Tokens of attempts that ended, padding not counted.")
@@ -54,8 +55,9 @@ class Metrics:
         """One event of the log."""
         if name in _ENDS:
             self._finished.labels(name.partition(".")[2], str(data.get("failure") or "none")).inc()
-            self._steps.inc(max(0, _number(data.get("steps_run")) - _number(data.get("start_step"))))
-            self._tokens.inc(max(0, _number(data.get("tokens_trained"))))
+            if data.get("was") == JobState.RUNNING:  # else the numbers are those of an attempt that was counted
+                self._steps.inc(max(0, _number(data.get("steps_run")) - _number(data.get("start_step"))))
+                self._tokens.inc(max(0, _number(data.get("tokens_trained"))))
         elif name == "dataset.checked":
             self._scanned.inc(_number(data.get("size_bytes")))
         elif name == "version.promoted":

@@ -7,7 +7,6 @@ found is added up in file order, so the result does not depend on the number of 
 
 from __future__ import annotations
 
-import io
 import mmap
 import os
 import signal
@@ -25,7 +24,7 @@ from daemon.children import describe_exit, die_with_parent
 from daemon.jsonline import LineFault, excerpt, parse_object
 from daemon.rows import Format, Rules, describe_keys, detect_format
 from daemon.rowtypes import NOT_TAKEN, RowDecoder
-from daemon.source import BLOCK_BYTES, BOM, DatasetSource, SourceFault, TooLong, whole_lines
+from daemon.source import BLOCK_BYTES, BOM, DatasetSource, Lines, SourceFault, TooLong, whole_lines
 
 LISTED_PROBLEMS = 20  # bad lines that a report shows
 LISTED_LINES = 1000  # numbers of skipped lines that a report names
@@ -124,8 +123,8 @@ class LineScanner:
                 break
         return self.tally
 
-    def _check(self, block: bytes) -> None:
-        stream = io.BytesIO(block)  # its iterator cuts lines in C, each used while it is in the cache
+    def _check(self, lines: Lines) -> None:
+        stream = lines.stream()  # its iterator cuts lines in C, each used while it is in the cache
         while True:
             good = count()  # counted in C as well: looking for newlines once more would cost a fifth of the time
             try:
@@ -135,7 +134,8 @@ class LineScanner:
             except NOT_TAKEN:
                 self.tally.lines += next(good) + 1
                 end = stream.tell()
-                self._look_closer(block[block.rfind(b"\n", 0, end - 1) + 1 : end], self.tally.lines)
+                begin = max(lines.start, lines.block.rfind(b"\n", lines.start, end - 1) + 1)
+                self._look_closer(lines.block[begin:end], self.tally.lines)
 
     def _look_closer(self, line: bytes, number: int) -> None:
         if not line.strip():
@@ -171,7 +171,7 @@ def detect(blocks: Iterable[bytes], rules: Rules) -> tuple[Format | None, Tally]
             tally.add(b"", tally.lines, LineFault(whole.max_line_bytes + 1, str(whole)))
             tally.stopped = True
             return None, tally
-        for line in io.BytesIO(whole):
+        for line in whole.stream():
             tally.lines += 1
             if not line.strip():
                 tally.add_blank(tally.lines, tally.lines)

@@ -5,7 +5,6 @@ It keeps nothing that the store and the run directory do not hold: `recover` fin
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable
@@ -16,14 +15,13 @@ from typing import Any
 import guard
 from daemon import gpu
 from daemon.config import Recipe, Settings
-from daemon.errors import ConfigError, DropforgeError
+from daemon.errors import ConfigError, DropforgeError, is_no_space
 from daemon.executors.base import Executor, Exit
 from daemon.gpulock import GpuLock
 from daemon.gpuprobe import GpuProbe, GpuSilent
 from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused, unwritable
 from daemon.hooks import Hooks
 from daemon.job import (
-    OPEN_STATES,
     RUN_SPEC_VERSION,
     FailureKind,
     Job,
@@ -37,7 +35,6 @@ from daemon.job import (
 from daemon.news import News, sealed_step
 from daemon.promotion import promote
 from daemon.retry import Asked, Conclusion, conclude, halved
-from daemon.status import finished_job
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -206,7 +203,6 @@ class Scheduler:
         cancelled = self._store.transition(
             job.id, JobState.QUEUED, JobState.CANCELLED, reason, duplicate_of=trained[0].id, finished_at=utc_now()
         )
-        self._log.info("job.cancelled", job=job.id, file=escape(job.name), reason=reason)
         self._settle(cancelled)
         return True
 
@@ -283,7 +279,8 @@ class Scheduler:
             key_file=str(self.settings.root / key_file) if key_file else None,
             state_dir=str(self.settings.state_dir),
             daemon_pid=os.getpid(),
-            gpu=self._device,
+            # Several processes need a GPU each.
+            gpu=self._device if job.recipe.get("training", {}).get("num_processes", 1) == 1 else None,
         )
 
     def _relay(self, run: Run) -> None:
@@ -338,7 +335,7 @@ class Scheduler:
     def _finish(
         self, run: Run, conclusion: Conclusion, result: RunResult | None, *, version: str | None = None
     ) -> None:
-        """Move the job, tell it in one line that has everything, then move its file."""
+        """Move the job, then its file."""
         fields: dict[str, Any] = {
             "failure": conclusion.failure,
             "not_before": conclusion.not_before,
@@ -358,36 +355,8 @@ class Scheduler:
             )
         self._run = None
         self._gpu.give()
-        name = "job.requeued" if job.state is JobState.QUEUED else f"job.{job.state}"
-        tell = self._log.info if job.state in (JobState.SUCCEEDED, JobState.QUEUED) else self._log.error
-        tell(name, **canonical(job, result))
-        if job.state is JobState.QUEUED:
-            return
-        self._settle(job)
-        self._hooks.fire("on_job_finished", {"job": finished_job(job)})
-        if not any(self._store.counts()[state] for state in OPEN_STATES):
-            self._hooks.fire("on_queue_empty", {"job": finished_job(job)})
-
-
-def canonical(job: Job, result: RunResult | None) -> dict[str, Any]:
-    """Everything about a job's end, for one line of the log."""
-    line: dict[str, Any] = {
-        "job": job.id,
-        "dataset": escape(job.name),
-        "digest": job.dataset.digest if job.dataset else None,
-        "attempt": job.attempt,
-        "reason": job.reason,
-        "failure": job.failure,
-        "version": job.version,
-    }
-    if result is not None:
-        kept = (
-            "verdict", "cleared", "resumed_from", "start_step", "steps_run", "steps_planned", "rows", "held_out_rows",
-            "dropped_rows", "train_loss", "held_out_before", "held_out_after", "tokens_per_second", "wall_seconds",
-            "warnings",
-        )  # fmt: skip
-        line |= {name: getattr(result, name) for name in kept}
-    return {name: value for name, value in line.items() if value is not None}
+        if job.state is not JobState.QUEUED:
+            self._settle(job)
 
 
 def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:
@@ -402,12 +371,3 @@ def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:
         not_before=time.time() + settings.queue.retry_seconds,
         fruitless=fruitless,
     )
-
-
-def is_no_space(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, says that the disk or a quota is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__
-    return False

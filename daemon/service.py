@@ -19,6 +19,7 @@ import guard
 from daemon import config, gpu, logs, people, versions
 from daemon.bell import Bell
 from daemon.config import Settings
+from daemon.endings import Endings
 from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
@@ -103,9 +104,7 @@ class Service:
             ) from error
         try:
             return self._serve(once=once)
-        except (
-            OSError
-        ) as error:  # what a tick can live with is handled there; the next start finds its way from the disk
+        except OSError as error:  # what a tick can live with is handled there; the next start finds its way
             raise DropforgeError(
                 operation="serve", subject=self.settings.root, cause=str(error), hint="mend that and start it again"
             ) from error
@@ -130,6 +129,7 @@ class Service:
             gpus=self._gpus,
             log=self.log,
         )
+        self.endings = Endings(self.store, hooks=self.hooks, log=self.log)
         self.intake.open()
         self.scheduler.recover()
         before = {job.id for job in self.store.jobs(FINAL_STATES)} if once else set()
@@ -142,6 +142,7 @@ class Service:
         finally:
             self.intake.close()
             self._executor.close()
+            self.endings.tell()
             self.hooks.close()
             self._publish(status="stopped", reason="", force=True)
             self.log.info("daemon.stopped")
@@ -164,6 +165,7 @@ class Service:
             self.intake.adopt()  # a job that a person put back has its rows checked again
         self.intake.tick(accept=not self.stopping)
         self.scheduler.reap()
+        self.endings.tell()
         if not self.stopping:
             self.scheduler.dispatch()
         self.hooks.collect()
@@ -267,6 +269,7 @@ class Service:
             status_interval=self.settings.status.status_interval,
             log_path=str(self.settings.log_path),
             watch_mode=view.watch_mode,
+            events_lost=view.overflows,
             queue={**counts, "deferred": view.deferred},
             job=running_job(run.job, run.progress, self._losses.observe(run.run_dir, run.job.attempt, run.progress))
             if run

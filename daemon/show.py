@@ -10,10 +10,12 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from daemon import inbox
 from daemon.config import Settings
 from daemon.doctor import Finding
-from daemon.job import Event, Job, JobState, run_dir
-from daemon.text import escape
+from daemon.eta import spell
+from daemon.job import Event, Job, JobState, Priority, run_dir, to_json
+from daemon.text import escape, printable
 from daemon.versions import Version
 
 STATE_STYLES = {
@@ -32,27 +34,29 @@ def status(snapshot: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [headline(snapshot)]
     grid = _grid()
     counts = {name: number for name, number in snapshot.get("queue", {}).items() if number}
-    grid.add_row("queue", ", ".join(f"{number} {escape(str(name))}" for name, number in counts.items()) or "empty")
+    grid.add_row("queue", ", ".join(f"{number} {printable(str(name))}" for name, number in counts.items()) or "empty")
     model = snapshot.get("model")
     grid.add_row(
         "model",
-        f"version {escape(str(model['version']))}, from {escape(str(model['dataset']))}" if model else "no version yet",
+        f"version {printable(str(model['version']))}, from {printable(str(model['dataset']))}"
+        if model
+        else "no version yet",
     )
     alive = bool(snapshot.get("alive"))
     if alive:
-        grid.add_row("watching", escape(str(snapshot.get("watch_mode") or "not watching")))
+        grid.add_row("watching", printable(str(snapshot.get("watch_mode") or "not watching")))
     job = snapshot.get("job")
     if job and alive:
-        grid.add_row("job", f"{escape(str(job['id']))}  {escape(str(job['dataset']))}  attempt {job['attempt']}")
+        grid.add_row("job", f"{printable(str(job['id']))}  {printable(str(job['dataset']))}  attempt {job['attempt']}")
         grid.add_row("", progress_line(job))
     for name in ("waiting", "left_alone"):
         found = snapshot.get(name, ())
         for item in found[:10]:
-            grid.add_row(name.replace("_", " "), f"{escape(str(item['file']))}: {escape(str(item['reason']))}")
+            grid.add_row(name.replace("_", " "), f"{printable(str(item['file']))}: {printable(str(item['reason']))}")
         if len(found) > 10:
             grid.add_row("", f"and {len(found) - 10} more")
     for warning in snapshot.get("warnings", ())[:10] if alive else ():
-        grid.add_row("warning", Text(escape(str(warning), most=400), style="yellow"))
+        grid.add_row("warning", Text(printable(str(warning), most=400), style="yellow"))
     parts.append(grid)
     if snapshot.get("recent"):
         parts += ["", recent(snapshot["recent"][:10])]
@@ -67,13 +71,15 @@ def headline(snapshot: Mapping[str, Any]) -> Text:
     head = Text.assemble((what, style))
     if liveness == "alive":
         if snapshot.get("reason"):
-            head.append(f"  {escape(str(snapshot['reason']))}")
+            head.append(f"  {printable(str(snapshot['reason']))}")
         head.append(f"  pid {snapshot['pid']}, heartbeat {snapshot['age_seconds']:.0f} s ago", style="dim")
+    elif liveness == "stopped":
+        head.append(f"  since {escape(clock(str(snapshot['timestamp'])))}", style="dim")
     elif liveness == "hung":
         head.append(f"  pid {snapshot['pid']} is there, but its last heartbeat was {snapshot['age_seconds']:.0f} s ago")
     elif liveness == "dead":
         head.append(
-            f"  the daemon (pid {snapshot['pid']}) is gone; its last heartbeat was at {escape(str(snapshot['timestamp']))}"
+            f"  the daemon (pid {snapshot['pid']}) is gone; its last heartbeat was at {escape(clock(str(snapshot['timestamp'])))}"
         )
     return head
 
@@ -89,6 +95,11 @@ STATUS_STYLES = {
 }
 
 
+def clock(timestamp: str) -> str:
+    """`2026-11-23 04:41 UTC` from the ISO 8601 in UTC that everything is written in."""
+    return f"{timestamp[:16].replace('T', ' ')} UTC" if timestamp else ""
+
+
 def progress_line(job: Mapping[str, Any]) -> str:
     """`training 12/90  loss 3.21  lr 1.0e-03  2,310 tok/s  40 s left`, as far as it is known."""
     line = str(job.get("phase", ""))
@@ -98,10 +109,11 @@ def progress_line(job: Mapping[str, Any]) -> str:
         ("loss", "  loss {:.4f}"),
         ("learning_rate", "  lr {:.1e}"),
         ("tokens_per_second", "  {:,.0f} tok/s"),
-        ("eta_seconds", "  {:.0f} s left"),
     ):
         if job.get(key) is not None:
             line += form.format(job[key])
+    if job.get("eta_seconds") is not None:
+        line += f"  {spell(float(job['eta_seconds']))} left"
     return line
 
 
@@ -138,6 +150,8 @@ def job(item: Job, events: Sequence[Event], settings: Settings) -> RenderableTyp
         ("reason", escape(item.reason, most=2000)),
         ("failure", item.failure),
         ("attempt", item.attempt or None),
+        ("priority", item.priority if item.priority is not Priority.NORMAL else None),
+        ("sidecar", escape(to_json(item.overrides), most=2000) if item.overrides else None),
         ("version", item.version),
     ]
     if item.dataset:
@@ -154,10 +168,13 @@ def job(item: Job, events: Sequence[Event], settings: Settings) -> RenderableTyp
             ("steps", f"{result.steps_run} of {result.steps_planned} planned"),
             ("held-out loss", losses(result.held_out_before, result.held_out_after) or None),
             ("tokens/s", f"{result.tokens_per_second:,.0f}" if result.tokens_per_second else None),
+            ("took", spell(result.wall_seconds) if result.wall_seconds else None),
             *(("warning", Text(escape(warning), style="yellow")) for warning in result.warnings),
             ("hint", escape(result.hint) or None),
         ]
-    rows.append(("run directory", str(run_dir(settings.state_dir, item.id))))
+    lies, directory = inbox.locate(settings, item), run_dir(settings.state_dir, item.id)
+    rows.append(("file", escape(str(lies), most=2000) if lies else "no longer in the inbox"))
+    rows.append(("run directory", str(directory) if directory.is_dir() else None))
     for name, value in rows:
         if value is not None:
             grid.add_row(name, value if isinstance(value, Text) else str(value))
@@ -182,7 +199,7 @@ def versions(found: Sequence[Version], current: Version | None) -> RenderableTyp
             f"  {losses(record.get('held_out_before'), record.get('held_out_after')) or 'no held-out loss'}",
             f"  {escape(str(record.get('dataset', '')), most=30)}",
             (f"  {record.get('steps', '?')} steps", "dim"),
-            (f"  {str(record.get('created_at', ''))[:16].replace('T', ' ')}", "dim"),
+            (f"  {clock(str(record.get('created_at', '')))}", "dim"),
         )
         label.no_wrap, label.overflow = True, "ellipsis"
         parent = branches.get(str(record.get("parent")), tree)
@@ -219,12 +236,12 @@ def recent(entries: Sequence[Mapping[str, Any]]) -> Table:
         state = str(entry["state"])
         rows.append(
             (
-                Text(escape(str(entry["id"]))),
-                Text(escape(str(entry["dataset"]), most=60)),
+                Text(printable(str(entry["id"]))),
+                Text(printable(str(entry["dataset"]), most=60)),
                 Text(escape(state), style=STATE_STYLES[JobState(state)] if state in set(JobState) else ""),
                 Text(str(entry.get("steps") or "")),
                 Text(losses(entry.get("held_out_before"), entry.get("held_out_after"))),
-                Text(escape(str(entry.get("version") or ""))),
+                Text(printable(str(entry.get("version") or ""))),
             )
         )
     return _job_table(rows)

@@ -22,7 +22,7 @@ from msgspec import Meta
 from daemon.gpu import Gpu
 from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
-from daemon.text import escape, finite
+from daemon.text import escape, finite, printable
 
 SCHEMA_VERSION = 1
 STATES = ("starting", "idle", "training", "waiting", "paused", "stopping", "stopped")
@@ -133,6 +133,10 @@ class StatusSnapshot:
     status_interval: Annotated[float, Meta(description="Seconds between heartbeats.")] = 0.0
     log_path: Annotated[str, Meta(description="Where the complete log is.")] = ""
     watch_mode: Annotated[str, Meta(description="inotify, or polling with the reason.")] = ""
+    events_lost: Annotated[
+        int,
+        Meta(description="Times that the kernel dropped inbox events since the start; scans found what they told of."),
+    ] = 0
     queue: Annotated[Mapping[str, int], Meta(description="Jobs by state, and deferred files.")] = field(
         default_factory=dict
     )
@@ -175,8 +179,8 @@ def render(snapshot: StatusSnapshot) -> str:
     me = identify(os.getpid())
     stamped = replace(
         snapshot,
-        reason=escape(snapshot.reason, most=TEXT_CHARACTERS),
-        warnings=tuple(escape(warning, most=TEXT_CHARACTERS) for warning in snapshot.warnings[:WARNINGS]),
+        reason=printable(snapshot.reason, most=TEXT_CHARACTERS),
+        warnings=tuple(printable(warning, most=TEXT_CHARACTERS) for warning in snapshot.warnings[:WARNINGS]),
         pid=os.getpid(),
         start_ticks=me.start_ticks if me else 0,
         boot_id=boot_id(),

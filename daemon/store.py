@@ -304,13 +304,27 @@ class JobStore:
             for at, old, new, reason in rows
         ]
 
+    def moves_after(self, number: int) -> list[tuple[int, Event]]:
+        """Every move of every job after the one of this number, with its own number, in order."""
+        rows = self._db.execute(
+            "SELECT seq, job_id, at, old, new, reason FROM events WHERE seq > ? ORDER BY seq", (number,)
+        ).fetchall()
+        return [
+            (seq, Event(at=at, job_id=job_id, old=old, new=new, reason=from_json(reason, str)))
+            for seq, job_id, at, old, new, reason in rows
+        ]
+
+    def last_move(self) -> int:
+        """The number of the newest move, 0 when there is none."""
+        return int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+
     def control(self, key: str) -> Any:
-        """What a person asked for under this key (`paused`), None when nothing."""
+        """What is remembered under this key (`paused`: what a person asked for), None when nothing."""
         row = self._db.execute("SELECT value FROM controls WHERE key = ?", (key,)).fetchone()
         return json.loads(row[0]) if row else None
 
     def set_control(self, key: str, value: Any) -> None:
-        """Record what a person asks for; None takes it back."""
+        """Remember a value under a key; None forgets it."""
         with self._transaction():
             if value is None:
                 self._db.execute("DELETE FROM controls WHERE key = ?", (key,))

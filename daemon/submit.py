@@ -58,7 +58,14 @@ def submit(settings: Settings, file: Path, *, priority: Priority, force: bool) -
         earlier = _jobs_with(settings, inode)
         placed = _place(hidden, folder, file.name, force=force)
     except OSError as error:
-        raise DropforgeError(operation="submit to", subject=folder, cause=error.strerror or str(error)) from error
+        raise DropforgeError(
+            operation="submit to",
+            subject=folder,
+            cause=error.strerror or str(error),
+            hint="members of its group may drop files: `ls -ld` names the group"
+            if isinstance(error, PermissionError)
+            else "",
+        ) from error
     finally:
         hidden.unlink(missing_ok=True)
     fsync_dir(folder)

@@ -17,6 +17,12 @@ def escape(text: str, *, most: int = 200) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
+def printable(text: str, *, most: int = 200) -> str:
+    """Text that was escaped when it was written (a status file's), made safe to print all the same: its backslashes stay."""
+    shown = "".join(character if character == "\\" else _visible(character) for character in text)
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
 def finite(value: Any) -> Any:
     """`value` with every NaN and infinity, for which JSON has no word, as None."""
     match value:

@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon import show
+from daemon.eta import spell
 from daemon.status import read_status
-from daemon.text import escape
+from daemon.text import escape, printable
 
 REFRESH_SECONDS = 0.5
 BARS = "▁▂▃▄▅▆▇█"
@@ -58,10 +59,11 @@ def screen(snapshot: Mapping[str, Any], width: int) -> RenderableType:
         if found:
             parts.append(Text(f"{title} ({len(found)})", style="bold"))
             parts += [
-                _fit(Text(f"  {escape(str(item['file']))}: {escape(str(item['reason']))}")) for item in found[:most]
+                _fit(Text(f"  {printable(str(item['file']))}: {printable(str(item['reason']))}"))
+                for item in found[:most]
             ]
     for warning in snapshot.get("warnings", ())[:WARNINGS]:
-        parts.append(_fit(Text(f"warning: {escape(str(warning))}", style="yellow")))
+        parts.append(_fit(Text(f"warning: {printable(str(warning))}", style="yellow")))
     if snapshot.get("recent"):
         parts += ["", show.recent(snapshot["recent"][:RECENT])]
     parts += ["", Text("Ctrl-C leaves", style="dim")]
@@ -69,11 +71,11 @@ def screen(snapshot: Mapping[str, Any], width: int) -> RenderableType:
 
 
 def _job(job: Mapping[str, Any], width: int) -> list[RenderableType]:
-    name = f"{escape(str(job['id']))}  {escape(str(job['dataset']))}  attempt {job['attempt']}"
+    name = f"{printable(str(job['id']))}  {printable(str(job['dataset']))}  attempt {job['attempt']}"
     step, total = int(job.get("step") or 0), int(job.get("total_steps") or 0)
     eta = job.get("eta_seconds")
     told = f" {step}/{total}  {step / total:4.0%}" if total else f" {escape(str(job.get('phase', '')))}"
-    told += f"  {duration(float(eta))} left" if eta is not None else ""
+    told += f"  {spell(float(eta))} left" if eta is not None else ""
     room = max(10, width - len(told) - 2)
     filled = round(room * step / total) if total else 0
     bar = Text.assemble((("━" * filled), "cyan"), (("━" * (room - filled)), "dim"), told)
@@ -90,16 +92,18 @@ def _facts(snapshot: Mapping[str, Any]) -> Table:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(no_wrap=True, overflow="ellipsis")
     counts = {name: number for name, number in snapshot.get("queue", {}).items() if number}
-    grid.add_row("queue", ", ".join(f"{number} {escape(str(name))}" for name, number in counts.items()) or "empty")
+    grid.add_row("queue", ", ".join(f"{number} {printable(str(name))}" for name, number in counts.items()) or "empty")
     model = snapshot.get("model")
     told = (
-        f"version {escape(str(model['version']))}, from {escape(str(model['dataset']))}" if model else "no version yet"
+        f"version {printable(str(model['version']))}, from {printable(str(model['dataset']))}"
+        if model
+        else "no version yet"
     )
     grid.add_row("model", told)
     for device in snapshot.get("gpu") or ():
         used, size = float(device["used_bytes"]) / 2**30, float(device["total_bytes"]) / 2**30
         grid.add_row("gpu", f"{escape(str(device['name']))}  {used:.1f} of {size:.1f} GiB")
-    grid.add_row("watching", escape(str(snapshot.get("watch_mode") or "not watching")))
+    grid.add_row("watching", printable(str(snapshot.get("watch_mode") or "not watching")))
     return grid
 
 
@@ -110,14 +114,6 @@ def spark(values: Sequence[float], width: int) -> str:
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)
     return "".join(BARS[round((value - low) / (high - low) * (len(BARS) - 1)) if high > low else 0] for value in means)
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 05 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _fit(text: Text) -> Text:

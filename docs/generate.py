@@ -46,8 +46,10 @@ The log, `dropforge.jsonl`, holds one JSON object a line: `timestamp` (UTC), `le
 keys of their own. Under systemd the same goes to the journal: `DROPFORGE_EVENT`, `DROPFORGE_JOB` and so on are fields, so
 that `journalctl -u dropforge DROPFORGE_JOB=20261123-041500-9f3a` finds a job.
 
-Each job ends with one line that has everything about it (`job.succeeded`, `job.failed`, ...). Names and keys are public:
-new ones may be added, these stay.
+Each job ends with one line that has everything about it (`job.succeeded`, `job.failed`, `job.cancelled`, `job.rejected`), and
+so does each attempt that is to be followed by another one (`job.requeued`), whoever ended it: a job that a person cancelled
+while no daemon ran is told by the next one. What is not known is left out. Names and keys are public: new ones may be added,
+these stay.
 """
 
 

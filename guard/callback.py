@@ -100,7 +100,7 @@ class SealCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
         into = self.model_dir / name if self._is_staged(args) else None
         sealed = seal_checkpoint(folder, step=state.global_step, fingerprint=self.fingerprint, key=self.key, into=into)
         if self.keep is not None:
-            rotate(self.model_dir, keep=self.keep, key=self.key)
+            rotate(self.model_dir, keep=self.keep, fingerprint=self.fingerprint, key=self.key)
         if self.on_sealed is not None:
             self.on_sealed(sealed)
 

@@ -242,18 +242,21 @@ def seal_checkpoint(
     )
 
 
-def rotate(model_dir: PathLike, *, keep: int, key: bytes | None = None) -> tuple[Path, ...]:
+def rotate(
+    model_dir: PathLike, *, keep: int, fingerprint: Fingerprint | None = None, key: bytes | None = None
+) -> tuple[Path, ...]:
     """Remove all but the newest `keep` checkpoints of the run in progress; returns what was removed.
 
-    The run in progress is that of the newest checkpoint that is structurally intact. Checkpoints of other
-    runs, and torn, altered or unsealed ones, are not touched: rotation is not a way to lose evidence.
+    That run is the one of `fingerprint`; without it, that of the newest checkpoint that is structurally
+    intact. Checkpoints of other runs, and torn, altered or unsealed ones, are not touched: rotation is not a
+    way to lose evidence.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}: the newest checkpoint is never removed")
     sealed = [checkpoint for checkpoint in scan_checkpoints(model_dir, key=key) if checkpoint.is_intact]
-    if not sealed or sealed[-1].fingerprint is None:
+    run = fingerprint if fingerprint is not None or not sealed else sealed[-1].fingerprint
+    if run is None:
         return ()
-    run = sealed[-1].fingerprint
     mine = [checkpoint for checkpoint in sealed if checkpoint.belongs_to(run)]
     removed = [checkpoint.path for checkpoint in mine[:-keep]]
     if removed:

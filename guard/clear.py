@@ -23,16 +23,25 @@ from typing import Any, Final, Protocol
 
 from .atomic import PathLike, append_line_durable, fsync_dir, write_atomic
 from .checkpoints import Stray, list_checkpoints, scan_checkpoints, verify_checkpoint
-from .errors import ClearRefused, GuardError, NotFound, explain_os_error, hint_for, storage_errors
+from .errors import ClearRefused, GuardError, NotFound, UsageError, explain_os_error, hint_for, storage_errors
 from .layout import CLEARED_NAME, STAGING_NAME, TRASH_PREFIX, ensure_own_folder, ensure_staging, unused_name
 from .lock import require_lock
-from .seal import list_tree
+from .seal import KEY_MISSING, list_tree
 from .stamp import load_raw_stamp, read_stamp, require_known_form
 from .verdict import Verdict, VerdictKind, decide, explain_passed_over
 
 SET_NAME: Final = re.compile(r"\d{8}T\d{6}Z-[a-z0-9-]+")
 SET_RECORD: Final = "clear.json"
 JOURNAL_NAME: Final = "journal.jsonl"
+
+
+def cleared_at(set_name: str) -> datetime | None:
+    """When a set was cleared, from its name; None for a name that no set has."""
+    if SET_NAME.fullmatch(set_name) is None:
+        return None
+    with suppress(ValueError):  # digits that are no moment
+        return datetime.strptime(set_name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    return None
 
 
 class Logger(Protocol):
@@ -251,7 +260,8 @@ def plan_clear(
 
     STALE: every checkpoint. RESUME: what was passed over. FRESH: none. Leftovers of `.staging/` in any case.
     Without a `verdict` the stamp speaks for the run in progress: if that can be resumed, whatever is not
-    intact and its own is planned; otherwise everything. Raises NotFound, StampTooNew, StorageError.
+    intact and its own is planned; otherwise everything. Raises NotFound, StampTooNew, StorageError, and
+    UsageError when that cannot be judged without the key that the seals were made with.
     """
     folder = Path(model_dir)
     if not folder.is_dir():
@@ -291,6 +301,9 @@ def _judge_run_in_progress(folder: Path, key: bytes | None) -> tuple[Verdict, li
     """The verdict for the run of the stamp itself, what to clear beside it, and why."""
     reading = read_stamp(folder)
     checkpoints = scan_checkpoints(folder, key=key)
+    if keyed := [item.path.name for item in checkpoints if item.reason == KEY_MISSING]:
+        cause = f"{keyed[-1]} is sealed with a key, and none was given"
+        raise UsageError(operation="clear", path=folder, cause=cause, hint="name the key file that sealed it")
     recorded = reading.stamp.fingerprint if reading.stamp is not None else None
     if recorded is None:
         reasons = (f"whose checkpoints these are is not known: {reading.reason}",) if checkpoints else ()

@@ -1,16 +1,19 @@
-"""The guard's command: fingerprint, check, verify, clear, seal.
+"""The guard's command: fingerprint, check, verify, clear, purge, seal.
 
 Exit codes: 0 done (check: fresh or resume), 1 failed or damage found, 2 usage, 3 stale, 4 not found, 5 the
-model directory is in use. Results go to stdout, errors to stderr; with --json both are one JSON object.
+model directory is in use, 130 interrupted. Results go to stdout, errors to stderr; with --json both are one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from .clear import ClearPlan, plan_clear
 from .completeness import recorded_step, why_incomplete
 from .errors import (
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_STALE,
     EXIT_USAGE,
     GuardError,
@@ -38,6 +42,7 @@ from .errors import (
 from .fingerprint import Fingerprint, fingerprint_dataset
 from .lock import ModelLock
 from .prepare import assess, make_stamp
+from .purge import plan_purge
 from .recipe import proposed_run
 from .restore import restore_set
 from .seal import load_key
@@ -45,10 +50,29 @@ from .stamp import StampKind, read_stamp, require_known_form, write_stamp
 from .verdict import VerdictKind
 
 
-def main(argv: list[str] | None = None, *, prog: str = "guard") -> int:
+@dataclass(frozen=True, kw_only=True)
+class OwnModel:
+    """A model directory whose settings the caller knows: they stand in for options that are not given."""
+
+    model_dir: Path
+    key_file: Path | None = None
+    keep_sets: int | None = None
+    keep_days: float | None = None
+    keep_bytes: int | None = None
+
+    def holds(self, folder: Path) -> bool:
+        """Whether `folder` is this model directory, or a checkpoint in it."""
+        own, folder = self.model_dir.resolve(), folder.resolve()
+        return own in (folder, folder.parent)
+
+
+def main(argv: list[str] | None = None, *, prog: str = "guard", own: OwnModel | None = None) -> int:
     """Run one command, print its result, and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
     try:
         options = _parser(prog).parse_args(argv)
+        options.own = own
     except SystemExit as exc:  # --help, or a wrong argument, which argparse has explained on stderr
         return exc.code if isinstance(exc.code, int) else EXIT_USAGE
     command: Callable[[argparse.Namespace], int] = options.command
@@ -66,6 +90,8 @@ def main(argv: list[str] | None = None, *, prog: str = "guard") -> int:
         # The reader (head, less) had enough. Without this the interpreter complains once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return code
 
 
@@ -112,6 +138,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _add_recipe(sub)
     _add_key(sub)
 
+    sub = add("purge", _purge, "delete cleared sets for good; the newest is always kept")
+    sub.add_argument("model_dir", type=Path, metavar="MODEL_DIR")
+    sub.add_argument("--dry-run", action="store_true", help="show the plan and change nothing")
+    sub.add_argument("--keep-sets", type=int, metavar="N", help="keep at most so many")
+    sub.add_argument("--keep-days", type=float, metavar="DAYS", help="keep none that is older")
+    sub.add_argument("--keep-bytes", type=int, metavar="BYTES", help="keep no more than this together")
+
     sub = add("seal", _seal, "seal a checkpoint that a script left, so that it can be verified and resumed from")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     sub.add_argument("--dataset", type=Path, metavar="FILE", help="what it was trained on (default: as stamped)")
@@ -129,8 +162,12 @@ def _add_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="the key that seals are made with (0600)")
 
 
-def _key(options: argparse.Namespace) -> bytes | None:
-    return load_key(options.key_file) if options.key_file is not None else None
+def _key(options: argparse.Namespace, folder: Path) -> bytes | None:
+    own: OwnModel | None = options.own
+    key_file = options.key_file
+    if key_file is None and own is not None and own.holds(folder):
+        key_file = own.key_file
+    return load_key(key_file) if key_file is not None else None
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -138,7 +175,9 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _require_folder(path: Path, operation: str) -> Path:
-    if not path.is_dir():
+    with storage_errors(operation, path):
+        is_folder = path.is_dir()
+    if not is_folder:
         cause = "it is not a folder" if path.exists() else "there is no such folder"
         raise NotFound(operation=operation, path=path, cause=cause)
     return path
@@ -150,10 +189,16 @@ def _fingerprint(options: argparse.Namespace) -> int:
         found = fingerprint_dataset(path, mode=options.mode)
         results.append({"path": str(path), "name": found.name, "size_bytes": found.size_bytes, "digest": found.digest})
         if not options.json:
-            print(f"{found.digest}  {path}", flush=True)
+            print(_checksum_line(found.digest, str(path)), flush=True)
     if options.json:
         _print_json({"mode": options.mode, "files": results})
     return 0
+
+
+def _checksum_line(digest: str, name: str) -> str:
+    """As b3sum has it: a name with a newline or a backslash is escaped, and the line says so by its first character."""
+    escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
+    return f"{'' if escaped == name else chr(92)}{digest}  {escaped}"
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -161,7 +206,7 @@ def _check(options: argparse.Namespace) -> int:
     reading = read_stamp(folder)
     require_known_form(folder, reading)
     run = proposed_run(dataset=options.dataset, recipe=options.recipe, stamp=reading)
-    verdict = assess(folder, fingerprint=run, key=_key(options), digests=not options.no_digests)
+    verdict = assess(folder, fingerprint=run, key=_key(options, folder), digests=not options.no_digests)
     strays = list_checkpoints(folder)[1]
     if options.json:
         left_alone = [{"path": str(stray.path), "reason": stray.reason} for stray in strays]
@@ -177,7 +222,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     folder = _require_folder(options.model_dir, "verify")
-    key, digests = _key(options), not options.no_digests
+    key, digests = _key(options, folder), not options.no_digests
     if CHECKPOINT_NAME.fullmatch(folder.absolute().name):
         checkpoints: Sequence[Checkpoint] = [verify_checkpoint(folder, key=key, digests=digests)]
         strays = []
@@ -211,7 +256,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _clear(options: argparse.Namespace) -> int:
     folder = _require_folder(options.model_dir, "clear")
-    key = _key(options)
+    key = _key(options, folder)
     if options.dry_run:
         plan = _plan(folder, options, key)
         if options.json:
@@ -249,9 +294,34 @@ def _plan(folder: Path, options: argparse.Namespace, key: bytes | None) -> Clear
     return plan_clear(folder, verdict=assess(folder, fingerprint=run, key=key), key=key)
 
 
+def _purge(options: argparse.Namespace) -> int:
+    folder = _require_folder(options.model_dir, "purge")
+    own: OwnModel | None = options.own if options.own is not None and options.own.holds(folder) else None
+    limits = {
+        name: getattr(options, name) if getattr(options, name) is not None else getattr(own, name, None)
+        for name in ("keep_sets", "keep_days", "keep_bytes")
+    }
+    if not any(limit is not None for limit in limits.values()):
+        raise UsageError(
+            operation="purge",
+            path=folder,
+            cause="nothing says what to keep",
+            hint="--keep-sets N, --keep-days DAYS or --keep-bytes BYTES; the newest set is kept in any case",
+        )
+    with nullcontext() if options.dry_run else ModelLock(folder, owner="guard purge"):
+        plan = plan_purge(folder, **limits)
+        if not options.json:
+            print(plan)
+        if not options.dry_run:
+            plan.execute()
+        if options.json:
+            _print_json({**plan.to_json(), "dry_run": options.dry_run})
+    return 0
+
+
 def _seal(options: argparse.Namespace) -> int:
     folder = _require_folder(options.checkpoint, "seal").absolute()
-    model_dir, key = folder.parent, _key(options)
+    model_dir, key = folder.parent, _key(options, folder)
     match = CHECKPOINT_NAME.fullmatch(folder.name)
     step = int(match[1]) if match else recorded_step(folder)
     if step is None:

@@ -48,6 +48,7 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     # -- the data
     _identity("dataset.digest", "other rows: the step counter of one dataset means nothing for another"),
     _identity("dataset.rows", "the rows kept decide how long an epoch is"),
+    _identity("dataset.rows_trained", "of the rows kept, those that are neither held out nor without a trained token"),
     _note("dataset.name", "the same content under another name is the same dataset", instead_of="dataset.digest"),
     _note("dataset.size_bytes", "the digest says more"),
     _note("dataset.path", "the same content in another place is the same dataset"),
@@ -156,6 +157,7 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     _identity("versions.torch", "kernels and random numbers change between minor versions"),
     _identity("versions.transformers", "the training loop and the checkpoint's form change"),
     _identity("versions.peft", "the adapter's form changes"),
+    _identity("versions.dropforge", "how rows become tokens, and the order of steps, may change"),
     _note("versions.accelerate", "carries out what transformers decides"),
     _note("versions.python", "carries out what the libraries decide"),
     # -- notes

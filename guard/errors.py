@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STALE, EXIT_NOT_FOUND, EXIT_LOCKED = 1, 2, 3, 4, 5
+EXIT_INTERRUPTED = 130
 
 
 class GuardError(Exception):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .atomic import PathLike
-from .digest import DigestCache, digest_model_files
+from .digest import DigestCache, digest_model_files, digest_tokenizer_files
 from .errors import NotFound
 from .fingerprint import Fingerprint, fingerprint_dataset
 
@@ -42,8 +42,8 @@ def fingerprint_trainer(
 ) -> Fingerprint:
     """Dataset file, base model, adapter, training arguments and library versions of a transformers Trainer.
 
-    The base model's files are digested when it was loaded from a folder; otherwise its name and Hub commit
-    stand for it. Not seen: how rows become tokens (max_length, packing, what carries loss) and losses of your
+    The files of base model and tokenizer are digested when they were loaded from a folder; otherwise name
+    and Hub commit stand for the model, and the chat template for the tokenizer. Not seen: how rows become tokens (max_length, packing, what carries loss) and losses of your
     own: name those in `extra`, for example `{"data.max_length": 2048}`. Raises what `fingerprint_dataset`
     raises.
     """
@@ -54,7 +54,7 @@ def fingerprint_trainer(
         **_model(trainer.model, cache),
         **_adapter(trainer.model),
         **_training(trainer.args),
-        "tokenizer.chat_template": getattr(getattr(trainer, "processing_class", None), "chat_template", None),
+        **_tokenizer(getattr(trainer, "processing_class", None), cache),
         **{f"versions.{name}": _major_minor(name) for name in _PACKAGES},
     }
     return Fingerprint({**components, **(extra or {})})
@@ -79,6 +79,15 @@ def _model(model: Any, cache: DigestCache | None) -> dict[str, Any]:
     if name is not None and Path(name).is_dir():
         with suppress(NotFound):  # a folder without weights: the name has to do
             found["model.digest"] = digest_model_files(name, cache)
+    return found
+
+
+def _tokenizer(tokenizer: Any, cache: DigestCache | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"tokenizer.chat_template": getattr(tokenizer, "chat_template", None)}
+    name = getattr(tokenizer, "name_or_path", None)
+    if name and Path(name).is_dir():
+        with suppress(NotFound):
+            found["tokenizer.digest"] = digest_tokenizer_files(name, cache)
     return found
 
 

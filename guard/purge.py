@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import PathLike, append_line_durable, rename_durable
-from .clear import JOURNAL_NAME
+from .clear import JOURNAL_NAME, cleared_at
 from .errors import ClearRefused, storage_errors
 from .layout import CLEARED_NAME, unused_name
 from .lock import require_lock
@@ -52,9 +52,14 @@ class PurgePlan:
         return sum(item.size_bytes for item in self.sets)
 
     def __str__(self) -> str:
-        lines = [f"  {item.path.name}  {item.size_bytes:>15,} bytes  {item.reason}" for item in self.sets]
-        head = f"delete {len(self.sets)} cleared sets of {self.model_dir} ({self.size_bytes:,} bytes)"
-        return "\n".join([head, *lines, f"kept: {len(self.kept)} sets"])
+        if not self.sets and not self.leftovers:
+            lines = [f"nothing to purge in {self.model_dir}"]
+        else:
+            width = max((len(item.path.name) for item in self.sets), default=0)
+            lines = [f"delete {len(self.sets)} cleared sets of {self.model_dir} ({self.size_bytes:,} bytes)"]
+            lines += [f"  {item.path.name:<{width}}  {item.size_bytes:>15,} bytes  {item.reason}" for item in self.sets]
+            lines += [f"  {path.name} is left of a purge that was cut off" for path in self.leftovers]
+        return "\n".join([*lines, f"kept: {len(self.kept)} sets"])
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -62,6 +67,7 @@ class PurgePlan:
                 {"set": item.path.name, "size_bytes": item.size_bytes, "reason": item.reason} for item in self.sets
             ],
             "kept": [path.name for path in self.kept],
+            "leftovers": [path.name for path in self.leftovers],
             "size_bytes": self.size_bytes,
         }
 
@@ -105,7 +111,7 @@ def plan_purge(
     with storage_errors("plan a purge of", model_dir):
         for path in reversed(cleared_sets(model_dir)):
             size_bytes = list_tree(path).size_bytes
-            days = (moment - _cleared_at(path)).total_seconds() / 86_400
+            days = (moment - (cleared_at(path.name) or moment)).total_seconds() / 86_400
             reason = None
             if kept and keep_sets is not None and len(kept) >= keep_sets:
                 reason = f"more than {keep_sets} sets"
@@ -126,10 +132,6 @@ def plan_purge(
         kept=tuple(kept),
         leftovers=tuple(leftovers),
     )
-
-
-def _cleared_at(path: Path) -> datetime:
-    return datetime.strptime(path.name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
 
 
 def purge_cleared(

@@ -11,7 +11,7 @@ from typing import Any
 
 from .atomic import PathLike, append_line_durable, fsync_dir
 from .checkpoints import CHECKPOINT_NAME, list_checkpoints
-from .clear import JOURNAL_NAME, SET_NAME, SET_RECORD, sync_folders
+from .clear import JOURNAL_NAME, SET_RECORD, cleared_at, sync_folders
 from .errors import ClearRefused, NotFound, storage_errors
 from .layout import CLEARED_NAME
 from .lock import require_lock
@@ -29,9 +29,7 @@ def cleared_sets(model_dir: PathLike) -> list[Path]:
     root = Path(model_dir, CLEARED_NAME)
     if root.is_symlink() or not root.is_dir():
         return []
-    return sorted(
-        path for path in root.iterdir() if SET_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-    )
+    return sorted(path for path in root.iterdir() if cleared_at(path.name) and path.is_dir() and not path.is_symlink())
 
 
 def restore_set(model_dir: PathLike, set_name: str) -> RestoreResult:

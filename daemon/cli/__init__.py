@@ -68,6 +68,8 @@ def root_options(
     context.obj = Place(root=config.find_root(root))
 
 
-from daemon.cli import jobs, model, operations, service  # noqa: E402  each adds its commands to the application
+# Each adds its commands to the application, in the order in which help shows them.
+from daemon.cli import service  # noqa: E402  isort: skip
+from daemon.cli import jobs, model, operations  # noqa: E402  isort: skip
 
 __all__ = ["app", "jobs", "main", "model", "operations", "service"]

@@ -25,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# The parts of `dropforge --help`, in their order.
+BEGIN, DATA, WATCH, QUEUE, MODEL, MACHINE = "Begin", "Data", "Watch", "Queue", "Model", "Machine"
 # What goes into a file or a pipe is not cut to a terminal's width.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -38,8 +40,22 @@ class Place:
 
     @property
     def settings(self) -> config.Settings:
-        """The root's settings, read when a command needs them."""
+        """The root's settings, read when a command needs them. Raises NotFound when there is no such folder."""
+        if not self.root.is_dir():
+            raise NotFound(
+                operation="use",
+                subject=self.root,
+                cause="there is no such folder",
+                hint="`dropforge init` makes a root",
+            )
         return config.load(self.root)
+
+    def not_yet(self, operation: str, path: Path, cause: str) -> NotFound:
+        """The error for what a daemon makes and none has made; in a folder that is no root, it says that."""
+        hint = "`dropforge run` makes it"
+        if not (self.root / config.CONFIG_NAME).exists():
+            hint = f"{self.root} has no {config.CONFIG_NAME}: is it the root? --root or DROPFORGE_ROOT names another"
+        return NotFound(operation=operation, subject=path, cause=cause, hint=hint)
 
 
 @contextmanager
@@ -47,9 +63,7 @@ def open_store(context: typer.Context) -> Iterator[JobStore]:
     """The root's job store. Raises NotFound when no daemon has made one yet."""
     path = context.obj.settings.store_path
     if not path.exists():
-        raise NotFound(
-            operation="open", subject=path, cause="there is no queue on this root yet", hint="`dropforge run` makes one"
-        )
+        raise context.obj.not_yet("open", path, "there is no queue on this root yet")
     store = JobStore(path)
     try:
         yield store

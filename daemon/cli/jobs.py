@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from daemon import people, show
-from daemon.cli.common import JsonFlag, app, open_store, out, print_json
+from daemon.cli import completing
+from daemon.cli.common import DATA, QUEUE, WATCH, JsonFlag, app, open_store, out, print_json
 from daemon.config import Settings
 from daemon.errors import ConfigError
 from daemon.eta import queue_etas, seconds_per_row, spell
@@ -19,16 +20,21 @@ from daemon.status import finished_job, read_status
 from daemon.store import JobStore
 from daemon.text import escape
 
+JOB = "A job's id, or its beginning or end."
 
-@app.command()
+
+@app.command(rich_help_panel=WATCH)
 def jobs(
     context: typer.Context,
     as_json: JsonFlag = False,
+    state: Annotated[
+        list[JobState] | None, typer.Option("--state", help="Only jobs in this state (repeatable).")
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")] = 50,
 ) -> None:
     """List jobs, oldest first; those that wait with why, and about when they will be done."""
     with open_store(context) as store:
-        found = list(reversed(store.jobs(limit=limit, newest=True)))
+        found = list(reversed(store.jobs(state or None, limit=limit, newest=True)))
         etas = _etas(context.obj.settings, store)
     if as_json:
         print_json(
@@ -41,7 +47,7 @@ def jobs(
         ]
         out.print(show.jobs(told))
     else:
-        out.print("no jobs yet")
+        out.print(f"no jobs that are {' or '.join(state)}" if state else "no jobs yet")
 
 
 def _etas(settings: Settings, store: JobStore) -> dict[str, float]:
@@ -56,9 +62,13 @@ def _etas(settings: Settings, store: JobStore) -> dict[str, float]:
     return {**etas, running["id"]: left} if running.get("id") and left is not None else etas
 
 
-@app.command("show")
-def show_job(context: typer.Context, job: str, as_json: JsonFlag = False) -> None:
-    """Everything about one job: data, verdict, steps, losses, every move. JOB may be the beginning or end of its id."""
+@app.command("show", rich_help_panel=WATCH)
+def show_job(
+    context: typer.Context,
+    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completing.any_job)],
+    as_json: JsonFlag = False,
+) -> None:
+    """Everything about one job: data, verdict, steps, losses, every move."""
     with open_store(context) as store:
         found = store.find(job)
         events = store.events(found.id)
@@ -68,7 +78,7 @@ def show_job(context: typer.Context, job: str, as_json: JsonFlag = False) -> Non
         out.print(show.job(found, events, context.obj.settings))
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def submit(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A .jsonl file; it is copied, not moved.")],
@@ -92,7 +102,7 @@ def submit(
     raise typer.Exit({JobState.SUCCEEDED: 0, JobState.REJECTED: 3}.get(job.state, 1))
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def check(
     context: typer.Context,
     files: Annotated[list[Path], typer.Argument(help="Files to check; nothing is moved or queued.")],
@@ -116,10 +126,10 @@ def check(
     raise typer.Exit(0 if all(report.accepted for report in reports) else 3)
 
 
-@app.command()
+@app.command(rich_help_panel=QUEUE)
 def cancel(
     context: typer.Context,
-    job: str,
+    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completing.open_job)],
     hand_back: Annotated[
         bool, typer.Option("--return", help="Put its file back into the inbox instead of failed/.")
     ] = False,
@@ -129,17 +139,20 @@ def cancel(
         out.print(people.cancel(context.obj.settings, store, store.find(job), hand_back=hand_back), markup=False)
 
 
-@app.command()
-def retry(context: typer.Context, job: str) -> None:
+@app.command(rich_help_panel=QUEUE)
+def retry(
+    context: typer.Context,
+    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completing.unsuccessful_job)],
+) -> None:
     """Put a failed, rejected or cancelled job back into the queue, under the settings of now."""
     with open_store(context) as store:
         out.print(people.retry(context.obj.settings, store, store.find(job)), markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=QUEUE)
 def move(
     context: typer.Context,
-    job: str,
+    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completing.queued_job)],
     first: Annotated[bool, typer.Option("--first", help="Before all others of its priority.")] = False,
     priority: Annotated[Priority | None, typer.Option(help="Its new priority.")] = None,
 ) -> None:
@@ -150,7 +163,7 @@ def move(
         out.print(people.move(store, store.find(job), first=first, priority=priority), markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=QUEUE)
 def pause(
     context: typer.Context,
     after_job: Annotated[bool, typer.Option("--after-job", help="Let the running job come to its end.")] = False,
@@ -161,7 +174,7 @@ def pause(
         out.print(people.pause(store, after_job=after_job, reason=reason), markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=QUEUE)
 def resume(context: typer.Context) -> None:
     """Let a paused queue go on."""
     with open_store(context) as store:

@@ -13,7 +13,9 @@ import typer
 
 import guard
 from daemon import show, versions
-from daemon.cli.common import JsonFlag, app, print_json
+from daemon.children import environment
+from daemon.cli import completing
+from daemon.cli.common import MODEL, JsonFlag, app, print_json
 from daemon.cli.common import out as out_console
 from daemon.config import Settings
 from daemon.errors import DropforgeError, TryLater
@@ -24,7 +26,7 @@ from daemon.text import escape
 WAIT_SECONDS = 0.05  # between two attempts; a promotion is followed by seconds of a trainer's start
 
 
-@app.command("versions")
+@app.command("versions", rich_help_panel=MODEL)
 def list_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
     """Show finished adapters as a tree: which continued which, and their held-out losses before and after."""
     model_dir = context.obj.settings.model_dir
@@ -43,10 +45,10 @@ def list_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
         out_console.print("no versions yet: nothing has been trained to its end")
 
 
-@app.command("merge")
+@app.command("merge", rich_help_panel=MODEL)
 def merge(
     context: typer.Context,
-    version: Annotated[str, typer.Argument(help="A version's number, or `latest`.")],
+    version: Annotated[str, typer.Argument(help="A version's number, or `latest`.", autocompletion=completing.version)],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
 ) -> None:
     """Write a version merged into its base model, in bfloat16, for programs that know no adapters."""
@@ -61,6 +63,7 @@ def merge(
         ],
         capture_output=True,
         text=True,
+        env=environment(),
         check=False,
     )
     try:
@@ -75,10 +78,10 @@ def merge(
     out_console.print(f"version {found.name} merged into {out}: {out_size}")
 
 
-@app.command()
+@app.command(rich_help_panel=MODEL)
 def rollback(
     context: typer.Context,
-    version: Annotated[str, typer.Argument(help="An earlier version: 0003, or 3.")],
+    version: Annotated[str, typer.Argument(help="An earlier version: 0003, or 3.", autocompletion=completing.version)],
     after_job: Annotated[bool, typer.Option("--after-job", help="Wait until the running job has ended.")] = False,
 ) -> None:
     """Make an earlier version the current one. The next dataset continues from it; nothing is deleted."""
@@ -123,11 +126,22 @@ def _running(settings: Settings) -> str:
 
 @app.command(
     "guard",
+    rich_help_panel=MODEL,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
 )
 def guard_command(context: typer.Context) -> None:
-    """Fingerprints, verdicts, seals and clearing by hand: fingerprint | check | verify | clear | seal."""
+    """Fingerprints, verdicts, seals and clearing by hand: fingerprint | check | verify | clear | purge | seal."""
+    from guard.cli import OwnModel
     from guard.cli import main as guard_main
 
-    raise typer.Exit(guard_main(context.args))
+    settings: Settings = context.obj.settings
+    policy = settings.guard
+    own = OwnModel(
+        model_dir=settings.model_dir,
+        key_file=settings.root / policy.key_file if policy.key_file else None,
+        keep_sets=policy.keep_cleared_sets,
+        keep_days=policy.keep_cleared_days,
+        keep_bytes=policy.keep_cleared_bytes,
+    )
+    raise typer.Exit(guard_main(context.args, prog="dropforge guard", own=own))

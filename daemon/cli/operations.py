@@ -10,18 +10,20 @@ from typing import Annotated
 
 import typer
 
-from daemon import install, logview, show
-from daemon.cli.common import JsonFlag, app, out, print_json
+from daemon import config, install, logview, show
+from daemon.cli import completing
+from daemon.cli.common import MACHINE, WATCH, JsonFlag, app, out, print_json
 from daemon.config import Settings
 from daemon.errors import NotFound
 from daemon.status import read_status
+from daemon.text import escape
 from daemon.unitfile import DropIn
 
 FOLLOW_SECONDS = 0.25
 BACKLOG = 200  # events shown first, of a log that may hold millions
 
 service_app = typer.Typer(help="Run Dropforge under systemd.", no_args_is_help=True)
-app.add_typer(service_app, name="service")
+app.add_typer(service_app, name="service", rich_help_panel=MACHINE)
 
 
 class Level(StrEnum):
@@ -41,10 +43,15 @@ class Shell(StrEnum):
     FISH = "fish"
 
 
-@app.command()
+@app.command(rich_help_panel=WATCH)
 def logs(
     context: typer.Context,
-    job: Annotated[str, typer.Argument(help="Only this job's events: the beginning or end of its id.")] = "",
+    job: Annotated[
+        str,
+        typer.Argument(
+            help="Only this job's events: the beginning or end of its id.", autocompletion=completing.any_job
+        ),
+    ] = "",
     *,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until Ctrl-C.")] = False,
     level: Annotated[Level, typer.Option(help="The least severe events shown.")] = Level.DEBUG,
@@ -57,7 +64,7 @@ def logs(
     """Show the log, oldest first, across rotated files."""
     path = log_path(context.obj.settings)
     if not path.exists():
-        raise NotFound(operation="read", subject=path, cause="there is no log yet", hint="`dropforge run` writes one")
+        raise context.obj.not_yet("read", path, "there is no log yet")
     wanted = logview.Wanted(job=job, level=level.value)
     most = lines if lines is not None else None if job else BACKLOG
     reader = logview.LogReader(path)
@@ -68,8 +75,16 @@ def logs(
             raw.decode("ascii", "backslashreplace") if as_json else logview.line(event, colours=colours), flush=follow
         )
 
-    for raw, event in logview.newest(reader.read(), wanted, most):
+    found = logview.newest(reader.read(), wanted, most)
+    is_known = not job
+    for raw, event in found:
         print_event(raw, event)
+        is_known = True
+    if not is_known and not follow and level is Level.DEBUG:
+        reader.close()
+        raise NotFound(
+            operation="find job", subject=escape(job), cause="no event of the log tells of it", hint="`dropforge jobs`"
+        )
     try:
         while follow:
             for raw, event in reader.read():
@@ -91,7 +106,7 @@ def log_path(settings: Settings) -> Path:
     return Path(told) if isinstance(told, str) and told and Path(told).exists() else settings.log_path
 
 
-@app.command("doctor")
+@app.command("doctor", rich_help_panel=MACHINE)
 def doctor_command(context: typer.Context, as_json: JsonFlag = False) -> None:
     """Check what would bite: versions, GPU, disk, limits, permissions, model. Exit 1 when something fails."""
     from daemon import doctor
@@ -120,7 +135,7 @@ def install_service(
     ] = None,
 ) -> None:
     """Write the systemd unit for this root, with this interpreter, and print the next commands."""
-    settings = context.obj.settings
+    settings = config.load(context.obj.root)  # a folder that the printed commands may make
     planned = install.plan(
         settings,
         user=user,
@@ -139,7 +154,7 @@ def install_service(
         out.print(f"  {command}", markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 def completion(shell: Annotated[Shell, typer.Argument(help="Which shell.")]) -> None:
     """Print a completion script: `dropforge completion bash > /etc/bash_completion.d/dropforge`."""
     from typer.completion import get_completion_script  # type: ignore[attr-defined]  # not re-exported by its name

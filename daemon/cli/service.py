@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 
 from daemon import config, show
-from daemon.cli.common import JsonFlag, Place, app, out, print_json
-from daemon.errors import DropforgeError, NotFound
+from daemon.cli.common import BEGIN, WATCH, JsonFlag, Place, app, out, print_json
+from daemon.errors import DropforgeError
 from daemon.status import Liveness, read_status
 from daemon.text import escape
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def init(
     context: typer.Context,
     tiny: Annotated[
@@ -33,7 +33,7 @@ def init(
     out.print(f"then: dropforge run, and drop .jsonl files into {settings.inbox_dir}", markup=False)
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def run(
     context: typer.Context,
     once: Annotated[bool, typer.Option("--once", help="Leave when inbox and queue are empty.")] = False,
@@ -52,13 +52,16 @@ def run(
         log = logs.configure(settings, listeners=[metrics.hear] if wanted else [])
     except OSError as error:
         raise DropforgeError(
-            operation="open the log", subject=settings.log_path, cause=str(error), hint="may this user write there?"
+            operation="write the log",
+            subject=settings.log_path,
+            cause=error.strerror or str(error),
+            hint="run it as the user who owns the root, or choose another folder under [logging]",
         ) from error
     reporter = Reporter(metrics, settings.metrics, settings.root, log) if wanted else None
     raise typer.Exit(Service(settings, log=log, metrics=reporter).run(once=once))
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def demo(
     folder: Annotated[
         Path | None, typer.Argument(help="A new folder to show it in (default: a temporary one).")
@@ -70,7 +73,7 @@ def demo(
     raise typer.Exit(run_demo(folder))
 
 
-@app.command()
+@app.command(rich_help_panel=WATCH)
 def status(
     context: typer.Context,
     as_json: JsonFlag = False,
@@ -90,12 +93,7 @@ def status(
             operation="read", subject=settings.status_path, cause=str(error), hint="the daemon replaces it when it runs"
         ) from error
     if snapshot is None:
-        raise NotFound(
-            operation="read",
-            subject=settings.status_path,
-            cause="no daemon has run on this root yet",
-            hint="`dropforge run` starts one",
-        )
+        raise context.obj.not_yet("read", settings.status_path, "no daemon has run on this root yet")
     if as_json:
         print_json(snapshot)
     else:

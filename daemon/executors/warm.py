@@ -54,7 +54,7 @@ class WarmExecutor(LocalExecutor):
     def launch(self, spec: RunSpec) -> None:
         """As LocalExecutor; the server for the next job is started once this one is."""
         signature = _signature(self._server_command, self._idle_seconds, spec)
-        if self._server is not None and (self._server.signature != signature or not self._server.alive):
+        if self._server is not None and (self._server.signature != signature or self._server.gone):
             self.close()
         super().launch(spec)
         if self._server is None:
@@ -110,6 +110,7 @@ class _Server:
         self._process = process
         self._channel = channel
         self._ready = False
+        self._refused = False
 
     @classmethod
     def start(cls, command: Sequence[str], idle_seconds: float, spec: RunSpec, signature: tuple[Any, ...]) -> _Server:
@@ -133,15 +134,18 @@ class _Server:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def gone(self) -> bool:
+        """Whether another one should take its place: not when it found that nothing can be forked here."""
+        return not self.alive and not self.ready() and not self._refused
+
     def ready(self) -> bool:
         """Whether it has its imports done; never waits."""
-        if not self.alive:
-            return False
-        if not self._ready:
+        if not self._ready and not self._refused:
             with suppress(BlockingIOError, OSError, ValueError):
-                message = self._channel.recv(4096, socket.MSG_DONTWAIT)
-                self._ready = bool(json.loads(message).get("ready"))
-        return self._ready
+                message = json.loads(self._channel.recv(4096, socket.MSG_DONTWAIT))
+                self._ready, self._refused = "ready" in message, "refused" in message
+        return self._ready and self.alive
 
     def fork(self, run_dir: Path, descriptors: Sequence[int]) -> int | None:
         """The pid of a new trainer, None when the server cannot or will not."""
@@ -163,15 +167,21 @@ class _Server:
 
 
 def _signature(command: Sequence[str], idle_seconds: float, spec: RunSpec) -> tuple[Any, ...]:
-    """What a server was started for: it is replaced when this changes."""
-    versions: list[tuple[str, str | None, str | None]] = []
-    for name in PACKAGES:
-        try:
-            found = distribution(name)
-            record = found.locate_file("")
-            versions.append((name, found.version, str(record)))
-        except PackageNotFoundError:
-            versions.append((name, None, None))
-    code = Path(__file__).parents[1].rglob("*.py")
-    changed = max(path.stat().st_mtime_ns for path in code)
-    return (*command, idle_seconds, (spec.recipe.get("model") or {}).get("model_name_or_path"), changed, *versions)
+    """What a server was started for: it is replaced when this changes, by a setting or by an upgrade under its feet."""
+    house = Path(__file__).parents[2]
+    code = [
+        (str(path), path.stat().st_mtime_ns) for part in ("daemon", "guard") for path in (house / part).rglob("*.py")
+    ]
+    base = (spec.recipe.get("model") or {}).get("model_name_or_path")
+    return (*command, idle_seconds, base, *sorted(code), *map(_installed, PACKAGES))
+
+
+def _installed(name: str) -> tuple[str, ...]:
+    """Version and place of a package as it lies on the disk now, and when it was put there."""
+    try:
+        found = distribution(name)
+    except PackageNotFoundError:
+        return (name,)
+    record = Path(str(found.locate_file(f"{name}-{found.version}.dist-info/RECORD")))
+    when = record.stat().st_mtime_ns if record.exists() else 0
+    return name, found.version, str(record), str(when)

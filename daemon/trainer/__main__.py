@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from daemon.trainer.imports import import_peft
 from daemon.trainer.session import Engine, conduct
 
 
@@ -21,6 +22,7 @@ def settle_environment() -> None:
 def load() -> Engine:
     """The engine that trains in this process; takes seconds."""
     settle_environment()
+    import_peft()
     from daemon.trainer.train import train
 
     return train

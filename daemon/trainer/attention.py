@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ def packed_attention(  # noqa: PLR0917  transformers calls it so
     if (window := kwargs.get("sliding_window")) is not None and (max_length_q or 0) > window:
         raise NotImplementedError(f"packed attention has no sliding window of {window}")
     grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # 4-bit layers give back float32, whatever they compute in
+        query, key, value = (part.to(torch.get_autocast_dtype("cuda")) for part in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -71,46 +74,76 @@ def use_packed(model: Any, examples: Sequence[Example]) -> bool:
     """
     network = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = network.config._attn_implementation
-    rows = [
-        _short(example, size) for example, size in zip((*examples[:1], *examples[-1:]), (PROBE_TOKENS, 9), strict=True)
-    ]
+    longest = max(len(example.input_ids) for example in examples)
     if before == "flash_attention_2":  # it knows seams by itself, under the same names
-        return _same(network, rows, lambda: None)
+        return _same(network, probe_rows(examples), longest, lambda: None)
     if before != "sdpa":
         return False
-    if _same(network, rows, lambda: network.set_attn_implementation(PACKED)):
+    if _same(network, probe_rows(examples), longest, lambda: network.set_attn_implementation(PACKED)):
         return True
     network.set_attn_implementation(before)
     return False
 
 
-def _same(network: Any, rows: list[Example], switch: Any) -> bool:
-    device = next(network.parameters()).device
-    was_training = network.training
-    network.eval()
+def _same(network: Any, rows: list[Example], longest: int, switch: Callable[[], None]) -> bool:
+    """Whether rows end to end have the logits that each has alone, and gradients. `longest`: of the rows to come."""
     try:
-        with torch.inference_mode():
-            alone = [network(input_ids=torch.tensor([row.input_ids], device=device)).logits[0] for row in rows]
+        with computing(network) as device:
+            with torch.inference_mode():
+                alone = [network(input_ids=torch.tensor([row.input_ids], device=device)).logits[0] for row in rows]
             switch()
             batch = {
                 name: value.to(device) if isinstance(value, torch.Tensor) else value
                 for name, value in flatten(rows).items()
                 if name != "labels"
             }
+            # A window that these rows fit in and others do not has to show now, not in the middle of a run.
+            batch |= {"max_length_q": longest, "max_length_k": longest}
             together = network(**batch, use_cache=False).logits[0]
-        apart = torch.cat(alone).float()
-        difference = float((together.float() - apart).abs().max()) / max(float(apart.abs().max()), 1e-6)
-        return difference <= TOLERANCE.get(alone[0].dtype, 0.0)
+            learns = [p for p in network.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(together.float().sum(), learns, allow_unused=True) if learns else ()
+            finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
+            return finite and nearly_equal(together.detach(), torch.cat(alone))
     except (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError):
         return False  # padded passes work with every model
+
+
+@contextmanager
+def computing(network: Any) -> Iterator[torch.device]:
+    """`network` without dropout and in the precision that it trains in; yields its device."""
+    device: torch.device = next(network.parameters()).device
+    was_training = network.training
+    network.eval()
+    try:
+        with autocast(network):
+            yield device
     finally:
         network.train(was_training)
 
 
-def _short(example: Example, most: int) -> Example:
-    return Example(
-        input_ids=list(example.input_ids[:most]),
-        labels=list(example.labels[:most]),
-        line=example.line,
-        content_digest=example.content_digest,
+def autocast(network: Any) -> torch.autocast:
+    """What the Trainer computes a pass in: bfloat16 on a GPU, where the base weights are, or 4-bit ones compute in it."""
+    device = next(network.parameters()).device
+    quantized = getattr(network.config, "quantization_config", None)
+    low = getattr(quantized, "bnb_4bit_compute_dtype", None) is torch.bfloat16 or any(
+        parameter.dtype is torch.bfloat16 for parameter in network.parameters()
     )
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" and low)
+
+
+def nearly_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits differ by no more than the rounding of what they were computed in."""
+    kind = found.device.type
+    computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else expected.dtype
+    difference = float((found.float() - expected.float()).abs().max()) / max(float(expected.abs().max()), 1e-6)
+    return difference <= TOLERANCE.get(computed_in, 0.0)
+
+
+def probe_rows(examples: Sequence[Example]) -> list[Example]:
+    """Two short rows of different length, all but their first token trained: enough to show how a model computes."""
+    return [_short(example, size) for example, size in zip((examples[0], examples[-1]), (PROBE_TOKENS, 9), strict=True)]
+
+
+def _short(example: Example, most: int) -> Example:
+    ids = list(example.input_ids[:most])
+    return Example(input_ids=ids, labels=ids, line=example.line, content_digest=example.content_digest)

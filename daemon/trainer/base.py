@@ -26,6 +26,11 @@ class BaseModel:
     path: Path
     revision: str | None  # commit of the Hub snapshot, None for a local folder
 
+    @property
+    def reference(self) -> str:
+        """How an adapter names its base: the Hub id, which holds on every machine, or the local folder."""
+        return self.name if self.revision is not None else str(self.path)
+
 
 def resolve_base(model: ModelSettings) -> BaseModel:
     """The base model's folder. Raises RunFailure(CONFIG) when it is missing, incomplete or would need foreign code."""

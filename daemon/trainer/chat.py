@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise, takewhile
 from typing import Any
 
@@ -32,7 +33,6 @@ class Rendered:
 
     text: str
     turns: tuple[Span, ...]  # one for each assistant's message, in order
-    seams_verified: bool = True  # False: the last turn's start is where two renderings part ways
 
 
 class ChatTemplate:
@@ -46,6 +46,7 @@ class ChatTemplate:
                 hint="choose an instruction-tuned base model, or drop prompt/completion or text rows",
             )
         self._tokenizer = tokenizer
+        self._eos = tokenizer.eos_token
         self._special = sorted((str(token) for token in tokenizer.all_special_tokens), key=len, reverse=True)
 
     def text(self, messages: Sequence[Message], tools: Any, *, generation_prompt: bool = False) -> str:
@@ -57,7 +58,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], tools: Any) -> Rendered:
         """The rendering with the assistant's turns. Raises RunFailure(CONFIG) when they cannot be told apart."""
         turns = assistant_turns(messages)
-        if _GENERATION.search(self._tokenizer.get_chat_template(None, tools)):
+        if _marks_turns(self._tokenizer.get_chat_template(None, tools)):
             text, spans = self._render(messages, tools, markers=True)
             if len(spans) == len(turns):
                 return Rendered(text=text, turns=tuple(self._with_end(text, start, end) for start, end in spans))
@@ -76,7 +77,7 @@ class ChatTemplate:
         text = self.text(messages, tools)
         before = self.text(messages[:-1], tools, generation_prompt=True)
         start = common_prefix(before, text)
-        return Rendered(text=text, turns=((start, len(text)),), seams_verified=start == len(before))
+        return Rendered(text=text, turns=((start, len(text)),))
 
     def _by_prefixes(self, messages: Sequence[Message], turns: list[int], tools: Any, whole: str) -> tuple[Span, ...]:
         """Each turn's start is the length of what comes before it, ready for an answer; its end, with it."""
@@ -89,6 +90,8 @@ class ChatTemplate:
 
     def _prefix(self, messages: Sequence[Message], tools: Any, whole: str, *, generation_prompt: bool = False) -> int:
         before = self.text(messages, tools, generation_prompt=generation_prompt)
+        if self._eos and not whole.startswith(before):  # some templates, Phi-3's, close every conversation with EOS
+            before = before.removesuffix(self._eos)
         if not whole.startswith(before):
             at = common_prefix(before, whole)
             raise RunFailure(
@@ -163,6 +166,11 @@ class ChatTemplate:
                 hint="compare the rows' roles with what the base model's chat template accepts",
             ) from error
         return texts[0], [(start, end) for start, end in spans[0]] if markers else []
+
+
+@lru_cache
+def _marks_turns(template: str) -> bool:
+    return _GENERATION.search(template) is not None
 
 
 def assistant_turns(messages: Sequence[Message]) -> list[int]:

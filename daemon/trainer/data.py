@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,11 +16,11 @@ from daemon.config import DataSettings, TrainingSettings
 from daemon.job import FailureKind, Plan
 from daemon.rows import Row
 from daemon.trainer.batches import flat_passes, padded_passes, share_rows
-from daemon.trainer.encode import IGNORE, encode, truncate
+from daemon.trainer.encode import IGNORE, Encoder, truncate
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.session import die_with_parent
 
-ROWS_A_CHUNK = 256
+ROWS_A_CHUNK = 128
 # Below this many rows, starting processes costs more than they save.
 ROWS_WORTH_A_PROCESS = 1000
 # What a forward and backward pass costs besides its tokens, in tokens: launches of kernels, mostly.
@@ -40,7 +39,8 @@ class Example:
     @property
     def trained_tokens(self) -> int:
         """Labels that count after the model's shift by one: the first position predicts nothing."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        rest = self.labels[1:]
+        return len(rest) - rest.count(IGNORE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class Examples:
     dropped_lines: tuple[int, ...]  # rows without a trained token
     truncated_rows: int
     truncated_lines: tuple[int, ...] = ()  # of them, those that lost trained tokens
+    control_lines: tuple[int, ...] = ()  # rows whose messages hold the text of a control token, learned as text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class _Encoded:
     example: Example
     truncated: bool
     lost_trained: bool
+    control: bool
 
 
 def tokenise(rows: Iterable[Row], tokenizer: Any, data: DataSettings, *, processes: int = 1) -> Examples:
@@ -72,12 +74,14 @@ def tokenise(rows: Iterable[Row], tokenizer: Any, data: DataSettings, *, process
     train: list[Example] = []
     held_out: list[Example] = []
     dropped: list[int] = []
-    truncated, lost = 0, []
+    truncated, lost, control = 0, [], []
     for encoded in _encode_all(rows, tokenizer, data, processes):
         example = encoded.example
         truncated += encoded.truncated
         if encoded.lost_trained:
             lost.append(example.line)
+        if encoded.control:
+            control.append(example.line)
         if example.trained_tokens == 0:
             dropped.append(example.line)
         elif held_out_rank(example.content_digest) < data.held_out_fraction:
@@ -98,6 +102,7 @@ def tokenise(rows: Iterable[Row], tokenizer: Any, data: DataSettings, *, process
         dropped_lines=tuple(dropped),
         truncated_rows=truncated,
         truncated_lines=tuple(lost),
+        control_lines=tuple(control),
     )
 
 
@@ -107,25 +112,27 @@ def worker_processes(rows: int) -> int:
 
 
 def _encode_all(rows: Iterable[Row], tokenizer: Any, data: DataSettings, processes: int) -> Iterator[_Encoded]:
+    encoder = Encoder(tokenizer, data)
+    bos = tokenizer.bos_token_id
     if processes == 1:
         for row in rows:
-            yield _encode_one(row, tokenizer, data)
+            yield _encode_one(row, encoder, data.max_length, bos)
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("a process that has started CUDA cannot be forked to tokenise")
     context = multiprocessing.get_context("fork")
-    with context.Pool(processes, _begin_worker, (tokenizer, data)) as pool:
+    with context.Pool(processes, _begin_worker, (encoder, data.max_length, bos)) as pool:
         for chunk in pool.imap(_encode_chunk, _chunks(rows), chunksize=1):
             yield from chunk
 
 
-_worker: tuple[Any, DataSettings] | None = None  # of a tokenising process: what it inherited by its fork
+_worker: tuple[Encoder, int, int | None] | None = None  # of a tokenising process: what it inherited by its fork
 
 
-def _begin_worker(tokenizer: Any, data: DataSettings) -> None:
+def _begin_worker(encoder: Encoder, max_length: int, bos: int | None) -> None:
     global _worker  # noqa: PLW0603  a pool hands its workers their state in no other way
     die_with_parent(hard=True)
-    _worker = (tokenizer, data)
+    _worker = (encoder, max_length, bos)
 
 
 def _encode_chunk(rows: list[Row]) -> list[_Encoded]:
@@ -133,20 +140,15 @@ def _encode_chunk(rows: list[Row]) -> list[_Encoded]:
     return [_encode_one(row, *_worker) for row in rows]
 
 
-def _encode_one(row: Row, tokenizer: Any, data: DataSettings) -> _Encoded:
-    ids, labels = encode(row, tokenizer, data)
+def _encode_one(row: Row, encoder: Encoder, max_length: int, bos: int | None) -> _Encoded:
+    ids, labels = encoder.encode(row)
     trained = len(labels) - labels.count(IGNORE)
-    kept_ids, kept_labels = truncate(ids, labels, data.max_length, tokenizer.bos_token_id)
+    kept_ids, kept_labels = truncate(ids, labels, max_length, bos)
     return _Encoded(
-        # Arrays: 4 bytes a token, where a list has 8 and, beyond small numbers, an object each.
-        example=Example(
-            input_ids=array("i", kept_ids),
-            labels=array("i", kept_labels),
-            line=row.line,
-            content_digest=row.content_digest,
-        ),
+        example=Example(input_ids=kept_ids, labels=kept_labels, line=row.line, content_digest=row.content_digest),
         truncated=len(kept_ids) < len(ids),
         lost_trained=len(kept_labels) - kept_labels.count(IGNORE) < trained,
+        control=encoder.spells_control_tokens(row),
     )
 
 
@@ -217,19 +219,20 @@ class Collator:
         }
 
     def passes(self, examples: Sequence[Example], *, budget_tokens: int | None = None) -> list[dict[str, Any]]:
-        """Tensors of each pass. A process without a row of its own computes one with nothing to learn."""
+        """Tensors of each pass, `with_targets`. A process without a row of its own computes one with nothing to learn."""
         budget = budget_tokens or self.budget_tokens
         mine = list(examples)
         if self.processes > 1:
             shares = share_rows([len(example.input_ids) for example in examples], self.processes)
             mine = [examples[at] for at in shares[self.process]]
             if not mine:
-                return [pad([examples[-1]], self.pad_token_id, silent=True)]
+                return [with_targets(pad([examples[-1]], self.pad_token_id, silent=True))]
         lengths = [len(example.input_ids) for example in mine]
         if self.flat:
-            return [flatten([mine[at] for at in rows]) for rows in flat_passes(lengths, budget_tokens=budget)]
+            divided = flat_passes(lengths, budget_tokens=budget)
+            return [with_targets(flatten([mine[at] for at in rows])) for rows in divided]
         divided = padded_passes(lengths, budget_tokens=budget, pass_tokens=self.pass_tokens)
-        return [pad([mine[at] for at in rows], self.pad_token_id) for rows in divided]
+        return [with_targets(pad([mine[at] for at in rows], self.pad_token_id)) for rows in divided]
 
 
 def pad(examples: Sequence[Example], pad_token_id: int, *, silent: bool = False) -> dict[str, Any]:
@@ -271,6 +274,17 @@ def flatten(examples: Sequence[Example]) -> dict[str, Any]:
         "max_length_q": max(sizes),
         "max_length_k": max(sizes),
     }
+
+
+def with_targets(one: dict[str, Any]) -> dict[str, Any]:
+    """A pass, and where it learns: `trained_at`, int64 (N,), positions of B x T that predict a trained token, and that
+    token, `targets`, int64 (1, N). A pass with nothing to learn has one position, whose target is IGNOREd."""
+    following = torch.full_like(one["labels"], IGNORE)
+    following[:, :-1] = one["labels"][:, 1:]
+    trained_at = (following.flatten() != IGNORE).nonzero()[:, 0]
+    if not len(trained_at):
+        trained_at = torch.zeros(1, dtype=torch.long)
+    return {**one, "trained_at": trained_at, "targets": following.flatten()[trained_at][None]}
 
 
 def _tensor(values: Sequence[int]) -> torch.Tensor:

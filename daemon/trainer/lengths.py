@@ -13,7 +13,7 @@ from typing import Any
 from daemon.config import Recipe
 from daemon.rows import iter_rows
 from daemon.trainer.base import resolve_base
-from daemon.trainer.encode import IGNORE, encode
+from daemon.trainer.encode import IGNORE, Encoder
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.model import load_tokenizer
 
@@ -23,13 +23,13 @@ BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 def measure(path: Path, format_: str, recipe: Recipe) -> dict[str, Any]:
     """Tokens and trained tokens over all rows, before truncation, and a histogram of lengths. Raises RunFailure."""
-    tokenizer = load_tokenizer(resolve_base(recipe.model))
+    encoder = Encoder(load_tokenizer(resolve_base(recipe.model)), recipe.data)
     counts = [0] * (len(BINS) + 1)
     tokens = trained = cut = 0
     for row in iter_rows(path, format_, recipe.data):
-        ids, labels = encode(row, tokenizer, recipe.data)
+        ids, labels = encoder.encode(row)
         tokens += len(ids)
-        trained += sum(label != IGNORE for label in labels[1:])
+        trained += len(labels[1:]) - labels[1:].count(IGNORE)
         cut += len(ids) > recipe.data.max_length
         counts[next((at for at, bound in enumerate(BINS) if len(ids) <= bound), len(BINS))] += 1
     return {

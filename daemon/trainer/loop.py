@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,10 +19,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from daemon.job import FailureKind, Plan
 from daemon.trainer import together
+from daemon.trainer.attention import computing
 from daemon.trainer.batches import StepBatches
 from daemon.trainer.data import Collator, Example
 from daemon.trainer.encode import IGNORE
 from daemon.trainer.failure import RunFailure
+from daemon.trainer.objective import Objective
 from daemon.trainer.report import Reporter
 from daemon.trainer.session import StopFlag
 from daemon.trainer.watch import LossWatch
@@ -54,6 +57,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         args: TrainingArguments,
         examples: Sequence[Example],
         collator: Collator,
+        objective: Objective,
         tokenizer: Any,
         grouped: bool,
         checkpoint_when_full: bool = False,
@@ -64,6 +68,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
             lengths, rows_a_step=args.per_device_train_batch_size, seed=args.seed, grouped=grouped
         )
         self._collator = collator
+        self._objective = objective
         self._budget_tokens = collator.budget_tokens
         self._checkpoint_when_full = checkpoint_when_full
         self._run_report = report
@@ -72,6 +77,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         self._tokens = 0
         self._parameter_count: int = sum(parameter.numel() for parameter in model.parameters())
         self._pending: deque[tuple[int, torch.Tensor, Any, int]] = deque()
+        self.waited_seconds = 0.0  # for the device's numbers: it computes meanwhile
+        self.sealing_seconds = 0.0  # checkpoints, written between steps
+        # Several visible GPUs are no reason to spread one process over them: its batches would be cut in pieces.
+        args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
             model=model,
             args=args,
@@ -150,13 +159,25 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
 
         Times the number of processes, because gradients are averaged over them.
         """
-        trained = num_items_in_batch
-        if self.model_accepts_loss_kwargs:
-            loss: torch.Tensor = model(**inputs, num_items_in_batch=trained).loss
-        else:  # a mean over the pass
-            loss = model(**inputs).loss * ((inputs["labels"][..., 1:] != IGNORE).sum() / trained)
+        loss = self._objective.loss(model, inputs, over=num_items_in_batch, takes_count=self.model_accepts_loss_kwargs)
         self.loss_is_scaled_for_ga = True
         return loss * together.processes()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """A pass on the device, without waiting for what the device is computing: from pinned memory."""
+        if self.args.device.type != "cuda":
+            return super()._prepare_inputs(inputs)
+        return {
+            name: value.pin_memory().to(self.args.device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in inputs.items()
+        }
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """The Trainer's own, timed when it saves."""
+        saves, began = self.control.should_save, time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **options)
+        if saves:
+            self.sealing_seconds += time.perf_counter() - began
 
     def floating_point_ops(self, inputs: Any) -> int:
         """By the usual estimate: 6 a parameter and token."""
@@ -189,7 +210,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         while self._pending and (all_of_them or len(self._pending) > 1 or self._pending[0][2] is None):
             number, numbers, ready, tokens = self._pending.popleft()
             if ready is not None:
+                began = time.perf_counter()
                 ready.synchronize()
+                self.waited_seconds += time.perf_counter() - began
             loss, norm, stop = numbers.tolist()
             loss, stop = together.total([loss, stop])
             found.append(
@@ -221,24 +244,22 @@ def enable_gradient_checkpointing(model: PeftModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def held_out_loss(model: PeftModel, examples: Sequence[Example], collator: Collator, stop: StopFlag) -> float | None:
+def held_out_loss(
+    model: PeftModel, examples: Sequence[Example], collator: Collator, objective: Objective, stop: StopFlag
+) -> float | None:
     """Mean loss a trained token over held-out rows, None when there are none (or a stop was asked for)."""
     if not examples:
         return None
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    with torch.inference_mode():
+    with computing(model) as device, torch.inference_mode():
         for one in collator.passes(examples):
             if stop.requested and together.processes() == 1:
                 break
             count = int((one["labels"][..., 1:] != IGNORE).sum())
             if count:
                 batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in one.items()}
-                total += float(model(**batch).loss) * count
+                total += float(objective.loss(model, batch, over=1))
             tokens += count
-    model.train(was_training)
     total, tokens_of_all = together.total([total, float(tokens)])
     if not tokens_of_all or stop.requested:
         return None

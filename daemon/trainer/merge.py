@@ -31,10 +31,10 @@ def merge(version_dir: Path, out: Path, model: ModelSettings) -> dict[str, Any]:
         raise RunFailure(FailureKind.CONFIG, f"{out} exists", hint="name a folder that does not")
     base = resolve_base(model)
     named = json.loads((version_dir / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
-    if named != base.name:
+    if named != base.reference:
         raise RunFailure(
             FailureKind.CONFIG,
-            f"version {version_dir.name} was trained on {named!r}, and {base.name!r} is configured",
+            f"version {version_dir.name} was trained on {named!r}, and {base.reference!r} is configured",
             hint="set model_name_or_path under [model] to the base that it was trained on",
         )
     config = lora_config(saved_shape(version_dir), base)

@@ -21,7 +21,7 @@ from daemon.job import FailureKind
 from daemon.trainer.base import BaseModel
 from daemon.trainer.failure import RunFailure
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of a saved configuration: what it was called and where it came from, which decides nothing here.
 FREE_FIELDS = frozenset(
     {"task_type", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "peft_type"}
@@ -38,7 +38,9 @@ def compute_dtype(model: ModelSettings) -> str:
     """What is computed in: "float32" or "bfloat16"."""
     if model.dtype != "auto":
         return model.dtype
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    # Emulated, as on GPUs before Ampere, it is slower than float32.
+    has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_it else "float32"
 
 
 def load_tokenizer(base: BaseModel) -> Any:
@@ -68,6 +70,7 @@ def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent
         # Norms and the head in float32, as QLoRA has them; gradient checkpointing stays our own decision.
         network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
     network.config.use_cache = False
+    network.name_or_path = base.reference  # peft writes this into the adapter; it would be the cache's folder
     config = lora_config(lora, base)
     if parent is None:
         return get_peft_model(network, config)
@@ -75,7 +78,16 @@ def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent
 
 
 def load_adapter(network: Any, folder: Path, config: LoraConfig, *, trainable: bool = False) -> PeftModel:
-    """The weights in `folder` under our own configuration; peft does not get to see the one that lies there."""
+    """The weights in `folder` under our own configuration; peft does not get to see the one that lies there.
+
+    Raises RunFailure(CONFIG) where there are none in safetensors: peft would go on to a pickled file.
+    """
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"{folder.name} has no {ADAPTER_WEIGHTS}",
+            hint="pickled weights are never loaded; `dropforge versions` lists what else there is to go back to",
+        )
     config.inference_mode = not trainable
     return PeftModel.from_pretrained(network, folder, config=config, is_trainable=trainable, local_files_only=True)
 
@@ -131,7 +143,7 @@ def lora_config(lora: LoraSettings, base: BaseModel) -> LoraConfig:
     """peft's configuration from our own settings, field by field; never from a file that was found or dropped."""
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base.name,
+        base_model_name_or_path=base.reference,
         revision=base.revision,
         r=lora.r,
         lora_alpha=_whole(lora.lora_alpha),

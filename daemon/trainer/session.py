@@ -16,11 +16,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from daemon.errors import is_no_space
 from daemon.job import RUN_SPEC_VERSION, FailureKind, Outcome, RunResult, RunSpec, from_json
 from daemon.news import RESULT_NAME
 from daemon.trainer.failure import Interrupted, RunFailure
 from daemon.trainer.report import Reporter
-from guard import FileChanged, GuardError, ModelLocked, WeightsNotFinite, digest_file
+from guard import FileChanged, GuardError, ModelLocked, UsageError, WeightsNotFinite, digest_file
 
 SPEC_NAME = "run.json"
 EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 75
@@ -88,13 +89,10 @@ def conduct(
     except WeightsNotFinite as error:
         result = failed(FailureKind.DIVERGED, error.cause, "lower learning_rate; nothing of this run is promoted")
     except GuardError as error:
-        result = failed(FailureKind.INTERNAL, f"cannot {error.operation} {error.path}: {error.cause}", error.hint)
-    except MemoryError as error:
-        result = failed(FailureKind.OUT_OF_MEMORY, f"out of memory: {error}", "lower per_device_train_batch_size")
+        result = failed(kind_of(error), f"cannot {error.operation} {error.path}: {error.cause}", error.hint)
     except OSError as error:
         traceback.print_exc()
-        kind = FailureKind.NO_SPACE if error.errno in (28, 122) else FailureKind.INTERNAL  # ENOSPC, EDQUOT
-        result = failed(kind, str(error), "free some space" if kind is FailureKind.NO_SPACE else "")
+        result = failed(kind_of(error), str(error), "free some space" if is_no_space(error) else "")
     # The last line of defence: whatever else a library raises becomes a typed result, with its traceback in the log.
     except Exception as error:
         traceback.print_exc()
@@ -103,6 +101,13 @@ def conduct(
     return {Outcome.SUCCEEDED: EXIT_DONE, Outcome.FAILED: EXIT_FAILED, Outcome.INTERRUPTED: EXIT_INTERRUPTED}[
         result.outcome
     ]
+
+
+def kind_of(error: GuardError | OSError) -> FailureKind:
+    """A full disk waits for room, a wrong setting (a key file open to others) for a person; the rest is tried again."""
+    if is_no_space(error):
+        return FailureKind.NO_SPACE
+    return FailureKind.CONFIG if isinstance(error, UsageError) else FailureKind.INTERNAL
 
 
 def failed(kind: FailureKind, message: str, hint: str = "") -> RunResult:
@@ -151,8 +156,8 @@ def become_the_victim() -> None:
 
 def _classify(error: Exception) -> tuple[FailureKind, str, str]:
     message = f"{type(error).__name__}: {error}"
-    # torch's classes, by name: torch may not even be imported here. On the CPU it has none of its own.
-    starved = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in message
-    if starved:
+    # torch's class, by name: torch may not even be imported here. On the CPU it has none of its own.
+    starved = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if starved or "DefaultCPUAllocator: can't allocate memory" in message:
         return FailureKind.OUT_OF_MEMORY, message, "lower per_device_train_batch_size or max_length"
     return FailureKind.INTERNAL, message, "the traceback is in the trainer's log"

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from daemon.executors.local import oom_kills
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json
 from daemon.news import RESULT_NAME
 from daemon.trainer.failure import Interrupted, RunFailure
@@ -35,6 +36,7 @@ def run_several(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         folder = member_dir(run_dir, process)
         folder.mkdir(exist_ok=True)
         (folder / RESULT_NAME).unlink(missing_ok=True)
+    killed_before = oom_kills()
     threads = str(max(1, len(os.sched_getaffinity(0)) // count))
     torchrun = subprocess.Popen(
         [
@@ -60,6 +62,12 @@ def run_several(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         return next(result for _, result in results if result.candidate or result.outcome is Outcome.INTERRUPTED)
     if stop.requested:
         raise Interrupted
+    if oom_kills() > killed_before:
+        raise RunFailure(
+            FailureKind.OUT_OF_MEMORY,
+            "the kernel ran out of memory and killed one of the processes",
+            hint="lower per_device_train_batch_size or max_length",
+        )
     raise RunFailure(
         FailureKind.LOST, f"torchrun ended with {torchrun.returncode}", hint="the trainer's log tells more"
     )

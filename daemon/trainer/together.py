@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any, TypeVar
 
+from daemon.job import FailureKind
+from daemon.trainer.failure import RunFailure
+
 T = TypeVar("T")
 
 
@@ -19,13 +22,22 @@ def processes() -> int:
 
 
 def join() -> None:
-    """Meet the other processes; each GPU process takes a GPU of its own. Nothing to do for a single one."""
+    """Meet the other processes; each GPU process takes a GPU of its own. Nothing to do for a single one.
+
+    Raises RunFailure(CONFIG) when there are fewer GPUs than processes.
+    """
     if processes() == 1:
         return
     import torch
     import torch.distributed as dist
 
     if torch.cuda.is_available():
+        if torch.cuda.device_count() < processes():
+            raise RunFailure(
+                FailureKind.CONFIG,
+                f"{processes()} processes share the run, and {torch.cuda.device_count()} GPUs can be seen",
+                hint="num_processes under [training] is at most the number of GPUs",
+            )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:

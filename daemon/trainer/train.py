@@ -6,9 +6,10 @@ until the candidate is complete.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 import guard
 from daemon import versions
@@ -30,8 +32,18 @@ from daemon.trainer.card import model_card
 from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan, tokenise, worker_processes
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import LossWatch, RunTrainer, enable_gradient_checkpointing, held_out_loss
-from daemon.trainer.model import adapter_tensors, all_finite, load_model, load_tokenizer, lora_b_norm, precision_of
+from daemon.trainer.model import (
+    adapter_tensors,
+    all_finite,
+    load_model,
+    load_tokenizer,
+    lora_b_norm,
+    lora_config,
+    precision_of,
+)
+from daemon.trainer.objective import Objective
 from daemon.trainer.report import Reporter
+from daemon.trainer.room import full_disk_is_told
 from daemon.trainer.session import StopFlag, check_unchanged
 from daemon.trainer.tensorboard import ScalarWriter
 
@@ -59,21 +71,28 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     require_packages(recipe)
     tokenizer = load_tokenizer(base)
     rows = iter_rows(Path(spec.dataset.path), spec.dataset.format, recipe.data)
-    workers = max(1, worker_processes(spec.dataset.rows) // together.processes())
+    # A process that has started CUDA, as some package may have when it was imported, cannot be forked.
+    most = 1 if torch.cuda.is_initialized() else worker_processes(spec.dataset.rows)
+    workers = max(1, most // together.processes())
     examples = tokenise(rows, tokenizer, recipe.data, processes=workers)
+    check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between
     planned = plan(examples, recipe.training)
     report.event("run.planned", **vars(planned), arithmetic=arithmetic(planned, examples, recipe))
     tokenised = time.monotonic()
     stop.check()
 
     together.join()
-    with guard.ModelLock(model_dir, owner=f"job {spec.job_id}") if first else nullcontext():
+    with guard.ModelLock(model_dir, owner=f"job {spec.job_id}") if first else nullcontext(), ExitStack() as stack:
         # 2. Whose checkpoints are these?
         parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
         precision = precision_of(recipe.model)
         prepared = together.from_first(
-            prepare(spec, recipe, base, parent=parent, precision=precision, key=key, report=report) if first else None
+            prepare(spec, recipe, base, planned, parent=parent, precision=precision, key=key, report=report)
+            if first
+            else None
         )
+        if first:
+            stack.enter_context(full_disk_is_told(prepared.staging_dir))
         if prepared.resume_from is not None:
             refuse_old_libraries()
         stop.check()
@@ -87,9 +106,12 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         if recipe.training.gradient_checkpointing is True:
             enable_gradient_checkpointing(model)
         collator = collator_for(model, recipe, examples, tokenizer)
+        objective = Objective()
+        if not (recipe.training.use_liger_kernel or recipe.training.torch_compile):  # they have ways of their own
+            objective.select_trained(model, examples.train)
         evaluated = held_out_sample(examples, recipe.data.held_out_max_rows)
         report.progress(phase="evaluating", total_steps=planned.total_steps)
-        loss_before = held_out_loss(model, evaluated, collator, stop)
+        loss_before = held_out_loss(model, evaluated, collator, objective, stop)
         if loss_before is not None:
             report.event("run.evaluated", when="before", held_out_loss=loss_before, rows=len(evaluated))
         loaded = time.monotonic()
@@ -100,6 +122,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             args=training_arguments(recipe, planned, prepared.staging_dir, precision),
             examples=examples.train,
             collator=collator,
+            objective=objective,
             tokenizer=tokenizer,
             grouped=recipe.training.train_sampling_strategy == "group_by_length",
             checkpoint_when_full=recipe.training.gradient_checkpointing == "auto",
@@ -123,6 +146,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             tokenised_seconds=round(tokenised - started, 3),
             loaded_seconds=round(loaded - tokenised, 3),
             flat=collator.flat,
+            scores_trained_only=objective.selects,
         )
         report.progress(
             phase="training",
@@ -162,7 +186,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         require_whole_run(steps_run, planned, watch.mean_loss)
         norm = lora_b_norm(model)
         require_learned(model, before, norm)
-        loss_after = held_out_loss(model, evaluated, collator, stop)
+        loss_after = held_out_loss(model, evaluated, collator, objective, stop)
         if loss_after is not None:
             report.event("run.evaluated", when="after", held_out_loss=loss_after, rows=len(evaluated))
             watch.draw(steps_run, {"held_out/loss": loss_after})
@@ -188,6 +212,7 @@ def prepare(
     spec: RunSpec,
     recipe: Recipe,
     base: BaseModel,
+    planned: Plan,
     *,
     parent: versions.Version | None,
     precision: str,
@@ -203,6 +228,8 @@ def prepare(
         parent_version=parent.name if parent else None,
         parent_digest=parent.digest if parent else None,
         precision=precision,
+        plan=planned,
+        lora_config=lora_config(recipe.lora, base).to_dict(),
         cache_path=Path(spec.state_dir) / "digests.json" if spec.state_dir else None,
     )
     return guard.prepare_run(
@@ -223,6 +250,18 @@ def require_packages(recipe: Recipe) -> None:
             "use_liger_kernel needs the package liger-kernel",
             hint="`pip install 'dropforge[gpu]'`, or use_liger_kernel = false under [training]",
         )
+    missing = others_reported_to(recipe) - {*get_available_reporting_integrations(), "all", "none"}
+    if missing:
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"report_to names {', '.join(sorted(missing))}, whose package is not installed",
+            hint="install it into the trainer's environment, or take it out of report_to under [training]",
+        )
+
+
+def others_reported_to(recipe: Recipe) -> set[str]:
+    """Where else the run's numbers go. TensorBoard's events are written anyway, by ourselves, into the run directory."""
+    return set(recipe.training.report_to) - {"tensorboard"}
 
 
 def refuse_old_libraries() -> None:
@@ -277,8 +316,7 @@ def training_arguments(recipe: Recipe, planned: Plan, staging_dir: Path, precisi
         logging_strategy="steps",
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,  # the filter writes NaN as 0.0
-        # TensorBoard's events are written anyway, by ourselves, into the run directory.
-        report_to=[name for name in training.report_to if name != "tensorboard"] or "none",
+        report_to=sorted(others_reported_to(recipe)) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,
@@ -318,10 +356,12 @@ def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
 
 
 def timing(watch: LossWatch) -> dict[str, Any]:
-    """Where the training's time went, for the log."""
+    """Where the training's time went, for the log: shares of the time from the first step to the last."""
+    seconds = watch.train_seconds or math.inf
     return {
         "train_seconds": round(watch.train_seconds, 3),
-        "bookkeeping_share": round(watch.bookkeeping_seconds / watch.train_seconds, 5) if watch.train_seconds else 0.0,
+        "bookkeeping_share": round(watch.bookkeeping_seconds / seconds, 5),
+        "sealing_share": round(watch.sealing_seconds / seconds, 5),
         "tokens_per_second": round(watch.tokens_per_second or 0.0, 1),
     }
 
@@ -379,6 +419,11 @@ def warnings_of(
         found.append(
             f"{len(examples.truncated_lines)} rows lost trained tokens to max_length"
             f" (lines {_shown(examples.truncated_lines)})"
+        )
+    if examples.control_lines:
+        found.append(
+            f"{len(examples.control_lines)} rows hold control tokens, which were read as text"
+            f" (lines {_shown(examples.control_lines)})"
         )
     if planned.trained_tokens < 0.05 * planned.tokens:
         found.append(f"only {planned.trained_tokens / planned.tokens:.1%} of the tokens are trained")

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from daemon.trainer.imports import import_peft
 from daemon.trainer.session import die_with_parent
 
 MOST_DESCRIPTORS = 8
@@ -43,6 +44,10 @@ QUIET = {
 
 def serve(channel: socket.socket, *, idle_seconds: float, run: Callable[[Path], int]) -> None:
     """Fork a child for every request until the daemon is gone, or nothing came for `idle_seconds`."""
+    if reason := unfit():
+        print(f"no trainer can be kept warm: {reason}", file=sys.stderr)
+        _send(channel, refused=reason)
+        return
     _send(channel, ready=True)
     channel.settimeout(idle_seconds)
     while True:
@@ -131,6 +136,7 @@ def _leave(run: Callable[[Path], int], run_dir: Path) -> None:
 
 def preload(base: str) -> None:
     """Import what every run imports, and the module of the base model's architecture."""
+    import_peft()
     for name in ON_THE_WAY:
         importlib.import_module(name)
     with suppress(OSError, ValueError, ImportError, AttributeError):
@@ -139,6 +145,21 @@ def preload(base: str) -> None:
             importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     gc.collect()
     gc.freeze()  # children share these pages as long as nobody counts the garbage in them
+
+
+def run_forked(run_dir: Path) -> int:
+    """A run in a fork of this process; where CUDA cannot be started in one, in the same process begun anew.
+
+    It cannot when something asked the driver for GPUs before the fork: torch does where NVML is missing, as in containers that
+    were given `compute` alone. That is known only in the fork.
+    """
+    from torch.cuda import _is_in_bad_fork
+
+    if _is_in_bad_fork():
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "daemon.trainer", str(run_dir)])  # noqa: S606  no shell is wanted
+    from daemon.trainer.__main__ import run_here
+
+    return run_here(run_dir)
 
 
 def _send(channel: socket.socket, **message: object) -> None:
@@ -156,7 +177,7 @@ def main(run: Callable[[Path], int], load: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    from daemon.trainer.__main__ import run_here, settle_environment
+    from daemon.trainer.__main__ import settle_environment
 
     settle_environment()
-    main(run_here, preload)
+    main(run_forked, preload)

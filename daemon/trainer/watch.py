@@ -61,6 +61,11 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not f
         self.train_seconds = 0.0
 
     @property
+    def sealing_seconds(self) -> float:
+        """Spent on saving and sealing checkpoints."""
+        return self._trainer.sealing_seconds
+
+    @property
     def mean_loss(self) -> float | None:
         """Mean over the steps of this attempt; None when it had none to run."""
         return self._loss_sum / self._steps if self._steps else None
@@ -92,7 +97,7 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not f
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check the steps whose numbers have arrived, tell the newest, and stop if asked to."""
-        began = time.perf_counter()
+        began = time.perf_counter() - self._trainer.waited_seconds
         self._trainer.record_step(stop=self._stop.requested)
         # Nothing unchecked may be sealed.
         steps = self._trainer.finished_steps(all_of_them=control.should_save or control.should_training_stop)
@@ -107,7 +112,8 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not f
                 self._check(step)
             control.should_save = True
             control.should_training_stop = True
-        self.bookkeeping_seconds += time.perf_counter() - began
+        # Waiting adds to both sides: while it waits, the device computes.
+        self.bookkeeping_seconds += time.perf_counter() - self._trainer.waited_seconds - began
 
     def _check(self, step: Step) -> None:
         for name, value in (("loss", step.loss), ("gradient norm", step.grad_norm)):

@@ -17,9 +17,11 @@ from daemon.executors.warm import WarmExecutor
 from daemon.job import FailureKind, Outcome
 from daemon.trainer import loop
 from daemon.trainer.attention import PACKED, use_packed
-from daemon.trainer.data import Example, flatten, pad
+from daemon.trainer.data import Collator, Example, flatten, pad
 from daemon.trainer.failure import RunFailure
-from tests.support.inprocess import events, rows, specify, train
+from daemon.trainer.loop import held_out_loss
+from daemon.trainer.objective import Objective
+from tests.support.inprocess import Wish, events, rows, specify, train
 from tests.support.root import wait_until
 
 pytestmark = [
@@ -60,6 +62,7 @@ def test_a_run_is_in_bf16_and_flattened(large_base: Path, tmp_path: Path) -> Non
     assert events(spec, "run.started")[0]["flat"] is True
     assert result.held_out_after is not None
     assert result.held_out_before is not None
+    assert events(spec, "run.started")[0]["scores_trained_only"] is True
     assert events(spec, "run.trained")[0]["bookkeeping_share"] < 0.05
 
 
@@ -82,6 +85,35 @@ def test_varlen_attention_computes_what_padded_rows_do(large_base: Path) -> None
         batch = {name: value.to("cuda") if hasattr(value, "to") else value for name, value in batch.items()}
         losses.append(float(model(**batch, num_items_in_batch=500).loss.detach()))
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_scoring_trained_positions_alone_computes_what_scoring_all_does(large_base: Path, flat: bool) -> None:
+    """In bf16, within its rounding, as the run computes it: under autocast."""
+    examples = [
+        Example(input_ids=ids, labels=[-100] * (size // 2) + ids[size // 2 :], line=size, content_digest="")
+        for size in (300, 17, 129, 64)
+        for ids in [torch.randint(10, 400, (size,)).tolist()]
+    ]
+    losses = []
+    for selects in (False, True):
+        torch.manual_seed(0)
+        network = LlamaForCausalLM.from_pretrained(large_base, dtype=torch.bfloat16)
+        model = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).to("cuda")
+        objective = Objective()
+        assert not selects or objective.select_trained(model, examples)
+        collator = Collator(pad_token_id=0, budget_tokens=4096, flat=flat and use_packed(model, examples))
+        assert collator.flat is flat
+        losses.append(held_out_loss(model, examples, collator, objective, Wish()))  # type: ignore[arg-type]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+def test_a_process_that_has_started_cuda_tokenises_alone(tiny_base: Path, tmp_path: Path) -> None:
+    """Rows enough for several processes; this one cannot be forked any more."""
+    torch.cuda.init()
+    content = rows(300) * 8
+    result = train(specify(tmp_path, content, tiny_base, {**SHORT, "data": {"max_length": 64}}))
+    assert result.outcome is Outcome.SUCCEEDED
 
 
 def test_running_out_of_memory_divides_the_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from daemon.check import check_files, render_text
@@ -12,6 +13,7 @@ from daemon.config import Settings
 from daemon.job import Dataset, Job, JobState, to_json
 from daemon.store import JobStore
 from guard.digest import digest_file
+from tests.support.root import Root
 
 GSM8K = Path(__file__).parent.parent / "data" / "gsm8k" / "train_head.jsonl"
 ROWS = "".join(f'{{"text": "{"x" * 2**number}"}}\n' for number in range(8))
@@ -84,10 +86,14 @@ def test_the_share_of_trained_tokens_comes_from_a_child_process(tmp_path: Path) 
     settings = Settings(root=tmp_path, model={"model_name_or_path": "some/model"})
     counting = (
         "import json, sys; recipe = json.loads(sys.argv[3])\n"
-        "print(json.dumps({'tokens': 200, 'trained_tokens': recipe['data']['max_length'], 'lengths': {}}))"
+        "print(json.dumps({'tokens': 200, 'trained_tokens': recipe['data']['max_length'], 'rows_over_max_length': 1,"
+        " 'lengths': [{'up_to': 32, 'rows': 8}]}))"
     )
     for code, expected in (
-        (counting, "200, of them 77 trained (38.5%)"),
+        (
+            counting,
+            "200, of them 77 trained (38.5%); 1 row is longer than max_length\n  trained     not before\n  tokens a row\n",
+        ),
         ("raise SystemExit('no tokenizer')", "not available: the trainer could not say: no tokenizer"),
         ("print('hello')", "not available: the trainer's answer was not understood"),
     ):
@@ -108,3 +114,23 @@ def test_what_the_daemon_would_not_take_is_not_accepted(tmp_path: Path) -> None:
     assert "named *.jsonl" in reports[0].reason
     assert "symbolic link" in reports[1].reason
     assert "no such file" in reports[2].reason
+
+
+def test_the_command_counts_with_the_models_own_tokenizer_and_exits_3_when_a_file_is_refused(
+    make_root: Callable[..., Root], tiny_base: Path
+) -> None:
+    """A real process on a real model folder; `--json` is one array, in the order of the arguments."""
+    root = make_root(base_model=tiny_base, tables={"data": {"max_length": 64}})
+    pair = {"prompt": "How many?", "completion": "Four. " * 4}
+    good = drop(
+        root.path / "good.jsonl", json.dumps(pair) + "\n" + json.dumps({**pair, "prompt": "Why? " * 200}) + "\n"
+    )
+    bad = drop(root.path / "bad.jsonl", '{"text": 1}\n')
+    done = root.run("check", str(good), str(bad), "--json")
+    assert done.returncode == 3
+    first, second = json.loads(done.stdout)
+    assert first["tokens"]["rows_over_max_length"] == 1
+    assert (first["accepted"], second["accepted"]) == (True, False)
+    assert 0 < first["tokens"]["trained_share"] < 0.5  # completions are short, and prompts get no loss
+    assert sum(found["rows"] for found in first["tokens"]["lengths"]) == 2
+    assert second["rows"]["problems"][0]["column"] == 10

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import os
 import shutil
-import stat
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.inbox import ROW, Root, assert_sound
+from tests.support.ssh import ssh_server
 
 ROWS = 20_000
 TEXT = "".join(f'{{"text": "row {number}"}}\n' for number in range(ROWS))
@@ -78,12 +78,19 @@ def test_mv_across_file_systems(root: Root, source: Path) -> None:
         elsewhere.unlink(missing_ok=True)
 
 
-def test_scp(root: Root, source: Path, tmp_path: Path) -> None:
-    """Both ends of a real scp, joined by a stand-in for ssh that runs the far end here."""
-    ssh = tmp_path / "ssh"
-    ssh.write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
-    ssh.chmod(ssh.stat().st_mode | stat.S_IXUSR)
-    arrives_whole(root, [tool("scp"), "-O", "-p", "-l", "8000", "-S", ssh, source, f"there:{root.inbox}/x.jsonl"])
+@pytest.mark.parametrize("flags", [["-s"], ["-O", "-p"]], ids=["sftp", "old_protocol_keeps_times"])
+def test_scp(root: Root, source: Path, tmp_path: Path, flags: list[str]) -> None:
+    """Through a real sshd, slowly; both of its protocols write under the final name."""
+    scp = tool("scp")
+    with ssh_server(tmp_path / "ssh") as client:
+        arrives_whole(root, [scp, "-q", *flags, "-l", "6000", "-F", client, source, f"there:{root.inbox}/x.jsonl"])
+
+
+def test_rsync_over_ssh(root: Root, source: Path, tmp_path: Path) -> None:
+    """Both ends of it real: the far one writes a dotfile and renames it."""
+    rsync = tool("rsync")
+    with ssh_server(tmp_path / "ssh") as client:
+        arrives_whole(root, [rsync, "-a", "-e", f"ssh -F {client}", source, f"there:{root.inbox}/x.jsonl"])
 
 
 @pytest.fixture

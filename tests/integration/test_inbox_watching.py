@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from daemon import watch
-from daemon.job import JobState
+from daemon import drops, watch
+from daemon.config import InboxSettings
+from daemon.job import JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 
 SLOW_RESCAN = {"rescan_seconds": 30.0}  # a drop that is claimed sooner was found by its event
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @pytest.fixture
@@ -189,30 +189,37 @@ def test_when_rebuilding_does_not_help_the_inbox_is_polled_and_says_so(
     root.pump(lambda: root.intake.view().watch_mode == "inotify")
 
 
-def test_without_inotify_instances_the_inbox_is_polled_until_there_are_some(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+LIMITED = """
+import sys
+from pathlib import Path
+from daemon import watch
+from tests.support.inbox import ROW, Root
+watch.RETRY_WATCH_SECONDS = 0.5
+limit = Path(f"/proc/sys/user/max_inotify_{sys.argv[1]}")
+before = limit.read_text()
+limit.write_text("0")
+with Root(Path(sys.argv[2])) as root:
+    root.drop("x.jsonl")
+    root.wait_for(1)
+    print(root.intake.view().watch_mode)
+    limit.write_text(before)
+    root.pump(lambda: root.intake.view().watch_mode == "inotify")
+    root.drop("y.jsonl", ROW * 2)
+    root.wait_for(2)
+"""
+
+
+@pytest.mark.parametrize(("what", "named"), [("instances", "instance"), ("watches", "watch")])
+def test_where_the_kernel_grants_no_inotify_the_inbox_is_polled_until_it_does(
+    tmp_path: Path, what: str, named: str
 ) -> None:
-    """EMFILE: other programs have them all."""
-    limit = int(Path("/proc/sys/fs/inotify/max_user_instances").read_text())
-    if limit > 1024:
-        pytest.skip("there are too many instances to use up")
-    monkeypatch.setattr(watch, "RETRY_WATCH_SECONDS", 0.5)
-    taken: list[int] = []
-    try:
-        while (descriptor := LIBC.inotify_init1(os.O_CLOEXEC)) >= 0:
-            taken.append(descriptor)
-        with Root(tmp_path) as root:
-            assert root.intake.view().watch_mode == "polling (inotify instance limit reached)"
-            root.drop("x.jsonl")
-            root.wait_for(1)
-            while taken:
-                os.close(taken.pop())
-            root.pump(lambda: root.intake.view().watch_mode == "inotify")
-            root.drop("y.jsonl", ROW * 2)
-            root.wait_for(2)
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
+    """EMFILE and ENOSPC from the kernel itself, whose limits are lowered in a user namespace of the test's own."""
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", LIMITED, what, tmp_path]
+    if shutil.which("unshare") is None or subprocess.run([*command[:3], "true"], check=False).returncode:
+        pytest.skip("user namespaces are not permitted here")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"polling (inotify {named} limit reached)\n"
 
 
 def test_without_inotify_watches_the_inbox_is_polled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,10 +274,9 @@ def test_the_file_systems_type_is_read_from_the_mount_of_its_device(tmp_path: Pa
 
 
 def test_the_inbox_is_not_listed_while_nothing_moves(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder whose times stayed the same over two listings costs one stat a rescan, however full it is."""
-    from daemon import drops
-
+    """A folder that was listed since its times last moved costs one stat a rescan, however full it is."""
     monkeypatch.setattr(drops, "FULL_SCAN_SECONDS", 3600.0)
+    monkeypatch.setattr(drops, "COARSEST_CLOCK_SECONDS", 0.5)
     listed = []
     real = drops.Drops._list
     monkeypatch.setattr(drops.Drops, "_list", lambda self, *rest: (listed.append(rest[0]), real(self, *rest)))
@@ -285,3 +291,25 @@ def test_the_inbox_is_not_listed_while_nothing_moves(root: Root, monkeypatch: py
     assert not listed
     (root.inbox / "other.txt").touch()
     root.pump(lambda: listed)
+
+
+class Coarse(type(Path())):  # type: ignore[misc]
+    """A folder whose times are whole even seconds, as on FAT."""
+
+    changed_at = 0.0
+
+    def stat(self, **_: object) -> os.stat_result:
+        time_ns = int(self.changed_at // 2 * 2) * 10**9
+        return os.stat_result(tuple(super().stat()), {"st_mtime_ns": time_ns, "st_ctime_ns": time_ns})
+
+
+def test_names_that_come_within_one_tick_of_a_coarse_clock_are_all_found(tmp_path: Path) -> None:
+    """Only the first of them moves the folder's times."""
+    folder = Coarse(tmp_path)
+    found = drops.Drops({Priority.NORMAL: folder}, InboxSettings())
+    for now in (quarter / 4 for quarter in range(40)):
+        if now in (2.0, 2.75, 3.75):
+            (tmp_path / f"{now}.jsonl").write_text(ROW)
+            Coarse.changed_at = now
+        found.scan(now, full=False)
+    assert sorted(candidate.name for candidate in found.waiting()) == ["2.0.jsonl", "2.75.jsonl", "3.75.jsonl"]

@@ -22,6 +22,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from daemon.events import EVENTS
 from daemon.job import JobState
 from daemon.versions import current_version
 from tests.support.root import DROPFORGE, REPOSITORY, Root, environment, wait_until
@@ -188,15 +189,54 @@ def test_logs_follow_across_rotation_and_reload_and_end_on_ctrl_c(make_root: Mak
     assert root.run("logs", "--level", "error").stdout == ""
 
 
-def test_each_job_ends_with_one_line_that_has_everything(make_root: MakeRoot) -> None:
-    root = make_root(behaviour={}, tables=ONE_ROW_A_STEP)
+def test_each_job_ends_with_one_line_that_has_everything(make_root: MakeRoot, tmp_path: Path) -> None:
+    """Whoever ended it: the trainer, the pass over its rows, the guard against doubles, a person with or without a daemon."""
+    ended = tmp_path / "ended"
+    root = make_root(
+        behaviour={}, tables={**ONE_ROW_A_STEP, "hooks": {"on_job_finished": ("sh", "-c", f"(cat; echo) >> {ended}")}}
+    )
     root.drop("a.jsonl", texts(20))
+    root.drop("bad \x1b[31m.jsonl", b"{}\n")
     root.run("run", "--once")
-    (event,) = root.events("job.succeeded")
-    assert {
-        "job", "dataset", "digest", "attempt", "reason", "version", "verdict", "cleared", "start_step", "steps_run",
-        "steps_planned", "rows", "held_out_rows", "train_loss", "held_out_before", "held_out_after", "wall_seconds", "warnings",
-    } <= event.keys()  # fmt: skip
+    root.drop("again.jsonl", texts(20))  # the content of a.jsonl
+    root.run("pause")
+    root.start()
+    duplicate, waiting = root.finished("again.jsonl"), root.drop("waits.jsonl", texts(5, "w"))
+    wait_until(lambda: not waiting.exists() and root.job("waits.jsonl").state is JobState.QUEUED, what="the queue")  # type: ignore[union-attr]
+    root.run("cancel", root.job("waits.jsonl").id)  # type: ignore[union-attr]
+    wait_until(lambda: len(root.events("job.cancelled")) == 2, what="the daemon to tell of it")
+    root.drop("later.jsonl", texts(5, "l"))
+    wait_until(lambda: (job := root.job("later.jsonl")) and job.state is JobState.QUEUED, what="the queue")
+    root.stop()
+    root.run("cancel", root.job("later.jsonl").id)  # type: ignore[union-attr]
+    root.start()
+    wait_until(lambda: len(root.events("job.cancelled")) == 3, what="the next daemon to tell of it")
+    root.stop()
+
+    (trained,) = root.events("job.succeeded")
+    always = {"job", "dataset", "was", "reason", "attempt", "priority", "size_bytes", "created_at", "total_seconds"}
+    of_data = {"digest", "format", "dataset_rows", "skipped_rows"}
+    of_run = {
+        "base_model", "version", "started_at", "max_step", "verdict", "cleared", "start_step", "steps_run", "steps_planned",
+        "rows", "held_out_rows", "train_loss", "held_out_before", "held_out_after", "wall_seconds", "tokens_trained", "warnings",
+    }  # fmt: skip
+    assert always | of_data | of_run <= trained.keys()
+    (rejected,) = root.events("job.rejected")
+    assert always <= rejected.keys()
+    assert (rejected["was"], rejected["dataset"]) == ("claimed", "bad \\x1b[31m.jsonl")
+    assert "line 1" in rejected["reason"]
+    doubled, by_person, by_nobody = root.events("job.cancelled")
+    for event in (doubled, by_person, by_nobody):
+        assert always | of_data <= event.keys()
+    assert (doubled["job"], doubled["duplicate_of"]) == (duplicate.id, trained["job"])
+    assert (by_person["was"], by_person["reason"]) == ("queued", "a person cancelled the job")
+    assert by_nobody["dataset"] == "later.jsonl"
+    for event in (trained, rejected, doubled, by_person, by_nobody):
+        assert event.keys() - {"timestamp", "level", "event"} <= set(EVENTS[event["event"]].keys)
+        assert event["level"] == EVENTS[event["event"]].level
+    hooked = [json.loads(line)["job"]["id"] for line in ended.read_text().splitlines()]
+    assert sorted(hooked) == sorted(event["job"] for event in (trained, rejected, doubled, by_person, by_nobody))
+    assert_sound(root)
 
 
 class Terminal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -230,6 +231,57 @@ def test_a_server_of_other_settings_or_versions_is_replaced(
     assert ended(executor, spec) == Exit(code=0)
 
 
+def test_a_package_upgraded_on_the_disk_replaces_the_server(
+    warm: Callable[..., WarmExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has imported is of yesterday; also a reinstallation of the same version counts."""
+    from daemon.executors import warm as module
+
+    def install(version: str) -> None:
+        for old in tmp_path.glob("peft-*"):
+            shutil.rmtree(old)
+        folder = tmp_path / f"peft-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: peft\nVersion: {version}\n")
+        (folder / "RECORD").write_text("")
+
+    install("98.0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(module, "PACKAGES", ("peft",))
+    executor = warm()
+    for version in ("99.0", "99.0"):
+        pid = server_pid(executor)
+        unchanged = specify(tmp_path / "run")
+        executor.launch(unchanged)
+        assert ended(executor, unchanged) == Exit(code=0)
+        assert server_pid(executor) == pid
+        install(version)
+        spec = specify(tmp_path / "run")
+        executor.launch(spec)
+        assert gone(pid)
+        assert server_pid(executor) != pid
+        assert ended(executor, spec) == Exit(code=0)
+
+
+def test_where_nothing_can_be_forked_no_server_is_started_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("QUICK_WARM_THREAD", "1")
+    executor = WarmExecutor(COLD, server=SERVER, idle_seconds=60)
+    first = specify(tmp_path / "first")
+    executor.launch(first)
+    assert ended(executor, first) == Exit(code=0)
+    pid = server_pid(executor)
+    wait_until(lambda: gone(pid), what="the server to find that it has threads")
+    second = specify(tmp_path / "second", code=4)
+    executor.launch(second)
+    assert ended(executor, second) == Exit(code=4)
+    assert server_pid(executor) == pid
+    assert not executor.warm
+    executor.close()
+
+
 def test_a_process_with_threads_or_cuda_is_never_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
@@ -263,6 +315,50 @@ def test_the_real_servers_imports_start_neither_threads_nor_cuda() -> None:
         env={**environment(), **QUIET},
     )
     assert done.stdout.strip() == "'' False"
+
+
+def test_importing_the_trainer_leaves_bitsandbytes_alone_until_a_model_is_loaded(tmp_path: Path) -> None:
+    """peft imports it when it can, and it asks each GPU for its kind: CUDA would be up before a process is forked."""
+    import subprocess
+
+    from tests.support.root import environment
+
+    package = tmp_path / "bitsandbytes"
+    package.mkdir()
+    (package / "__init__.py").write_text("print('imported')\n")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from daemon.trainer import warm\nwarm.preload('')\nimport daemon.trainer.train, importlib.util\n"
+            "print(importlib.util.find_spec('bitsandbytes') is not None)\nimport bitsandbytes",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment(), "PYTHONPATH": f"{tmp_path}:{environment()['PYTHONPATH']}"},
+    )
+    assert done.stdout.split() == ["True", "imported"]
+
+
+def test_a_fork_that_cannot_start_cuda_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same process, which the daemon knows by its pid."""
+    import torch
+
+    from daemon.trainer.warm import run_forked
+
+    class Replaced(Exception):
+        pass
+
+    def execute(program: str, command: list[str]) -> None:
+        raise Replaced(program, command)
+
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(os, "execv", execute)
+    with pytest.raises(Replaced) as caught:
+        run_forked(Path("/some/run"))
+    command = [sys.executable, "-P", "-m", "daemon.trainer", "/some/run"]
+    assert caught.value.args == (sys.executable, command)
 
 
 def test_only_our_own_trainer_is_kept_warm() -> None:

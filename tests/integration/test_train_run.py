@@ -6,23 +6,27 @@ import json
 import math
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from daemon.job import FailureKind, Outcome
+from daemon.rows import iter_rows
 from daemon.trainer import loop
 from daemon.trainer.attention import PACKED, use_packed
-from daemon.trainer.data import Collator, Example, flatten, pad
+from daemon.trainer.data import Collator, Example, Examples, flatten, pad, plan, tokenise, with_targets
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import held_out_loss
+from daemon.trainer.objective import Objective
 from daemon.trainer.tensorboard import ScalarWriter, crc32c
+from daemon.trainer.train import training_arguments
 from daemon.trainer.watch import is_spike
-from tests.support.inprocess import Wish, events, rows, specify, train
+from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 
 
 def example(size: int, seed: int) -> Example:
@@ -61,6 +65,61 @@ def test_flattened_passes_compute_what_padded_ones_do(tiny_base: Path) -> None:
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("config", [{}, {"modules_to_save": ["lm_head"]}])
+def test_scoring_trained_positions_alone_computes_what_scoring_all_does(
+    tiny_base: Path, flat: bool, config: dict[str, Any]
+) -> None:
+    """Loss and every gradient, over a step of several passes; and the held-out loss."""
+    examples = [example(size, size) for size in (30, 7, 19, 2, 30)]
+    gradients, losses, held_out = [], [], []
+    for selects in (False, True):
+        model, objective = adapted(tiny_base, **config), Objective()
+        assert not selects or objective.select_trained(model, examples)
+        collator = Collator(pad_token_id=0, budget_tokens=40, flat=flat and use_packed(model, examples))
+        passes = collator(examples)["passes"]
+        assert len(passes) > 1
+        loss = sum(objective.loss(model, one, over=50, takes_count=True) for one in passes)
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        held_out.append(held_out_loss(model, examples, collator, objective, Wish()))  # type: ignore[arg-type]
+        # Whoever asks for logits still gets all of them.
+        assert model(torch.tensor([[5, 6, 7]])).logits.shape[1] == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-6)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_pass_with_nothing_to_learn_has_no_loss_and_zero_gradients(tiny_base: Path) -> None:
+    model, objective = adapted(tiny_base), Objective()
+    assert objective.select_trained(model, [example(12, 1), example(9, 2)])
+    loss = objective.loss(model, with_targets(pad([example(9, 2)], 0, silent=True)), over=50)
+    loss.backward()
+    assert float(loss) == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_model_that_says_other_things_to_fewer_positions_is_left_as_it_was(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose logits depend on one another across positions, and one that ignores shifted labels."""
+    model, objective = adapted(tiny_base), Objective()
+    head = model.get_base_model().get_output_embeddings()
+    mixing = head.register_forward_hook(lambda _module, _inputs, logits: logits - logits.mean(dim=1, keepdim=True))
+    assert not objective.select_trained(model, [example(12, 1), example(9, 2)])
+    mixing.remove()
+    assert not head._forward_pre_hooks
+    known = model.get_base_model().loss_function
+    monkeypatch.setattr(
+        type(model.get_base_model()),
+        "loss_function",
+        lambda self, *, shift_labels=None, **kwargs: known(**kwargs),
+    )
+    assert not objective.select_trained(model, [example(12, 1), example(9, 2)])
+
+
 def test_a_model_that_mixes_flattened_rows_is_noticed_and_left_as_it_was(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,11 +133,22 @@ def test_a_model_that_mixes_flattened_rows_is_noticed_and_left_as_it_was(
     assert model.get_base_model().config._attn_implementation == "sdpa"
 
 
+def test_rows_beyond_a_models_window_are_noticed_before_the_run(tiny_base: Path) -> None:
+    """The rows that are tried are short; one of the run is longer than the window that packed attention has not."""
+    model = adapted(tiny_base)
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.forward = partial(layer.self_attn.forward, sliding_window=64)
+    assert not use_packed(model, [example(12, 1), example(65, 2)])
+    assert use_packed(model, [example(12, 1), example(64, 2)])
+
+
 def test_held_out_loss_does_not_depend_on_how_rows_are_divided(tiny_base: Path) -> None:
     model = adapted(tiny_base)
     examples = [example(size, size) for size in (30, 7, 19, 2, 64, 33)]
     losses = [
-        held_out_loss(model, examples, Collator(pad_token_id=0, budget_tokens=budget, pass_tokens=price), Wish())  # type: ignore[arg-type]
+        held_out_loss(
+            model, examples, Collator(pad_token_id=0, budget_tokens=budget, pass_tokens=price), Objective(), Wish()
+        )  # type: ignore[arg-type]
         for budget, price in ((10_000, 10_000), (64, 1), (200, 30))
     ]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
@@ -102,7 +172,9 @@ def test_a_run_tells_what_it_does(tiny_base: Path, tmp_path: Path) -> None:
     assert f"{result.rows:,} trained" in table
     assert "tokens a step" in table
     assert f"{result.steps_planned:,} = 1 epochs x ceil({result.rows} / 8)" in table
-    assert events(spec, "run.trained")[0]["bookkeeping_share"] < 0.2  # far above what it is; the benchmark measures
+    spent = events(spec, "run.trained")[0]  # how little it is, the benchmark measures
+    assert 0 < spent["bookkeeping_share"] < 0.2
+    assert 0 < spent["sealing_share"] < 1  # the last step's checkpoint
     # A card, a configuration, weights in safetensors, and nothing that would be unpickled.
     candidate = Path(result.candidate or "")
     names = {path.name for path in candidate.iterdir()}
@@ -238,6 +310,23 @@ def test_a_loss_spike_is_a_warning_with_its_step(
     assert events(spec, "run.loss_spiked")[0]["step"] == 14
 
 
+def test_several_gpus_in_sight_are_no_reason_to_cut_batches_in_pieces(tiny_base: Path, tmp_path: Path) -> None:
+    """transformers would wrap the model in DataParallel and multiply the batch."""
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=8)
+    args._n_gpu = 4
+    trainer = loop.RunTrainer(
+        model=adapted(tiny_base),
+        args=args,
+        examples=[example(12, 1)],
+        collator=Collator(pad_token_id=0, budget_tokens=100),
+        objective=Objective(),
+        tokenizer=None,
+        grouped=False,
+    )
+    assert trainer.args.n_gpu == 1
+    assert trainer._train_batch_size == 8
+
+
 def test_noise_is_no_spike() -> None:
     usual = [2.0 + 0.1 * math.sin(step * 2.4) for step in range(40)]
     assert not any(is_spike(loss, usual[:at]) for at, loss in enumerate(usual))
@@ -280,16 +369,45 @@ def test_when_memory_runs_out_a_step_is_divided_further_and_computes_the_same(
 
 
 @pytest.mark.parametrize(
-    "lora", [{"use_dora": True}, {"use_rslora": True, "r": 4}, {"modules_to_save": ["lm_head"]}, {"lora_dropout": 0.1}]
+    "lora",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "r": 4},
+        {"modules_to_save": ["lm_head"]},
+        {"lora_dropout": 0.1, "bias": "lora_only"},
+        {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 7},
+    ],
 )
 def test_kinds_of_adapters_are_trained_and_load(tiny_base: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    """peft gives the loaded adapter the loss that the run said it has."""
     from peft import PeftModel
 
-    tables = {"lora": lora, "training": {"max_steps": 2}, "data": {"held_out_fraction": 0.0}}
-    result = train(specify(tmp_path, rows(16), tiny_base, tables))
+    tables = {"lora": lora, "training": {"max_steps": 4}, "data": {"held_out_fraction": 0.2}}
+    result = train(specify(tmp_path, rows(40), tiny_base, tables))
     assert result.outcome is Outcome.SUCCEEDED
     config = json.loads((Path(result.candidate or "") / "adapter_config.json").read_text())
-    assert {name: config[name] for name in lora} == lora
-    layers = {name.rpartition(".")[2] for name in config["target_modules"]}
-    assert layers >= {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"}
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), result.candidate)
+    layers = {name.rpartition(".")[2] for name in config.pop("target_modules")}
+    all_linear = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"}
+    assert layers == set(lora.get("target_modules", all_linear))
+    assert {name: config[name] for name in lora if name != "target_modules"} == {
+        name: value for name, value in lora.items() if name != "target_modules"
+    }
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), result.candidate)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    data = recipe(tiny_base, tables).data
+    examples = tokenise(iter_rows(tmp_path / "rows.jsonl", "messages", data), tokenizer, data)
+    collator = Collator(pad_token_id=tokenizer.pad_token_id, budget_tokens=1000)
+    loss = held_out_loss(loaded, examples.held_out, collator, Objective(), Wish())  # type: ignore[arg-type]
+    assert loss == pytest.approx(result.held_out_after, rel=1e-4)
+
+
+def test_numbers_go_where_the_recipe_reports_them(tiny_base: Path, tmp_path: Path) -> None:
+    """A reporter without its package is named before anything is done; TensorBoard needs none."""
+    spec = specify(tmp_path, rows(16), tiny_base, {"training": {"report_to": ["tensorboard", "neptune"]}})
+    with pytest.raises(RunFailure, match="report_to names neptune") as caught:
+        train(spec)
+    assert caught.value.kind is FailureKind.CONFIG
+    assert not list((tmp_path / "model").iterdir())
+    chosen = recipe(tiny_base, {"training": {"report_to": ["tensorboard", "wandb"]}})
+    planned = plan(Examples(train=[example(9, 1)], held_out=[], dropped_lines=(), truncated_rows=0), chosen.training)
+    assert training_arguments(chosen, planned, tmp_path, "float32").report_to == ["wandb"]

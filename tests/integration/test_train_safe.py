@@ -7,20 +7,24 @@ import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import guard
 from daemon.config import LoraSettings, ModelSettings, Recipe
 from daemon.errors import ConfigError
 from daemon.job import FailureKind, Outcome
 from daemon.trainer import train as train_module
 from daemon.trainer.base import BaseModel, resolve_base
 from daemon.trainer.failure import RunFailure
-from daemon.trainer.model import load_model, lora_config
+from daemon.trainer.merge import merge
+from daemon.trainer.model import load_model, load_tokenizer, lora_config
+from daemon.trainer.watch import LossWatch
 from daemon.versions import promote
-from tests.support.inprocess import rows, specify, train
+from tests.support.inprocess import Wish, rows, specify, train
 from tests.support.root import environment
 
 SHORT = {"training": {"max_steps": 2}, "data": {"held_out_fraction": 0.0}}
@@ -58,6 +62,67 @@ def test_a_pickled_base_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trace")))
     with pytest.raises(RunFailure, match=r"no \*\.safetensors"):
         resolve_base(ModelSettings(model_name_or_path=str(folder)))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_code_that_lies_beside_a_tokenizer_is_never_run(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_base, tmp_path / "base")
+    path = folder / "tokenizer_config.json"
+    named = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}, "tokenizer_class": "Tokenizer"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\nclass Tokenizer: pass\n")
+    with suppress(RunFailure):  # refused, or loaded as the plain tokenizer that tokenizer.json describes
+        load_tokenizer(resolve_base(ModelSettings(model_name_or_path=str(folder))))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_pickled_adapter_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    """peft would load it; neither a run that continues it nor a merge does."""
+    spec = specify(tmp_path / "run", rows(16), tiny_base, SHORT)
+    parent = Path(train(spec).candidate or "")
+    (parent / "adapter_model.safetensors").unlink()
+    (parent / "adapter_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trace")))
+    settings = ModelSettings(model_name_or_path=str(tiny_base))
+    with pytest.raises(RunFailure, match=r"no adapter_model\.safetensors"):
+        load_model(resolve_base(settings), settings, LoraSettings(), parent)
+    with pytest.raises(RunFailure, match=r"no adapter_model\.safetensors"):
+        merge(parent, tmp_path / "out", settings)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_pickles_in_a_checkpoint_are_never_run(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changed ones fail the seal and the run starts again; sealed ones, by somebody with our rights, load as weights only."""
+    prepared: list[guard.PreparedRun] = []
+    prepare, ended = train_module.prepare, LossWatch.on_step_end
+
+    def noting(*args: Any, **options: Any) -> guard.PreparedRun:
+        prepared.append(prepare(*args, **options))
+        return prepared[-1]
+
+    wish = Wish()
+
+    def stopping(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wish.requested = state.global_step >= 2
+        ended(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(train_module, "prepare", noting)
+    monkeypatch.setattr(LossWatch, "on_step_end", stopping)
+    spec = specify(tmp_path / "run", rows(40), tiny_base, {"data": {"held_out_fraction": 0.0}})
+    checkpoint = tmp_path / "run" / "model" / "checkpoint-2"
+    trap = pickle.dumps(Trap(tmp_path / "trace"))
+    train(spec, wish)
+    monkeypatch.setattr(LossWatch, "on_step_end", ended)
+    for name in ("optimizer.pt", "scheduler.pt", "training_args.bin"):
+        (checkpoint / name).write_bytes(trap)
+    guard.seal_checkpoint(checkpoint, step=2, fingerprint=prepared[0].fingerprint)
+    with pytest.raises(pickle.UnpicklingError):
+        train(spec)
+    assert prepared[-1].resume_from is not None  # it did try them
+    (checkpoint / "optimizer.pt").write_bytes(trap + b"and a byte")
+    result = train(spec)
+    assert (result.outcome, result.resumed_from) == (Outcome.SUCCEEDED, None)
     assert not (tmp_path / "trace").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -38,12 +39,49 @@ def launch(spec: RunSpec) -> RunResult:
     return from_json((run_dir / "result.json").read_bytes(), RunResult)
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """The run as one process makes it."""
+    return train(specify(tmp_path_factory.mktemp("whole"), rows(60), tiny_base, ONE))
+
+
+def require_same_weights(found: RunResult, expected: RunResult) -> None:
+    """Within float tolerance: the order in which gradients are added up differs."""
+    ours, theirs = (load_file(Path(one.candidate or "") / "adapter_model.safetensors") for one in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=2e-2, atol=2e-3)
+        # As a whole far closer than single weights, which Adam moves by the learning rate for gradients near zero.
+        assert float((ours[name] - tensor).norm()) <= 2e-2 * float(tensor.norm())
+
+
+def test_one_process_takes_over_a_run_of_two_which_computed_what_one_does(
+    tiny_base: Path, tmp_path: Path, whole: RunResult
+) -> None:
+    spec = specify(tmp_path, rows(60), tiny_base, {"training": {**TWO["training"], "save_total_limit": 100}})
+    both = launch(spec)
+    assert both.outcome is Outcome.SUCCEEDED, both
+    assert (both.steps_run, both.rows, both.tokens_trained) == (whole.steps_run, whole.rows, whole.tokens_trained)
+    assert both.train_loss == pytest.approx(whole.train_loss, rel=1e-4)
+    assert both.held_out_before == pytest.approx(whole.held_out_before, rel=1e-5)
+    require_same_weights(both, whole)
+
+    # As if it had been stopped after its first checkpoint.
+    for checkpoint in (tmp_path / "model").glob("checkpoint-*"):
+        if checkpoint.name != "checkpoint-2":
+            shutil.rmtree(checkpoint)
+    alone = train(replace(spec, attempt=2, recipe=recipe(tiny_base, ONE).model_dump(mode="json")))
+    assert (alone.verdict, alone.resumed_from, alone.cleared) == ("resume", "checkpoint-2", 0)
+    assert alone.steps_run == whole.steps_run
+    require_same_weights(alone, whole)
+
+
 def test_two_processes_take_over_a_run_of_one_and_end_where_it_would_have(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: RunResult
 ) -> None:
     """The same fingerprint (so: resumed, nothing cleared), the same steps, the same weights within float tolerance."""
     content = rows(60)
-    expected = train(specify(tmp_path / "whole", content, tiny_base, ONE))
+    expected = whole
 
     wish = Wish()
     ended = LossWatch.on_step_end
@@ -67,9 +105,7 @@ def test_two_processes_take_over_a_run_of_one_and_end_where_it_would_have(
     assert result.rows == expected.rows
     assert result.held_out_before == pytest.approx(expected.held_out_before, rel=1e-5)
     assert result.held_out_after == pytest.approx(expected.held_out_after, rel=1e-3)
-    ours, theirs = (load_file(Path(one.candidate or "") / "adapter_model.safetensors") for one in (result, expected))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=2e-2, atol=2e-3)
+    require_same_weights(result, expected)
     # One voice: each step is told once, by process 0.
     told = [event["step"] for event in events(shared, "run.stepped")]
     assert told == list(range(1, expected.steps_run + 1))

@@ -13,14 +13,18 @@ from transformers import AutoTokenizer
 
 from daemon.config import ColumnSettings, DataSettings
 from daemon.rows import iter_rows
-from daemon.trainer.encode import IGNORE, encode, truncate
+from daemon.trainer.encode import IGNORE
+from tests.support.tokens import encode_cut
 
 DATA = Path(__file__).parents[1] / "data" / "trainer"
 FILES = {
     "gsm8k_pairs.jsonl": "columns",
-    "alpaca_instruction.jsonl": "alpaca",
-    "c4_text.jsonl": "text",
-    "sharegpt_tools.jsonl": "sharegpt",
+    "alpaca.jsonl": "alpaca",
+    "conversation_pairs.jsonl": "prompt_completion",
+    "messages.jsonl": "messages",
+    "prompt_completion.jsonl": "prompt_completion",
+    "sharegpt.jsonl": "sharegpt",
+    "text.jsonl": "text",
 }
 # The tokenizer's own template has generation markers; this one has none, so turns are told apart by their prefixes.
 UNMARKED = (
@@ -45,7 +49,7 @@ def tokenised(name: str, way: str) -> list[dict[str, Any]]:
     )
     found = []
     for row in iter_rows(DATA / name, FILES[name], data):
-        ids, labels = truncate(*encode(row, tokenizer, data), data.max_length, tokenizer.bos_token_id)
+        ids, labels = encode_cut(row, tokenizer, data)
         assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
         found.append(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,19 +12,21 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from daemon.children import die_with_parent
+from tests.support.documents import OPERATIONS, commands_of
 from tests.support.root import REPOSITORY, wait_until
 
 PROGRAMS = ("unshare", "nsenter", "mount", "systemctl", "journalctl", "systemd-analyze", "runuser", "useradd")
 PACKAGES = "systemd util-linux passwd"
 SYSTEMD = Path("/lib/systemd/systemd")
-HOME = Path("/opt/dropforge")  # where the documents install Dropforge
+HOME = Path("/opt/dropforge")  # where the documents install Dropforge, from a checkout that lies there
 PYTHON_HOME = Path("/opt/python")
-PARTS = ("daemon", "guard", "docs", "examples", "systemd", "tests", "pyproject.toml", "README.md")
+PACKAGES_HOME = Path("/opt/packages")  # what a package index would give
+PARTS = ("daemon", "guard", "docs", "examples", "systemd", "tests", "pyproject.toml", "README.md", "LICENSE")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT_SECONDS = 60.0
 STATES = {"started": "running", "requeued": "queued"}  # what an event says of a job, where it is not the state's name
@@ -36,6 +39,8 @@ def missing() -> str:
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent or not SYSTEMD.exists():
         return f"{', '.join(absent) or SYSTEMD} is not installed (Debian packages: {PACKAGES})"
+    if importlib.util.find_spec("hatchling") is None:
+        return "hatchling, which builds what is installed there, is not installed (extra: test)"
     if cgroup_parent() is None:
         return "there is no cgroup v2 hierarchy that may be written to"
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,28 +69,27 @@ class Machine:
         self._unshare: subprocess.Popen[bytes] | None = None
         self._leader = 0
         self._scratch = Path(tempfile.mkdtemp(prefix="dropforge-machine-", dir="/run"))
-        self._venv = Path(tempfile.mkdtemp(prefix="dropforge-venv-"))
         parent = cgroup_parent()
         assert parent is not None
         self._cgroup = parent / self._scratch.name
-        self.environment = {"PATH": PATH, "LANG": "C.UTF-8", "TERM": "dumb"}
-        self.python_environment: dict[str, str] = {}  # what the moved interpreter needs, also in a unit
+        # What the moved interpreter needs, also in a unit: its own libpython, where it was built as a shared library.
+        self.python_environment = {"LD_LIBRARY_PATH": f"{PYTHON_HOME}/lib"}
+        # The document's `pip install` builds and installs a wheel, with neither network nor index.
+        pip = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        self.environment = {"PATH": PATH, "LANG": "C.UTF-8", "TERM": "dumb", **self.python_environment, **pip}
 
     def start(self) -> None:
-        """Boot; returns when the machine answers."""
+        """Boot, and install Dropforge; returns when it can be used."""
         self._cgroup.mkdir()
+        base = Path(sys.base_prefix)
+        python_home = base if base == Path("/usr") else PYTHON_HOME
+        packages = [Path(sysconfig.get_path("purelib"))]
+        packages += [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+        packages = [folder for folder in packages if folder.is_dir() and folder.resolve() != REPOSITORY]
+        places = {PACKAGES_HOME / str(number): folder for number, folder in enumerate(packages)}
         shown = [(REPOSITORY / part, HOME / part) for part in PARTS]
-        shown += self._installation()
-        extra = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-        extra = [entry for entry in extra if entry.is_dir() and entry.resolve() != REPOSITORY]
-        shown += [(entry, HOME / "lib" / str(number)) for number, entry in enumerate(extra)]
-        self.python_environment = {
-            "PYTHONPATH": os.pathsep.join(
-                [str(HOME), *(str(HOME / "lib" / str(number)) for number in range(len(extra)))]
-            ),
-            "LD_LIBRARY_PATH": f"{PYTHON_HOME}/lib",  # its own libpython, where it was built as a shared library
-        }
-        self.environment |= self.python_environment
+        shown += [(base, python_home)] if python_home != base else []
+        shown += [(folder, place) for place, folder in places.items()]
         parent, cgroup = os.getpid(), self._cgroup / "cgroup.procs"
 
         def enter() -> None:
@@ -114,27 +118,17 @@ class Machine:
             return self.run("systemctl", "is-active", "--quiet", "sysinit.target", check=False).returncode == 0
 
         wait_until(booted, BOOT_SECONDS, "the machine to boot")
+        self._install(python_home / "bin" / "python3", places)
 
-    def _installation(self) -> list[tuple[Path, Path]]:
-        """This interpreter and its packages, laid out below /opt as a virtual environment that any user may use."""
-        base = Path(sys.base_prefix)
-        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        home = base if base == Path("/usr") else PYTHON_HOME
-        (self._venv / "bin").mkdir()
-        (self._venv / "bin" / "python").symlink_to(home / "bin" / python)
-        (self._venv / "pyvenv.cfg").write_text(f"home = {home}/bin\ninclude-system-site-packages = false\n")
-        script = self._venv / "bin" / "dropforge"
-        script.write_text(f"#!{HOME}/.venv/bin/python -P\nfrom daemon.cli import main\nmain()\n")
-        script.chmod(0o755)
-        packages = Path("lib", python, "site-packages")
-        (self._venv / packages).mkdir(parents=True)
-        self._venv.chmod(0o755)
-        shown = [(base, home)] if home != base else []
-        return [
-            *shown,
-            (self._venv, HOME / ".venv"),
-            (Path(sysconfig.get_path("purelib")), HOME / ".venv" / packages),
-        ]
+    def _install(self, python: Path, places: Iterable[Path]) -> None:
+        """The document's own commands, which build a wheel; a list of folders stands in for the package index."""
+        (block,) = commands_of(OPERATIONS, "Install")
+        make, *install = block.splitlines()
+        self.run("sh", "-euc", make, env={"PATH": f"{python.parent}:{PATH}"})
+        (packages,) = self.path(HOME / ".venv" / "lib").glob("python*/site-packages")
+        self.shell(f"rm -rf /{packages.relative_to(self.path('/'))}/setuptools*")  # an index would have a newer one
+        (packages / "index.pth").write_text("".join(f"{place}\n" for place in places))
+        self.shell("\n".join(install))
 
     def stop(self) -> None:
         """Power off; what does not go is ended."""
@@ -154,7 +148,6 @@ class Machine:
         if self._cgroup.exists():
             wait_until(self._remove_cgroup, 10, "the machine's cgroup to be empty")
         self._scratch.rmdir()
-        shutil.rmtree(self._venv)
 
     def _remove_cgroup(self) -> bool:
         try:
@@ -165,7 +158,7 @@ class Machine:
 
     @property
     def unit_environment(self) -> str:
-        """Environment= for a unit that runs the checkout."""
+        """Environment= for a unit of this interpreter."""
         return "Environment=" + " ".join(f"{key}={value}" for key, value in self.python_environment.items())
 
     def path(self, inner: str | Path) -> Path:
@@ -324,23 +317,3 @@ def as_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
     for table, values in tables.items():
         lines += [f"[{table}]", *(f"{key} = {toml_value(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
-
-
-def commands_of(markdown: Path, heading: str) -> Sequence[str]:
-    """The shell blocks below a heading of a document, up to the next heading of that depth."""
-    lines = markdown.read_text().splitlines()
-    depth = heading.split(" ", 1)[0]
-    begin = lines.index(heading)
-    blocks: list[str] = []
-    block: list[str] | None = None
-    for line in lines[begin + 1 :]:
-        if block is None and line.startswith("#") and len(line.split(" ", 1)[0]) <= len(depth):
-            break
-        if block is None and line.strip() == "```sh":
-            block = []
-        elif block is not None and line.strip() == "```":
-            blocks.append("\n".join(block))
-            block = None
-        elif block is not None:
-            block.append(line)
-    return blocks

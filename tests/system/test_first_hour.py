@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.root import REPOSITORY, wait_until
-from tests.system.machine import HOME, Machine, Service, commands_of
+from tests.support.documents import OPERATIONS, README, commands_of
+from tests.support.root import wait_until
+from tests.system.machine import HOME, Machine, Service
 
-DOCUMENT = REPOSITORY / "docs" / "operations.md"
 ROOT = "/var/lib/dropforge"
+OLDER_STORE = HOME / "tests" / "data" / "queue-v1.sqlite3"
 
 
 @pytest.fixture
@@ -24,20 +25,27 @@ def clean(machine: Machine) -> Iterator[Machine]:
         groupdel dropforge 2>/dev/null || true
         getent passwd alice >/dev/null || useradd --create-home alice
         """
-    machine.shell(erase)
+    machine.shell(f"{erase} cp -a {HOME}/.venv /opt/venv")
     yield machine
-    machine.shell(erase)
+    machine.shell(f"{erase} rm -rf {HOME}/.venv; mv /opt/venv {HOME}/.venv")
 
 
 def test_the_first_hour_as_the_document_tells_it(clean: Machine) -> None:
-    """Account, init, doctor, service install, drop, watch, stop, start, upgrade, uninstall - and what was made stays."""
+    """Account, init, doctor, service install, drop, watch, stop, start, upgrade, uninstall - and what was made stays.
+
+    All of it with the wheel that `pip install` made, so that a file that is missing from it is missed here.
+    """
     service = Service(clean)
     clean.write(
         "/etc/systemd/system/dropforge.service.d/50-test.conf",
         f"[Service]\n{clean.unit_environment} OMP_NUM_THREADS=1"
         " DROPFORGE_TRAINING__MAX_STEPS=6 DROPFORGE_DATA__MAX_LENGTH=96 DROPFORGE_DATA__HELD_OUT_MAX_ROWS=16\n",
     )
-    account, init, install, drop, watch, stop = commands_of(DOCUMENT, "## First hour")
+    imported = clean.run(
+        f"{HOME}/.venv/bin/python", "-P", "-c", "import daemon, guard; print(daemon.__file__, guard.__file__)"
+    )
+    assert imported.stdout.count(f"{HOME}/.venv/lib/") == 2
+    account, init, install, drop, watch, stop = commands_of(OPERATIONS, "First hour")
     clean.shell(account)
     told = clean.shell(init)
     assert "fail" not in told.split("initialised")[-1].split()
@@ -58,14 +66,40 @@ def test_the_first_hour_as_the_document_tells_it(clean: Machine) -> None:
     clean.shell(stop)
     assert service.value("ActiveState") == "active"
 
-    (upgrade,) = commands_of(DOCUMENT, "## Upgrade")
+    (upgrade,) = commands_of(OPERATIONS, "Upgrade")
+    service.systemctl("stop")
+    clean.shell(
+        f"rm {ROOT}/state/queue.sqlite3*; install -o dropforge -g dropforge {OLDER_STORE} {ROOT}/state/queue.sqlite3"
+    )
     clean.shell(upgrade)
-    wait_until(lambda: (service.status() or {}).get("queue", {}).get("succeeded") == 1, what="the old state")
+    wait_until(lambda: (service.status() or {}).get("queue", {}).get("rejected") == 1, what="the older state")
+    assert "0.jsonl" in clean.shell(f"{HOME}/.venv/bin/dropforge --root {ROOT} jobs")
 
-    (uninstall,) = commands_of(DOCUMENT, "## Uninstall")
+    (uninstall,) = commands_of(OPERATIONS, "Uninstall")
     clean.shell(uninstall)
     assert service.value("LoadState") == "not-found"
     assert clean.path(f"{ROOT}/current_model/versions/0001/adapter_model.safetensors").is_file()
+
+
+def test_the_commands_that_service_install_prints(clean: Machine) -> None:
+    """As the README has it: one command, and then what it printed, word for word but for the editor and the name."""
+    service = Service(clean)
+    (install,) = commands_of(README, "As a service")
+    printed = clean.shell(install).partition("next:\n")[2].splitlines()
+    assert [line.split()[0] for line in printed] == [
+        "getent", "install", "install", "runuser", "editor", "runuser", "systemctl", "systemctl", "systemctl", "usermod",
+    ]  # fmt: skip
+    service.configure(f"[Service]\n{clean.unit_environment}\n")
+    for line in printed:
+        command = line.partition("#")[0].strip().replace("ALICE", "alice")
+        if "editor" in command:  # what a person does there
+            command = f"""sed -i 's|^# model_name_or_path = .*|model_name_or_path = "base"|' {ROOT}/dropforge.toml"""
+        is_doctor = command.endswith("doctor")  # it misses the model
+        done = clean.run("sh", "-euc", command, check=not is_doctor)
+        assert done.returncode == (1 if is_doctor else 0)
+    assert service.value("ActiveState") == "active"
+    service.drop("by alice.jsonl", 0, user="alice")
+    service.wait_for("by alice.jsonl", "rejected")
 
 
 def test_a_user_s_own_service(clean: Machine) -> None:

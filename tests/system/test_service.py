@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.documents import OPERATIONS, commands_of
 from tests.support.root import wait_until
 from tests.system.machine import HOME, Machine, Service, as_toml
 
@@ -108,6 +110,13 @@ def test_a_tick_is_heard_more_often_than_the_watchdog_asks_for(service: Service)
     wait_until(
         lambda: int(service.value("WatchdogTimestampMonotonic")) > begun + 3_000_000, what="three seconds of heartbeats"
     )
+    # Nor does a checkpoint that takes four times as long as the watchdog waits hold it up.
+    behave(service, step_seconds=0.02, seal_seconds=4)
+    service.drop("a.jsonl", 300)
+    wait_until(lambda: any(event["event"] == "run.started" for event in service.log()), what="the first step")
+    service.machine.run(f"{HOME}/.venv/bin/dropforge", "--root", ROOT, "pause", user="dropforge")
+    service.wait_for("a.jsonl", "queued")
+    assert any(event["event"] == "checkpoint.sealed" for event in service.log())
     assert service.value("NRestarts") == "0"
 
 
@@ -160,6 +169,23 @@ def test_reload_opens_the_log_again_and_nothing_is_interrupted(service: Service)
     assert service.main_pid() == pid
     service.drop("a.jsonl", 5)
     service.wait_for("a.jsonl", "succeeded")
+
+
+@pytest.mark.skipif(shutil.which("logrotate") is None, reason="logrotate is not installed (Debian package: logrotate)")
+def test_logrotate_rotates_as_the_document_tells_it_and_no_line_is_lost(service: Service) -> None:
+    service.machine.write(f"{ROOT}/dropforge.toml", as_toml({**TABLES, "logging": {"max_bytes": 0}}))
+    (rules,) = commands_of(OPERATIONS, "Logs", "logrotate")
+    service.machine.write("/etc/logrotate.d/dropforge", rules + "\n")
+    service.systemctl("start")
+    service.drop("a.jsonl", 5)
+    service.wait_for("a.jsonl", "succeeded")
+    service.machine.run("logrotate", "--force", "/etc/logrotate.d/dropforge")
+    wait_until(lambda: any(event["event"] == "daemon.reloaded" for event in service.log()), what="the new log")
+    service.drop("b.jsonl", 5)
+    wait_until(lambda: any(event["event"] == "job.succeeded" for event in service.log()), what="the second job")
+    told = service.machine.run(f"{HOME}/.venv/bin/dropforge", "--root", ROOT, "logs", "--json", "-n", "1000").stdout
+    assert told.count('"job.succeeded"') == 2
+    assert told.count('"daemon.started"') == 1
 
 
 def test_the_journal_has_priority_and_fields_and_drops_nothing(service: Service) -> None:

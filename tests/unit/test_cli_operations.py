@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from daemon.doctor import Verdict
 from daemon.errors import ConfigError
 from daemon.gpulock import GpuLock
 from daemon.job import Job, JobState
+from daemon.store import JobStore
 from daemon.unitfile import DropIn
 from daemon.versions import Version
 from tests.support.root import DROPFORGE, environment
@@ -161,6 +164,8 @@ def test_errors_are_one_line_with_a_hint_and_their_exit_code(
         ("rollback 1", 4),
         ("rollback", 2),
         ("nonsense", 2),
+        ("--root nowhere jobs", 4),
+        ("--root nowhere run", 4),
     ):
         code, _, told = run_here(capsys, "--root", str(tmp_path), *command.split())
         assert code == expected, command
@@ -179,19 +184,78 @@ def test_version_help_and_completion_for_each_shell(capsys: pytest.CaptureFixtur
     assert run_here(capsys, "completion", "tcsh")[0] == 2
 
 
-@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="there is no bash")
-def test_bash_takes_the_completion(tmp_path: Path) -> None:
-    script = tmp_path / "completion"
-    script.write_text(run("completion", "bash").stdout)
-    program = tmp_path / "dropforge"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -P -c "from daemon.cli import main; main()" "$@"\n')
-    program.chmod(0o755)
-    asked = f'source {script}; COMP_WORDS=(dropforge roll); COMP_CWORD=1; _dropforge_completion dropforge; echo "${{COMPREPLY[@]}}"'
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """`dropforge` on a PATH of its own, over a root with jobs and versions."""
+    root = tmp_path / "root"
+    (root / "current_model").mkdir(parents=True)
+    (root / "dropforge.toml").write_text("")
+    store = JobStore(root / "state" / "queue.sqlite3")
+    for number, (name, state) in enumerate(
+        (("$(touch harm)'`touch harm`.jsonl", "queued"), ("b.jsonl", "rejected"), ("c.jsonl", "claimed"))
+    ):
+        store.add(Job(id=f"20261123-041500-000{number}", name=name, state=JobState(state)))
+    store.close()
+    for number in ("0001", "0002"):
+        version = root / "current_model" / "versions" / number
+        version.mkdir(parents=True)
+        (version / "training_record.json").write_text(json.dumps({"dataset": "d'.jsonl"}))
+    script = tmp_path / "bin" / "dropforge"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -P -c "from daemon.cli import main; main()" "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+def complete(program: Path, shell: str, line: str) -> list[str]:
+    """What the shell offers at the end of a line, by its own means."""
+    script = program.with_name(f"completion.{shell}")
+    script.write_text(run("completion", shell).stdout)
+    words = line.split(" ")
+    asked = {
+        "bash": f"source {script}; COMP_WORDS=({' '.join(words[:-1])} {words[-1] or chr(34) * 2}); COMP_CWORD={len(words) - 1};"
+        ' _dropforge_completion dropforge; printf "%s\\n" "${COMPREPLY[@]}"',
+        # What it hands to _arguments, which draws; evaluated as zsh does it.
+        "zsh": f"compdef() {{ : }}; _files() {{ : }}; _arguments() {{ print -r -- $1 }}; source {script};"
+        f" words=({' '.join(words[:-1])} '{words[-1]}'); CURRENT={len(words)}; _dropforge_completion",
+        "fish": f"source {script}; complete -C '{line}'",
+    }[shell]
     done = subprocess.run(
-        ["bash", "-c", asked], capture_output=True, text=True, check=False,
-        env={**environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        [shell, *(["-f"] if shell == "zsh" else []), "-c", asked], capture_output=True, text=True, check=False,
+        cwd=program.parent, env={**environment(), "PATH": f"{program.parent}:{os.environ['PATH']}",
+                                 "DROPFORGE_ROOT": str(program.parents[1] / "root"), "HOME": str(program.parent)},
     )  # fmt: skip
-    assert done.stdout.strip() == "rollback", done.stderr
+    assert done.stderr == ""
+    assert not (program.parent / "harm").exists()
+    if shell == "zsh":  # "WORD":"HELP" ...
+        return re.findall(r'(?<=[( ])"([^"]+)"(?=[: )])', done.stdout)
+    return [word.split("\t")[0] for word in done.stdout.split("\n") if word]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_jobs_and_versions(program: Path, shell: str) -> None:
+    """Each argument with what it may be now; a file's name that is a command is not run."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed (Debian package: {shell})")
+
+    def offered(line: str) -> set[str]:
+        return set(complete(program, shell, line))
+
+    queued, rejected, claimed = (f"20261123-041500-000{end}" for end in "012")
+    assert offered("dropforge roll") == {"rollback"}
+    assert offered("dropforge rollback ") == {"0002", "0001"}
+    assert offered("dropforge retry ") == {rejected}
+    assert offered("dropforge cancel 2026") == {queued, claimed}
+    assert offered("dropforge jobs --state ca") == {"cancelled"}
+    assert offered("dropforge retry zzz") == set()
+
+
+def test_completion_says_nothing_when_something_is_wrong(program: Path) -> None:
+    root = program.parents[1] / "root"
+    (root / "state" / "queue.sqlite3").write_bytes(b"no database")
+    assert complete(program, "bash", "dropforge show ") == []
+    (root / "dropforge.toml").write_text("[training\n")
+    assert complete(program, "bash", "dropforge rollback ") == []
 
 
 # -- service install
@@ -262,6 +326,21 @@ def test_the_doctor_finds_what_is_wrong_and_says_what_to_do(tmp_path: Path, monk
     assert all(len(line) <= 80 for line in rendered(show.findings(found)))
     (tmp_path / "dropforge.toml").write_text("[training]\nlearning_rat = 1\n")
     assert verdicts(doctor.examine(tmp_path))["settings"] is Verdict.FAIL
+
+
+def test_the_doctor_tells_packages_that_are_too_old_and_whose_view_this_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("packages", "permissions")})
+    monkeypatch.setattr(doctor, "version", lambda name: {"peft": "0.9.1", "torch": "2.13.0+cpu"}.get(name, "99"))
+    (tmp_path / "dropforge.toml").write_text("")
+    found = doctor.examine(tmp_path)
+    assert [finding.told for finding in found if finding.verdict is Verdict.FAIL] == ["peft 0.9.1 is older than 0.18"]
+    if os.geteuid() != 0:
+        return
+    (tmp_path / "state").mkdir()
+    os.chown(tmp_path / "state", 65534, -1)
+    assert any("root's view" in finding.told and "runuser -u" in finding.hint for finding in doctor.examine(tmp_path))
 
 
 def test_the_doctor_s_json_is_what_it_shows(

@@ -66,8 +66,10 @@ def test_sound_files_pass_with_exact_counts_and_the_files_own_digest(tmp_path: P
         pytest.param(ROW.decode().encode("utf-16"), "UTF-16", id="utf16"),
         pytest.param(b'{"question": "q", "answer": "a"}\n', 'prompt = "question", completion = "answer"', id="columns"),
         pytest.param(b"hello\n", "no format was recognised", id="text"),
-        pytest.param(ROW + b"\n" + ROW, "1 of 3 lines is bad", id="blank_line_inside"),
-        pytest.param(ROW + b'{"text": 1}\n' * 2, "2 of 3 lines are bad", id="bad_rows"),
+        pytest.param(ROW + b"\n" + ROW, "1 of 3 lines is bad; line 2, column 1: ", id="blank_line_inside"),
+        pytest.param(
+            ROW + b'{"text": 1}\n' * 2, "2 of 3 lines are bad; the first is line 2, column 10: ", id="bad_rows"
+        ),
     ],
 )
 def test_what_is_wrong_with_the_whole_file_is_said_once(tmp_path: Path, content: bytes, reason: str) -> None:

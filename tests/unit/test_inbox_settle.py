@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from daemon.config import InboxSettings
+from daemon.drops import Drops
 from daemon.job import Priority
 from daemon.settle import Candidate, Kind, Look, MayBeTaken, Waits, decide, kind_of_name, sidecar_name
 from daemon.watch import Note
@@ -131,3 +134,19 @@ def test_what_a_name_stands_for(name: str, kind: Kind) -> None:
 def test_a_sidecar_is_named_after_its_file(name: str) -> None:
     """Whatever it is compressed with."""
     assert sidecar_name(name) == "x.job.toml"
+
+
+def test_a_file_that_never_settles_is_shown_as_waiting_for_ever(tmp_path: Path) -> None:
+    """A day of a writer that comes back every second: never taken, at every moment there with its reason."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"text": "a"}\n')
+    found = Drops({Priority.NORMAL: tmp_path}, SETTINGS)
+    for second in range(86_400):
+        if second % 60 == 0:
+            found.scan(float(second), full=True)
+        os.utime(path, (second, second))
+        found.look(float(second))
+        (waiting,) = found.waiting()
+        assert waiting.reason.startswith("settling")
+        assert found.deferred == 0
+    assert found.take(86_400.0) is None

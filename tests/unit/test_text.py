@@ -8,7 +8,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.text import escape
+from daemon.text import escape, printable
 
 
 @given(st.text(max_size=100).map(lambda text: text + "\x1b[31m\n\u202e"))
@@ -19,6 +19,13 @@ def test_nothing_that_a_terminal_interprets_is_left(text: str) -> None:
 def test_what_is_replaced_stays_readable() -> None:
     assert escape(os.fsdecode(b"caf\xe9\n\t.jsonl")) == "caf\\xe9\\n\\t.jsonl"
     assert escape("Ærøskøbing 数据.jsonl") == "Ærøskøbing 数据.jsonl"
+
+
+@given(st.text(max_size=100).map(lambda text: text + "\x1b[31m\n\u202e"))
+def test_what_was_escaped_once_is_shown_as_it_is_and_everything_else_is_made_safe(text: str) -> None:
+    once = escape(text, most=10_000)
+    assert printable(once, most=10_000) == once
+    assert all(unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in printable(text, most=10_000))
 
 
 def test_different_texts_are_shown_differently() -> None:

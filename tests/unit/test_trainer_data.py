@@ -14,9 +14,10 @@ from daemon.fingerprint import fingerprint_run
 from daemon.job import Dataset, FailureKind
 from daemon.rows import Row
 from daemon.trainer.data import Example, held_out_rank, pad, plan, tokenise
-from daemon.trainer.encode import IGNORE, encode
+from daemon.trainer.encode import IGNORE
 from daemon.trainer.failure import RunFailure
 from guard.components import COMPONENTS
+from tests.support.tokens import encode
 
 DATA = DataSettings(max_length=512)
 TURNS = [

@@ -13,7 +13,9 @@ from daemon import versions
 from tests.fault.daemon import scenarios
 from tests.support.killpoints import killed_runs
 from tests.support.sound_model import assert_model_dir_sound
-from tests.unit.guard.conftest import make_fingerprint
+from tests.unit.guard.conftest import make_checkpoint, make_fingerprint
+
+SECOND = make_fingerprint(dataset__digest="c" * 64)
 
 
 def whole(tensor: bytes) -> bytes:
@@ -40,6 +42,10 @@ def test_a_reader_always_meets_one_whole_adapter_and_the_next_call_finishes(tmp_
     with guard.ModelLock(model_dir, owner="test"):
         guard.prepare_run(model_dir, fingerprint=make_fingerprint(), dataset_path=rows, lora_config={})
         versions.promote(model_dir, candidate(model_dir, "candidate-a", b"old"), job_id="a", record={"rows": 1})
+        # The run whose promotion is cut off, with its last checkpoint still there.
+        guard.prepare_run(model_dir, fingerprint=SECOND, dataset_path=rows, lora_config={})
+        make_checkpoint(model_dir / "checkpoint-2", 2)
+        guard.seal_checkpoint(model_dir / "checkpoint-2", step=2, fingerprint=SECOND)
     candidate(model_dir, "candidate-b", b"new")
 
     def prepare(root: Path) -> dict[str, Any]:
@@ -59,5 +65,13 @@ def test_a_reader_always_meets_one_whole_adapter_and_the_next_call_finishes(tmp_
         lineage = [json.loads(line) for line in (folder / "lineage.jsonl").read_text().splitlines()]
         assert [line["version"] for line in lineage] == ["0001", "0002"], str(run)
         assert guard.read_stamp(folder).stamp.finished == "0002", str(run)  # type: ignore[union-attr]
+        assert_model_dir_sound(folder)
+        # The next run over the same rows continues the new version from step 0, not the finished run from its end.
+        with guard.ModelLock(folder, owner="the next run"):
+            again = guard.prepare_run(folder, fingerprint=SECOND, dataset_path=run.root / "rows.jsonl", lora_config={})
+        assert again.resume_from is None, str(run)
+        assert "finished as version 0002" in again.verdict.reasons[0], str(run)
+        assert list(folder.glob(".cleared/*/checkpoint-2")), str(run)
+        assert (folder / "adapter_model.safetensors").read_bytes() == whole(b"new"), str(run)
         assert_model_dir_sound(folder)
     assert seen == {whole(b"old"), whole(b"new")}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from daemon.job import JobState
+import guard
+from daemon.job import FailureKind, JobState, Outcome, RunResult, RunSpec, from_json, to_json
+from daemon.trainer import session
+from daemon.trainer.session import conduct, kind_of
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
 
@@ -90,3 +96,59 @@ def test_a_state_directory_that_is_full_stops_the_daemon_with_a_sentence(make_ro
         assert root.finished("a.jsonl").state is JobState.SUCCEEDED
         assert root.stop() == 0
         assert_sound(root)
+
+
+@pytest.mark.parametrize("size", ["60k", "400k", "700k", "1000k", "1500k"])
+def test_a_disk_that_fills_up_while_training_is_told_as_that_and_the_run_goes_on_with_room(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    """Full at the stamp, at weights, at torch's archives, at the third checkpoint: no error of a library in its place."""
+    inprocess = pytest.importorskip("tests.support.inprocess")
+    tables = {"training": {"save_steps": 1}, "data": {"held_out_fraction": 0.0}}
+    spec = inprocess.specify(tmp_path, inprocess.rows(32), tiny_base, tables)
+    for effect in ("die_with_parent", "become_the_victim"):  # they are for a process of its own
+        monkeypatch.setattr(session, effect, lambda **_: None)
+    model_dir = Path(spec.model_dir)
+    with mounted(model_dir, size):
+        result = run_conducted(spec, inprocess)
+        assert (result.outcome, result.failure) == (Outcome.FAILED, FailureKind.NO_SPACE), result.message
+        assert "full" in result.message or "no space" in result.message.lower()
+        assert "free some space" in result.hint
+        assert not list(model_dir.glob(".staging/*"))
+        sealed = guard.scan_checkpoints(model_dir, digests=True)
+        assert all(checkpoint.is_intact for checkpoint in sealed)
+        remount(model_dir, "size=16m")
+        again = run_conducted(spec, inprocess)
+        assert again.outcome is Outcome.SUCCEEDED, again.message
+        assert again.start_step == max((checkpoint.step for checkpoint in sealed), default=0)
+        assert again.steps_run == again.steps_planned == 4
+
+
+def run_conducted(spec: RunSpec, inprocess: Any) -> RunResult:
+    """One attempt as the trainer's process conducts it, result file and all, without its start."""
+    run_dir = Path(spec.run_dir)
+    (run_dir / "run.json").write_text(to_json(spec))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        conduct(run_dir, lambda: lambda spec, report, stop: inprocess.train(spec))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return from_json((run_dir / "result.json").read_bytes(), RunResult)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (guard.StorageError(operation="seal", path="x", cause="no space left on device"), FailureKind.NO_SPACE),
+        (guard.StorageError(operation="seal", path="x", cause="input/output error"), FailureKind.INTERNAL),
+        (guard.UsageError(operation="use the key file", path="key", cause="others can use it"), FailureKind.CONFIG),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), FailureKind.NO_SPACE),
+        (OSError(errno.EIO, "Input/output error"), FailureKind.INTERNAL),
+    ],
+)
+def test_errors_of_the_guard_and_of_the_system_have_their_kind(error: Exception, kind: FailureKind) -> None:
+    if "no space" in str(error):
+        error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert isinstance(error, guard.GuardError | OSError)
+    assert kind_of(error) is kind

@@ -368,6 +368,28 @@ def test_a_directory_of_a_plain_script_is_sealed_verified_refused_and_cleared(
     assert guard.scan_checkpoints(directory) == ()
 
 
+def test_another_tokenizer_is_another_run(lab: Lab, tiny_base: Path, tmp_path: Path) -> None:
+    """Its files count when it came from a folder, and its chat template also when somebody set another one since."""
+    from transformers import AutoTokenizer
+
+    folder = copy_to(tiny_base, tmp_path / "base")
+    trainer, _ = make_trainer(base=lab.base, dataset=lab.rows, output_dir=tmp_path / "out")
+
+    def changed_since(old: guard.Fingerprint | None = None) -> tuple[guard.Fingerprint, list[str]]:
+        new = guard.fingerprint_trainer(trainer, dataset_path=lab.rows)
+        return new, [change.name for change in old.differences(new)] if old else []
+
+    trainer.processing_class = AutoTokenizer.from_pretrained(folder)
+    first, _ = changed_since()
+    assert len(str(first.components["tokenizer.digest"])) == 64
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"vocab"', '"vocab" ', 1))
+    second, names = changed_since(first)
+    assert names == ["tokenizer.digest"]
+    trainer.processing_class.chat_template = "{{ messages }}"
+    assert changed_since(second)[1] == ["tokenizer.chat_template"]
+
+
 def copy_to(source: Path, target: Path) -> Path:
     return shutil.copytree(source, target, symlinks=True)
 

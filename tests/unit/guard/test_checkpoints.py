@@ -224,6 +224,18 @@ def test_rotation_keeps_the_newest_and_touches_nothing_that_is_not_this_run_s(tm
         guard.rotate(tmp_path, keep=0)
 
 
+def test_rotation_for_a_run_leaves_a_foreign_run_alone_whose_steps_are_higher(tmp_path: Path) -> None:
+    """A script that seals in place beside the checkpoints of somebody else: those are not its own to remove."""
+    for step in (800, 900):
+        sealed(tmp_path, step, lora__r=99)
+    for step in (1, 2, 3):
+        sealed(tmp_path, step)
+    removed = guard.rotate(tmp_path, keep=1, fingerprint=make_fingerprint())
+    assert [path.name for path in removed] == ["checkpoint-1", "checkpoint-2"]
+    assert steps(tmp_path) == [3, 800, 900]
+    assert guard.rotate(tmp_path, keep=1, fingerprint=make_fingerprint(lora__r=7)) == ()
+
+
 def test_rotation_does_not_count_a_torn_newest_as_one_of_those_to_keep(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         sealed(tmp_path, step)

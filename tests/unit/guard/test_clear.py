@@ -355,9 +355,11 @@ def test_a_purge_touches_nothing_but_sets(tmp_path: Path) -> None:
     (tmp_path / ".cleared" / "notes.txt").write_text("mine")
     (tmp_path / ".cleared" / "20200101T000000Z-link").symlink_to(outside)
     (tmp_path / ".cleared" / "20200101T000000Z-file").write_text("not a folder")
+    (tmp_path / ".cleared" / "20209999T999999Z-no-moment").mkdir()
     with lock(tmp_path):
         guard.purge_cleared(tmp_path, keep_sets=1)
     left = {path.name for path in (tmp_path / ".cleared").iterdir()}
-    assert {"notes.txt", "20200101T000000Z-link", "20200101T000000Z-file", "journal.jsonl"} <= left
-    assert len(left) == 5
+    theirs = {"notes.txt", "20200101T000000Z-link", "20200101T000000Z-file", "20209999T999999Z-no-moment"}
+    assert theirs | {"journal.jsonl"} <= left
+    assert len(left) == 6
     assert (outside / "optimizer.pt").exists()

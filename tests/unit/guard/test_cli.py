@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 import guard
-from guard.cli import main
+from guard.cli import OwnModel, main
 from tests.unit.guard.conftest import make_checkpoint
 
 
@@ -165,6 +166,9 @@ def test_a_key_file_is_used_everywhere(
         (["check", "{model}", "--dataset", "{dataset}.nothing"], 4),
         (["verify", "{model}/nothing"], 4),
         (["clear", "{model}", "--restore", "nothing"], 4),
+        (["purge", "{model}"], 2),
+        (["purge", "{model}", "--keep-sets", "many"], 2),
+        (["purge", "{model}/nothing", "--keep-sets", "1"], 4),
         (["seal", "{model}/checkpoint-99"], 4),
         (["fingerprint", "{dataset}.nothing"], 4),
         (["fingerprint", "{model}"], 1),
@@ -183,6 +187,103 @@ def test_exit_codes(
         found, error = run_json(capsys, *filled)
         assert (found, error["exit_code"]) == (code, code)
         assert set(error["error"]) == {"operation", "path", "cause", "hint"}
+
+
+def test_purge_shows_its_plan_deletes_by_the_limits_and_always_keeps_the_newest(
+    capsys: pytest.CaptureFixture[str], model_dir: Path
+) -> None:
+    for number in range(3):
+        make_checkpoint(model_dir / "checkpoint-1", 1, seed=number)
+        assert run(capsys, "clear", model_dir)[0] == 0
+    sets = [path.name for path in guard.cleared_sets(model_dir)]
+    assert len(sets) == 3
+    limits = ("--keep-sets", "1")
+    code, out, _ = run(capsys, "purge", model_dir, *limits, "--dry-run")
+    assert code == 0
+    assert all(name in out for name in sets[:2])
+    assert "more than 1 sets" in out
+    assert "kept: 1 sets" in out
+    assert guard.cleared_sets(model_dir) == [model_dir / ".cleared" / name for name in sets]
+    with guard.ModelLock(model_dir, owner="the trainer"):
+        assert run(capsys, "purge", model_dir, *limits)[0] == 5
+        assert run(capsys, "purge", model_dir, *limits, "--dry-run")[0] == 0
+    code, done = run_json(capsys, "purge", model_dir, *limits)
+    assert (code, done["dry_run"], [item["set"] for item in done["sets"]], done["kept"]) == (
+        0,
+        False,
+        sets[:2],
+        sets[2:],
+    )
+    assert [path.name for path in guard.cleared_sets(model_dir)] == sets[2:]
+    assert run(capsys, "purge", model_dir, "--keep-days", "0")[1].startswith("nothing to purge")
+
+
+def test_what_the_caller_knows_of_its_own_model_directory_stands_in_for_options(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, tmp_path: Path
+) -> None:
+    """Key and policy of the settings hold for that directory and its checkpoints, and for no other."""
+    key_file = tmp_path / "key"
+    key_file.write_bytes(b"k" * 32)
+    key_file.chmod(0o600)
+    own = OwnModel(model_dir=model_dir, key_file=key_file, keep_sets=1)
+
+    def command(*arguments: object) -> int:
+        code = main([str(argument) for argument in arguments], own=own)
+        capsys.readouterr()
+        return code
+
+    assert command("seal", model_dir / "checkpoint-30") == 0
+    assert guard.verify_checkpoint(model_dir / "checkpoint-30", key=b"k" * 32).is_intact
+    assert command("verify", model_dir / "checkpoint-30") == 0
+    assert command("verify", model_dir) == 1  # the others were sealed without
+    other = tmp_path / "other"
+    make_checkpoint(other / "checkpoint-1", 1)
+    guard.seal_checkpoint(other / "checkpoint-1", step=1, fingerprint=guard.Fingerprint({}))
+    assert command("verify", other) == 0
+    assert command("purge", model_dir) == 0
+    assert command("purge", other) == 2
+
+
+def test_without_its_key_a_run_in_progress_is_not_taken_for_damaged(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, fingerprint: guard.Fingerprint
+) -> None:
+    guard.seal_checkpoint(model_dir / "checkpoint-30", step=30, fingerprint=fingerprint, key=b"k" * 32)
+    for options in ((), ("--dry-run",)):
+        code, _, err = run(capsys, "clear", model_dir, *options)
+        assert code == 2
+        assert "checkpoint-30 is sealed with a key, and none was given" in err
+    assert len(list(model_dir.glob("checkpoint-*"))) == 3
+
+
+@pytest.mark.skipif(shutil.which("b3sum") is None, reason="b3sum is not installed")
+@pytest.mark.parametrize("name", ["plain.jsonl", "two words", "back\\slash", "new\nline", "\u00fcn\u00efcode", "-n"])
+def test_whole_lines_are_those_of_b3sum(tmp_path: Path, name: str) -> None:
+    """Names that need escaping included, so that `b3sum --check` reads them."""
+    (tmp_path / name).write_bytes(b"rows")
+    environment = {**os.environ, "PYTHONPATH": str(Path(guard.__file__).parents[1])}
+    ours = subprocess.run(
+        [sys.executable, "-m", "guard", "fingerprint", "--", name],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        check=True,
+    ).stdout
+    assert ours == subprocess.run(["b3sum", "--", name], cwd=tmp_path, capture_output=True, check=True).stdout
+    (tmp_path / "sums").write_bytes(ours)
+    subprocess.run(["b3sum", "--check", "sums"], cwd=tmp_path, capture_output=True, check=True)
+
+
+def test_a_name_of_any_bytes_is_printed_as_it_is(tmp_path: Path) -> None:
+    name = b"\xff.jsonl"
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"rows")
+    done = subprocess.run(
+        [os.fsencode(sys.executable), b"-m", b"guard", b"fingerprint", name],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(guard.__file__).parents[1]), "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.endswith(b"  " + name + b"\n")
 
 
 def test_a_model_directory_in_use_is_named_with_its_user(

@@ -1,0 +1,28 @@
+"""`dropforge demo`, whole: a newcomer's first minutes, and the main job with everything real."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.root import DROPFORGE, Root, environment
+from tests.support.sound import assert_sound
+
+
+@pytest.mark.timeout(600)
+def test_every_claim_of_the_demonstration_holds(tmp_path: Path) -> None:
+    """Two datasets trained, a killed trainer resumed, a replaced dataset's checkpoints cleared; what is printed is so."""
+    folder = tmp_path / "demo root"
+    done = subprocess.run(
+        [*DROPFORGE, "demo", str(folder)], capture_output=True, text=True, env=environment(), check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    claims = done.stdout.partition("What has to be true")[2].partition("dropforge status")[0]
+    assert claims.count("  yes  ") == 4
+    assert "NO" not in claims
+    for word in ("settled", "claimed", "BLAKE3", "verdict", "cleared", "planned", "held out", "tokens/s", "promoted"):
+        assert word in done.stdout
+    assert "PeftModel.from_pretrained" in done.stdout
+    assert_sound(Root(folder))
