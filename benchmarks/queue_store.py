@@ -2,9 +2,9 @@
 
     python -m benchmarks.queue_store [--jobs 300] [--history 1000000] [--folder DIR]
 
-Every arm writes to SQLite. `job store` and `huey (fsync)` wait for the disk at each commit; `huey` as it comes and
-`persist-queue` do not, and may lose what they accepted when the machine goes down. A huey task and a persist-queue item
-are one row each; ours is a job with its event, checked against the transition table.
+Every arm writes to SQLite. All wait for the disk at each commit (fsync) but `huey` as it comes, which may lose what it
+accepted when the machine goes down. A huey task and a persist-queue item are one row each; ours is a job with its
+events, checked against the transition table: two commits to accept it, two to claim and end it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import sqlite3
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks._table import Arm, measure, print_goal, print_table
 from daemon.config import Recipe
@@ -40,50 +43,94 @@ def finish(store: JobStore) -> None:
     store.transition(job.id, JobState.RUNNING, JobState.SUCCEEDED, "done", version="0001")
 
 
-def ours(folder: Path, jobs: int) -> Callable[[], None]:
-    def run() -> None:
-        path = folder / f"ours-{time.monotonic_ns()}.sqlite3"
-        store = JobStore(path)
-        for number in range(jobs):
-            accept(store, number)
-        for _ in range(jobs):
-            finish(store)
-        store.close()
+@dataclass
+class Queue:
+    """One queue under measurement: what accepts a job, and what claims the next and ends it."""
 
-    return run
+    name: str
+    fresh: Callable[[], None]
+    accept: Callable[[int], object]
+    finish: Callable[[], object]
 
 
-def huey(folder: Path, jobs: int, *, fsync: bool) -> Callable[[], None]:
+def ours(folder: Path) -> Queue:
+    stores: list[JobStore] = []
+    return Queue(
+        name="job store",
+        fresh=lambda: stores.append(JobStore(folder / f"ours-{time.monotonic_ns()}.sqlite3")),
+        accept=lambda number: accept(stores[-1], number),
+        finish=lambda: finish(stores[-1]),
+    )
+
+
+def huey(folder: Path, name: str, *, fsync: bool) -> Queue:
     from huey import SqliteHuey
 
-    def run() -> None:
+    queues: list[tuple[Any, Any]] = []
+
+    def fresh() -> None:
         queue = SqliteHuey(filename=str(folder / f"huey-{time.monotonic_ns()}.db"), fsync=fsync)
 
         @queue.task()
         def nothing(number: int) -> int:
             return number
 
-        for number in range(jobs):
-            nothing(number)
-        for _ in range(jobs):
-            task = queue.dequeue()
-            assert task is not None
-            queue.execute(task)
+        queues.append((queue, nothing))
 
-    return run
+    def finish_one() -> None:
+        task = queues[-1][0].dequeue()
+        assert task is not None
+        queues[-1][0].execute(task)
+
+    def accept_one(number: int) -> None:
+        queues[-1][1](number)
+
+    return Queue(name=name, fresh=fresh, accept=accept_one, finish=finish_one)
 
 
-def persistqueue(folder: Path, jobs: int) -> Callable[[], None]:
+def persistqueue(folder: Path) -> Queue:
     from persistqueue import SQLiteAckQueue
 
-    def run() -> None:
-        queue = SQLiteAckQueue(str(folder / f"persist-{time.monotonic_ns()}"), auto_commit=True)
-        for number in range(jobs):
-            queue.put({"number": number})
-        for _ in range(jobs):
-            queue.ack(queue.get(block=False))
+    queues: list[Any] = []
+    return Queue(
+        name="persist-queue",
+        fresh=lambda: queues.append(SQLiteAckQueue(str(folder / f"persist-{time.monotonic_ns()}"), auto_commit=True)),
+        accept=lambda number: queues[-1].put({"number": number}),
+        finish=lambda: queues[-1].ack(queues[-1].get(block=False)),
+    )
 
-    return run
+
+def measure_queues(queues: Sequence[Queue], jobs: int, rounds: int) -> None:
+    """Two tables: how fast jobs are accepted, and how fast they are claimed and ended."""
+
+    def accept_all(queue: Queue) -> None:
+        for number in range(jobs):
+            queue.accept(number)
+
+    def finish_all(queue: Queue) -> None:
+        for _ in range(jobs):
+            queue.finish()
+
+    def filled(queue: Queue) -> None:
+        queue.fresh()
+        accept_all(queue)
+
+    peers = [queue.name for queue in queues[1:]]
+    for title, arms in (
+        (
+            f"accept and queue {jobs} jobs",
+            [Arm(name=q.name, before=q.fresh, run=partial(accept_all, q)) for q in queues],
+        ),
+        (
+            f"claim and end {jobs} jobs",
+            [Arm(name=q.name, before=partial(filled, q), run=partial(finish_all, q)) for q in queues],
+        ),
+    ):
+        seconds = measure(arms, rounds=rounds)
+        print_table(title, seconds, relative_to=peers)
+        for name, values in seconds.items():
+            print(f"  {name:<14} {jobs / statistics.median(values):8.0f} jobs/s")
+        print(f"  that is {2 * jobs / statistics.median(seconds[queues[0].name]):.0f} transitions/s of the job store")
 
 
 def fill(path: Path, history: int) -> None:
@@ -131,21 +178,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        arms = [Arm(name="job store", run=ours(folder, options.jobs))]
+        queues = [ours(folder)]
         try:
-            arms += [
-                Arm(name="huey (fsync)", run=huey(folder, options.jobs, fsync=True)),
-                Arm(name="huey", run=huey(folder, options.jobs, fsync=False)),
-                Arm(name="persist-queue", run=persistqueue(folder, options.jobs)),
+            queues += [
+                huey(folder, "huey (fsync)", fsync=True),
+                huey(folder, "huey", fsync=False),
+                persistqueue(folder),
             ]
         except ImportError as error:
             print(f"left out: {error.name} is not installed (pip install huey persist-queue)")
-        seconds = measure(arms, rounds=options.rounds)
-        print_table(
-            f"accept and finish {options.jobs} jobs", seconds, relative_to=["huey (fsync)"] if len(arms) > 1 else []
-        )
-        for arm, values in seconds.items():
-            print(f"  {arm:<14} {options.jobs / statistics.median(values):8.0f} jobs/s through the whole queue")
+        measure_queues(queues, options.jobs, options.rounds)
 
         print(f"\nwith a history (median / 99th percentile of {300} calls)")
         medians = {}
