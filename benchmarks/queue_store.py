@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._table import Arm, measure, print_goal, print_table
-from daemon.config import Recipe
 from daemon.job import Dataset, Job, JobState, to_json
+from daemon.recipe import Recipe
 from daemon.store import JobStore
 
 RECIPE = Recipe().model_dump(mode="json")

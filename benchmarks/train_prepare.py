@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks._table import Arm, measure, print_goal, print_table
-from daemon.config import ColumnSettings, DataSettings
 from daemon.init import examples_dir
+from daemon.recipe import ColumnSettings, DataSettings
 from daemon.rows import iter_rows
 from daemon.trainer.data import tokenise
 from daemon.trainer.tiny import build_tiny

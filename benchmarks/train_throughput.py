@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks._table import print_goal
-from daemon.config import ColumnSettings, DataSettings, TrainingSettings
 from daemon.init import examples_dir
 from daemon.jsonline import parse_object
+from daemon.recipe import ColumnSettings, DataSettings, TrainingSettings
 from daemon.rows import detect_format, iter_rows
 from daemon.trainer.attention import use_packed
 from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan, tokenise

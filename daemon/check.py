@@ -18,11 +18,12 @@ from typing import Any
 import msgspec
 
 from daemon.children import environment
-from daemon.config import Recipe, Settings
+from daemon.config import Settings
 from daemon.dataset import DatasetReport, Request
 from daemon.job import Dataset, JobState, to_json
 from daemon.jsonline import LineFault
 from daemon.passes import pass_once
+from daemon.recipe import Recipe
 from daemon.report import rows_text
 from daemon.rows import Row, Rules, iter_rows
 from daemon.settle import Kind, kind_of_name, sidecar_name

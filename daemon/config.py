@@ -1,8 +1,4 @@
-"""Settings: `dropforge.toml`, `DROPFORGE_*` variables and flags, checked once, in this order of increasing weight.
-
-Names are those of transformers and peft wherever they have one. A `Recipe` is the part of the settings that decides
-what a run computes; a sidecar may override some of it for one dataset, and nothing else.
-"""
+"""Settings: `dropforge.toml`, `DROPFORGE_*` variables and flags, checked once, in this order of increasing weight."""
 
 from __future__ import annotations
 
@@ -11,145 +7,28 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.errors import ConfigError
+from daemon.recipe import (
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    PositiveFloat,
+    PositiveInt,
+    Recipe,
+    Section,
+    TrainingSettings,
+    explain,
+    layered,
+)
 
 CONFIG_NAME = "dropforge.toml"
 ENV_PREFIX = "DROPFORGE_"
 ROOT_VARIABLE = "DROPFORGE_ROOT"
-
-# What a dropped file has no say in: it is about this machine, or keeps one file from harming the daemon.
-NOT_FOR_ONE_DATASET: Mapping[str, frozenset[str]] = {
-    "training": frozenset({"num_processes", "report_to", "save_total_limit"}),
-    "data": frozenset({"max_line_bytes", "max_expansion", "render_seconds"}),
-}
-
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """A table of the configuration; unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_means_unset(cls, values: Any) -> Any:
-        """TOML has no null: an empty string stands for it where null is the default."""
-        if not isinstance(values, Mapping):
-            return values
-        unset = {name for name, field in cls.model_fields.items() if field.default is None}
-        return {name: None if value == "" and name in unset else value for name, value in values.items()}
-
-
-class ModelSettings(Section):
-    """`[model]`: what the adapters are trained on."""
-
-    model_name_or_path: str = Field("", description="A local folder or a Hub id of the base model.")
-    revision: str | None = Field(None, description="Hub revision; a commit is safest.")
-    allow_downloads: bool = Field(False, description="May fetch the base model from the Hub when it is missing.")
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention kernel, always explicit."
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Of the frozen base weights; auto is bfloat16 where the device has it, else float32.",
-    )
-    load_in_4bit: bool = Field(False, description="QLoRA: base weights in NF4; needs CUDA and `dropforge[gpu]`.")
-
-
-class TrainingSettings(Section):
-    """`[training]`: batch arithmetic, schedule, optimizer. May be overridden by a sidecar."""
-
-    start_from: Literal["latest", "base"] = Field(
-        "latest", description="Continue the current version's weights, or start a new adapter on the base."
-    )
-    num_train_epochs: PositiveFloat = Field(1.0, description="Passes over the data.")
-    max_steps: int = Field(-1, ge=-1, description="Stop after so many steps; -1: as the epochs say.")
-    per_device_train_batch_size: PositiveInt = Field(
-        4, description="Rows of max_length that fit one forward pass on one device; of shorter rows, as many tokens."
-    )
-    gradient_accumulation_steps: PositiveInt = Field(
-        2, description="A step has this times per_device_train_batch_size times num_processes rows."
-    )
-    num_processes: PositiveInt = Field(1, description="Processes (one a GPU) that share each step.")
-    train_sampling_strategy: Literal["group_by_length", "random"] = Field(
-        "group_by_length", description="Rows of similar length share a step's parts, or rows at random."
-    )
-    learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="Shape of the schedule."
-    )
-    warmup_steps: float = Field(0.03, ge=0, description="Steps of linear warm-up; below 1: a share of all steps.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0: none.")
-    optim: Literal["adamw_torch", "adamw_torch_fused"] = Field(
-        "adamw_torch_fused", description="Optimizer, by its name in transformers."
-    )
-    seed: int = Field(42, ge=0, description="Of weights, dropout and data order.")
-    gradient_checkpointing: bool | Literal["auto"] = Field(
-        "auto", description="Trade speed for memory; auto: only when it would run out."
-    )
-    use_liger_kernel: bool = Field(False, description="Fused kernels of `dropforge[gpu]`.")
-    torch_compile: bool = Field(False, description="Compile the model; pays in runs of thousands of steps only.")
-    save_steps: PositiveInt = Field(100, description="Steps between sealed checkpoints.")
-    save_total_limit: PositiveInt = Field(2, description="Checkpoints of a run that are kept.")
-    logging_steps: PositiveInt = Field(10, description="Steps between logged losses.")
-    report_to: tuple[str, ...] = Field((), description="Further trackers, by their names in transformers.")
-
-
-class LoraSettings(Section):
-    """`[lora]`: shape of the adapter. May be overridden by a sidecar."""
-
-    r: PositiveInt = Field(16, description="Rank.")
-    lora_alpha: PositiveFloat = Field(32, description="Scale; the update is multiplied by lora_alpha / r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: str | tuple[str, ...] = Field("all-linear", description="Modules that get an adapter.")
-    modules_to_save: tuple[str, ...] = Field((), description="Modules that are trained and saved in full.")
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r).")
-    use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
-
-
-class ColumnSettings(Section):
-    """`[data.columns]`: which columns of a flat file are what; `prompt` and `completion`, or `text` alone."""
-
-    prompt: str | None = Field(None, description="Column that is the prompt; it gets no loss.")
-    completion: str | None = Field(None, description="Column that is trained as the answer.")
-    text: str | None = Field(None, description="Column that is trained as a whole.")
-
-    @model_validator(mode="after")
-    def _one_way(self) -> ColumnSettings:
-        if (self.prompt is None) is not (self.completion is None):
-            raise ValueError("prompt and completion are set together")
-        if self.text is not None and self.prompt is not None:
-            raise ValueError("set prompt and completion, or text, not both")
-        return self
-
-
-class DataSettings(Section):
-    """`[data]`: how rows become tokens. May be overridden by a sidecar."""
-
-    max_length: PositiveInt = Field(2048, description="Tokens a row; of longer rows the trained part is kept.")
-    train_on: Literal["auto", "completion", "assistant", "last_turn", "all"] = Field(
-        "auto",
-        description="Tokens that get a loss; auto: the completion, the assistant's turns, or all of a text.",
-    )
-    render_seconds: PositiveFloat = Field(10.0, description="Time limit for turning one row into tokens.")
-    held_out_fraction: float = Field(0.02, ge=0, lt=1, description="Share of rows, by content, never trained.")
-    held_out_max_rows: int = Field(256, ge=0, description="Upper bound on held-out rows.")
-    on_bad_rows: Literal["reject", "skip"] = Field("reject", description="Refuse the file, or leave bad rows out.")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="Under skip: more bad rows refuse the file.")
-    max_line_bytes: PositiveInt = Field(16 * 2**20, description="Longest line that is read.")
-    max_expansion: float = Field(
-        100.0, ge=1, description="A .gz or .zst may expand to so many times its size (and always to 64 MiB)."
-    )
-    columns: ColumnSettings = Field(ColumnSettings(), description="Columns of files in no known format.")
 
 
 class InboxSettings(Section):
@@ -265,45 +144,6 @@ class MetricsSettings(Section):
     )
 
 
-class Recipe(Section):
-    """Everything besides the data that decides what a run computes."""
-
-    model: ModelSettings = ModelSettings()
-    training: TrainingSettings = TrainingSettings()
-    lora: LoraSettings = LoraSettings()
-    data: DataSettings = DataSettings()
-
-    def with_overrides(self, overrides: Mapping[str, Any]) -> Recipe:
-        """This recipe with a sidecar's `[training]`, `[lora]` and `[data]` laid over it.
-
-        Raises ConfigError that names the key; `[model]` and everything else is refused.
-        """
-        for table, values in overrides.items():
-            if table not in ("training", "lora", "data") or not isinstance(values, Mapping):
-                raise ConfigError(
-                    operation="apply the sidecar",
-                    cause=f"[{table}] cannot be set for one dataset",
-                    hint="a sidecar may hold priority, force, [training], [lora] and [data]",
-                )
-            if named := sorted(NOT_FOR_ONE_DATASET.get(table, frozenset()) & values.keys()):
-                raise ConfigError(
-                    operation="apply the sidecar",
-                    cause=f"[{table}] {', '.join(named)} cannot be set for one dataset",
-                    hint="set it in dropforge.toml: it is about this machine, not about the dataset",
-                )
-        modules = overrides.get("lora", {}).get("target_modules", "all-linear")
-        if isinstance(modules, str) and modules != "all-linear":  # peft takes it for a pattern, which may never end
-            raise ConfigError(
-                operation="apply the sidecar",
-                cause="[lora] target_modules cannot be a pattern for one dataset",
-                hint='list the modules by name, or say "all-linear"',
-            )
-        try:
-            return Recipe.model_validate(_layered(self.model_dump(), overrides))
-        except ValidationError as error:
-            raise ConfigError(operation="apply the sidecar", cause=explain(error)) from error
-
-
 class Settings(BaseSettings):
     """All settings of one root, immutable."""
 
@@ -407,7 +247,7 @@ def load(root: Path, flags: Mapping[str, Any] | None = None) -> Settings:
         raise ConfigError(operation="use", subject=path, cause="unknown key root", hint="use --root or DROPFORGE_ROOT")
     environment = EnvSettingsSource(Settings)()
     try:
-        return Settings.model_validate({"root": root, **_layered(table, environment, flags or {})})
+        return Settings.model_validate({"root": root, **layered(table, environment, flags or {})})
     except ValidationError as error:
         raise ConfigError(
             operation="use",
@@ -415,29 +255,6 @@ def load(root: Path, flags: Mapping[str, Any] | None = None) -> Settings:
             cause=explain(error),
             hint="`dropforge init` in an empty folder shows every key with its default",
         ) from error
-
-
-def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables of later layers laid over those of earlier ones, key by key."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for name, value in layer.items():
-            below = merged.get(name)
-            merged[name] = {**below, **value} if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def explain(error: ValidationError) -> str:
-    """Pydantic's findings as `[table] key: what is wrong (got VALUE)`, joined by `; `."""
-    lines = []
-    for item in error.errors(include_url=False):
-        table, *keys = (str(part) for part in item["loc"]) if item["loc"] else ("",)
-        place = f"[{table}] {'.'.join(keys)}" if keys else table
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {place}")
-        else:
-            lines.append(f"{place}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r:.80})")
-    return "; ".join(dict.fromkeys(lines))
 
 
 def _refuse_unknown_variables() -> None:

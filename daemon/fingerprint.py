@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from daemon.config import Recipe
 from daemon.job import Dataset, Plan
+from daemon.recipe import Recipe
 from guard import DigestCache, Fingerprint, digest_model_files, digest_tokenizer_files
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daemon.config import Recipe
 from daemon.errors import ConfigError
 from daemon.holds import Hold, HoldKind, human_bytes
 from daemon.processes import command_of
+from daemon.recipe import Recipe
 
 CONTEXT_BYTES = 600 * 2**20  # what CUDA and its libraries take before the first tensor
 ACTIVATIONS_SHARE = (

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from daemon.access import closed
-from daemon.config import Recipe, Settings
+from daemon.config import Settings
+from daemon.recipe import Recipe
 
 PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", "at": ..., "reason": ...}
 FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model's configuration tells

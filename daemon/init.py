@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from daemon.config import CONFIG_NAME, Section, Settings
+from daemon.config import CONFIG_NAME, Settings
 from daemon.errors import ConfigError, DropforgeError
+from daemon.recipe import Section
 from guard.atomic import write_atomic
 
 TINY_FOLDER = "base_model"

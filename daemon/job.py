@@ -161,7 +161,7 @@ class RunSpec:
     job_id: str
     attempt: int
     dataset: Dataset
-    recipe: Mapping[str, Any]  # see daemon.config.Recipe
+    recipe: Mapping[str, Any]  # see daemon.recipe.Recipe
     run_dir: str
     model_dir: str
     key_file: str | None = None  # of the guard's seal

@@ -14,7 +14,7 @@ from typing import Any
 
 import guard
 from daemon import gpu
-from daemon.config import Recipe, Settings
+from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, is_no_space
 from daemon.executors.base import Executor, Exit
 from daemon.gpulock import GpuLock
@@ -34,6 +34,7 @@ from daemon.job import (
 )
 from daemon.news import News, sealed_step
 from daemon.promotion import promote
+from daemon.recipe import Recipe
 from daemon.retry import Asked, Conclusion, conclude, halved
 from daemon.store import JobStore
 from daemon.text import escape

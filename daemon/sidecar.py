@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from daemon.config import Recipe
 from daemon.errors import ConfigError, RejectedData
 from daemon.job import Priority
+from daemon.recipe import Recipe
 from daemon.source import SourceFault, open_regular
 from daemon.text import escape
 

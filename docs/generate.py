@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from daemon import events, status, unitfile
-from daemon.config import Section, Settings
+from daemon.config import Settings
 from daemon.init import sections, toml_value
+from daemon.recipe import Section
 from daemon.unitfile import DropIn, Kind, Unit
 
 REPOSITORY = Path(__file__).resolve().parent.parent

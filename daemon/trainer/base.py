@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from daemon.config import ModelSettings
 from daemon.job import FailureKind
+from daemon.recipe import ModelSettings
 from daemon.trainer.failure import RunFailure
 
 # What a causal language model in safetensors form consists of; no .bin, no .py.

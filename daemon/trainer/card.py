@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from daemon.config import Recipe
 from daemon.fingerprint import minor_version
 from daemon.job import Plan, RunResult, RunSpec
+from daemon.recipe import Recipe
 from daemon.text import escape
 from daemon.versions import Version
 

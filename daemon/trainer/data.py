@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from daemon.config import DataSettings, TrainingSettings
 from daemon.job import FailureKind, Plan
+from daemon.recipe import DataSettings, TrainingSettings
 from daemon.rows import Row
 from daemon.trainer.batches import flat_passes, padded_passes, share_rows
 from daemon.trainer.encode import IGNORE, Encoder, truncate

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from daemon.config import DataSettings
 from daemon.job import FailureKind
+from daemon.recipe import DataSettings
 from daemon.rows import Row
 from daemon.trainer.chat import ChatTemplate, Span, assistant_turns, common_prefix
 from daemon.trainer.control import ControlTokens

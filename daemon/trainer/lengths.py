@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from daemon.config import Recipe
+from daemon.recipe import Recipe
 from daemon.rows import iter_rows
 from daemon.trainer.base import resolve_base
 from daemon.trainer.encode import IGNORE, Encoder

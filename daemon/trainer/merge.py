@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from daemon.config import ModelSettings
 from daemon.job import FailureKind
+from daemon.recipe import ModelSettings
 from daemon.trainer.base import resolve_base
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.model import ADAPTER_CONFIG, load_adapter, load_network, load_tokenizer, lora_config, saved_shape

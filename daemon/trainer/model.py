@@ -16,8 +16,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from daemon.config import LoraSettings, ModelSettings
 from daemon.job import FailureKind
+from daemon.recipe import LoraSettings, ModelSettings
 from daemon.trainer.base import BaseModel
 from daemon.trainer.failure import RunFailure
 

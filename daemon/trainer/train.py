@@ -21,9 +21,9 @@ from transformers.integrations import get_available_reporting_integrations
 
 import guard
 from daemon import versions
-from daemon.config import Recipe
 from daemon.fingerprint import fingerprint_run, minor_version
 from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec
+from daemon.recipe import Recipe
 from daemon.rows import iter_rows
 from daemon.trainer import together
 from daemon.trainer.attention import use_packed

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from daemon.config import ModelSettings
+from daemon.recipe import ModelSettings
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.merge import merge
 from daemon.versions import promote

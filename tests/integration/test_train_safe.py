@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import guard
-from daemon.config import LoraSettings, ModelSettings, Recipe
 from daemon.errors import ConfigError
 from daemon.job import FailureKind, Outcome
+from daemon.recipe import LoraSettings, ModelSettings, Recipe
 from daemon.trainer import train as train_module
 from daemon.trainer.base import BaseModel, resolve_base
 from daemon.trainer.failure import RunFailure

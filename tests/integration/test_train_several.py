@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from daemon.config import Recipe
 from daemon.job import Outcome, RunResult, RunSpec, from_json, to_json
+from daemon.recipe import Recipe
 from daemon.trainer.watch import LossWatch
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 from tests.support.root import environment

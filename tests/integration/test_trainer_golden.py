@@ -11,7 +11,7 @@ import pytest
 from blake3 import blake3
 from transformers import AutoTokenizer
 
-from daemon.config import ColumnSettings, DataSettings
+from daemon.recipe import ColumnSettings, DataSettings
 from daemon.rows import iter_rows
 from daemon.trainer.encode import IGNORE
 from tests.support.tokens import encode_cut

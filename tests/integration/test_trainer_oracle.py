@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from daemon.config import ColumnSettings, DataSettings
 from daemon.job import FailureKind
+from daemon.recipe import ColumnSettings, DataSettings
 from daemon.rows import Row, iter_rows
 from daemon.trainer.encode import IGNORE
 from daemon.trainer.failure import RunFailure

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from daemon.config import Recipe
 from daemon.init import examples_dir
 from daemon.job import RUN_SPEC_VERSION, Dataset, RunResult, RunSpec
+from daemon.recipe import Recipe
 from daemon.trainer.failure import Interrupted
 from daemon.trainer.report import Reporter
 from guard import digest_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from daemon.config import DataSettings
+from daemon.recipe import DataSettings
 from daemon.rows import Row
 from daemon.trainer.encode import IGNORE, Encoder, truncate
 

@@ -10,6 +10,7 @@ import pytest
 from daemon import config
 from daemon.errors import ConfigError
 from daemon.init import init, render_config
+from daemon.recipe import Recipe, TrainingSettings
 
 
 def write(root: Path, text: str) -> Path:
@@ -80,13 +81,11 @@ def test_init_never_overwrites_a_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize("table", ["model", "paths", "executor", "guard", "queue", "inbox"])
 def test_a_sidecar_reaches_only_the_recipe(table: str) -> None:
     with pytest.raises(ConfigError, match=rf"\[{table}\]"):
-        config.Recipe().with_overrides({table: {"anything": 1}})
+        Recipe().with_overrides({table: {"anything": 1}})
 
 
 def test_a_sidecar_changes_what_it_names_and_nothing_else() -> None:
-    recipe = config.Recipe(training=config.TrainingSettings(seed=7)).with_overrides(
-        {"training": {"learning_rate": 1e-5}}
-    )
+    recipe = Recipe(training=TrainingSettings(seed=7)).with_overrides({"training": {"learning_rate": 1e-5}})
     assert (recipe.training.seed, recipe.training.learning_rate) == (7, 1e-5)
 
 

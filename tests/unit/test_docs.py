@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from daemon.cli import app
-from daemon.config import Section, Settings
+from daemon.config import Settings
 from daemon.init import sections
+from daemon.recipe import Section
 from tests.support.root import REPOSITORY, environment
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from daemon.config import Recipe
 from daemon.fingerprint import fingerprint_run
 from daemon.job import Dataset
+from daemon.recipe import Recipe
 from guard import Fingerprint
 
 # Settings that compute nothing, or whose effect another component holds.

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.config import DataSettings
 from daemon.dataset import scan_dataset
 from daemon.jsonline import LineFault
+from daemon.recipe import DataSettings
 from daemon.rows import Columns, Format, Rules, check_row
 from daemon.rowtypes import MAX_EXTRA_KEYS, NOT_TAKEN, RowDecoder
 from daemon.scan import LineScanner

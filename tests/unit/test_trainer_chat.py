@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from daemon.config import DataSettings
 from daemon.job import FailureKind
+from daemon.recipe import DataSettings
 from daemon.rows import Row
 from daemon.trainer.chat import ChatTemplate, Rendered
 from daemon.trainer.encode import IGNORE, time_limit, truncate

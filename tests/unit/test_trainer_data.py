@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from daemon.config import DataSettings, TrainingSettings
 from daemon.fingerprint import fingerprint_run
 from daemon.job import Dataset, FailureKind
+from daemon.recipe import DataSettings, TrainingSettings
 from daemon.rows import Row
 from daemon.trainer.data import Example, held_out_rank, pad, plan, tokenise
 from daemon.trainer.encode import IGNORE
@@ -192,7 +192,7 @@ def test_warm_up_never_takes_the_whole_run(wanted: float, total: int, steps: int
 
 def test_every_component_of_a_run_is_in_the_guards_table(tiny_base: Path) -> None:
     """One that is not counts as identity, and would make every checkpoint stale the moment it varies."""
-    from daemon.config import ModelSettings, Recipe
+    from daemon.recipe import ModelSettings, Recipe
 
     fingerprint = fingerprint_run(
         dataset=Dataset(name="x", path="/x", size_bytes=1, rows=1, digest="00", format="text"),
