@@ -24,7 +24,7 @@ from typing import Any
 from daemon import config
 from daemon.config import Settings
 from daemon.errors import DropforgeError
-from daemon.watch import remote_type
+from daemon.watch import mounted_type, remote_type
 
 TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 IMPORT_TIMEOUT_SECONDS = 120.0
@@ -177,7 +177,7 @@ def _inbox(settings: Settings) -> Iterator[Finding]:
             "inbox", f"{folder} is on {kind}, which tells of no changes: it is polled", "a local disk is quicker"
         )
     else:
-        yield _ok("inbox", f"{folder} is on a file system that tells of changes")
+        yield _ok("inbox", f"{folder} is on {mounted_type(folder) or 'a file system'}, which tells of changes")
 
 
 def _permissions(settings: Settings) -> Iterator[Finding]:

@@ -263,10 +263,18 @@ def identity_of(folder: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def remote_type(
-    folder: Path, *, read_mounts: Callable[[], str] = lambda: Path("/proc/self/mountinfo").read_text("utf-8", "replace")
-) -> str | None:
+def _read_mounts() -> str:
+    return Path("/proc/self/mountinfo").read_text("utf-8", "replace")
+
+
+def remote_type(folder: Path, *, read_mounts: Callable[[], str] = _read_mounts) -> str | None:
     """The file system's type when events cannot be trusted there (NFS, SMB, FUSE, ...), else None."""
+    kind = mounted_type(folder, read_mounts=read_mounts)
+    return kind if kind is not None and (kind in REMOTE_TYPES or kind.startswith("fuse.")) else None
+
+
+def mounted_type(folder: Path, *, read_mounts: Callable[[], str] = _read_mounts) -> str | None:
+    """The type of the file system that a folder lies on, None when it cannot be told."""
     try:
         device = folder.stat().st_dev
         mounts = read_mounts()
@@ -276,6 +284,5 @@ def remote_type(
     for line in reversed(mounts.splitlines()):  # the last mount of a device is the one on top
         fields, _, rest = line.partition(" - ")
         if fields.split()[2:3] == [wanted] and rest:
-            kind = rest.split()[0]
-            return kind if kind in REMOTE_TYPES or kind.startswith("fuse.") else None
+            return rest.split()[0]
     return None

@@ -97,20 +97,31 @@ def test_the_status_is_of_its_schema_in_every_state_and_has_the_losses(make_root
     watcher = threading.Thread(target=look)
     watcher.start()
     try:
-        root.start()
+        daemon = root.start()
+        wait_until(lambda: "idle" in seen, what="an idle daemon")
         root.drop("odd \x1b[31m\n.jsonl", texts(3000))
         wait_until(lambda: len(((seen.get("training") or {}).get("job") or {}).get("losses", ())) > 8, what="losses")
+        training = seen["training"]
+        assert root.run("pause").returncode == 0
+        wait_until(lambda: "paused" in seen, what="a paused queue")
+        root.configure(queue={"min_free_bytes": 2**60})
+        daemon.send_signal(signal.SIGHUP)
+        assert root.run("resume").returncode == 0
+        wait_until(lambda: "free space" in (seen.get("waiting") or {}).get("reason", ""), what="a held queue")
+        root.configure(queue={"min_free_bytes": 0})
+        daemon.send_signal(signal.SIGHUP)
+        wait_until(lambda: (root.status() or {}).get("status") == "training", what="the run to go on")
         root.drop("half.jsonl", b'{"text": "no end')
         root.stop()
     finally:
         done.set()
         watcher.join()
-    assert {"starting", "training", "stopping", "stopped"} <= seen.keys()
-    losses = seen["training"]["job"]["losses"]
+    assert seen.keys() == {"starting", "idle", "training", "waiting", "paused", "stopping", "stopped"}
+    losses = training["job"]["losses"]
     assert len(losses) <= 200
     assert losses == sorted(losses)
     assert losses[0][1] > losses[-1][1]  # the trainer's loss is 1 / step
-    assert "\x1b" not in json.dumps(seen["training"], ensure_ascii=False)
+    assert "\x1b" not in json.dumps(training, ensure_ascii=False)
 
 
 def test_a_status_that_cannot_be_written_is_told_once_and_training_goes_on(make_root: MakeRoot) -> None:
