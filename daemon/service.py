@@ -134,8 +134,10 @@ class Service:
         self.scheduler.recover()
         before = {job.id for job in self.store.jobs(FINAL_STATES)} if once else set()
         self._publish(force=True)
-        notify("READY=1", status_line(f"watching {self.settings.inbox_dir}"))
         self.log.info("daemon.started", root=str(self.settings.root), watch_mode=self.intake.view().watch_mode)
+        notify(
+            "READY=1", status_line(f"watching {self.settings.inbox_dir}")
+        )  # last: who waited for it may look at both
         try:
             while not self._finished(once=once):
                 self.tick()
