@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ from daemon.jsonline import parse_object
 from daemon.recipe import ColumnSettings, DataSettings, TrainingSettings
 from daemon.rows import detect_format, iter_rows
 from daemon.trainer.attention import use_packed
-from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan, tokenise
-from daemon.trainer.encode import IGNORE
+from daemon.trainer.data import IGNORE, PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.loop import RunTrainer, held_out_loss
 from daemon.trainer.objective import Objective
 from daemon.trainer.report import Reporter
 from daemon.trainer.tensorboard import ScalarWriter
 from daemon.trainer.tiny import build_tiny
+from daemon.trainer.tokenise import tokenise
 from daemon.trainer.watch import LossWatch
 
 ROWS_A_STEP, DEVICE_ROWS, MAX_LENGTH, RATE = 8, 4, 1024, 1e-3
@@ -72,7 +73,7 @@ def lognormal(count: int, vocabulary: int) -> list[Example]:
         ids = [draw.randrange(10, vocabulary)]
         for _ in range(size - 1):
             ids.append(10 + (ids[-1] - 10 + draw.choice((1, 2, 3))) % min(vocabulary - 10, 400))
-        found.append(Example(input_ids=ids, labels=list(ids), line=number, content_digest=""))
+        found.append(Example(input_ids=ids, learned=((0, size),), line=number, content_digest=""))
     return found
 
 
@@ -85,7 +86,7 @@ def from_file(path: Path, count: int, tokenizer: Any) -> list[Example]:
         columns = ColumnSettings(prompt="question", completion="answer")
     data = DataSettings(max_length=MAX_LENGTH, columns=columns, held_out_fraction=0.0)
     rows = iter_rows(path, format_ or "columns", data)
-    return tokenise((row for _, row in zip(range(count), rows, strict=False)), tokenizer, data).train
+    return tokenise(islice(rows, count), tokenizer, data, read=lambda row: row).train
 
 
 def fresh(base: Path) -> Any:
@@ -105,7 +106,7 @@ def common(folder: str) -> dict[str, Any]:
 
 
 def as_table(examples: Sequence[Example]) -> Dataset:
-    return Dataset.from_list([{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in examples])
+    return Dataset.from_list([{"input_ids": list(e.input_ids), "labels": e.labels} for e in examples])
 
 
 def ours(base: Path, tokenizer: Any, train: Sequence[Example], folder: str) -> tuple[Any, Trainer]:

@@ -41,9 +41,12 @@ class LineFault(Exception):
     """What is wrong with one line: its column (1-based, in characters) and the reason, in words."""
 
     def __init__(self, column: int, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(column, reason)  # both, so that it travels whole between processes
         self.column = column
         self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 def kind_of(value: object) -> str:

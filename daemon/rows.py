@@ -203,27 +203,46 @@ def normalise(row: Mapping[str, Any], format_: Format, columns: ColumnNames) -> 
             return _prompt_completion(row, columns.prompt or "prompt", columns.completion or "completion")
 
 
-def iter_rows(path: str | Path, format_: str, data: DataRules) -> Iterator[Row]:
-    """The rows of a dataset that passed, in file order, one at a time; memory does not grow with the file.
+Line = tuple[int, bytes | TooLong]  # its number, from 1, and what stands there
 
-    `format_` is the dataset's. Under on_bad_rows = "skip" exactly the rows are left out that the pass left out; else a
-    bad row, which the pass would have refused, raises LineFault.
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads a dataset that passed, line by line; lines can be read elsewhere than where they are made rows.
+
+    Under on_bad_rows = "skip" exactly the rows are left out that the pass left out; else a bad row, which the pass would
+    have refused, raises LineFault.
     """
-    wanted = Format(format_)
-    skip = data.on_bad_rows == "skip"
-    with open_dataset(Path(path), max_expansion=data.max_expansion) as source:
-        for number, line in source.lines(data.max_line_bytes):
-            try:
-                if isinstance(line, TooLong):
-                    raise LineFault(1, str(line))
-                if not line.strip():
-                    continue  # at the end of the file; anywhere else the pass has counted it as bad
-                content = check_row(line, wanted, data.columns)
-            except LineFault as fault:
-                if skip:
-                    continue
-                raise LineFault(fault.column, f"line {number}, column {fault.column}: {fault.reason}") from fault
-            yield Row(line=number, content_digest=row_digest(line), **vars(content))
+
+    path: Path
+    format: Format
+    data: DataRules
+
+    def lines(self) -> Iterator[Line]:
+        """In file order, one at a time; memory does not grow with the file. Raises SourceFault, OSError."""
+        with open_dataset(self.path, max_expansion=self.data.max_expansion) as source:
+            yield from source.lines(self.data.max_line_bytes)
+
+    def row(self, line: Line) -> Row | None:
+        """The row on a line; None for one that is left out, and for the empty end of the file. Raises LineFault."""
+        number, text = line
+        try:
+            if isinstance(text, TooLong):
+                raise LineFault(1, str(text))
+            if not text.strip():
+                return None  # at the end of the file; anywhere else the pass has counted it as bad
+            content = check_row(text, self.format, self.data.columns)
+        except LineFault as fault:
+            if self.data.on_bad_rows == "skip":
+                return None
+            raise LineFault(fault.column, f"line {number}, column {fault.column}: {fault.reason}") from fault
+        return Row(line=number, content_digest=row_digest(text), **vars(content))
+
+
+def iter_rows(path: str | Path, format_: str, data: DataRules) -> Iterator[Row]:
+    """The rows of a dataset that passed, in file order, one at a time. Raises as RowReader does."""
+    reader = RowReader(Path(path), Format(format_), data)
+    return (row for line in reader.lines() if (row := reader.row(line)) is not None)
 
 
 def row_digest(line: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,4 +147,4 @@ def probe_rows(examples: Sequence[Example]) -> list[Example]:
 
 def _short(example: Example, most: int) -> Example:
     ids = list(example.input_ids[:most])
-    return Example(input_ids=ids, labels=ids, line=example.line, content_digest=example.content_digest)
+    return replace(example, input_ids=ids, learned=((0, len(ids)),))

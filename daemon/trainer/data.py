@@ -1,28 +1,21 @@
-"""A dataset's rows to tokenised examples, split and counted; and examples to batches of tensors."""
+"""A dataset as examples: the arithmetic of a run over them, and the tensors of its passes."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from daemon.job import FailureKind, Plan
-from daemon.recipe import DataSettings, TrainingSettings
-from daemon.rows import Row
+from daemon.job import Plan
+from daemon.recipe import TrainingSettings
 from daemon.trainer.batches import flat_passes, padded_passes, share_rows
-from daemon.trainer.encode import IGNORE, Encoder, truncate
-from daemon.trainer.failure import RunFailure
-from daemon.trainer.session import die_with_parent
+from daemon.trainer.encode import trained_tokens
 
-ROWS_A_CHUNK = 128
-# Below this many rows, starting processes costs more than they save.
-ROWS_WORTH_A_PROCESS = 1000
+IGNORE = -100  # transformers' losses skip this label
 # What a forward and backward pass costs besides its tokens, in tokens: launches of kernels, mostly.
 PASS_TOKENS = {"cpu": 48, "cuda": 1024}
 
@@ -32,15 +25,22 @@ class Example:
     """One row, ready for the model."""
 
     input_ids: Sequence[int]  # (T,)
-    labels: Sequence[int]  # (T,), IGNORE where nothing is learned
+    learned: tuple[tuple[int, int], ...]  # spans of tokens, in order and apart
     line: int
     content_digest: str
 
     @property
+    def labels(self) -> list[int]:
+        """(T,): the token itself where it is learned, else IGNORE."""
+        labels = [IGNORE] * len(self.input_ids)
+        for begin, end in self.learned:
+            labels[begin:end] = self.input_ids[begin:end]
+        return labels
+
+    @property
     def trained_tokens(self) -> int:
-        """Labels that count after the model's shift by one: the first position predicts nothing."""
-        rest = self.labels[1:]
-        return len(rest) - rest.count(IGNORE)
+        """Labels that count after the model's shift by one."""
+        return trained_tokens(self.learned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,114 +53,6 @@ class Examples:
     truncated_rows: int
     truncated_lines: tuple[int, ...] = ()  # of them, those that lost trained tokens
     control_lines: tuple[int, ...] = ()  # rows whose messages hold the text of a control token, learned as text
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Encoded:
-    example: Example
-    truncated: bool
-    lost_trained: bool
-    control: bool
-
-
-def tokenise(rows: Iterable[Row], tokenizer: Any, data: DataSettings, *, processes: int = 1) -> Examples:
-    """Turn every row into an Example and split off the held-out ones by their content.
-
-    A row stays on its side of the split whatever else the file holds. When all rows fall on the held-out side (a file
-    of one or two rows), they are trained and nothing is held out. More than one process only before CUDA starts: they
-    are forks of this one. Raises RunFailure(BAD_DATA) when no row has a trained token, RunFailure(CONFIG) when the
-    tokenizer lacks what the rows need.
-    """
-    train: list[Example] = []
-    held_out: list[Example] = []
-    dropped: list[int] = []
-    truncated, lost, control = 0, [], []
-    for encoded in _encode_all(rows, tokenizer, data, processes):
-        example = encoded.example
-        truncated += encoded.truncated
-        if encoded.lost_trained:
-            lost.append(example.line)
-        if encoded.control:
-            control.append(example.line)
-        if example.trained_tokens == 0:
-            dropped.append(example.line)
-        elif held_out_rank(example.content_digest) < data.held_out_fraction:
-            held_out.append(example)
-        else:
-            train.append(example)
-    if not train:
-        train, held_out = held_out, []
-    if not train:
-        raise RunFailure(
-            FailureKind.BAD_DATA,
-            f"none of {len(dropped)} rows has a token to train on within max_length = {data.max_length}",
-            hint="look at train_on and max_length under [data], at empty answers, and at messages with weight 0",
-        )
-    return Examples(
-        train=train,
-        held_out=held_out,
-        dropped_lines=tuple(dropped),
-        truncated_rows=truncated,
-        truncated_lines=tuple(lost),
-        control_lines=tuple(control),
-    )
-
-
-def worker_processes(rows: int) -> int:
-    """How many processes tokenise: the cores we may use, but none without enough to do."""
-    return max(1, min(len(os.sched_getaffinity(0)), rows // ROWS_WORTH_A_PROCESS))
-
-
-def _encode_all(rows: Iterable[Row], tokenizer: Any, data: DataSettings, processes: int) -> Iterator[_Encoded]:
-    encoder = Encoder(tokenizer, data)
-    bos = tokenizer.bos_token_id
-    if processes == 1:
-        for row in rows:
-            yield _encode_one(row, encoder, data.max_length, bos)
-        return
-    if torch.cuda.is_initialized():
-        raise RuntimeError("a process that has started CUDA cannot be forked to tokenise")
-    context = multiprocessing.get_context("fork")
-    with context.Pool(processes, _begin_worker, (encoder, data.max_length, bos)) as pool:
-        for chunk in pool.imap(_encode_chunk, _chunks(rows), chunksize=1):
-            yield from chunk
-
-
-_worker: tuple[Encoder, int, int | None] | None = None  # of a tokenising process: what it inherited by its fork
-
-
-def _begin_worker(encoder: Encoder, max_length: int, bos: int | None) -> None:
-    global _worker  # noqa: PLW0603  a pool hands its workers their state in no other way
-    die_with_parent(hard=True)
-    _worker = (encoder, max_length, bos)
-
-
-def _encode_chunk(rows: list[Row]) -> list[_Encoded]:
-    assert _worker is not None  # noqa: S101  set before the first chunk
-    return [_encode_one(row, *_worker) for row in rows]
-
-
-def _encode_one(row: Row, encoder: Encoder, max_length: int, bos: int | None) -> _Encoded:
-    ids, labels = encoder.encode(row)
-    trained = len(labels) - labels.count(IGNORE)
-    kept_ids, kept_labels = truncate(ids, labels, max_length, bos)
-    return _Encoded(
-        example=Example(input_ids=kept_ids, labels=kept_labels, line=row.line, content_digest=row.content_digest),
-        truncated=len(kept_ids) < len(ids),
-        lost_trained=len(kept_labels) - kept_labels.count(IGNORE) < trained,
-        control=encoder.spells_control_tokens(row),
-    )
-
-
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    source = iter(rows)
-    while chunk := list(islice(source, ROWS_A_CHUNK)):
-        yield chunk
-
-
-def held_out_rank(content_digest: str) -> float:
-    """A row's place in [0, 1), from its content alone."""
-    return int(content_digest[:13], 16) / 16**13
 
 
 def plan(examples: Examples, training: TrainingSettings) -> Plan:
@@ -247,8 +139,8 @@ def pad(examples: Sequence[Example], pad_token_id: int, *, silent: bool = False)
     for at, example in enumerate(examples):
         size = len(example.input_ids)
         input_ids[at, :size] = _tensor(example.input_ids)
-        if not silent:
-            labels[at, :size] = _tensor(example.labels)
+        for begin, end in () if silent else example.learned:
+            labels[at, begin:end] = input_ids[at, begin:end]
         mask[at, :size] = 1
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
@@ -261,9 +153,12 @@ def flatten(examples: Sequence[Example]) -> dict[str, Any]:
     """
     sizes = [len(example.input_ids) for example in examples]
     input_ids = torch.cat([_tensor(example.input_ids) for example in examples])
-    labels = torch.cat([_tensor(example.labels) for example in examples])
+    labels = torch.full_like(input_ids, IGNORE)
+    for row, example in zip(accumulate(sizes, initial=0), examples, strict=False):
+        for begin, end in example.learned:
+            place = slice(row + max(begin, 1), row + end)
+            labels[place] = input_ids[place]
     seams = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    labels[seams[:-1].long()] = IGNORE
     positions = torch.cat([torch.arange(size) for size in sizes])
     return {
         "input_ids": input_ids[None],

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import sys
+from bisect import bisect_left
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from daemon.recipe import Recipe
 from daemon.rows import iter_rows
 from daemon.trainer.base import resolve_base
-from daemon.trainer.encode import IGNORE, Encoder
+from daemon.trainer.encode import Encoder, trained_tokens
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.model import load_tokenizer
 
+ROWS_AT_ONCE = 128
 # Upper bounds of the histogram's bins, in tokens; a row longer than the last is counted in one more bin.
 BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -26,12 +29,14 @@ def measure(path: Path, format_: str, recipe: Recipe) -> dict[str, Any]:
     encoder = Encoder(load_tokenizer(resolve_base(recipe.model)), recipe.data)
     counts = [0] * (len(BINS) + 1)
     tokens = trained = cut = 0
-    for row in iter_rows(path, format_, recipe.data):
-        ids, labels = encoder.encode(row)
-        tokens += len(ids)
-        trained += len(labels[1:]) - labels[1:].count(IGNORE)
-        cut += len(ids) > recipe.data.max_length
-        counts[next((at for at, bound in enumerate(BINS) if len(ids) <= bound), len(BINS))] += 1
+    rows = iter_rows(path, format_, recipe.data)
+    while chunk := list(islice(rows, ROWS_AT_ONCE)):
+        for row in encoder.encode(chunk):
+            length = len(row.ids)
+            tokens += length
+            trained += trained_tokens(row.learned)
+            cut += length > recipe.data.max_length
+            counts[bisect_left(BINS, length)] += 1
     return {
         "tokens": tokens,
         "trained_tokens": trained,

@@ -21,8 +21,7 @@ from daemon.job import FailureKind, Plan
 from daemon.trainer import together
 from daemon.trainer.attention import computing
 from daemon.trainer.batches import StepBatches
-from daemon.trainer.data import Collator, Example
-from daemon.trainer.encode import IGNORE
+from daemon.trainer.data import IGNORE, Collator, Example
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.objective import Objective
 from daemon.trainer.report import Reporter

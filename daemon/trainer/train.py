@@ -24,12 +24,12 @@ from daemon import versions
 from daemon.fingerprint import fingerprint_run, minor_version
 from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec
 from daemon.recipe import Recipe
-from daemon.rows import iter_rows
+from daemon.rows import Format, RowReader
 from daemon.trainer import together
 from daemon.trainer.attention import use_packed
 from daemon.trainer.base import BaseModel, resolve_base
 from daemon.trainer.card import model_card
-from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan, tokenise, worker_processes
+from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import LossWatch, RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.model import (
@@ -46,6 +46,7 @@ from daemon.trainer.report import Reporter
 from daemon.trainer.room import full_disk_is_told
 from daemon.trainer.session import StopFlag, check_unchanged
 from daemon.trainer.tensorboard import ScalarWriter
+from daemon.trainer.tokenise import tokenise, worker_processes
 
 # What a resume relies on: checkpoints loaded by weights alone, and the Trainer whose silences we know.
 OLDEST = {"torch": (2, 10), "transformers": (5, 0)}
@@ -70,11 +71,11 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     base = resolve_base(recipe.model)
     require_packages(recipe)
     tokenizer = load_tokenizer(base)
-    rows = iter_rows(Path(spec.dataset.path), spec.dataset.format, recipe.data)
+    reader = RowReader(Path(spec.dataset.path), Format(spec.dataset.format), recipe.data)
     # A process that has started CUDA, as some package may have when it was imported, cannot be forked.
     most = 1 if torch.cuda.is_initialized() else worker_processes(spec.dataset.rows)
     workers = max(1, most // together.processes())
-    examples = tokenise(rows, tokenizer, recipe.data, processes=workers)
+    examples = tokenise(reader.lines(), tokenizer, recipe.data, read=reader.row, processes=workers)
     check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between
     planned = plan(examples, recipe.training)
     report.event("run.planned", **vars(planned), arithmetic=arithmetic(planned, examples, recipe))

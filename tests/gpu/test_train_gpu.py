@@ -69,7 +69,7 @@ def test_a_run_is_in_bf16_and_flattened(large_base: Path, tmp_path: Path) -> Non
 def test_varlen_attention_computes_what_padded_rows_do(large_base: Path) -> None:
     """In bf16, within its rounding."""
     examples = [
-        Example(input_ids=ids, labels=ids, line=size, content_digest="")
+        Example(input_ids=ids, learned=((0, size),), line=size, content_digest="")
         for size in (300, 17, 129, 64)
         for ids in [torch.randint(10, 400, (size,)).tolist()]
     ]
@@ -91,7 +91,7 @@ def test_varlen_attention_computes_what_padded_rows_do(large_base: Path) -> None
 def test_scoring_trained_positions_alone_computes_what_scoring_all_does(large_base: Path, flat: bool) -> None:
     """In bf16, within its rounding, as the run computes it: under autocast."""
     examples = [
-        Example(input_ids=ids, labels=[-100] * (size // 2) + ids[size // 2 :], line=size, content_digest="")
+        Example(input_ids=ids, learned=((size // 2, size),), line=size, content_digest="")
         for size in (300, 17, 129, 64)
         for ids in [torch.randint(10, 400, (size,)).tolist()]
     ]

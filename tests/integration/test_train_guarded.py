@@ -16,9 +16,8 @@ from peft import LoraConfig
 
 import guard
 from daemon.job import FailureKind, Outcome, Plan
-from daemon.rows import iter_rows
+from daemon.rows import RowReader
 from daemon.trainer import loop
-from daemon.trainer import train as train_module
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.train import require_learned, require_whole_run
 from tests.support.inprocess import Wish, rows, specify, train
@@ -62,18 +61,19 @@ def test_a_dataset_that_changes_after_it_was_checked_is_not_trained(
     """A program that still holds the file open writes between the digest and the last row; the size stays the same."""
     spec = specify(tmp_path, rows(16), tiny_base, SHORT)
     path = Path(spec.dataset.path)
+    plain = RowReader.lines
 
     def edit() -> None:
         path.write_text(path.read_text().replace("1", "2"))
 
-    def late(*arguments: Any) -> Iterator[Any]:
-        yield from iter_rows(*arguments)
+    def late(reader: RowReader) -> Iterator[Any]:
+        yield from plain(reader)
         edit()
 
     if how == "before":
         edit()
     else:
-        monkeypatch.setattr(train_module, "iter_rows", late)
+        monkeypatch.setattr(RowReader, "lines", late)
     with pytest.raises(RunFailure, match="changed after it was checked") as caught:
         train(spec)
     assert caught.value.kind is FailureKind.BAD_DATA

@@ -19,19 +19,21 @@ from daemon.job import FailureKind, Outcome
 from daemon.rows import iter_rows
 from daemon.trainer import loop
 from daemon.trainer.attention import PACKED, use_packed
-from daemon.trainer.data import Collator, Example, Examples, flatten, pad, plan, tokenise, with_targets
+from daemon.trainer.data import Collator, Example, Examples, flatten, pad, plan, with_targets
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import held_out_loss
 from daemon.trainer.objective import Objective
 from daemon.trainer.tensorboard import ScalarWriter, crc32c
+from daemon.trainer.tokenise import tokenise
 from daemon.trainer.train import training_arguments
 from daemon.trainer.watch import is_spike
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
+from tests.support.tokens import itself
 
 
 def example(size: int, seed: int) -> Example:
     ids = torch.randint(10, 500, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Example(input_ids=ids, labels=[-100] * (size // 3) + ids[size // 3 :], line=seed, content_digest="")
+    return Example(input_ids=ids, learned=((size // 3, size),), line=seed, content_digest="")
 
 
 def adapted(base: Path, **config: Any) -> Any:
@@ -395,7 +397,7 @@ def test_kinds_of_adapters_are_trained_and_load(tiny_base: Path, tmp_path: Path,
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), result.candidate)
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     data = recipe(tiny_base, tables).data
-    examples = tokenise(iter_rows(tmp_path / "rows.jsonl", "messages", data), tokenizer, data)
+    examples = tokenise(iter_rows(tmp_path / "rows.jsonl", "messages", data), tokenizer, data, read=itself)
     collator = Collator(pad_token_id=tokenizer.pad_token_id, budget_tokens=1000)
     loss = held_out_loss(loaded, examples.held_out, collator, Objective(), Wish())  # type: ignore[arg-type]
     assert loss == pytest.approx(result.held_out_after, rel=1e-4)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from daemon.job import FailureKind
 from daemon.recipe import ColumnSettings, DataSettings
 from daemon.rows import Row, iter_rows
-from daemon.trainer.encode import IGNORE
+from daemon.trainer.data import IGNORE
 from daemon.trainer.failure import RunFailure
 from tests.integration.test_trainer_golden import DATA
 from tests.integration.test_trainer_golden import FILES as FORMATS

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.trainer.batches import StepBatches, flat_passes, group_rows, padded_passes, share_rows
-from daemon.trainer.data import Collator, Example
-from daemon.trainer.encode import IGNORE
+from daemon.trainer.data import IGNORE, Collator, Example
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=70)
 
@@ -94,7 +93,7 @@ def test_processes_share_a_steps_rows_evenly(lengths: list[int], processes: int)
 
 
 def test_processes_together_learn_what_one_would_and_one_without_rows_learns_nothing() -> None:
-    examples = [Example(input_ids=[1] * size, labels=[1] * size, line=size, content_digest="") for size in (7, 3)]
+    examples = [Example(input_ids=[1] * size, learned=((0, size),), line=size, content_digest="") for size in (7, 3)]
     for flat in (False, True):
         parts = [
             Collator(pad_token_id=0, budget_tokens=100, flat=flat, process=process, processes=3)(examples)

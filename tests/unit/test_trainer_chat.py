@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import time
 from array import array
 from pathlib import Path
@@ -15,7 +16,8 @@ from daemon.job import FailureKind
 from daemon.recipe import DataSettings
 from daemon.rows import Row
 from daemon.trainer.chat import ChatTemplate, Rendered
-from daemon.trainer.encode import IGNORE, time_limit, truncate
+from daemon.trainer.data import IGNORE
+from daemon.trainer.encode import Tokens, truncate
 from daemon.trainer.failure import RunFailure
 from tests.integration.test_trainer_golden import UNMARKED
 from tests.support.tokens import encode
@@ -190,26 +192,26 @@ def test_a_template_without_end_is_stopped_and_the_row_is_named(tokenizer: Any) 
         )
     assert caught.value.kind is FailureKind.BAD_DATA
     assert time.monotonic() - began < 30  # it would run for minutes
-    with time_limit(60):
-        pass  # and the clock of the row before is off
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)  # and the clock is off
 
 
 def test_a_cut_keeps_what_is_trained() -> None:
-    def cut(context: int, trained: int, rest: int, bos: int | None = None) -> list[int]:
-        ids = array("i", range(1, context + trained + rest + 1))
-        labels = array("i", [IGNORE] * context) + ids[context : context + trained] + array("i", [IGNORE] * rest)
-        kept, kept_labels = truncate(ids, labels, 10, bos)
-        assert len(kept) == len(kept_labels) == 10
-        assert all(label in (IGNORE, token) for token, label in zip(kept, kept_labels, strict=True))
-        return [label for label in kept_labels if label != IGNORE]
+    def cut(context: int, trained: int, rest: int) -> list[int]:
+        whole = Tokens(array("i", range(1, context + trained + rest + 1)), ((context, context + trained),))
+        kept = truncate(whole, 10, None)
+        assert len(kept.ids) == 10
+        [(begin, end)] = kept.learned
+        return list(kept.ids[begin:end])
 
     assert cut(5, 5, 7) == [6, 7, 8, 9, 10]  # the end goes
     assert cut(20, 5, 7) == [21, 22, 23, 24, 25]  # the context's beginning goes
     assert cut(20, 30, 0) == list(range(21, 29))  # too long itself: its beginning, behind a quarter's context
     assert cut(0, 30, 0) == list(range(1, 11))  # all of a text: its beginning
-    long = array("i", [7, *range(20)]), array("i", [IGNORE] * 16 + [15, 16, 17, 18, 19])
-    assert truncate(*long, 10, 7)[0][0] == 7  # BOS stays
-    assert truncate(array("i", [1, 2]), array("i", [1, 2]), 10, None) == (array("i", [1, 2]), array("i", [1, 2]))
+    assert truncate(Tokens(array("i", [7, *range(20)]), ((16, 21),)), 10, 7).ids[0] == 7  # BOS stays
+    whole = Tokens(array("i", [1, 2]), ((0, 2),))
+    assert truncate(whole, 10, None) is whole
+    turns = truncate(Tokens(array("i", range(30)), ((2, 5), (19, 22), (24, 29))), 10, None)
+    assert (list(turns.ids), turns.learned) == (list(range(10)), ((2, 5),))
 
 
 def test_a_tokenizer_without_offsets_learns_the_same(tokenizer: Any) -> None:

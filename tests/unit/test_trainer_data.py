@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ from transformers import AutoTokenizer
 
 from daemon.fingerprint import fingerprint_run
 from daemon.job import Dataset, FailureKind
+from daemon.jsonline import LineFault
 from daemon.recipe import DataSettings, TrainingSettings
-from daemon.rows import Row
-from daemon.trainer.data import Example, held_out_rank, pad, plan, tokenise
-from daemon.trainer.encode import IGNORE
+from daemon.rows import Format, Row, RowReader
+from daemon.trainer.data import IGNORE, Example, pad, plan
 from daemon.trainer.failure import RunFailure
+from daemon.trainer.tokenise import held_out_rank, tokenise
 from guard.components import COMPONENTS
-from tests.support.tokens import encode
+from tests.support.tokens import encode, itself
 
 DATA = DataSettings(max_length=512)
 TURNS = [
@@ -111,10 +114,10 @@ def test_a_text_is_learned_whole_with_its_end(tokenizer: Any) -> None:
 
 def test_rows_without_a_trained_token_are_dropped_and_named_and_none_left_is_bad_data(tokenizer: Any) -> None:
     unsaid = Row(kind="messages", messages=TURNS[:2], line=7, content_digest="80" * 16)
-    examples = tokenise([row(text="fine"), unsaid], tokenizer, DATA)
+    examples = tokenise([row(text="fine"), unsaid], tokenizer, DATA, read=itself)
     assert (len(examples.train), examples.dropped_lines) == (1, (7,))
     with pytest.raises(RunFailure, match="none of 1 rows") as caught:
-        tokenise([unsaid], tokenizer, DATA)
+        tokenise([unsaid], tokenizer, DATA, read=itself)
     assert caught.value.kind is FailureKind.BAD_DATA
 
 
@@ -124,11 +127,40 @@ def test_several_processes_give_the_same_and_their_failures_arrive_whole(tokeniz
         for n in range(600)
     ]
     data = DATA.model_copy(update={"held_out_fraction": 0.1, "max_length": 20})
-    assert tokenise(rows, tokenizer, data, processes=2) == tokenise(rows, tokenizer, data)
+    assert tokenise(rows, tokenizer, data, read=itself, processes=2) == tokenise(rows, tokenizer, data, read=itself)
     with pytest.raises(RunFailure, match="renders a conversation's beginning differently") as caught:
-        tokenise(rows, _with_template(tokenizer, COUNTING), data, processes=2)
+        tokenise(rows, _with_template(tokenizer, COUNTING), data, read=itself, processes=2)
     assert caught.value.kind is FailureKind.CONFIG
     assert "train_on" in caught.value.hint
+
+
+def test_a_process_that_tokenises_and_is_killed_ends_the_run_with_a_sentence(tokenizer: Any) -> None:
+    """Its rows would never come: without that, the run waited for them until it counted as stalled."""
+
+    def kill(item: Row) -> Row:
+        if item.line == 300:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    rows = [Row(kind="text", text=f"row {n}", line=n, content_digest="80" * 16) for n in range(600)]
+    with pytest.raises(RunFailure, match="a process that tokenised was killed") as caught:
+        tokenise(rows, tokenizer, DATA, read=kill, processes=2)
+    assert caught.value.kind is FailureKind.LOST
+
+
+def test_in_another_process_a_template_without_end_is_stopped_and_a_bad_line_is_told(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    endless = _with_template(
+        tokenizer, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    data = DATA.model_copy(update={"render_seconds": 0.05})
+    with pytest.raises(RunFailure, match=r"line 1: rendering the row took longer than render_seconds = 0.05"):
+        tokenise([row(messages=TURNS)], endless, data, read=itself, processes=2)
+    reader = RowReader(tmp_path / "rows.jsonl", Format.TEXT, DATA)
+    reader.path.write_text('{"text": "good"}\n{"text": 1}\n')
+    with pytest.raises(LineFault, match=r"line 2, column 10: .*expected a string, found a number"):
+        tokenise(reader.lines(), tokenizer, DATA, read=reader.row, processes=2)
 
 
 def test_a_row_stays_on_its_side_of_the_split_whatever_else_the_file_holds(tokenizer: Any) -> None:
@@ -136,23 +168,23 @@ def test_a_row_stays_on_its_side_of_the_split_whatever_else_the_file_holds(token
         Row(kind="text", text=f"row {n}", line=n, content_digest=f"{n * 0x0101010101010101:032x}") for n in range(200)
     ]
     data = DATA.model_copy(update={"held_out_fraction": 0.3})
-    whole = {example.content_digest for example in tokenise(rows, tokenizer, data).held_out}
-    part = {example.content_digest for example in tokenise(reversed(rows[::2]), tokenizer, data).held_out}
+    whole = {example.content_digest for example in tokenise(rows, tokenizer, data, read=itself).held_out}
+    part = {example.content_digest for example in tokenise(reversed(rows[::2]), tokenizer, data, read=itself).held_out}
     assert part == {one.content_digest for one in rows[::2]} & whole
     assert all(held_out_rank(digest) < 0.3 for digest in whole)
 
 
 def test_when_all_rows_would_be_held_out_they_are_trained(tokenizer: Any) -> None:
     only = Row(kind="text", text="only row", line=1, content_digest="00" * 16)
-    examples = tokenise([only], tokenizer, DATA)
+    examples = tokenise([only], tokenizer, DATA, read=itself)
     assert (len(examples.train), len(examples.held_out)) == (1, 0)
 
 
 def test_padding_is_neither_attended_nor_learned() -> None:
     batch = pad(
         [
-            Example(input_ids=[1, 2, 3], labels=[IGNORE, 2, 3], line=1, content_digest=""),
-            Example(input_ids=[4], labels=[4], line=2, content_digest=""),
+            Example(input_ids=[1, 2, 3], learned=((1, 3),), line=1, content_digest=""),
+            Example(input_ids=[4], learned=((0, 1),), line=2, content_digest=""),
         ],
         9,
     )
@@ -168,7 +200,7 @@ def test_padding_is_neither_attended_nor_learned() -> None:
 def test_planned_steps(rows: int, batch: int, accumulation: int, epochs: float, max_steps: int, steps: int) -> None:
     from daemon.trainer.data import Examples
 
-    example = Example(input_ids=[1, 2], labels=[1, 2], line=1, content_digest="")
+    example = Example(input_ids=[1, 2], learned=((0, 2),), line=1, content_digest="")
     training = TrainingSettings(
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
