@@ -24,12 +24,13 @@ def fingerprint_run(
     parent_digest: str | None,
     precision: str,
     plan: Plan | None = None,
+    tokens_digest: str | None = None,
     lora_config: Mapping[str, Any] | None = None,
     cache_path: Path | None = None,
 ) -> Fingerprint:
     """Everything that decides what a run computes, and some things worth recording that do not.
 
-    `plan`: what is left of the dataset once rows became tokens. `lora_config`: every field of peft's own class, as the
+    `plan` and `tokens_digest`: what is left of the dataset once rows became tokens, and those. `lora_config`: every field of peft's own class, as the
     trainer uses it. `cache_path` keeps digests of base-model files between runs, keyed by size, mtime and inode.
     """
     training, lora, data = recipe.training, recipe.lora, recipe.data
@@ -40,6 +41,7 @@ def fingerprint_run(
         "dataset.path": dataset.path,
         "data.format": dataset.format,
         "dataset.rows_trained": plan.rows if plan else None,
+        "data.tokens": tokens_digest,
         "split.held_out_fraction": data.held_out_fraction,
         "split.seed": "none: by each row's own content",
         "data.order_seed": training.seed,

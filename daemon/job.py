@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,6 +93,14 @@ def new_job_id() -> str:
     """A name that sorts by time and is safe as a folder name: `20261123-041500-9f3a`."""
     # os.urandom: `secrets` would bring OpenSSL, four megabytes, into every process that imports this.
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
+def claimed_on(job_id: str) -> date | None:
+    """The day (UTC) on which a job was claimed, with which its id begins; None for an id of another form."""
+    try:
+        return date.fromisoformat(job_id.partition("-")[0])
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,7 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     _identity("data.max_length", "decides where rows are cut or dropped"),
     _identity("data.truncation", "decides what happens to rows that are too long"),
     _identity("data.packing", "decides how rows share a sequence, and so how many steps there are"),
+    _identity("data.tokens", "what the rows became, and which of it is learned: all that training sees of them"),
     # -- the models
     _identity("tokenizer.digest", "other token ids for the same text"),
     _identity("tokenizer.chat_template", "other token ids for the same conversation"),

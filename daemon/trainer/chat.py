@@ -7,9 +7,11 @@ the character.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from itertools import pairwise, takewhile
 from typing import Any
@@ -22,6 +24,7 @@ from daemon.trainer.failure import RunFailure
 Message = dict[str, Any]
 Span = tuple[int, int]  # characters, end exclusive
 
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Up to so many assistant's turns, comparing whole prefixes costs less than finding out how to avoid it.
 FEW_TURNS = 3
@@ -36,9 +39,12 @@ class Rendered:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template. Raises RunFailure(CONFIG) when the tokenizer has none."""
+    """A tokenizer's chat template. Raises RunFailure(CONFIG) when the tokenizer has none.
 
-    def __init__(self, tokenizer: Any) -> None:
+    `day` is the date that templates write where they would write today's; None: today's.
+    """
+
+    def __init__(self, tokenizer: Any, day: date | None = None) -> None:
         if not tokenizer.chat_template:
             raise RunFailure(
                 FailureKind.CONFIG,
@@ -46,6 +52,7 @@ class ChatTemplate:
                 hint="choose an instruction-tuned base model, or drop prompt/completion or text rows",
             )
         self._tokenizer = tokenizer
+        self._day = day
         self._eos = tokenizer.eos_token
         self._special = sorted((str(token) for token in tokenizer.all_special_tokens), key=len, reverse=True)
 
@@ -58,7 +65,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], tools: Any) -> Rendered:
         """The rendering with the assistant's turns. Raises RunFailure(CONFIG) when they cannot be told apart."""
         turns = assistant_turns(messages)
-        if _marks_turns(self._tokenizer.get_chat_template(None, tools)):
+        if _marks_turns(self._source(tools)):
             text, spans = self._render(messages, tools, markers=True)
             if len(spans) == len(turns):
                 return Rendered(text=text, turns=tuple(self._with_end(text, start, end) for start, end in spans))
@@ -139,6 +146,10 @@ class ChatTemplate:
             return start, end
         return start, end + next((len(token) for token in self._special if text.startswith(token, end)), 0)
 
+    def _source(self, tools: Any) -> str:
+        source: str = self._tokenizer.get_chat_template(None, tools)
+        return source if self._day is None else on_day(source, self._day)
+
     def _render(
         self, messages: Sequence[Message], tools: Any, *, generation_prompt: bool = False, markers: bool = False
     ) -> tuple[str, list[Span]]:
@@ -150,7 +161,7 @@ class ChatTemplate:
             texts, spans = render_jinja_template(
                 conversations=[plain],
                 tools=tools,
-                chat_template=self._tokenizer.get_chat_template(None, tools),
+                chat_template=self._source(tools),
                 return_assistant_tokens_mask=markers,
                 add_generation_prompt=generation_prompt,
                 **self._tokenizer.special_tokens_map,
@@ -166,6 +177,16 @@ class ChatTemplate:
                 hint="compare the rows' roles with what the base model's chat template accepts",
             ) from error
         return texts[0], [(start, end) for start, end in spans[0]] if markers else []
+
+
+@lru_cache
+def on_day(template: str, day: date) -> str:
+    """The template with `day` written where it would write today's date.
+
+    Llama 3's and others tell the model which day it is. A run that goes on after midnight has to see the tokens that it
+    began with.
+    """
+    return _TODAY.sub(lambda found: json.dumps(day.strftime(found.group(2))), template)
 
 
 @lru_cache

@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -52,10 +53,11 @@ class _Text:
 
 
 class Encoder:
-    """Rows to tokens, for one tokenizer and one `[data]`."""
+    """Rows to tokens, for one tokenizer and one `[data]`; `day` as in ChatTemplate."""
 
-    def __init__(self, tokenizer: Any, data: DataSettings) -> None:
+    def __init__(self, tokenizer: Any, data: DataSettings, *, day: date | None = None) -> None:
         self._tokenizer = tokenizer
+        self._day = day
         self._data = data
         self._control = ControlTokens(tokenizer)
         self._template: ChatTemplate | None = None
@@ -108,7 +110,7 @@ class Encoder:
             messages, first_trained = [*row.prompt, *row.completion], len(row.prompt)
         else:
             return None
-        self._template = self._template or ChatTemplate(self._tokenizer)
+        self._template = self._template or ChatTemplate(self._tokenizer, self._day)
         tools: Any = row.tools
         marked = self._control.found_in(messages) or self._control.found_in(tools)
         if marked:

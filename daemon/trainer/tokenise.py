@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
+from datetime import date
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import torch
+from blake3 import blake3
 
 from daemon.executors.local import oom_kills
 from daemon.job import FailureKind
@@ -85,15 +87,17 @@ def tokenise(
     *,
     read: Callable[[Item], Row | None],
     processes: int = 1,
+    day: date | None = None,
 ) -> Examples:
     """Turn rows into Examples and split off the held-out ones by their content.
 
-    `read` makes an item a row, or None of one that is to be skipped. A row stays on its side of the split whatever else
+    `read` makes an item a row, or None of one that is to be skipped; `day` as in ChatTemplate. A row stays on its side of the split whatever else
     the file holds. When all rows fall on the held-out side (a file of one or two rows), they are trained and nothing is
     held out. More than one process only before CUDA starts: they are forks of this one. Raises what `read` raises,
     RunFailure(BAD_DATA) when no row has a trained token, RunFailure(CONFIG) when the tokenizer lacks what the rows need.
     """
-    work = _Work(read=read, encoder=Encoder(tokenizer, data), max_length=data.max_length, bos=tokenizer.bos_token_id)
+    encoder = Encoder(tokenizer, data, day=day)
+    work = _Work(read=read, encoder=encoder, max_length=data.max_length, bos=tokenizer.bos_token_id)
     train: list[Example] = []
     held_out: list[Example] = []
     dropped: list[int] = []
@@ -125,6 +129,16 @@ def tokenise(
         truncated_lines=tuple(cut_lines),
         control_lines=tuple(control_lines),
     )
+
+
+def digest_tokens(examples: Iterable[Example]) -> str:
+    """BLAKE3 of examples in their order: every token id, and which of them are learned."""
+    digest = blake3()
+    for example in examples:
+        spans = array("q", chain.from_iterable(example.learned))
+        digest.update(array("q", (len(example.input_ids), len(example.learned))).tobytes())
+        digest.update(array("i", example.input_ids).tobytes() + spans.tobytes())
+    return digest.hexdigest()
 
 
 def worker_processes(rows: int) -> int:

@@ -22,7 +22,7 @@ from transformers.integrations import get_available_reporting_integrations
 import guard
 from daemon import versions
 from daemon.fingerprint import fingerprint_run, minor_version
-from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec
+from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec, claimed_on
 from daemon.recipe import Recipe
 from daemon.rows import Format, RowReader
 from daemon.trainer import together
@@ -46,7 +46,7 @@ from daemon.trainer.report import Reporter
 from daemon.trainer.room import full_disk_is_told
 from daemon.trainer.session import StopFlag, check_unchanged
 from daemon.trainer.tensorboard import ScalarWriter
-from daemon.trainer.tokenise import tokenise, worker_processes
+from daemon.trainer.tokenise import digest_tokens, tokenise, worker_processes
 
 # What a resume relies on: checkpoints loaded by weights alone, and the Trainer whose silences we know.
 OLDEST = {"torch": (2, 10), "transformers": (5, 0)}
@@ -75,7 +75,9 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     # A process that has started CUDA, as some package may have when it was imported, cannot be forked.
     most = 1 if torch.cuda.is_initialized() else worker_processes(spec.dataset.rows)
     workers = max(1, most // together.processes())
-    examples = tokenise(reader.lines(), tokenizer, recipe.data, read=reader.row, processes=workers)
+    examples = tokenise(
+        reader.lines(), tokenizer, recipe.data, read=reader.row, processes=workers, day=claimed_on(spec.job_id)
+    )
     check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between
     planned = plan(examples, recipe.training)
     report.event("run.planned", **vars(planned), arithmetic=arithmetic(planned, examples, recipe))
@@ -88,7 +90,17 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
         precision = precision_of(recipe.model)
         prepared = together.from_first(
-            prepare(spec, recipe, base, planned, parent=parent, precision=precision, key=key, report=report)
+            prepare(
+                spec,
+                recipe,
+                base,
+                planned,
+                tokens_digest=digest_tokens(examples.train),
+                parent=parent,
+                precision=precision,
+                key=key,
+                report=report,
+            )
             if first
             else None
         )
@@ -215,6 +227,7 @@ def prepare(
     base: BaseModel,
     planned: Plan,
     *,
+    tokens_digest: str,
     parent: versions.Version | None,
     precision: str,
     key: bytes | None,
@@ -230,6 +243,7 @@ def prepare(
         parent_digest=parent.digest if parent else None,
         precision=precision,
         plan=planned,
+        tokens_digest=tokens_digest,
         lora_config=lora_config(recipe.lora, base).to_dict(),
         cache_path=Path(spec.state_dir) / "digests.json" if spec.state_dir else None,
     )

@@ -49,6 +49,7 @@ def test_the_stamp_of_a_run_names_everything_that_decides_what_it_computes(tiny_
     assert found["dataset.rows"] == 24
     assert found["dataset.rows_trained"] == result.rows == 24 - 1 - result.held_out_rows
     assert found["training.total_steps"] == result.steps_planned
+    assert len(found["data.tokens"]) == 64
     assert all(found[f"versions.{name}"] for name in ("torch", "transformers", "peft", "dropforge"))
     known = {component.name for component in guard.COMPONENTS}
     assert {name for name in found if name not in known and not name.startswith("attempt.")} == set()

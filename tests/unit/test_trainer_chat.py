@@ -6,21 +6,23 @@ import copy
 import signal
 import time
 from array import array
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from daemon.job import FailureKind
+from daemon.job import FailureKind, claimed_on
 from daemon.recipe import DataSettings
 from daemon.rows import Row
 from daemon.trainer.chat import ChatTemplate, Rendered
 from daemon.trainer.data import IGNORE
 from daemon.trainer.encode import Tokens, truncate
 from daemon.trainer.failure import RunFailure
+from daemon.trainer.tokenise import digest_tokens, tokenise
 from tests.integration.test_trainer_golden import UNMARKED
-from tests.support.tokens import encode
+from tests.support.tokens import encode, itself
 
 DATA = DataSettings(max_length=4096)
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
@@ -136,6 +138,21 @@ def test_a_template_that_changes_beginnings_is_refused_but_its_last_turn_can_be_
         assert caught.value.kind is FailureKind.CONFIG
         last = learned(forgetful, conversation(turns), train_on="last_turn")
         assert last.strip() == f"(thought)answer {turns - 1}<|end|>"
+
+
+def test_a_template_that_tells_the_date_tells_that_of_the_job(tokenizer: Any) -> None:
+    """A run that goes on after midnight would train other tokens than it began with."""
+    dated = with_template(tokenizer, "It is {{ strftime_now('%d %b %Y') }}, {{ strftime_now( \"%Y\" ) }}." + UNMARKED)
+    text = ChatTemplate(dated, date(2025, 2, 3)).text(conversation(1), None)
+    assert text.startswith("It is 03 Feb 2025, 2025.")
+    assert ChatTemplate(dated).text(conversation(1), None).startswith(f"It is {datetime.now():%d %b %Y}, ")
+    examples = {
+        day: tokenise([row(conversation(2))], dated, DATA, read=itself, day=claimed_on(day)).train
+        for day in ("20250203-235959-0ad1", "20250204-000001-0ad1", "20250203-000000-ffff")
+    }
+    digests = [digest_tokens(found) for found in examples.values()]
+    assert digests[0] != digests[1]
+    assert digests[0] == digests[2]
 
 
 def test_the_end_of_turn_is_learned_even_where_the_marker_stops_before_it(tokenizer: Any) -> None:

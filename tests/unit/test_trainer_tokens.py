@@ -11,12 +11,12 @@ from unittest import mock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from daemon.recipe import DataSettings
 from daemon.rows import Row
-from daemon.trainer.encode import Encoder, TokenBytes
+from daemon.trainer.encode import Encoder, TokenBytes, trained_tokens
 from tests.support.tokens import ids_and_labels
 
 DATA = DataSettings(max_length=4096)
@@ -98,6 +98,28 @@ def test_of_every_kind_the_answer_and_its_end_are_learned(encoders: tuple[Any, E
         said = tokenizer.decode([label for label in labels if label != -100])
         assert said.strip().removesuffix("<|end|>").strip().lower() == answer.lower()
         assert tokenizer.eos_token_id in labels
+
+
+def test_a_text_begins_with_one_bos_and_a_conversation_with_the_templates_own() -> None:
+    tokenizer = byte_level()
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    tokenizer.chat_template = "<s>" + TEMPLATE
+    text = Row(kind="text", text="forty", line=1, content_digest="")
+    pair = Row(kind="prompt_completion", prompt="How many? ", completion="forty", line=2, content_digest="")
+    for tokens in Encoder(tokenizer, DATA).encode([text, pair, conversation(["How many?", "forty"])]):
+        assert (tokens.ids[0], tokens.ids.count(bos)) == (bos, 1)
+        assert tokens.learned[-1][1] >= len(tokens.ids) - 1
+        assert trained_tokens(tokens.learned) < len(tokens.ids)
+
+
+def test_a_conversation_in_which_nobody_answers_has_nothing_to_learn() -> None:
+    alone = Row(kind="messages", messages=[{"role": "system", "content": "Be brief."}], line=1, content_digest="")
+    [tokens] = Encoder(byte_level(), DATA).encode([alone])
+    assert tokens.learned == ()
+    assert len(tokens.ids) > 0
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
