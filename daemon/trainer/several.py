@@ -19,6 +19,7 @@ from daemon.news import RESULT_NAME
 from daemon.trainer.failure import Interrupted, RunFailure
 from daemon.trainer.report import Reporter
 from daemon.trainer.session import StopFlag, die_with_parent
+from daemon.trainer.torchrun import killing_signal
 
 LOOK_SECONDS = 0.2
 
@@ -40,7 +41,7 @@ def run_several(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     threads = str(max(1, len(os.sched_getaffinity(0)) // count))
     torchrun = subprocess.Popen(
         [
-            *(sys.executable, "-P", "-m", "torch.distributed.run"),
+            *(sys.executable, "-P", "-m", "daemon.trainer.torchrun"),
             *("--standalone", "--nproc-per-node", str(count), "--max-restarts", "0"),
             *("-m", "daemon.trainer.several", str(run_dir)),
         ],
@@ -55,21 +56,27 @@ def run_several(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             passed_on = _ask_one(torchrun.pid)
         time.sleep(LOOK_SECONDS)
     results = sorted(_results(run_dir, count), key=lambda found: found[0])
-    failed = [result for _, result in results if result.outcome is Outcome.FAILED]
-    if failed:
-        return failed[0]  # the others only missed it
-    if len(results) == count:
-        return next(result for _, result in results if result.candidate or result.outcome is Outcome.INTERRUPTED)
+    killed_by = killing_signal(torchrun.returncode)
+    if killed_by is None:  # else the others have only missed the one that was killed, whatever they tell
+        failed = [result for _, result in results if result.outcome is Outcome.FAILED]
+        if failed:
+            return failed[0]  # likewise
+        if len(results) == count:
+            return next(result for _, result in results if result.candidate or result.outcome is Outcome.INTERRUPTED)
     if stop.requested:
         raise Interrupted
-    if oom_kills() > killed_before:
+    if killed_by == signal.SIGKILL and oom_kills() > killed_before:
         raise RunFailure(
             FailureKind.OUT_OF_MEMORY,
             "the kernel ran out of memory and killed one of the processes",
             hint="lower per_device_train_batch_size or max_length",
         )
     raise RunFailure(
-        FailureKind.LOST, f"torchrun ended with {torchrun.returncode}", hint="the trainer's log tells more"
+        FailureKind.LOST,
+        f"one of the processes was killed by signal {killed_by}"
+        if killed_by
+        else f"torchrun ended with {torchrun.returncode}",
+        hint="the trainer's log tells more",
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,8 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from daemon.job import Outcome, RunResult, RunSpec, from_json, to_json
+from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json, to_json
 from daemon.recipe import Recipe
+from daemon.trainer import several
+from daemon.trainer.failure import RunFailure
+from daemon.trainer.report import Reporter
 from daemon.trainer.watch import LossWatch
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 from tests.support.root import environment
@@ -129,3 +134,39 @@ def test_the_number_of_processes_is_no_part_of_a_runs_identity(tiny_base: Path) 
 
     assert identity(recipe(tiny_base, ONE)) == identity(recipe(tiny_base, TWO))
     assert identity(recipe(tiny_base, ONE)) != identity(recipe(tiny_base, {"training": {"num_processes": 2}}))
+
+
+@pytest.mark.parametrize("starved", [False, True])
+def test_a_killed_process_ends_the_run_by_what_killed_it(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starved: bool
+) -> None:
+    """The kernel's own count of kills for want of memory tells one from the other."""
+    kills = iter((7, 8 if starved else 7))
+    monkeypatch.setattr(several, "oom_kills", lambda: next(kills))
+
+    class Killer(Wish):
+        """Asked again and again while the processes run; kills the second as soon as they train together."""
+
+        killed = False
+
+        @property
+        def requested(self) -> bool:  # type: ignore[override]
+            if not self.killed and any(event["event"] == "run.started" for event in events(spec)):
+                for torchrun in children(os.getpid()):
+                    for member in children(torchrun)[1:]:
+                        os.kill(member, signal.SIGKILL)
+                        self.killed = True
+            return False
+
+    spec = specify(tmp_path, rows(60), tiny_base, {"training": {**TWO["training"], "num_train_epochs": 50}})
+    Path(spec.run_dir, "run.json").write_text(to_json(spec))
+    with pytest.raises(RunFailure) as caught:
+        several.run_several(spec, Reporter(Path(spec.run_dir)), Killer())  # type: ignore[arg-type]
+    assert caught.value.kind is (FailureKind.OUT_OF_MEMORY if starved else FailureKind.LOST)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
