@@ -44,8 +44,8 @@ class ModelSettings(Section):
     model_name_or_path: str = Field("", description="A local folder or a Hub id of the base model.")
     revision: str | None = Field(None, description="Hub revision; a commit is safest.")
     allow_downloads: bool = Field(False, description="May fetch the base model from the Hub when it is missing.")
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention kernel, always explicit."
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="Attention kernel; auto is sdpa where the architecture has it, else eager."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

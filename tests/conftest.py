@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -14,6 +15,10 @@ from tests.support.root import Root
 
 # A shell that starts tests in the background has them ignore SIGINT, and every process that they start as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# As many tests at once as there are cores: with as many threads each, torch's wait for each other, six times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,7 +17,7 @@ from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
 from daemon.trainer.base import resolve_base
 from daemon.trainer.failure import RunFailure
-from daemon.trainer.model import ADAPTER_CONFIG, load_adapter, load_network, load_tokenizer, lora_config, saved_shape
+from daemon.trainer.model import ADAPTER_CONFIG, load_adapter, load_network, load_tokenizer, saved_config
 from guard.atomic import fsync_tree, rename_durable
 
 
@@ -37,7 +37,7 @@ def merge(version_dir: Path, out: Path, model: ModelSettings) -> dict[str, Any]:
             f"version {version_dir.name} was trained on {named!r}, and {base.reference!r} is configured",
             hint="set model_name_or_path under [model] to the base that it was trained on",
         )
-    config = lora_config(saved_shape(version_dir), base)
+    config = saved_config(version_dir, base)
     network = load_network(base, model.model_copy(update={"load_in_4bit": False}), dtype=torch.float32)
     merged = load_adapter(network, version_dir, config).merge_and_unload(safe_merge=True)
     head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from daemon.job import FailureKind
 from daemon.recipe import LoraSettings, ModelSettings
@@ -24,7 +26,10 @@ from daemon.trainer.failure import RunFailure
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of a saved configuration: what it was called and where it came from, which decides nothing here.
 FREE_FIELDS = frozenset(
-    {"task_type", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "peft_type"}
+    {
+        *{"task_type", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping"},
+        *{"peft_type", "lora_dropout"},
+    }
 )
 NAMED_FIELDS = frozenset({"r", "lora_alpha", "bias"})
 
@@ -41,6 +46,29 @@ def compute_dtype(model: ModelSettings) -> str:
     # Emulated, as on GPUs before Ampere, it is slower than float32.
     has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if has_it else "float32"
+
+
+def attention_of(base: BaseModel, model: ModelSettings) -> str:
+    """The attention kernel by name: of "auto", "sdpa" where the architecture has it, else "eager", as Gemma 2 needs.
+
+    Raises RunFailure(CONFIG).
+    """
+    if model.attn_implementation != "auto":
+        return model.attn_implementation
+    try:
+        _architecture(base, "sdpa")
+    except (OSError, ValueError, ImportError):
+        with _readable(base):
+            _architecture(base, "eager")
+        return "eager"
+    return "sdpa"
+
+
+def _architecture(base: BaseModel, attention: str) -> Any:
+    """The base model without its weights."""
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=False)
 
 
 def load_tokenizer(base: BaseModel) -> Any:
@@ -61,10 +89,10 @@ def load_tokenizer(base: BaseModel) -> Any:
 def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent: Path | None) -> PeftModel:
     """Base model plus a trainable adapter named "default": `parent`'s weights, or a fresh one with lora_B = 0.
 
-    Raises RunFailure(CONFIG) when the parent's shape is not the recipe's.
+    Raises RunFailure(CONFIG) when the parent's shape is not the recipe's, or not one for this base model.
     """
     if parent is not None:
-        refuse_other_shape(parent, lora)
+        refuse_other_shape(parent, lora, base)
     network = load_network(base, model, dtype=getattr(torch, compute_dtype(model)))
     if model.load_in_4bit:
         # Norms and the head in float32, as QLoRA has them; gradient checkpointing stays our own decision.
@@ -72,9 +100,10 @@ def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent
     network.config.use_cache = False
     network.name_or_path = base.reference  # peft writes this into the adapter; it would be the cache's folder
     config = lora_config(lora, base)
-    if parent is None:
+    if parent is not None:
+        return load_adapter(network, parent, config, trainable=True)
+    with _takes_adapter(base):
         return get_peft_model(network, config)
-    return load_adapter(network, parent, config, trainable=True)
 
 
 def load_adapter(network: Any, folder: Path, config: LoraConfig, *, trainable: bool = False) -> PeftModel:
@@ -92,31 +121,32 @@ def load_adapter(network: Any, folder: Path, config: LoraConfig, *, trainable: b
     return PeftModel.from_pretrained(network, folder, config=config, is_trainable=trainable, local_files_only=True)
 
 
-def saved_shape(folder: Path) -> LoraSettings:
-    """The shape of a saved adapter, as far as our settings know shapes. Raises RunFailure(CONFIG) when they do not."""
+def saved_config(folder: Path, base: BaseModel) -> LoraConfig:
+    """Our own configuration of which peft makes what is saved in `folder`. Raises RunFailure(CONFIG) when none does."""
     saved = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-    lora = LoraSettings.model_validate({name: saved[name] for name in LoraSettings.model_fields if saved.get(name)})
-    refuse_other_shape(folder, lora)
-    return lora
+    named = LoraSettings.model_validate({name: saved[name] for name in LoraSettings.model_fields if saved.get(name)})
+    every = named.model_copy(update={"target_modules": "all-linear"})  # what that comes to is saved layer by layer
+    with suppress(RunFailure):
+        refuse_other_shape(folder, every, base)
+        return lora_config(every, base)
+    refuse_other_shape(folder, named, base)
+    return lora_config(named, base)
 
 
 def load_network(base: BaseModel, model: ModelSettings, *, dtype: torch.dtype) -> Any:
     """The base model alone, from safetensors. Raises RunFailure(CONFIG)."""
     options: dict[str, Any] = {"quantization_config": _four_bits(dtype)} if model.load_in_4bit else {}
-    try:
+    attention = attention_of(base, model)
+    with _readable(base):
         network = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
-            attn_implementation=model.attn_implementation,
+            attn_implementation=attention,
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise RunFailure(
-            FailureKind.CONFIG, f"cannot load the base model in {base.path}: {error}", hint="fetch the model again"
-        ) from error
     if getattr(network, "peft_config", None):
         raise RunFailure(
             FailureKind.CONFIG,
@@ -124,6 +154,30 @@ def load_network(base: BaseModel, model: ModelSettings, *, dtype: torch.dtype) -
             hint="point model_name_or_path at a plain base model",
         )
     return network
+
+
+@contextmanager
+def _readable(base: BaseModel) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"cannot load the base model in {base.path}: {error}",
+            hint="fetch the model again, or look at attn_implementation under [model]",
+        ) from error
+
+
+@contextmanager
+def _takes_adapter(base: BaseModel) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # layers that the architecture does not have, or that peft refuses
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"the base model {base.name} cannot have this adapter: {error}",
+            hint="name layers of the base model in target_modules and modules_to_save under [lora]",
+        ) from error
 
 
 def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -156,23 +210,15 @@ def lora_config(lora: LoraSettings, base: BaseModel) -> LoraConfig:
     )
 
 
-def refuse_other_shape(parent: Path, lora: LoraSettings) -> None:
-    """Raise RunFailure(CONFIG), naming both shapes and the two ways out, unless `parent` has the recipe's shape."""
+def refuse_other_shape(parent: Path, lora: LoraSettings, base: BaseModel) -> None:
+    """Raise RunFailure(CONFIG), naming both shapes and the two ways out, unless `parent` has the recipe's shape.
+
+    Whatever it says must be what peft makes of our own settings on this base: settings that we do not know are nobody's
+    wish.
+    """
     saved = json.loads((parent / ADAPTER_CONFIG).read_bytes())
-    wanted: dict[str, Any] = {
-        "r": lora.r,
-        "lora_alpha": _whole(lora.lora_alpha),
-        "bias": lora.bias,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-        "modules_to_save": sorted(lora.modules_to_save) or None,
-    }
-    # peft resolves "all-linear" to names when it saves, so only an explicit list can be compared.
-    if not isinstance(lora.target_modules, str):
-        wanted["target_modules"] = sorted(lora.target_modules)
-    # Whatever else it says must be what peft itself would say: settings that we do not know are nobody's wish.
-    ours = {*LoraSettings.model_fields, *FREE_FIELDS}
-    wanted |= {name: _comparable(value) for name, value in LoraConfig().to_dict().items() if name not in ours}
+    made = resolved_config(lora, base).to_dict()
+    wanted = {name: _comparable(value) for name, value in made.items() if name not in FREE_FIELDS}
     wanted["peft_type"] = "LORA"
     found = {name: _comparable(saved.get(name, wanted[name] if name not in NAMED_FIELDS else None)) for name in wanted}
     if found != wanted:
@@ -184,6 +230,20 @@ def refuse_other_shape(parent: Path, lora: LoraSettings) -> None:
             f"the recipe's LoRA cannot continue version {parent.name}: {different}",
             hint='set [lora] back to the version\'s shape, or start_from = "base" under [training] for a new adapter',
         )
+
+
+def resolved_config(lora: LoraSettings, base: BaseModel) -> LoraConfig:
+    """`lora_config` as peft leaves it once it has been applied: layers by name, and what an architecture needs besides.
+
+    Experts of a mixture, for example, are tensors rather than layers, and have fields of their own. Raises
+    RunFailure(CONFIG).
+    """
+    config = lora_config(lora, base)
+    with _readable(base):
+        network = _architecture(base, "eager")
+    with torch.device("meta"), _takes_adapter(base):
+        get_peft_model(network, config)
+    return config
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -210,4 +270,4 @@ def _whole(value: float) -> float | int:
 
 
 def _comparable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) else value
+    return sorted(value) if isinstance(value, list | set | tuple) else value

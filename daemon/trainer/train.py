@@ -35,6 +35,7 @@ from daemon.trainer.loop import LossWatch, RunTrainer, enable_gradient_checkpoin
 from daemon.trainer.model import (
     adapter_tensors,
     all_finite,
+    attention_of,
     load_model,
     load_tokenizer,
     lora_b_norm,
@@ -70,6 +71,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     check_unchanged(spec)
     base = resolve_base(recipe.model)
     require_packages(recipe)
+    recipe = with_attention(recipe, attention_of(base, recipe.model))  # by its name, also in the fingerprint
     tokenizer = load_tokenizer(base)
     reader = RowReader(Path(spec.dataset.path), Format(spec.dataset.format), recipe.data)
     # A process that has started CUDA, as some package may have when it was imported, cannot be forked.
@@ -255,6 +257,11 @@ def prepare(
         key=key,
         log=lambda name, data: report.event(name, **data),
     )
+
+
+def with_attention(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with this attention kernel."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"attn_implementation": name})})
 
 
 def require_packages(recipe: Recipe) -> None:
