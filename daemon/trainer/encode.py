@@ -70,9 +70,10 @@ class Encoder:
         Raises RunFailure with the line of the row that is at fault.
         """
         texts = self._rendered(rows)
+        plain = iter(self._plain([row for row, text in zip(rows, texts, strict=True) if text is None]))
         label = iter(self._label([text for text in texts if text is not None and not text.marked]))
         return [
-            self._plain(row) if text is None else self._spelled(text, row) if text.marked else next(label)
+            next(plain) if text is None else self._spelled(text, row) if text.marked else next(label)
             for row, text in zip(rows, texts, strict=True)
         ]
 
@@ -117,19 +118,20 @@ class Encoder:
             messages, tools = self._control.mark(messages), self._control.mark(tools)
         return _Text(*self._learned(self._template, messages, first_trained, tools), marked)
 
-    def _plain(self, row: Row) -> Tokens:
-        """Plain text, which is all learned, or a prompt and its completion: joined, tokenised once, the prompt's own
-        tokens not learned.
+    def _plain(self, rows: Sequence[Row]) -> list[Tokens]:
+        """Plain texts, which are all learned, and prompts with their completions: joined, tokenised once, the prompt's
+        own tokens not learned.
 
         When a merge spans the seam, the prompt's last token is learned as part of the completion rather than lost.
         """
-        if row.kind == "text":
-            ids, start = self._with_eos(self._ids(row.text or "")), 0
-        else:
-            prompt, completion = str(row.prompt), str(row.completion)
-            ids = self._with_eos(self._ids(prompt + completion))
-            start = 0 if self._data.train_on == "all" else common_prefix(self._ids(prompt), ids)
-        return Tokens(ids, ((start, len(ids)),) if start < len(ids) else ())
+        masked = [row.kind != "text" and self._data.train_on != "all" for row in rows]
+        prompts = iter(self._ids([str(row.prompt) for row, mask in zip(rows, masked, strict=True) if mask]))
+        found = []
+        for mask, ids in zip(masked, self._ids([_plain_text(row) for row in rows]), strict=True):
+            self._end(ids)
+            start = common_prefix(next(prompts), ids) if mask else 0
+            found.append(Tokens(ids, ((start, len(ids)),) if start < len(ids) else ()))
+        return found
 
     def _learned(
         self, template: ChatTemplate, messages: Sequence[dict[str, Any]], first_trained: int, tools: Any
@@ -154,18 +156,17 @@ class Encoder:
         heard = zip(turns, spans, silent, strict=True)
         return rendered.text, [span for at, span, mute in heard if at >= first_trained and not mute]
 
-    def _ids(self, text: str) -> Ids:
-        """A plain text's tokens, with those that the tokenizer puts around any text."""
+    def _ids(self, texts: Sequence[str]) -> list[Ids]:
+        """The tokens of plain texts, with those that the tokenizer puts around any text."""
         if self._backend is not None:
-            return array("i", self._backend.encode(text).ids)
-        return array("i", self._tokenizer(text)["input_ids"])
+            return [array("i", encoding.ids) for encoding in self._backend.encode_batch_fast(list(texts))]
+        return [array("i", self._tokenizer(text)["input_ids"]) for text in texts]
 
-    def _with_eos(self, ids: Ids) -> Ids:
+    def _end(self, ids: Ids) -> None:
         """End the sequence with EOS, so that the model learns to stop."""
         eos = self._tokenizer.eos_token_id
         if eos is not None and (not ids or ids[-1] != eos):
             ids.append(eos)
-        return ids
 
     def _label(self, texts: Sequence[_Text]) -> list[Tokens]:
         """Tokens of rendered texts; learned is each that overlaps one of the spans."""
@@ -248,6 +249,10 @@ class TokenBytes(dict[int, bytes]):
             found = b""
         self[id_] = found
         return found
+
+
+def _plain_text(row: Row) -> str:
+    return row.text or "" if row.kind == "text" else f"{row.prompt}{row.completion}"
 
 
 def trained_tokens(learned: Iterable[Span]) -> int:
