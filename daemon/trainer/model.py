@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,27 @@ def attention_of(base: BaseModel, model: ModelSettings) -> str:
             _architecture(base, "eager")
         return "eager"
     return "sdpa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What a base model can be given."""
+
+    tokens: int  # ids from 0 to this, exclusive
+    positions: int | None  # the longest row that it was made for; None: it does not say
+    ends: bool  # beyond them there is nothing, as in GPT-2; rotary embeddings go on, worse and worse
+
+
+def capacity_of(base: BaseModel) -> Capacity:
+    """From the architecture, without weights. Raises RunFailure(CONFIG)."""
+    with _readable(base):
+        network = _architecture(base, "eager")
+    positions = getattr(network.config, "max_position_embeddings", None)
+    return Capacity(
+        tokens=int(network.get_input_embeddings().weight.shape[0]),
+        positions=positions if isinstance(positions, int) and positions > 0 else None,
+        ends=not getattr(network.config, "rope_parameters", None),
+    )
 
 
 def _architecture(base: BaseModel, attention: str) -> Any:

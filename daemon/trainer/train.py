@@ -33,9 +33,11 @@ from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import LossWatch, RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.model import (
+    Capacity,
     adapter_tensors,
     all_finite,
     attention_of,
+    capacity_of,
     load_model,
     load_tokenizer,
     lora_b_norm,
@@ -80,6 +82,8 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     examples = tokenise(
         reader.lines(), tokenizer, recipe.data, read=reader.row, processes=workers, day=claimed_on(spec.job_id)
     )
+    capacity = capacity_of(base)
+    refuse_what_does_not_fit(examples, tokenizer, capacity)
     check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between
     planned = plan(examples, recipe.training)
     report.event("run.planned", **vars(planned), arithmetic=arithmetic(planned, examples, recipe))
@@ -120,7 +124,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             model.to("cuda")
         if recipe.training.gradient_checkpointing is True:
             enable_gradient_checkpointing(model)
-        collator = collator_for(model, recipe, examples, tokenizer)
+        collator = collator_for(model, recipe, examples, padding_token(tokenizer, capacity.tokens))
         objective = Objective()
         if not (recipe.training.use_liger_kernel or recipe.training.torch_compile):  # they have ways of their own
             objective.select_trained(model, examples.train)
@@ -216,7 +220,9 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             lora_norm=norm,
             candidate=str(candidate),
             adapter_digest=guard.digest_file(candidate / "adapter_model.safetensors").blake3_hex,
-            warnings=warnings_of(examples, planned, loss_before, loss_after, watch.spikes),
+            warnings=warnings_of(
+                examples, planned, capacity, before=loss_before, after=loss_after, spikes=watch.spikes
+            ),
             wall_seconds=time.monotonic() - started,
         )
         (candidate / "README.md").write_text(model_card(spec, recipe, planned, result, parent), encoding="utf-8")
@@ -298,11 +304,38 @@ def refuse_old_libraries() -> None:
             )
 
 
-def collator_for(model: Any, recipe: Recipe, examples: Examples, tokenizer: Any) -> Collator:
+def refuse_what_does_not_fit(examples: Examples, tokenizer: Any, capacity: Capacity) -> None:
+    """Raise RunFailure(CONFIG) for a token or a position that the base model does not have.
+
+    A GPU would only say that it failed, and after checkpoints were cleared.
+    """
+    for example in (*examples.train, *examples.held_out):
+        if (highest := max(example.input_ids, default=0)) >= capacity.tokens:
+            raise RunFailure(
+                FailureKind.CONFIG,
+                f"line {example.line}: the tokenizer makes token {highest}, {tokenizer.convert_ids_to_tokens(highest)!r},"
+                f" of it, and the base model knows {capacity.tokens} tokens, from 0",
+                hint="take tokenizer and weights from the same model, or resize its embeddings and save it again",
+            )
+        if capacity.ends and capacity.positions is not None and len(example.input_ids) > capacity.positions:
+            raise RunFailure(
+                FailureKind.CONFIG,
+                f"line {example.line} has {len(example.input_ids)} tokens, and the base model no more than"
+                f" {capacity.positions} positions",
+                hint=f"set max_length = {capacity.positions} or less under [data]",
+            )
+
+
+def padding_token(tokenizer: Any, known: int) -> int:
+    """A token id to pad with, which is neither attended to nor learned: the model's own where it has an embedding."""
+    return next((id_ for id_ in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id_ is not None and id_ < known), 0)
+
+
+def collator_for(model: Any, recipe: Recipe, examples: Examples, pad_token_id: int) -> Collator:
     """How steps are divided into passes on this device: without padding where that is faster and proven the same."""
     device = next(model.parameters()).device.type
     return Collator(
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_token_id,
         budget_tokens=recipe.training.per_device_train_batch_size * recipe.data.max_length,
         flat=device == "cuda" and use_packed(model, examples.train),
         pass_tokens=PASS_TOKENS.get(device, PASS_TOKENS["cuda"]),
@@ -425,6 +458,8 @@ def save_candidate(trainer: RunTrainer, folder: Path, tokenizer: Any) -> Path:
 def warnings_of(
     examples: Examples,
     planned: Plan,
+    capacity: Capacity,
+    *,
     before: float | None,
     after: float | None,
     spikes: list[tuple[int, float, float]],
@@ -446,6 +481,13 @@ def warnings_of(
         found.append(
             f"{len(examples.control_lines)} rows hold control tokens, which were read as text"
             f" (lines {_shown(examples.control_lines)})"
+        )
+    most = capacity.positions or math.inf
+    beyond = tuple(example.line for example in examples.train if len(example.input_ids) > most)
+    if beyond:
+        found.append(
+            f"{len(beyond)} rows are longer than the {capacity.positions} positions that the base model was made for"
+            f" (lines {_shown(beyond)})"
         )
     if planned.trained_tokens < 0.05 * planned.tokens:
         found.append(f"only {planned.trained_tokens / planned.tokens:.1%} of the tokens are trained")

@@ -6,6 +6,7 @@ caps its attention's scores, Mistral looks back through a window: models of rand
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,11 @@ def base(request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pyte
     return built(request.param, tiny_base, tmp_path_factory.mktemp("bases") / request.param)
 
 
-def built(kind: str, tiny_base: Path, folder: Path) -> Path:
+def built(kind: str, tiny_base: Path, folder: Path, **changed: Any) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **special, **KINDS[kind])
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **special, **{**KINDS[kind], **changed})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -101,6 +102,48 @@ def test_rows_without_padding_are_computed_so_only_where_that_is_the_same(base: 
             with torch.inference_mode():
                 together = model(**batch, use_cache=False).logits[0]
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_that_the_base_does_not_know_is_told_before_anything_is_cleared(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["Natalia"])
+    tokenizer.save_pretrained(folder)
+    spec = specify(tmp_path / "run", rows(8), folder)
+    with pytest.raises(RunFailure, match=r"line 1: the tokenizer makes token \d+, 'Natalia'") as caught:
+        train(spec)
+    assert caught.value.kind is FailureKind.CONFIG
+    assert not list(Path(spec.model_dir).iterdir())
+
+
+def test_a_row_beyond_the_last_position_is_told_and_one_beyond_what_a_model_was_made_for_is_a_warning(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    short = {"n_positions": 64, "max_position_embeddings": 64}
+    last = built("gpt2", tiny_base, tmp_path / "gpt2", **short)
+    with pytest.raises(
+        RunFailure, match=r"line \d+ has \d+ tokens, and the base model no more than 64 positions"
+    ) as caught:
+        train(specify(tmp_path / "one", rows(8), last, TABLES))
+    assert "max_length = 64" in caught.value.hint
+    tables = {**TABLES, "data": {"max_length": 64}}
+    assert train(specify(tmp_path / "two", rows(8), last, tables)).outcome is Outcome.SUCCEEDED
+    made_for = built("qwen3", tiny_base, tmp_path / "qwen3", max_position_embeddings=64)
+    result = train(specify(tmp_path / "three", rows(8), made_for, TABLES))
+    assert any("longer than the 64 positions" in warning for warning in result.warnings)
+
+
+def test_padding_with_a_token_that_the_base_does_not_know_does_no_harm(tiny_base: Path, tmp_path: Path) -> None:
+    """As in many a repaired tokenizer: what is padded is neither attended to nor learned."""
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.save_pretrained(folder)
+    found = train(specify(tmp_path / "run", rows(24), folder, TABLES))
+    expected = train(specify(tmp_path / "plain", rows(24), tiny_base, TABLES))
+    assert (found.outcome, found.held_out_after) == (Outcome.SUCCEEDED, expected.held_out_after)
 
 
 def example(size: int) -> Example:
