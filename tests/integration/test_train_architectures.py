@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from daemon.job import FailureKind, Outcome
@@ -24,7 +25,7 @@ from daemon.trainer.failure import RunFailure
 from daemon.trainer.merge import merge
 from daemon.trainer.model import attention_of, load_model
 from daemon.versions import promote
-from tests.support.inprocess import events, rows, specify, train
+from tests.support.inprocess import StopAfterLoading, events, rows, specify, train
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -84,6 +85,20 @@ def test_one_job_goes_on_from_another_and_its_version_merges(base: Path, tmp_pat
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
     assert float((found - expected).abs().max()) < 0.05 * float((expected - plain).abs().max())
     assert events(second, "run.started")[0]["scores_trained_only"] is True
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
+def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(kind: str, tiny_base: Path, tmp_path: Path) -> None:
+    folder = built(kind, tiny_base, tmp_path / "base")
+    tables = {"training": {"save_steps": 1, "max_steps": 4}, "data": {"held_out_fraction": 0.0}}
+    spec = specify(tmp_path / "run", rows(32), folder, tables)
+    assert train(spec, StopAfterLoading()).outcome is Outcome.INTERRUPTED
+    resumed = train(spec)
+    assert (resumed.start_step, resumed.steps_run) == (1, 4)
+    whole = train(specify(tmp_path / "whole", rows(32), folder, tables))
+    found, expected = (load_file(Path(one.candidate or "", "adapter_model.safetensors")) for one in (resumed, whole))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_rows_without_padding_are_computed_so_only_where_that_is_the_same(base: Path) -> None:

@@ -20,7 +20,7 @@ from daemon.rows import RowReader
 from daemon.trainer import loop
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.train import require_learned, require_whole_run
-from tests.support.inprocess import Wish, rows, specify, train
+from tests.support.inprocess import StopAfterLoading, rows, specify, train
 
 SHORT = {"training": {"max_steps": 2}, "data": {"held_out_fraction": 0.0}}
 PLAN = Plan(
@@ -100,17 +100,6 @@ def test_with_a_key_only_what_that_key_sealed_is_resumed(tiny_base: Path, tmp_pa
     key_file.chmod(0o640)
     with pytest.raises(guard.UsageError, match="others can use it"):
         train(spec)
-
-
-class StopAfterLoading(Wish):
-    """Asks the run to stop once it may no longer leave without a checkpoint."""
-
-    checks = 0
-
-    def check(self) -> None:
-        super().check()
-        self.checks += 1
-        self.requested = self.checks == 2  # the last check before the model is loaded
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])

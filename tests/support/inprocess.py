@@ -30,6 +30,17 @@ class Wish:
             raise Interrupted
 
 
+class StopAfterLoading(Wish):
+    """Asks the run to stop once it may no longer leave without a checkpoint."""
+
+    checks = 0
+
+    def check(self) -> None:
+        super().check()
+        self.checks += 1
+        self.requested = self.checks == 2  # the last check before the model is loaded
+
+
 def rows(count: int, start: int = 0, name: str = "gsm8k_messages.jsonl") -> list[dict[str, Any]]:
     lines = (examples_dir() / name).read_text().splitlines()
     return [json.loads(line) for line in lines[start : start + count]]
