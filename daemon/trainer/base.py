@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
 from daemon.trainer.failure import RunFailure
 
+OFFLINE = "HF_HUB_OFFLINE"
 # What a causal language model in safetensors form consists of; no .bin, no .py.
 SNAPSHOT_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
 
@@ -56,12 +59,32 @@ def resolve_base(model: ModelSettings) -> BaseModel:
     return base
 
 
+@contextmanager
+def offline() -> Iterator[None]:
+    """Nothing in here asks the Hub: the base model lies here, and nothing else is wanted.
+
+    Left alone, peft looks there for the base model's vocabulary at every checkpoint.
+    """
+    from huggingface_hub import constants
+
+    before, variable = constants.HF_HUB_OFFLINE, os.environ.get(OFFLINE)
+    constants.HF_HUB_OFFLINE, os.environ[OFFLINE] = True, "1"
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        if variable is None:
+            del os.environ[OFFLINE]
+        else:
+            os.environ[OFFLINE] = variable
+
+
 def _snapshot(model: ModelSettings) -> BaseModel:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
 
     name = model.model_name_or_path
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    offline = os.environ.get(OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
     allowed = model.allow_downloads and not offline
     try:
         path = Path(

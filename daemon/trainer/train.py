@@ -27,7 +27,7 @@ from daemon.recipe import Recipe
 from daemon.rows import Format, RowReader
 from daemon.trainer import together
 from daemon.trainer.attention import use_packed
-from daemon.trainer.base import BaseModel, resolve_base
+from daemon.trainer.base import BaseModel, offline, resolve_base
 from daemon.trainer.card import model_card
 from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.failure import RunFailure
@@ -91,7 +91,8 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     stop.check()
 
     together.join()
-    with guard.ModelLock(model_dir, owner=f"job {spec.job_id}") if first else nullcontext(), ExitStack() as stack:
+    lock = guard.ModelLock(model_dir, owner=f"job {spec.job_id}") if first else nullcontext()
+    with lock, offline(), ExitStack() as stack:
         # 2. Whose checkpoints are these?
         parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
         precision = precision_of(recipe.model)

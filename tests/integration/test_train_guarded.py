@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from peft import LoraConfig
 
 import guard
 from daemon.job import FailureKind, Outcome, Plan
+from daemon.recipe import ModelSettings
 from daemon.rows import RowReader
 from daemon.trainer import loop
 from daemon.trainer.failure import RunFailure
+from daemon.trainer.merge import merge
 from daemon.trainer.train import require_learned, require_whole_run
 from tests.support.inprocess import StopAfterLoading, rows, specify, train
 
@@ -155,6 +158,10 @@ def test_a_run_that_died_after_its_last_checkpoint_trains_no_step_twice(tiny_bas
     assert again.adapter_digest == first.adapter_digest
 
 
+def no_network() -> NoReturn:
+    raise OSError("no network")
+
+
 def test_a_base_from_the_hub_is_known_by_its_commit_and_its_files_are_digested_once(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,11 +182,15 @@ def test_a_base_from_the_hub_is_known_by_its_commit_and_its_files_are_digested_o
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commits[0])
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    asked: list[Any] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: asked.append(host) or no_network())
 
     tables = {**SHORT, "model": {"model_name_or_path": "some/tiny"}}
     spec = specify(tmp_path / "run", rows(16), tiny_base, SHORT)
     spec = replace(spec, recipe={**spec.recipe, "model": {**spec.recipe["model"], **tables["model"]}})
     first = train(spec)
+    merge(Path(first.candidate or ""), tmp_path / "merged", ModelSettings(model_name_or_path="some/tiny"))
+    assert asked == []  # downloads are not allowed, and peft would look for a configuration at every checkpoint
     found = stamped(spec.model_dir)
     assert (first.outcome, found["model.name"], found["model.revision"]) == (Outcome.SUCCEEDED, "some/tiny", commits[0])
     assert found["model.digest"] == guard.digest_model_files(tiny_base)
