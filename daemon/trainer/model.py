@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,36 +56,15 @@ def attention_of(base: BaseModel, model: ModelSettings) -> str:
     if model.attn_implementation != "auto":
         return model.attn_implementation
     try:
-        _architecture(base, "sdpa")
+        architecture(base, "sdpa")
     except (OSError, ValueError, ImportError):
-        with _readable(base):
-            _architecture(base, "eager")
+        with readable(base):
+            architecture(base, "eager")
         return "eager"
     return "sdpa"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """What a base model can be given."""
-
-    tokens: int  # ids from 0 to this, exclusive
-    positions: int | None  # the longest row that it was made for; None: it does not say
-    ends: bool  # beyond them there is nothing, as in GPT-2; rotary embeddings go on, worse and worse
-
-
-def capacity_of(base: BaseModel) -> Capacity:
-    """From the architecture, without weights. Raises RunFailure(CONFIG)."""
-    with _readable(base):
-        network = _architecture(base, "eager")
-    positions = getattr(network.config, "max_position_embeddings", None)
-    return Capacity(
-        tokens=int(network.get_input_embeddings().weight.shape[0]),
-        positions=positions if isinstance(positions, int) and positions > 0 else None,
-        ends=not getattr(network.config, "rope_parameters", None),
-    )
-
-
-def _architecture(base: BaseModel, attention: str) -> Any:
+def architecture(base: BaseModel, attention: str) -> Any:
     """The base model without its weights."""
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
@@ -159,7 +137,7 @@ def load_network(base: BaseModel, model: ModelSettings, *, dtype: torch.dtype) -
     """The base model alone, from safetensors. Raises RunFailure(CONFIG)."""
     options: dict[str, Any] = {"quantization_config": _four_bits(dtype)} if model.load_in_4bit else {}
     attention = attention_of(base, model)
-    with _readable(base):
+    with readable(base):
         network = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
@@ -179,7 +157,8 @@ def load_network(base: BaseModel, model: ModelSettings, *, dtype: torch.dtype) -
 
 
 @contextmanager
-def _readable(base: BaseModel) -> Iterator[None]:
+def readable(base: BaseModel) -> Iterator[None]:
+    """Whatever goes wrong with the base model's files in here is RunFailure(CONFIG)."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
@@ -261,8 +240,8 @@ def resolved_config(lora: LoraSettings, base: BaseModel) -> LoraConfig:
     RunFailure(CONFIG).
     """
     config = lora_config(lora, base)
-    with _readable(base):
-        network = _architecture(base, "eager")
+    with readable(base):
+        network = architecture(base, "eager")
     with torch.device("meta"), _takes_adapter(base):
         get_peft_model(network, config)
     return config

@@ -28,16 +28,15 @@ from daemon.rows import Format, RowReader
 from daemon.trainer import together
 from daemon.trainer.attention import use_packed
 from daemon.trainer.base import BaseModel, offline, resolve_base
+from daemon.trainer.capacity import Capacity, capacity_of, padding_token, refuse_what_does_not_fit
 from daemon.trainer.card import model_card
 from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.loop import LossWatch, RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.model import (
-    Capacity,
     adapter_tensors,
     all_finite,
     attention_of,
-    capacity_of,
     load_model,
     load_tokenizer,
     lora_b_norm,
@@ -303,33 +302,6 @@ def refuse_old_libraries() -> None:
                 f"a run cannot be resumed with {package} {found}",
                 hint=f"install {package} {'.'.join(map(str, oldest))} or newer into the trainer's environment",
             )
-
-
-def refuse_what_does_not_fit(examples: Examples, tokenizer: Any, capacity: Capacity) -> None:
-    """Raise RunFailure(CONFIG) for a token or a position that the base model does not have.
-
-    A GPU would only say that it failed, and after checkpoints were cleared.
-    """
-    for example in (*examples.train, *examples.held_out):
-        if (highest := max(example.input_ids, default=0)) >= capacity.tokens:
-            raise RunFailure(
-                FailureKind.CONFIG,
-                f"line {example.line}: the tokenizer makes token {highest}, {tokenizer.convert_ids_to_tokens(highest)!r},"
-                f" of it, and the base model knows {capacity.tokens} tokens, from 0",
-                hint="take tokenizer and weights from the same model, or resize its embeddings and save it again",
-            )
-        if capacity.ends and capacity.positions is not None and len(example.input_ids) > capacity.positions:
-            raise RunFailure(
-                FailureKind.CONFIG,
-                f"line {example.line} has {len(example.input_ids)} tokens, and the base model no more than"
-                f" {capacity.positions} positions",
-                hint=f"set max_length = {capacity.positions} or less under [data]",
-            )
-
-
-def padding_token(tokenizer: Any, known: int) -> int:
-    """A token id to pad with, which is neither attended to nor learned: the model's own where it has an embedding."""
-    return next((id_ for id_ in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id_ is not None and id_ < known), 0)
 
 
 def collator_for(model: Any, recipe: Recipe, examples: Examples, pad_token_id: int) -> Collator:
