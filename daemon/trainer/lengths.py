@@ -8,18 +8,16 @@ from __future__ import annotations
 import json
 import sys
 from bisect import bisect_left
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from daemon.recipe import Recipe
 from daemon.rows import iter_rows
 from daemon.trainer.base import resolve_base
-from daemon.trainer.encode import Encoder, trained_tokens
+from daemon.trainer.encode import Encoder, chunks, trained_tokens
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.model import load_tokenizer
 
-ROWS_AT_ONCE = 128
 # Upper bounds of the histogram's bins, in tokens; a row longer than the last is counted in one more bin.
 BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -29,8 +27,7 @@ def measure(path: Path, format_: str, recipe: Recipe) -> dict[str, Any]:
     encoder = Encoder(load_tokenizer(resolve_base(recipe.model)), recipe.data)
     counts = [0] * (len(BINS) + 1)
     tokens = trained = cut = 0
-    rows = iter_rows(path, format_, recipe.data)
-    while chunk := list(islice(rows, ROWS_AT_ONCE)):
+    for chunk in chunks(iter_rows(path, format_, recipe.data)):
         for row in encoder.encode(chunk):
             length = len(row.ids)
             tokens += length

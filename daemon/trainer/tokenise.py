@@ -14,8 +14,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import date
-from itertools import chain, islice
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -26,16 +26,13 @@ from daemon.recipe import DataSettings
 from daemon.rows import Row
 from daemon.trainer.chat import Span
 from daemon.trainer.data import Example, Examples
-from daemon.trainer.encode import Encoder, trained_tokens, truncate
+from daemon.trainer.encode import Encoder, Item, chunks, trained_tokens, truncate
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.session import die_with_parent
 
-ROWS_A_CHUNK = 128
 CHUNKS_AHEAD = 4  # for each process
 # Below this many rows, starting processes costs more than they save.
 ROWS_WORTH_A_PROCESS = 1000
-
-Item = TypeVar("Item")
 
 
 @dataclass(kw_only=True)
@@ -91,8 +88,8 @@ def tokenise(
 ) -> Examples:
     """Turn rows into Examples and split off the held-out ones by their content.
 
-    `read` makes an item a row, or None of one that is to be skipped; `day` as in ChatTemplate. A row stays on its side of the split whatever else
-    the file holds. When all rows fall on the held-out side (a file of one or two rows), they are trained and nothing is
+    `read` makes an item a row, or None of one that is to be skipped; `day` as in ChatTemplate. A row stays on its side
+    of the split whatever else the file holds. When all rows fall on the held-out side (a file of one or two rows), they are trained and nothing is
     held out. More than one process only before CUDA starts: they are forks of this one. Raises what `read` raises,
     RunFailure(BAD_DATA) when no row has a trained token, RunFailure(CONFIG) when the tokenizer lacks what the rows need.
     """
@@ -102,7 +99,7 @@ def tokenise(
     held_out: list[Example] = []
     dropped: list[int] = []
     cut, cut_lines, control_lines = 0, [], []
-    for chunk in _encode_all(_chunks(items), work, processes):
+    for chunk in _encode_all(chunks(items), work, processes):
         cut += chunk.truncated_rows
         cut_lines += chunk.truncated_lines
         control_lines += chunk.control_lines
@@ -151,16 +148,10 @@ def held_out_rank(content_digest: str) -> float:
     return int(content_digest[:13], 16) / 16**13
 
 
-def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    source = iter(items)
-    while chunk := list(islice(source, ROWS_A_CHUNK)):
-        yield chunk
-
-
-def _encode_all(chunks: Iterator[list[Any]], work: _Work, processes: int) -> Iterator[_Chunk]:
+def _encode_all(parts: Iterator[list[Any]], work: _Work, processes: int) -> Iterator[_Chunk]:
     """In order. A process that is killed is told at once: its work would never come back."""
     if processes == 1:
-        yield from map(work.encode, chunks)
+        yield from map(work.encode, parts)
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("a process that has started CUDA cannot be forked to tokenise")
@@ -169,8 +160,8 @@ def _encode_all(chunks: Iterator[list[Any]], work: _Work, processes: int) -> Ite
     pool = ProcessPoolExecutor(processes, mp_context=fork, initializer=_begin_worker, initargs=(work,))
     try:
         given: deque[Future[_Chunk]] = deque()
-        for chunk in chunks:
-            given.append(pool.submit(_encode_chunk, chunk))
+        for part in parts:
+            given.append(pool.submit(_encode_chunk, part))
             if len(given) >= processes * CHUNKS_AHEAD:
                 yield given.popleft().result()
         while given:
