@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from daemon.trainer.imports import import_peft
-from daemon.trainer.session import Engine, conduct
+from daemon.trainer.session import Engine, conduct, end
 
 
 def settle_environment() -> None:
@@ -43,4 +43,4 @@ def _load_several() -> Engine:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m daemon.trainer RUN_DIR")
-    sys.exit(run_here(Path(sys.argv[1])))
+    end(lambda: run_here(Path(sys.argv[1])))

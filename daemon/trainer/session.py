@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from daemon.errors import is_no_space
 from daemon.job import RUN_SPEC_VERSION, FailureKind, Outcome, RunResult, RunSpec, from_json
@@ -101,6 +102,26 @@ def conduct(
     return {Outcome.SUCCEEDED: EXIT_DONE, Outcome.FAILED: EXIT_FAILED, Outcome.INTERRUPTED: EXIT_INTERRUPTED}[
         result.outcome
     ]
+
+
+def end(run: Callable[[], int]) -> NoReturn:
+    """Do the run, flush, and end with its exit code at once, whatever happens.
+
+    The interpreter is not taken down. A library's thread that lets go of a Python object meanwhile (gloo's, of a finished
+    collective) aborts the process, and what frees gigabytes of tensors one by one takes its time; the kernel does neither.
+    """
+    code = 1
+    try:
+        code = run()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def kind_of(error: GuardError | OSError) -> FailureKind:

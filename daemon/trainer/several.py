@@ -18,7 +18,7 @@ from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json
 from daemon.news import RESULT_NAME
 from daemon.trainer.failure import Interrupted, RunFailure
 from daemon.trainer.report import Reporter
-from daemon.trainer.session import StopFlag, die_with_parent
+from daemon.trainer.session import StopFlag, conduct, die_with_parent, end
 from daemon.trainer.torchrun import killing_signal
 
 LOOK_SECONDS = 0.2
@@ -56,13 +56,12 @@ def run_several(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             passed_on = _ask_one(torchrun.pid)
         time.sleep(LOOK_SECONDS)
     results = sorted(_results(run_dir, count), key=lambda found: found[0])
+    failed = [result for _, result in results if result.outcome is Outcome.FAILED]
+    if len(results) == count and not failed:  # whatever became of a process after its last word
+        return next(result for _, result in results if result.candidate or result.outcome is Outcome.INTERRUPTED)
     killed_by = killing_signal(torchrun.returncode)
-    if killed_by is None:  # else the others have only missed the one that was killed, whatever they tell
-        failed = [result for _, result in results if result.outcome is Outcome.FAILED]
-        if failed:
-            return failed[0]  # likewise
-        if len(results) == count:
-            return next(result for _, result in results if result.candidate or result.outcome is Outcome.INTERRUPTED)
+    if killed_by is None and failed:
+        return failed[0]  # the others have only missed this one, as all of them have one that was killed
     if stop.requested:
         raise Interrupted
     if killed_by == signal.SIGKILL and oom_kills() > killed_before:
@@ -103,12 +102,15 @@ def _results(run_dir: Path, count: int) -> list[tuple[int, RunResult]]:
     return found
 
 
-if __name__ == "__main__":
+def be_one(run_dir: Path) -> int:
+    """This process's share of the run; returns the exit code."""
     from daemon.trainer import together
     from daemon.trainer.__main__ import load
-    from daemon.trainer.session import conduct
 
-    home = Path(sys.argv[1])
-    code = conduct(home, load, member=member_dir(home, together.process()))
+    code = conduct(run_dir, load, member=member_dir(run_dir, together.process()))
     together.leave()
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    end(lambda: be_one(Path(sys.argv[1])))

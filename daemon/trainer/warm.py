@@ -15,13 +15,12 @@ import re
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from daemon.trainer.imports import import_peft
-from daemon.trainer.session import die_with_parent
+from daemon.trainer.session import die_with_parent, end
 
 MOST_DESCRIPTORS = 8
 REQUEST_BYTES = 65_536
@@ -89,7 +88,7 @@ def _fork(channel: socket.socket, run_dir: Path, descriptors: list[int], run: Ca
         if child:
             os._exit(0)  # the child is the daemon's from here on
         _become_trainer(channel, descriptors[0], (told, go), tell, wait)
-        _leave(run, run_dir)
+        end(lambda: run(run_dir))  # no way back into the server's loop
     os.close(tell)
     os.close(wait)
     os.waitpid(between, 0)
@@ -116,22 +115,6 @@ def _become_trainer(channel: socket.socket, log: int, others: tuple[int, int], t
     os.close(wait)
     for name in QUIET:
         os.environ.pop(name, None)
-
-
-def _leave(run: Callable[[Path], int], run_dir: Path) -> None:
-    """Run and end without the way back into the server's loop, whatever happens."""
-    code = 1
-    try:
-        code = run(run_dir)
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
 
 
 def preload(base: str) -> None:

@@ -29,7 +29,7 @@ ONE = {"training": {"save_steps": 2, "per_device_train_batch_size": 4, "gradient
 TWO = {"training": {**ONE["training"], "gradient_accumulation_steps": 1, "num_processes": 2}}
 
 
-def launch(spec: RunSpec) -> RunResult:
+def launch(spec: RunSpec, **variables: str) -> RunResult:
     run_dir = Path(spec.run_dir)
     (run_dir / "run.json").write_text(to_json(spec))
     done = subprocess.run(
@@ -38,7 +38,7 @@ def launch(spec: RunSpec) -> RunResult:
         text=True,
         check=False,
         timeout=200,
-        env=environment(),
+        env={**environment(), **variables},
     )
     assert (run_dir / "result.json").exists(), done.stderr[-3000:]
     return from_json((run_dir / "result.json").read_bytes(), RunResult)
@@ -163,6 +163,34 @@ def test_a_killed_process_ends_the_run_by_what_killed_it(
     with pytest.raises(RunFailure) as caught:
         several.run_several(spec, Reporter(Path(spec.run_dir)), Killer())  # type: ignore[arg-type]
     assert caught.value.kind is (FailureKind.OUT_OF_MEMORY if starved else FailureKind.LOST)
+
+
+def test_what_a_library_does_on_its_way_out_cannot_undo_a_run(tiny_base: Path, tmp_path: Path) -> None:
+    """As gloo's threads do, which abort a process whose interpreter goes down under them."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os\nif os.environ.get('RANK'): atexit.register(os.abort)\n"
+    )
+    spec = specify(tmp_path, rows(60), tiny_base, TWO)
+    assert launch(spec, PYTHONPATH=str(tmp_path)).outcome is Outcome.SUCCEEDED
+
+
+def test_a_process_that_dies_after_its_last_word_has_done_its_share(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = specify(tmp_path, rows(60), tiny_base, TWO)
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(
+        f"""#!{sys.executable}
+from pathlib import Path
+for process, candidate in enumerate((', "candidate": "/first"', "")):
+    Path({spec.run_dir!r}, f"process-{{process}}", "result.json").write_text(f'{{{{"outcome": "succeeded"{{candidate}}}}}}')
+raise SystemExit(128 + {int(signal.SIGABRT)})
+"""
+    )
+    torchrun.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(torchrun))
+    result = several.run_several(spec, Reporter(Path(spec.run_dir)), Wish())
+    assert (result.outcome, result.candidate) == (Outcome.SUCCEEDED, "/first")
 
 
 def children(pid: int) -> list[int]:
