@@ -24,12 +24,12 @@ ONE_CORE_GOAL, TWO_CORE_GOAL, MEMORY_GOAL_MB = 0.8, 1.6, 100.0
 
 ARMS = {
     "dropforge, 1 process": """
-from daemon.dataset import scan_dataset; from daemon.rows import Rules
+from daemon.dataset import scan_dataset; from daemon.dataset.rows import Rules
 ---
 rows = scan_dataset(path, Rules(), processes=1).dataset.rows
 """,
     "dropforge, all cores": """
-from daemon.dataset import scan_dataset; from daemon.rows import Rules
+from daemon.dataset import scan_dataset; from daemon.dataset.rows import Rules
 ---
 rows = scan_dataset(path, Rules(), processes=0).dataset.rows
 """,

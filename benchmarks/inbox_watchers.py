@@ -43,8 +43,8 @@ def dropforge(root: Path, seen: Seen, max_queued: int) -> None:
     """The real Intake, driven as the service drives it."""
     from daemon.bell import Bell  # type: ignore[import-not-found,unused-ignore]
     from daemon.config import Settings
-    from daemon.drops import Drops
-    from daemon.intake import Intake
+    from daemon.inbox.drops import Drops
+    from daemon.inbox.intake import Intake
     from daemon.store import JobStore
 
     names: dict[str, str] = {}

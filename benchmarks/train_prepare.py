@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks._table import Arm, measure, print_goal, print_table
-from daemon.init import examples_dir
+from daemon.cli.init import examples_dir
+from daemon.dataset.rows import Format, RowReader, iter_rows
 from daemon.recipe import ColumnSettings, DataSettings
-from daemon.rows import Format, RowReader, iter_rows
 from daemon.trainer.tiny import build_tiny
 from daemon.trainer.tokenise import tokenise
 

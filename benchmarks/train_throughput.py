@@ -31,10 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks._table import print_goal
-from daemon.init import examples_dir
-from daemon.jsonline import parse_object
+from daemon.cli.init import examples_dir
+from daemon.dataset.jsonline import parse_object
+from daemon.dataset.rows import detect_format, iter_rows
 from daemon.recipe import ColumnSettings, DataSettings, TrainingSettings
-from daemon.rows import detect_format, iter_rows
 from daemon.trainer.attention import use_packed
 from daemon.trainer.data import IGNORE, PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.loop import RunTrainer, held_out_loss

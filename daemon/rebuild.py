@@ -17,8 +17,8 @@ import msgspec
 
 from daemon import inbox, versions
 from daemon.config import Settings
+from daemon.inbox.report import REPORT_JSON, parse_report
 from daemon.job import FINAL_STATES, Dataset, FailureKind, Job, JobState, run_dir
-from daemon.report import REPORT_JSON, parse_report
 from daemon.store import BrokenStore, JobStore
 from guard.atomic import fsync_dir
 

@@ -17,8 +17,8 @@ from daemon import gpu
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, is_no_space
 from daemon.executors.base import Executor, Exit
-from daemon.gpulock import GpuLock
-from daemon.gpuprobe import GpuProbe, GpuSilent
+from daemon.gpu.lock import GpuLock
+from daemon.gpu.probe import GpuProbe, GpuSilent
 from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused, unwritable
 from daemon.hooks import Hooks
 from daemon.job import (

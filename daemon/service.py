@@ -23,11 +23,11 @@ from daemon.endings import Endings
 from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
-from daemon.gpulock import GpuLock
-from daemon.gpuprobe import GpuProbe, GpuSilent
+from daemon.gpu.lock import GpuLock
+from daemon.gpu.probe import GpuProbe, GpuSilent
 from daemon.holds import HoldKind
 from daemon.hooks import Hooks
-from daemon.intake import Intake
+from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.losses import LossHistory
 from daemon.notify import extend_timeout, notify, reloading, status_line, watchdog_seconds

@@ -12,11 +12,12 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from daemon import events, status, unitfile
+from daemon import events, status
+from daemon.cli import unitfile
+from daemon.cli.init import sections, toml_value
+from daemon.cli.unitfile import DropIn, Kind, Unit
 from daemon.config import Settings
-from daemon.init import sections, toml_value
 from daemon.recipe import Section
-from daemon.unitfile import DropIn, Kind, Unit
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLE_SOURCE = REPOSITORY / "tests" / "fault" / "guard" / "test_on_resume.py"

@@ -44,7 +44,7 @@ def make_root(tmp_path: Path) -> Iterator[Callable[..., Root]]:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model small enough for many runs: about 400,000 parameters, the product's own recipe."""
-    from daemon.init import examples_dir
+    from daemon.cli.init import examples_dir
     from daemon.trainer.tiny import TinyShape, build_tiny
 
     folder = tmp_path_factory.mktemp("base") / "tiny"

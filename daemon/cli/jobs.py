@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from daemon import people, show
-from daemon.cli import completing
+from daemon import people
+from daemon.cli import completing, show
 from daemon.cli.common import DATA, QUEUE, WATCH, JsonFlag, app, open_store, out, print_json
+from daemon.cli.eta import queue_etas, seconds_per_row, spell
 from daemon.config import Settings
 from daemon.errors import ConfigError
-from daemon.eta import queue_etas, seconds_per_row, spell
 from daemon.job import JobState, Priority, to_json
 from daemon.status import finished_job, read_status
 from daemon.store import JobStore
@@ -89,8 +89,8 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the job; the exit code is its result.")] = False,
 ) -> None:
     """Copy a file into the inbox the safe way: written beside, then renamed."""
-    from daemon.submit import submit as copy_in
-    from daemon.submit import wait_for
+    from daemon.cli.submit import submit as copy_in
+    from daemon.cli.submit import wait_for
 
     settings = context.obj.settings
     placed = copy_in(settings, file, priority=priority, force=force)
@@ -109,7 +109,7 @@ def check(
     as_json: JsonFlag = False,
 ) -> None:
     """Say what the daemon would say of these files: format, rows, digest, bad lines. Exit 3 when one is refused."""
-    from daemon.check import check_files, render_text
+    from daemon.cli.check import check_files, render_text
 
     settings = context.obj.settings
     store = JobStore(settings.store_path) if settings.store_path.exists() else None

@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 import guard
-from daemon import show, versions
+from daemon import versions
 from daemon.children import environment
-from daemon.cli import completing
+from daemon.cli import completing, show
 from daemon.cli.common import MODEL, JsonFlag, app, print_json
 from daemon.cli.common import out as out_console
 from daemon.config import Settings

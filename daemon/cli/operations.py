@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
-from daemon import config, install, logview, show
-from daemon.cli import completing
+from daemon import config, logview
+from daemon.cli import completing, install, show
 from daemon.cli.common import MACHINE, WATCH, JsonFlag, app, out, print_json
+from daemon.cli.unitfile import DropIn
 from daemon.config import Settings
 from daemon.errors import NotFound
 from daemon.status import read_status
 from daemon.text import escape
-from daemon.unitfile import DropIn
 
 FOLLOW_SECONDS = 0.25
 BACKLOG = 200  # events shown first, of a log that may hold millions
@@ -109,7 +109,7 @@ def log_path(settings: Settings) -> Path:
 @app.command("doctor", rich_help_panel=MACHINE)
 def doctor_command(context: typer.Context, as_json: JsonFlag = False) -> None:
     """Check what would bite: versions, GPU, disk, limits, permissions, model. Exit 1 when something fails."""
-    from daemon import doctor
+    from daemon.cli import doctor
 
     found = doctor.examine(context.obj.root)
     if as_json:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from daemon import config, show
+from daemon import config
+from daemon.cli import show
 from daemon.cli.common import BEGIN, WATCH, JsonFlag, Place, app, out, print_json
 from daemon.errors import DropforgeError
 from daemon.status import Liveness, read_status
@@ -23,7 +24,7 @@ def init(
     ] = False,
 ) -> None:
     """Make this folder a root: inbox, model directory, state and a dropforge.toml with every key explained."""
-    from daemon.init import init as initialise
+    from daemon.cli.init import init as initialise
 
     place: Place = context.obj
     settings = initialise(place.root, tiny=tiny)
@@ -68,7 +69,7 @@ def demo(
     ] = None,
 ) -> None:
     """Show the main job on a tiny model and real data: two datasets, a killed trainer, a replaced dataset."""
-    from daemon.demo import run_demo
+    from daemon.cli.demo import run_demo
 
     raise typer.Exit(run_demo(folder))
 
@@ -82,7 +83,7 @@ def status(
     """Is it alive, what does it do, what waits and why. Exit 1 when the daemon died or hangs."""
     settings = context.obj.settings
     if watch:
-        from daemon.watchscreen import watch as watch_screen
+        from daemon.cli.watchscreen import watch as watch_screen
 
         watch_screen(settings.status_path, Console(highlight=False))
         return

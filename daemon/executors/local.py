@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from daemon.executors.base import Exit
-from daemon.gpulock import GpuLock
+from daemon.gpu.lock import GpuLock
 from daemon.job import RunSpec, from_json, to_json
 from daemon.processes import ProcessIdentity, identify
 from guard.atomic import write_atomic

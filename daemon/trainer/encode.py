@@ -22,9 +22,9 @@ from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from daemon.dataset.rows import Row
 from daemon.job import FailureKind
 from daemon.recipe import DataSettings
-from daemon.rows import Row
 from daemon.trainer.chat import ChatTemplate, Span, assistant_turns, common_prefix
 from daemon.trainer.control import ControlTokens
 from daemon.trainer.failure import RunFailure

@@ -11,8 +11,8 @@ from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
+from daemon.dataset.rows import iter_rows
 from daemon.recipe import Recipe
-from daemon.rows import iter_rows
 from daemon.trainer.base import resolve_base
 from daemon.trainer.encode import Encoder, chunks, trained_tokens
 from daemon.trainer.failure import RunFailure

@@ -26,9 +26,6 @@ from daemon.trainer.failure import RunFailure
 from daemon.trainer.objective import Objective
 from daemon.trainer.report import Reporter
 from daemon.trainer.session import StopFlag
-from daemon.trainer.watch import LossWatch
-
-__all__ = ["LossWatch", "RunTrainer", "held_out_loss"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,4 @@
-"""Several processes that share one run: torchrun starts them on this machine, this process speaks for them.
-
-`python -m daemon.trainer.several RUN_DIR`, under torchrun, is one of them.
-"""
+"""Several processes that share one run: torchrun starts them on this machine, this process speaks for them."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json
 from daemon.news import RESULT_NAME
 from daemon.trainer.failure import Interrupted, RunFailure
 from daemon.trainer.report import Reporter
-from daemon.trainer.session import StopFlag, conduct, die_with_parent, end
+from daemon.trainer.session import StopFlag, die_with_parent
 from daemon.trainer.torchrun import killing_signal
 
 LOOK_SECONDS = 0.2
@@ -43,7 +40,7 @@ def run_several(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         [
             *(sys.executable, "-P", "-m", "daemon.trainer.torchrun"),
             *("--standalone", "--nproc-per-node", str(count), "--max-restarts", "0"),
-            *("-m", "daemon.trainer.several", str(run_dir)),
+            *("-m", "daemon.trainer.member", str(run_dir)),
         ],
         stdin=subprocess.DEVNULL,
         # torchrun starts its processes without -P: what lies in the current folder must not be imported.
@@ -100,17 +97,3 @@ def _results(run_dir: Path, count: int) -> list[tuple[int, RunResult]]:
         with suppress(OSError, ValueError):
             found.append((path.stat().st_mtime_ns, from_json(path.read_bytes(), RunResult)))
     return found
-
-
-def be_one(run_dir: Path) -> int:
-    """This process's share of the run; returns the exit code."""
-    from daemon.trainer import together
-    from daemon.trainer.__main__ import load
-
-    code = conduct(run_dir, load, member=member_dir(run_dir, together.process()))
-    together.leave()
-    return code
-
-
-if __name__ == "__main__":
-    end(lambda: be_one(Path(sys.argv[1])))

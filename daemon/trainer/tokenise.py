@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from blake3 import blake3
 
+from daemon.dataset.rows import Row
 from daemon.executors.local import oom_kills
 from daemon.job import FailureKind
 from daemon.recipe import DataSettings
-from daemon.rows import Row
 from daemon.trainer.chat import Span
 from daemon.trainer.data import Example, Examples
 from daemon.trainer.encode import Encoder, Item, chunks, trained_tokens, truncate

@@ -21,10 +21,10 @@ from transformers.integrations import get_available_reporting_integrations
 
 import guard
 from daemon import versions
+from daemon.dataset.rows import Format, RowReader
 from daemon.fingerprint import fingerprint_run, minor_version
 from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec, claimed_on
 from daemon.recipe import Recipe
-from daemon.rows import Format, RowReader
 from daemon.trainer import together
 from daemon.trainer.attention import use_packed
 from daemon.trainer.base import BaseModel, offline, resolve_base
@@ -32,7 +32,7 @@ from daemon.trainer.capacity import Capacity, capacity_of, padding_token, refuse
 from daemon.trainer.card import model_card
 from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.failure import RunFailure
-from daemon.trainer.loop import LossWatch, RunTrainer, enable_gradient_checkpointing, held_out_loss
+from daemon.trainer.loop import RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.model import (
     adapter_tensors,
     all_finite,
@@ -49,6 +49,7 @@ from daemon.trainer.room import full_disk_is_told
 from daemon.trainer.session import StopFlag, check_unchanged
 from daemon.trainer.tensorboard import ScalarWriter
 from daemon.trainer.tokenise import digest_tokens, tokenise, worker_processes
+from daemon.trainer.watch import LossWatch
 
 # What a resume relies on: checkpoints loaded by weights alone, and the Trainer whose silences we know.
 OLDEST = {"torch": (2, 10), "transformers": (5, 0)}

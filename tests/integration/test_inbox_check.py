@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from daemon.check import check_files, render_text
+from daemon.cli.check import check_files, render_text
 from daemon.config import Settings
 from daemon.job import Dataset, Job, JobState, to_json
 from daemon.store import JobStore

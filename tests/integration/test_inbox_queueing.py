@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon import inbox, passes
+from daemon import inbox
 from daemon.dataset import DatasetChanged, verify_dataset
+from daemon.inbox import passes
 from daemon.job import JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 
@@ -144,7 +145,7 @@ def test_a_file_that_changes_under_its_pass_is_shown_and_passed_again(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stays claimed, and says why."""
-    from daemon import checking
+    from daemon.inbox import checking
 
     monkeypatch.setattr(checking, "FIRST_PAUSE_SECONDS", 0.3)
     real = checking.Passes.collect

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import drops
-from daemon.inbox import return_for_retry
+from daemon.inbox import drops, return_for_retry
 from daemon.job import TRANSITIONS, JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 

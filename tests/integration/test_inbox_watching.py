@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon import drops, watch
 from daemon.config import InboxSettings
+from daemon.inbox import drops, watch
 from daemon.job import JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 
@@ -192,7 +192,7 @@ def test_when_rebuilding_does_not_help_the_inbox_is_polled_and_says_so(
 LIMITED = """
 import sys
 from pathlib import Path
-from daemon import watch
+from daemon.inbox import watch
 from tests.support.inbox import ROW, Root
 watch.RETRY_WATCH_SECONDS = 0.5
 limit = Path(f"/proc/sys/user/max_inotify_{sys.argv[1]}")

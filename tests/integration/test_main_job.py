@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from daemon.init import examples_dir
+from daemon.cli.init import examples_dir
 from daemon.job import Job, JobState, run_dir
 from daemon.versions import list_versions
 from tests.support.root import Root, wait_until

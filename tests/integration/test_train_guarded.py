@@ -16,9 +16,9 @@ import torch
 from peft import LoraConfig
 
 import guard
+from daemon.dataset.rows import RowReader
 from daemon.job import FailureKind, Outcome, Plan
 from daemon.recipe import ModelSettings
-from daemon.rows import RowReader
 from daemon.trainer import loop
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.merge import merge

@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from daemon.dataset.rows import iter_rows
 from daemon.job import FailureKind, Outcome
-from daemon.rows import iter_rows
 from daemon.trainer import loop
 from daemon.trainer.attention import PACKED, use_packed
 from daemon.trainer.data import Collator, Example, Examples, flatten, pad, plan, with_targets

@@ -11,8 +11,8 @@ import pytest
 from blake3 import blake3
 from transformers import AutoTokenizer
 
+from daemon.dataset.rows import iter_rows
 from daemon.recipe import ColumnSettings, DataSettings
-from daemon.rows import iter_rows
 from daemon.trainer.data import IGNORE
 from tests.support.tokens import encode_cut
 

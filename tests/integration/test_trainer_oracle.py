@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from daemon.dataset.rows import Row, iter_rows
 from daemon.job import FailureKind
 from daemon.recipe import ColumnSettings, DataSettings
-from daemon.rows import Row, iter_rows
 from daemon.trainer.data import IGNORE
 from daemon.trainer.failure import RunFailure
 from tests.integration.test_trainer_golden import DATA

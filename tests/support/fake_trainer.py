@@ -29,10 +29,10 @@ from blake3 import blake3
 
 import guard
 from daemon import versions
+from daemon.dataset.rows import iter_rows
 from daemon.fingerprint import fingerprint_run
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec
 from daemon.recipe import Recipe
-from daemon.rows import iter_rows
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.report import Reporter
 from daemon.trainer.session import StopFlag, check_unchanged, conduct

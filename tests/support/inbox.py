@@ -10,7 +10,7 @@ from typing import Any
 
 from daemon import inbox
 from daemon.config import Settings
-from daemon.intake import Intake
+from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState
 from daemon.store import JobStore
 

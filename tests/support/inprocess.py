@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from daemon.init import examples_dir
+from daemon.cli.init import examples_dir
 from daemon.job import RUN_SPEC_VERSION, Dataset, RunResult, RunSpec
 from daemon.recipe import Recipe
 from daemon.trainer.failure import Interrupted

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from daemon import config
+from daemon.cli.init import render_config
 from daemon.config import Settings
 from daemon.executors.local import IDENTITY_NAME
-from daemon.init import render_config
 from daemon.job import FINAL_STATES, Job, JobState, from_json, run_dir
 from daemon.processes import ProcessIdentity
 from daemon.status import read_status

@@ -15,13 +15,14 @@ from daemon.trainer.session import Engine, conduct
 
 
 def load(run_dir: Path) -> Engine:
-    from daemon.trainer import data, loop
+    from daemon.trainer import data
     from daemon.trainer.train import train
+    from daemon.trainer.watch import LossWatch
 
     allowed = run_dir.parents[2] / "allowed"
     lines: list[int] = []
     collate = data.Collator.__call__
-    begin, end = loop.LossWatch.on_train_begin, loop.LossWatch.on_step_end
+    begin, end = LossWatch.on_train_begin, LossWatch.on_step_end
 
     def noting(self: Any, examples: Any) -> Any:
         lines.extend(example.line for example in examples)
@@ -45,9 +46,9 @@ def load(run_dir: Path) -> Engine:
         end(self, args, state, control, **kwargs)
 
     data.Collator.__call__ = noting  # type: ignore[method-assign]
-    loop.LossWatch.on_train_begin = on_train_begin  # type: ignore[method-assign]
-    loop.LossWatch.on_step_begin = on_step_begin  # type: ignore[method-assign]
-    loop.LossWatch.on_step_end = on_step_end  # type: ignore[method-assign]
+    LossWatch.on_train_begin = on_train_begin  # type: ignore[method-assign]
+    LossWatch.on_step_begin = on_step_begin  # type: ignore[method-assign]
+    LossWatch.on_step_end = on_step_end  # type: ignore[method-assign]
     return train
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from daemon.dataset.rows import Row
 from daemon.recipe import DataSettings
-from daemon.rows import Row
 from daemon.trainer.data import IGNORE, Example
 from daemon.trainer.encode import Encoder, Tokens, truncate
 

@@ -311,7 +311,7 @@ def elapsed(started: float) -> float:
 
 def as_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """A dropforge.toml of just these settings."""
-    from daemon.init import toml_value
+    from daemon.cli.init import toml_value
 
     lines: list[str] = []
     for table, values in tables.items():

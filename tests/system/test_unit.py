@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon import notify, unitfile
-from daemon.unitfile import DropIn, Kind, Unit
+from daemon import notify
+from daemon.cli import unitfile
+from daemon.cli.unitfile import DropIn, Kind, Unit
 from tests.support.root import DROPFORGE, Root, environment, wait_until
 
 

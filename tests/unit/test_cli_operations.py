@@ -18,15 +18,14 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from daemon import doctor, install, show, watchscreen
-from daemon.cli import main
+from daemon.cli import doctor, install, main, show, watchscreen
+from daemon.cli.doctor import Verdict
+from daemon.cli.unitfile import DropIn
 from daemon.config import Settings
-from daemon.doctor import Verdict
 from daemon.errors import ConfigError
-from daemon.gpulock import GpuLock
+from daemon.gpu.lock import GpuLock
 from daemon.job import Job, JobState
 from daemon.store import JobStore
-from daemon.unitfile import DropIn
 from daemon.versions import Version
 from tests.support.root import DROPFORGE, environment
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from daemon import config
+from daemon.cli.init import init, render_config
 from daemon.errors import ConfigError
-from daemon.init import init, render_config
 from daemon.recipe import Recipe, TrainingSettings
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from daemon.cli import app
+from daemon.cli.init import sections
 from daemon.config import Settings
-from daemon.init import sections
 from daemon.recipe import Section
 from tests.support.root import REPOSITORY, environment
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from daemon.config import InboxSettings
-from daemon.drops import Drops
+from daemon.inbox.drops import Drops
+from daemon.inbox.settle import Candidate, Kind, Look, MayBeTaken, Waits, decide, kind_of_name, sidecar_name
+from daemon.inbox.watch import Note
 from daemon.job import Priority
-from daemon.settle import Candidate, Kind, Look, MayBeTaken, Waits, decide, kind_of_name, sidecar_name
-from daemon.watch import Note
 
 SETTINGS = InboxSettings(settle_seconds=2.0, quiet_seconds=0.02)
 LOOK = Look(device=1, inode=2, size_bytes=3, mtime_ns=4, ctime_ns=5, mode=stat.S_IFREG | 0o644)

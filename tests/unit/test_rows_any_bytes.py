@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from daemon.dataset import RejectedDataset, scan_dataset
-from daemon.rows import Columns, Format, Rules, detect_format, iter_rows, normalise
+from daemon.dataset.rows import Columns, Format, Rules, detect_format, iter_rows, normalise
 from tests.unit.test_rows_formats import BAD, GOOD
 from tests.unit.test_rows_strict_json import HOSTILE
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.jsonline import LineFault
+from daemon.dataset.jsonline import LineFault
+from daemon.dataset.rows import STEERING_KEYS, Columns, Format, Rules, check_row, detect_format, iter_rows, row_digest
 from daemon.recipe import DataSettings
-from daemon.rows import STEERING_KEYS, Columns, Format, Rules, check_row, detect_format, iter_rows, row_digest
 
 GSM8K = Path(__file__).parent.parent / "data" / "gsm8k" / "train_head.jsonl"
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}

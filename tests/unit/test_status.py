@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from daemon import status
 from daemon.gpu import Gpu
-from daemon.gpuprobe import GpuProbe, GpuSilent
+from daemon.gpu.probe import GpuProbe, GpuSilent
 from daemon.job import FailureKind, Job, JobState, Progress, RunResult
 from daemon.losses import POINTS, LossHistory
 from daemon.processes import identify
@@ -185,7 +185,7 @@ def test_a_gpu_is_shown_by_what_is_used_of_it() -> None:
 
 
 def test_a_driver_that_never_answers_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("daemon.gpuprobe.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("daemon.gpu.probe.PATIENCE_SECONDS", 0.2)
     answers = threading.Event()
 
     def ask() -> tuple[Gpu, ...]:
@@ -199,5 +199,5 @@ def test_a_driver_that_never_answers_is_waited_for_once(monkeypatch: pytest.Monk
             probe.fresh()
     assert sum(thread.name == "gpu" for thread in threading.enumerate()) == 1
     answers.set()
-    monkeypatch.setattr("daemon.gpuprobe.PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr("daemon.gpu.probe.PATIENCE_SECONDS", 60.0)
     assert probe.fresh() == probe.known() == (GPU,)

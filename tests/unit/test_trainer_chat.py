@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from daemon.dataset.rows import Row
 from daemon.job import FailureKind, claimed_on
 from daemon.recipe import DataSettings
-from daemon.rows import Row
 from daemon.trainer.chat import ChatTemplate, Rendered
 from daemon.trainer.data import IGNORE
 from daemon.trainer.encode import Tokens, truncate

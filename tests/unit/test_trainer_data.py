@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from daemon.dataset.jsonline import LineFault
+from daemon.dataset.rows import Format, Row, RowReader
 from daemon.fingerprint import fingerprint_run
 from daemon.job import Dataset, FailureKind
-from daemon.jsonline import LineFault
 from daemon.recipe import DataSettings, TrainingSettings
-from daemon.rows import Format, Row, RowReader
 from daemon.trainer.data import IGNORE, Example, pad, plan
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.tokenise import held_out_rank, tokenise

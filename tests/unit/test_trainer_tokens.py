@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from daemon.dataset.rows import Row
 from daemon.recipe import DataSettings
-from daemon.rows import Row
 from daemon.trainer.encode import Encoder, TokenBytes, trained_tokens
 from tests.support.tokens import ids_and_labels
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daemon.config import InboxSettings
+from daemon.dataset.source import SourceFault, kind_of_mode, open_regular
 from daemon.inbox import OWN_FOLDERS, gone
+from daemon.inbox.settle import Candidate, Kind, Look, MayBeTaken, Waits, decide, kind_of_name, sidecar_name
+from daemon.inbox.watch import Heard
+from daemon.inbox.writers import Writing, find_writer, writing
 from daemon.job import Priority, utc_now
-from daemon.settle import Candidate, Kind, Look, MayBeTaken, Waits, decide, kind_of_name, sidecar_name
-from daemon.source import SourceFault, kind_of_mode, open_regular
-from daemon.watch import Heard
-from daemon.writers import Writing, find_writer, writing
 
 LOOKS_PER_TICK = 2000  # files looked at before the service gets its turn again
 FULL_SCAN_SECONDS = 60.0  # a folder whose times did not move is listed all the same after so long

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from blake3 import blake3
 
-from daemon.conversation import (
+from daemon.dataset.conversation import (
     Message,
     RowFault,
     optional_text,
@@ -26,8 +26,8 @@ from daemon.conversation import (
     required,
     text_of,
 )
-from daemon.jsonline import LineFault, column_of, parse_object
-from daemon.source import BOM, TooLong, open_dataset
+from daemon.dataset.jsonline import LineFault, column_of, parse_object
+from daemon.dataset.source import BOM, TooLong, open_dataset
 
 ROW_DIGEST_BYTES = 16
 

@@ -14,17 +14,17 @@ from typing import Any
 
 from daemon import inbox
 from daemon.config import Settings
-from daemon.dataset import Reply, Request
+from daemon.dataset.requests import Reply, Request
+from daemon.dataset.rows import Rules
 from daemon.errors import NotFound
-from daemon.filing import Filing
+from daemon.inbox.filing import Filing
+from daemon.inbox.passes import Passes
+from daemon.inbox.settle import sidecar_name
+from daemon.inbox.sidecar import RejectedSidecar, read_sidecar
+from daemon.inbox.watch import Rings
 from daemon.job import Dataset, Job, JobState, utc_now
-from daemon.passes import Passes
-from daemon.rows import Rules
-from daemon.settle import sidecar_name
-from daemon.sidecar import RejectedSidecar, read_sidecar
 from daemon.store import JobStore
 from daemon.text import escape
-from daemon.watch import Rings
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0  # before a file that changed under its pass is passed again
 

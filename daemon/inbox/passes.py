@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from daemon.children import describe_exit, environment
-from daemon.dataset import Reply, Request
+from daemon.dataset.requests import Reply, Request
+from daemon.inbox.watch import Rings
 from daemon.job import from_json, to_json
-from daemon.watch import Rings
 
 # -P: the working directory is no place to import from.
 SERVE = (sys.executable, "-P", "-m", "daemon.dataset", "serve")

@@ -16,8 +16,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from daemon import show
-from daemon.eta import spell
+from daemon.cli import show
+from daemon.cli.eta import spell
 from daemon.status import read_status
 from daemon.text import escape, printable
 

@@ -1,37 +1,30 @@
 """One pass over a claimed file: every row checked, rows and bytes counted, BLAKE3 digest taken.
 
-The daemon runs it in a child process (`python -m daemon.dataset serve`), which reads requests and writes replies, one
-JSON object a line: what a hostile file may do to a parser, it does there. Memory stays flat at any size.
+Memory stays flat at any size.
 """
 
 from __future__ import annotations
 
 import os
-import resource
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
-from daemon.children import die_with_parent
-from daemon.errors import RejectedData, TryLater
-from daemon.job import Dataset, from_json, to_json
-from daemon.rows import DataRules, Format, Rules
-from daemon.scan import (
+from daemon.dataset.rows import DataRules, Format, Rules
+from daemon.dataset.scan import (
     PARALLEL_ABOVE_BYTES,
     LineProblem,
     Tally,
     scan_blocks,
     scan_parallel,
 )
-from daemon.source import SourceFault, open_dataset
+from daemon.dataset.source import SourceFault, open_dataset
+from daemon.errors import RejectedData, TryLater
+from daemon.job import Dataset
 from daemon.text import escape
 
-MEMORY_LIMIT_BYTES = 4 * 2**30  # of the child's address space: a row that needs more is an error, not a dead machine
-PROGRESS_SECONDS = 0.5
 FORMATS_HINT = (
     "one JSON object a line: messages; prompt and completion; text; instruction and output; conversations;"
     " or name your columns under [data.columns]"
@@ -208,72 +201,3 @@ def verify_dataset(path: str | Path, dataset: Dataset) -> None:
             f" {found.blake3_hex[:16]}...)",
             hint="drop it again when its writer is done",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One file for the child to pass over."""
-
-    job_id: str
-    path: str
-    rules: Rules
-    processes: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What became of it; `kind` says which of the other fields are set."""
-
-    job_id: str
-    kind: str  # progress | passed | rejected | changed | failed
-    bytes_read: int = 0
-    dataset: Dataset | None = None
-    report: DatasetReport | None = None
-    message: str = ""
-
-
-def answer(request: Request, report_progress: Callable[[Reply], None]) -> Reply:
-    """Do what is asked. Never raises: whatever happens has a reply."""
-    told = time.monotonic()
-
-    def progress(count: int) -> None:
-        nonlocal told
-        if (now := time.monotonic()) - told >= PROGRESS_SECONDS:
-            told = now
-            report_progress(Reply(job_id=request.job_id, kind="progress", bytes_read=count))
-
-    try:
-        scan = scan_dataset(request.path, request.rules, processes=request.processes, progress=progress)
-    except RejectedDataset as error:
-        return Reply(job_id=request.job_id, kind="rejected", report=error.report)
-    except DatasetChanged as error:
-        return Reply(job_id=request.job_id, kind="changed", message=error.sentence)
-    except MemoryError:
-        return Reply(job_id=request.job_id, kind="failed", message="a row needs too much memory")
-    except (OSError, ValueError, RecursionError) as error:
-        return Reply(job_id=request.job_id, kind="failed", message=f"{type(error).__name__}: {error}")
-    return Reply(job_id=request.job_id, kind="passed", dataset=scan.dataset, report=scan.report)
-
-
-def main(arguments: list[str]) -> int:
-    """`serve PARENT_PID`: requests on stdin, replies on stdout, until stdin ends."""
-    if len(arguments) != 2 or arguments[0] != "serve":
-        print("usage: python -m daemon.dataset serve PARENT_PID", file=sys.stderr)
-        return 2
-    die_with_parent(int(arguments[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-    def send(reply: Reply) -> None:
-        sys.stdout.write(to_json(reply) + "\n")
-        sys.stdout.flush()
-
-    for line in sys.stdin.buffer:
-        send(answer(from_json(line, Request), send))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

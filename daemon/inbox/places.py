@@ -19,9 +19,9 @@ from daemon.access import closed
 from daemon.config import Settings
 from daemon.dataset import DatasetReport
 from daemon.errors import NotFound
+from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
+from daemon.inbox.settle import sidecar_name
 from daemon.job import FINAL_STATES, Job, JobState, Priority, from_json, run_dir, to_json
-from daemon.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
-from daemon.settle import sidecar_name
 from daemon.text import escape
 from guard.atomic import fsync_dir, rename_durable, write_atomic
 

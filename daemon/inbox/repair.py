@@ -18,6 +18,9 @@ from daemon import inbox
 from daemon.config import Settings
 from daemon.errors import NotFound
 from daemon.executors.local import SPEC_NAME
+from daemon.inbox.report import REPORT_JSON, REPORT_TEXT
+from daemon.inbox.settle import Kind, kind_of_name, sidecar_name
+from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.job import (
     FINAL_STATES,
     OPEN_STATES,
@@ -31,9 +34,6 @@ from daemon.job import (
     utc_now,
 )
 from daemon.news import sealed_step
-from daemon.report import REPORT_JSON, REPORT_TEXT
-from daemon.settle import Kind, kind_of_name, sidecar_name
-from daemon.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.store import JobStore
 from daemon.text import escape
 

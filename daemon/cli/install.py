@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from daemon import unitfile
+from daemon.cli import unitfile
+from daemon.cli.unitfile import ACCOUNT, DropIn, Kind, Unit
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError
-from daemon.unitfile import ACCOUNT, DropIn, Kind, Unit
 from guard.atomic import write_atomic
 
 SYSTEM_UNITS = Path("/etc/systemd/system")

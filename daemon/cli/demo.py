@@ -22,10 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from daemon import show
+from daemon.cli import show
+from daemon.cli.init import examples_dir, init
 from daemon.config import Settings
 from daemon.errors import DropforgeError
-from daemon.init import examples_dir, init
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.processes import ProcessIdentity
 from daemon.status import read_status

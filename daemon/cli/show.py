@@ -11,9 +11,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from daemon import inbox
+from daemon.cli.doctor import Finding
+from daemon.cli.eta import spell
 from daemon.config import Settings
-from daemon.doctor import Finding
-from daemon.eta import spell
 from daemon.job import Event, Job, JobState, Priority, run_dir, to_json
 from daemon.text import escape, printable
 from daemon.versions import Version

@@ -19,16 +19,17 @@ import msgspec
 
 from daemon.children import environment
 from daemon.config import Settings
-from daemon.dataset import DatasetReport, Request
+from daemon.dataset import DatasetReport
+from daemon.dataset.jsonline import LineFault
+from daemon.dataset.requests import Request
+from daemon.dataset.rows import Row, Rules, iter_rows
+from daemon.dataset.source import SourceFault
+from daemon.inbox.passes import pass_once
+from daemon.inbox.report import rows_text
+from daemon.inbox.settle import Kind, kind_of_name, sidecar_name
+from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.job import Dataset, JobState, to_json
-from daemon.jsonline import LineFault
-from daemon.passes import pass_once
 from daemon.recipe import Recipe
-from daemon.report import rows_text
-from daemon.rows import Row, Rules, iter_rows
-from daemon.settle import Kind, kind_of_name, sidecar_name
-from daemon.sidecar import RejectedSidecar, Sidecar, read_sidecar
-from daemon.source import SourceFault
 from daemon.store import JobStore
 from daemon.text import escape
 

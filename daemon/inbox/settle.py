@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from daemon.config import InboxSettings
+from daemon.dataset.source import kind_of_mode
+from daemon.inbox.watch import Note
 from daemon.job import Priority
-from daemon.source import kind_of_mode
-from daemon.watch import Note
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SIDECAR_SUFFIX = ".job.toml"

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from daemon.dataset.source import SourceFault, open_regular
 from daemon.errors import ConfigError, RejectedData
 from daemon.job import Priority
 from daemon.recipe import Recipe
-from daemon.source import SourceFault, open_regular
 from daemon.text import escape
 
 MAX_SIDECAR_BYTES = 64 * 1024

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from daemon import inbox
-from daemon.checking import Checking
 from daemon.config import Settings
-from daemon.drops import SHOWN, Drops, Ready
 from daemon.errors import NotFound
-from daemon.filing import Filing
 from daemon.inbox import locate, return_for_retry, settle_files
+from daemon.inbox.checking import Checking
+from daemon.inbox.drops import SHOWN, Drops, Ready
+from daemon.inbox.filing import Filing
+from daemon.inbox.repair import repair
+from daemon.inbox.settle import Look
+from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
+from daemon.inbox.watch import FolderWatch, Rings, identity_of
 from daemon.job import Job, JobState, Priority, new_job_id
-from daemon.repair import repair
-from daemon.settle import Look
-from daemon.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.store import JobStore
 from daemon.text import escape
-from daemon.watch import FolderWatch, Rings, identity_of
 
 __all__ = ["Intake", "IntakeView", "Waiting", "locate", "return_for_retry", "settle_files"]
 

@@ -79,7 +79,7 @@ def build_tiny_in_child(folder: Path) -> None:
 def examples_dir() -> Path:
     """The example datasets: beside the packages in a checkout, among the environment's shared files when installed."""
     installed = Path(sysconfig.get_path("data")) / "share" / "dropforge" / "examples"
-    for folder in (Path(__file__).resolve().parents[1] / "examples", installed):
+    for folder in (Path(__file__).resolve().parents[2] / "examples", installed):
         if (folder / "gsm8k_messages.jsonl").is_file():
             return folder
     raise DropforgeError(

@@ -1,0 +1,12 @@
+"""A dropped file's rows: what they may look like, and one pass that checks them all."""
+
+from daemon.dataset.one_pass import (
+    DatasetChanged,
+    DatasetReport,
+    RejectedDataset,
+    Scan,
+    scan_dataset,
+    verify_dataset,
+)
+
+__all__ = ["DatasetChanged", "DatasetReport", "RejectedDataset", "Scan", "scan_dataset", "verify_dataset"]

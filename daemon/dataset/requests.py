@@ -1,0 +1,58 @@
+"""What the daemon asks of the child process that reads files for it, and what it is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from daemon.dataset.one_pass import DatasetChanged, DatasetReport, RejectedDataset, scan_dataset
+from daemon.dataset.rows import Rules
+from daemon.job import Dataset
+
+PROGRESS_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One file for the child to pass over."""
+
+    job_id: str
+    path: str
+    rules: Rules
+    processes: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What became of it; `kind` says which of the other fields are set."""
+
+    job_id: str
+    kind: str  # progress | passed | rejected | changed | failed
+    bytes_read: int = 0
+    dataset: Dataset | None = None
+    report: DatasetReport | None = None
+    message: str = ""
+
+
+def answer(request: Request, report_progress: Callable[[Reply], None]) -> Reply:
+    """Do what is asked. Never raises: whatever happens has a reply."""
+    told = time.monotonic()
+
+    def progress(count: int) -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told >= PROGRESS_SECONDS:
+            told = now
+            report_progress(Reply(job_id=request.job_id, kind="progress", bytes_read=count))
+
+    try:
+        scan = scan_dataset(request.path, request.rules, processes=request.processes, progress=progress)
+    except RejectedDataset as error:
+        return Reply(job_id=request.job_id, kind="rejected", report=error.report)
+    except DatasetChanged as error:
+        return Reply(job_id=request.job_id, kind="changed", message=error.sentence)
+    except MemoryError:
+        return Reply(job_id=request.job_id, kind="failed", message="a row needs too much memory")
+    except (OSError, ValueError, RecursionError) as error:
+        return Reply(job_id=request.job_id, kind="failed", message=f"{type(error).__name__}: {error}")
+    return Reply(job_id=request.job_id, kind="passed", dataset=scan.dataset, report=scan.report)
