@@ -56,9 +56,12 @@ def run_several(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     failed = [result for _, result in results if result.outcome is Outcome.FAILED]
     if len(results) == count and not failed:  # whatever became of a process after its last word
         return next(result for _, result in results if result.candidate or result.outcome is Outcome.INTERRUPTED)
+    # A failure with a type of its own is the cause, also where another process is aborted because of it. The others have
+    # only missed somebody: the one that was killed, if one was.
+    typed = [result for result in failed if result.failure is not FailureKind.INTERNAL]
     killed_by = killing_signal(torchrun.returncode)
-    if killed_by is None and failed:
-        return failed[0]  # the others have only missed this one, as all of them have one that was killed
+    if typed or (failed and killed_by is None):
+        return (typed or failed)[0]
     if stop.requested:
         raise Interrupted
     if killed_by == signal.SIGKILL and oom_kills() > killed_before:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +22,12 @@ from daemon.recipe import Recipe
 from daemon.trainer import several
 from daemon.trainer.failure import RunFailure
 from daemon.trainer.report import Reporter
+from daemon.trainer.torchrun import KILLED, exit_code
 from daemon.trainer.watch import LossWatch
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 from tests.support.root import environment
 
+PYTHON = sys.executable
 ONE = {"training": {"save_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}}
 TWO = {"training": {**ONE["training"], "gradient_accumulation_steps": 1, "num_processes": 2}}
 
@@ -174,23 +177,60 @@ def test_what_a_library_does_on_its_way_out_cannot_undo_a_run(tiny_base: Path, t
     assert launch(spec, PYTHONPATH=str(tmp_path)).outcome is Outcome.SUCCEEDED
 
 
-def test_a_process_that_dies_after_its_last_word_has_done_its_share(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = specify(tmp_path, rows(60), tiny_base, TWO)
+def run_faked(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, results: list[dict[str, str]], code: int
+) -> RunResult:
+    """With a torchrun that leaves these results and ends with `code`."""
     torchrun = tmp_path / "torchrun"
     torchrun.write_text(
-        f"""#!{sys.executable}
+        f"""#!{PYTHON}
 from pathlib import Path
-for process, candidate in enumerate((', "candidate": "/first"', "")):
-    Path({spec.run_dir!r}, f"process-{{process}}", "result.json").write_text(f'{{{{"outcome": "succeeded"{{candidate}}}}}}')
-raise SystemExit(128 + {int(signal.SIGABRT)})
+for process, result in enumerate({[json.dumps(result) for result in results]!r}):
+    Path({spec.run_dir!r}, f"process-{{process}}", "result.json").write_text(result)
+raise SystemExit({code})
 """
     )
     torchrun.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(torchrun))
-    result = several.run_several(spec, Reporter(Path(spec.run_dir)), Wish())
+    return several.run_several(spec, Reporter(Path(spec.run_dir)), Wish())
+
+
+def test_a_process_that_dies_after_its_last_word_has_done_its_share(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = specify(tmp_path, rows(60), tiny_base, TWO)
+    both = [{"outcome": "succeeded", "candidate": "/first"}, {"outcome": "succeeded"}]
+    result = run_faked(spec, monkeypatch, tmp_path, both, KILLED + signal.SIGABRT)
     assert (result.outcome, result.candidate) == (Outcome.SUCCEEDED, "/first")
+
+
+def test_of_two_processes_the_one_that_knows_why_is_believed(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other is aborted by its library when the first has gone, and may be noticed first."""
+    spec = specify(tmp_path, rows(60), tiny_base, TWO)
+    knows = {"outcome": "failed", "failure": "diverged", "message": "the loss is nan"}
+    missed = {"outcome": "failed", "failure": "internal", "message": "connection closed by peer"}
+    for results, code in (([knows], KILLED + signal.SIGABRT), ([missed, knows], 1)):
+        assert run_faked(spec, monkeypatch, tmp_path, results, code).failure is FailureKind.DIVERGED
+
+
+@pytest.mark.parametrize(
+    ("failures", "code"),
+    [
+        ([(1, 7)], 1),
+        ([(-9, 7)], KILLED + 9),
+        ([(1, 7), (-9, 7)], KILLED + 9),  # both had ended when torchrun looked
+        ([(1, 7), (-11, 8)], KILLED + 11),
+        ([(1, 7), (-15, 7)], 1),  # torchrun asked the second to end
+        ([(1, 7), (-9, 37)], 1),  # and insisted
+        ([(-9, 7), (1, 7)], KILLED + 9),
+        ([(-15, 7), (1, 9)], KILLED + 15),
+    ],
+)
+def test_torchrun_tells_who_was_killed(failures: list[tuple[int, int]], code: int) -> None:
+    noticed = [SimpleNamespace(exitcode=exitcode, timestamp=second) for exitcode, second in failures]
+    assert exit_code(noticed) == code
 
 
 def children(pid: int) -> list[int]:
