@@ -6,11 +6,13 @@ quick one) is conducted by the same code.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -105,10 +107,11 @@ def conduct(
 
 
 def end(run: Callable[[], int]) -> NoReturn:
-    """Do the run, flush, and end with its exit code at once, whatever happens.
+    """Do the run, and end with its exit code, whatever happens.
 
-    The interpreter is not taken down. A library's thread that lets go of a Python object meanwhile (gloo's, of a finished
-    collective) aborts the process, and what frees gigabytes of tensors one by one takes its time; the kernel does neither.
+    As the interpreter ends: threads that are to be waited for, what libraries registered for the end (one that reports
+    the run elsewhere says there that it is over), the streams. Then the kernel takes the process, not the interpreter: a
+    library's thread that lets go of a Python object while that goes down, as gloo's does after a collective, aborts it.
     """
     code = 1
     try:
@@ -118,9 +121,9 @@ def end(run: Callable[[], int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for step in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):  # type: ignore[attr-defined]
+            with suppress(Exception):
+                step()
         os._exit(code)
 
 

@@ -361,6 +361,21 @@ def test_a_fork_that_cannot_start_cuda_begins_anew(monkeypatch: pytest.MonkeyPat
     assert caught.value.args == (sys.executable, command)
 
 
+def test_libraries_can_say_goodbye(executor: LocalExecutor, tmp_path: Path) -> None:
+    """What they registered for the end is called, and the threads that they wait for are waited for."""
+    spec = specify(tmp_path / "run", farewell=True)
+    executor.launch(spec)
+    assert ended(executor, spec) == Exit(code=0)
+    assert (tmp_path / "run" / "registered").read_text() == (tmp_path / "run" / "awaited").read_text() == "done"
+
+
+def test_no_library_can_abort_a_trainer_that_is_done(executor: LocalExecutor, tmp_path: Path) -> None:
+    """As gloo's threads do, when the interpreter goes down under them."""
+    spec = specify(tmp_path / "run", abort=True)
+    executor.launch(spec)
+    assert ended(executor, spec) == Exit(code=0)
+
+
 def test_only_our_own_trainer_is_kept_warm() -> None:
     assert type(make_executor(ExecutorSettings())) is LocalExecutor
     assert type(make_executor(ExecutorSettings(warm_start=True, command=("other",)))) is LocalExecutor
