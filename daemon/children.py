@@ -1,11 +1,10 @@
-"""Child processes: they end with the daemon, and how they ended is told."""
+"""Child processes: they end with the daemon, and how they ended is told in words."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
-from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -27,33 +26,6 @@ def describe_exit(returncode: int) -> str:
     except ValueError:
         name = f"signal {-returncode}"
     return f"it was ended by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
-
-
-def oom_kills(proc: Path = Path("/proc"), control_groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many processes the kernel has killed for want of memory so far; 0 when it does not say.
-
-    Of this control group, where it has a count of its own (a service, a container), else of the machine. `proc` and
-    `control_groups` are where the kernel's files lie.
-    """
-    counts = []
-    with suppress(OSError):
-        for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, group = line.split(":", 2)
-            inside = group.lstrip("/")
-            if not controllers:
-                counts += [
-                    control_groups / inside / "memory.events",
-                    control_groups / "unified" / inside / "memory.events",
-                ]
-            elif "memory" in controllers.split(","):
-                counts.append(control_groups / "memory" / inside / "memory.oom_control")
-    for path in (*counts, proc / "vmstat"):
-        with suppress(OSError):
-            for line in path.read_text(encoding="ascii").splitlines():
-                name, _, count = line.partition(" ")
-                if name == "oom_kill":
-                    return int(count)
-    return 0
 
 
 def environment() -> dict[str, str]:

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from daemon.children import oom_kills
 from daemon.executors.base import Exit
 from daemon.gpu.lock import GpuLock
 from daemon.job import RunSpec, from_json, to_json
@@ -32,7 +31,7 @@ class LocalExecutor:
         self._adopted: dict[Path, ProcessIdentity] = {}
         self._ended: set[Path] = set()  # killed by us
         self._environment: dict[str, str] = {}  # what the latest trainer gets besides ours
-        self._oom_kills = 0  # as they were when the latest trainer was launched
+        self._oom_kills = 0  # of the machine, when the latest trainer was launched
 
     def launch(self, spec: RunSpec) -> None:
         """Write the specification, start the process, note who it is."""
@@ -128,3 +127,12 @@ class LocalExecutor:
                 os.killpg(group, number)
             except ProcessLookupError:
                 return  # the group is empty already
+
+
+def oom_kills(path: Path = Path("/proc/vmstat")) -> int:
+    """How many processes the kernel has killed for want of memory since the machine started; 0 when it does not say."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from daemon.children import oom_kills
+from daemon.executors.local import oom_kills
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json
 from daemon.news import RESULT_NAME
 from daemon.trainer.failure import Interrupted, RunFailure

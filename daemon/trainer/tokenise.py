@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from daemon.children import oom_kills
 from daemon.dataset.rows import Row
+from daemon.executors.local import oom_kills
 from daemon.job import FailureKind
 from daemon.recipe import DataSettings
 from daemon.trainer.chat import Span

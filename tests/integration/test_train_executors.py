@@ -16,7 +16,7 @@ import pytest
 from daemon.config import ExecutorSettings
 from daemon.executors import make_executor
 from daemon.executors.base import Exit
-from daemon.executors.local import IDENTITY_NAME, LocalExecutor
+from daemon.executors.local import IDENTITY_NAME, LocalExecutor, oom_kills
 from daemon.executors.warm import WarmExecutor
 from daemon.job import RUN_SPEC_VERSION, Dataset, RunSpec, from_json
 from daemon.processes import ProcessIdentity, identify
@@ -382,17 +382,19 @@ def test_only_our_own_trainer_is_kept_warm() -> None:
     assert type(make_executor(ExecutorSettings(warm_start=True))) is WarmExecutor
 
 
-def test_a_kill_of_ours_is_no_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the kernel counts meanwhile."""
+def test_a_kill_for_want_of_memory_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel's own count; a kill of ours beside it is no such thing."""
     from daemon.executors import local
 
-    kills = iter(range(100))
-    monkeypatch.setattr(local, "oom_kills", lambda: next(kills))
+    vmstat = tmp_path / "vmstat"
+    monkeypatch.setattr(local, "oom_kills", lambda: oom_kills(vmstat))
     executor = LocalExecutor(COLD)
     for number, ours in enumerate((False, True)):
+        vmstat.write_text("pgfault 7\noom_kill 2\n")
         spec = specify(tmp_path / f"run{number}", wait=True)
         executor.launch(spec)
         pid = facts(spec)["pid"]
+        vmstat.write_text("pgfault 7\noom_kill 3\n")
         if ours:
             executor.end(Path(spec.run_dir))
         else:
