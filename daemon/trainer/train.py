@@ -6,7 +6,6 @@ until the candidate is complete.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from contextlib import ExitStack, nullcontext
@@ -26,9 +25,10 @@ from daemon.fingerprint import fingerprint_run, minor_version
 from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec, claimed_on
 from daemon.recipe import Recipe
 from daemon.trainer import together
+from daemon.trainer.account import arithmetic, timing, warnings_of
 from daemon.trainer.attention import use_packed
 from daemon.trainer.base import BaseModel, offline, resolve_base
-from daemon.trainer.capacity import Capacity, capacity_of, padding_token, refuse_what_does_not_fit
+from daemon.trainer.capacity import capacity_of, padding_token, refuse_what_does_not_fit
 from daemon.trainer.card import model_card
 from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.failure import RunFailure
@@ -359,42 +359,6 @@ def held_out_sample(examples: Examples, most: int) -> list[Example]:
     return sorted(examples.held_out, key=lambda example: (example.content_digest, example.line))[:most]
 
 
-def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
-    """The plan as a table, for the log: what there is, what it is divided by, what comes out."""
-    training = recipe.training
-    tokens_a_row = planned.tokens / max(planned.rows, 1)
-    lines = [
-        ("rows", f"{planned.rows:,} trained + {planned.held_out_rows:,} held out + {planned.dropped_rows:,} dropped"),
-        ("tokens", f"{planned.tokens:,} = {planned.rows:,} rows x {tokens_a_row:.1f}"),
-        ("trained", f"{planned.trained_tokens:,} tokens = {planned.trained_tokens / planned.tokens:.1%}"),
-        ("truncated", f"{examples.truncated_rows:,} rows to {recipe.data.max_length:,} tokens"),
-        (
-            "rows a step",
-            f"{planned.global_batch_size:,} = {training.per_device_train_batch_size}"
-            f" x {training.gradient_accumulation_steps} accumulated x {training.num_processes} processes",
-        ),
-        ("tokens a step", f"{tokens_a_row * min(planned.global_batch_size, planned.rows):,.0f} on average"),
-        (
-            "steps",
-            f"{planned.total_steps:,} = {planned.epochs:g} epochs x ceil({planned.rows:,} / {planned.global_batch_size:,})"
-            f" = {planned.epochs:g} x {planned.steps_per_epoch:,}",
-        ),
-        ("warm-up", f"{planned.warmup_steps:,} steps"),
-    ]
-    return "\n".join(f"{name:<14} {value}" for name, value in lines)
-
-
-def timing(watch: LossWatch) -> dict[str, Any]:
-    """Where the training's time went, for the log: shares of the time from the first step to the last."""
-    seconds = watch.train_seconds or math.inf
-    return {
-        "train_seconds": round(watch.train_seconds, 3),
-        "bookkeeping_share": round(watch.bookkeeping_seconds / seconds, 5),
-        "sealing_share": round(watch.sealing_seconds / seconds, 5),
-        "tokens_per_second": round(watch.tokens_per_second or 0.0, 1),
-    }
-
-
 def require_whole_run(steps_run: int, planned: Plan, mean_loss: float | None) -> None:
     """Raise RunFailure unless every planned step ran, at least one, with a finite loss."""
     if steps_run != planned.total_steps or steps_run < 1:
@@ -427,51 +391,3 @@ def save_candidate(trainer: RunTrainer, folder: Path, tokenizer: Any) -> Path:
     trainer.model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     return folder
-
-
-def warnings_of(
-    examples: Examples,
-    planned: Plan,
-    capacity: Capacity,
-    *,
-    before: float | None,
-    after: float | None,
-    spikes: list[tuple[int, float, float]],
-) -> tuple[str, ...]:
-    """What a person should look at although the run succeeded."""
-    found = []
-    if examples.dropped_lines:
-        found.append(
-            f"{len(examples.dropped_lines)} rows had no token to train on (lines {_shown(examples.dropped_lines)})"
-        )
-    if examples.truncated_rows:
-        found.append(f"{examples.truncated_rows} rows were cut to max_length")
-    if examples.truncated_lines:
-        found.append(
-            f"{len(examples.truncated_lines)} rows lost trained tokens to max_length"
-            f" (lines {_shown(examples.truncated_lines)})"
-        )
-    if examples.control_lines:
-        found.append(
-            f"{len(examples.control_lines)} rows hold control tokens, which were read as text"
-            f" (lines {_shown(examples.control_lines)})"
-        )
-    most = capacity.positions or math.inf
-    beyond = tuple(example.line for example in examples.train if len(example.input_ids) > most)
-    if beyond:
-        found.append(
-            f"{len(beyond)} rows are longer than the {capacity.positions} positions that the base model was made for"
-            f" (lines {_shown(beyond)})"
-        )
-    if planned.trained_tokens < 0.05 * planned.tokens:
-        found.append(f"only {planned.trained_tokens / planned.tokens:.1%} of the tokens are trained")
-    if before is not None and after is not None and after > before:
-        found.append(f"held-out loss rose from {before:.4f} to {after:.4f}")
-    found += [
-        f"the loss spiked at step {step}: {loss:.4f}, where {usual:.4f} was usual" for step, loss, usual in spikes[:10]
-    ]
-    return tuple(found)
-
-
-def _shown(lines: tuple[int, ...]) -> str:
-    return ", ".join(map(str, lines[:10])) + (", …" if len(lines) > 10 else "")

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from daemon.dataset import DatasetChanged, verify_dataset
 from daemon.inbox import passes
 from daemon.job import JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
+from tests.support.root import wait_until
 
 
 @pytest.fixture
@@ -104,20 +104,24 @@ def test_a_file_that_kills_its_reader_is_refused_and_the_next_one_passes(
 def test_children_end_with_the_daemon_even_when_it_is_killed(tmp_path: Path) -> None:
     """The kernel kills them: nothing reads on for nobody."""
     code = (
-        "import sys, time; from pathlib import Path; from tests.support.inbox import Root\n"
+        "import sys, threading; from pathlib import Path; from tests.support.inbox import Root\n"
         "root = Root(Path(sys.argv[1])); root.open()\n"
-        "print(*root.intake._checking._passes.pids, flush=True); time.sleep(60)"
+        "print(*root.intake._checking._passes.pids, flush=True); threading.Event().wait(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as daemon:
         child = int(daemon.stdout.readline())
-        end = time.monotonic() + 10
-        while not Path(f"/proc/{child}/cmdline").read_bytes().count(b"daemon.dataset"):
-            assert time.monotonic() < end
+        wait_until(lambda: b"daemon.dataset" in command_line(child), timeout=10, what="the child's command")
         daemon.kill()
         daemon.wait()
-        while Path(f"/proc/{child}").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_until(lambda: not command_line(child), timeout=10, what="the child's end")
+
+
+def command_line(pid: int) -> bytes:
+    """Empty when the process has ended, whether or not it was waited for."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def test_jobs_whose_pass_was_interrupted_are_passed_at_the_next_start(root: Root) -> None:

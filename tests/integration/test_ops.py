@@ -13,7 +13,6 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,14 +84,13 @@ def test_the_status_is_of_its_schema_in_every_state_and_has_the_losses(make_root
     done = threading.Event()
 
     def look() -> None:
-        while not done.is_set():
+        while not done.wait(0.002):
             try:
                 content = json.loads(root.settings.status_path.read_bytes())
             except FileNotFoundError:
                 continue
             SCHEMA.validate(content)
             seen[content["status"]] = content
-            time.sleep(0.002)
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -277,14 +275,12 @@ class Terminal:
         os.write(self._fd, keys)
 
     def wait(self) -> int:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            pid, code = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(code)
-            time.sleep(0.02)
-        os.kill(self.pid, signal.SIGKILL)
-        raise AssertionError("it did not end")
+        try:
+            wait_until(lambda: os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), 30, "its end")
+        except AssertionError:
+            os.kill(self.pid, signal.SIGKILL)
+            raise
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 @pytest.fixture

@@ -1,0 +1,96 @@
+"""What a person is told of a run: how its steps come about, where its time went, what to look at although it succeeded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from daemon.job import Plan
+from daemon.recipe import Recipe
+from daemon.trainer.capacity import Capacity
+from daemon.trainer.data import Examples
+from daemon.trainer.watch import LossWatch
+
+
+def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
+    """The plan as a table, for the log: what there is, what it is divided by, what comes out."""
+    training = recipe.training
+    tokens_a_row = planned.tokens / max(planned.rows, 1)
+    lines = [
+        ("rows", f"{planned.rows:,} trained + {planned.held_out_rows:,} held out + {planned.dropped_rows:,} dropped"),
+        ("tokens", f"{planned.tokens:,} = {planned.rows:,} rows x {tokens_a_row:.1f}"),
+        ("trained", f"{planned.trained_tokens:,} tokens = {planned.trained_tokens / planned.tokens:.1%}"),
+        ("truncated", f"{examples.truncated_rows:,} rows to {recipe.data.max_length:,} tokens"),
+        (
+            "rows a step",
+            f"{planned.global_batch_size:,} = {training.per_device_train_batch_size}"
+            f" x {training.gradient_accumulation_steps} accumulated x {training.num_processes} processes",
+        ),
+        ("tokens a step", f"{tokens_a_row * min(planned.global_batch_size, planned.rows):,.0f} on average"),
+        (
+            "steps",
+            f"{planned.total_steps:,} = {planned.epochs:g} epochs x ceil({planned.rows:,} / {planned.global_batch_size:,})"
+            f" = {planned.epochs:g} x {planned.steps_per_epoch:,}",
+        ),
+        ("warm-up", f"{planned.warmup_steps:,} steps"),
+    ]
+    return "\n".join(f"{name:<14} {value}" for name, value in lines)
+
+
+def timing(watch: LossWatch) -> dict[str, Any]:
+    """Where the training's time went, for the log: shares of the time from the first step to the last."""
+    seconds = watch.train_seconds or math.inf
+    return {
+        "train_seconds": round(watch.train_seconds, 3),
+        "bookkeeping_share": round(watch.bookkeeping_seconds / seconds, 5),
+        "sealing_share": round(watch.sealing_seconds / seconds, 5),
+        "tokens_per_second": round(watch.tokens_per_second or 0.0, 1),
+    }
+
+
+def warnings_of(
+    examples: Examples,
+    planned: Plan,
+    capacity: Capacity,
+    *,
+    before: float | None,
+    after: float | None,
+    spikes: list[tuple[int, float, float]],
+) -> tuple[str, ...]:
+    """What a person should look at although the run succeeded."""
+    found = []
+    if examples.dropped_lines:
+        found.append(
+            f"{len(examples.dropped_lines)} rows had no token to train on (lines {_shown(examples.dropped_lines)})"
+        )
+    if examples.truncated_rows:
+        found.append(f"{examples.truncated_rows} rows were cut to max_length")
+    if examples.truncated_lines:
+        found.append(
+            f"{len(examples.truncated_lines)} rows lost trained tokens to max_length"
+            f" (lines {_shown(examples.truncated_lines)})"
+        )
+    if examples.control_lines:
+        found.append(
+            f"{len(examples.control_lines)} rows hold control tokens, which were read as text"
+            f" (lines {_shown(examples.control_lines)})"
+        )
+    most = capacity.positions or math.inf
+    beyond = tuple(example.line for example in examples.train if len(example.input_ids) > most)
+    if beyond:
+        found.append(
+            f"{len(beyond)} rows are longer than the {capacity.positions} positions that the base model was made for"
+            f" (lines {_shown(beyond)})"
+        )
+    if planned.trained_tokens < 0.05 * planned.tokens:
+        found.append(f"only {planned.trained_tokens / planned.tokens:.1%} of the tokens are trained")
+    if before is not None and after is not None and after > before:
+        found.append(f"held-out loss rose from {before:.4f} to {after:.4f}")
+    found += [
+        f"the loss spiked at step {step}: {loss:.4f}, where {usual:.4f} was usual" for step, loss, usual in spikes[:10]
+    ]
+    return tuple(found)
+
+
+def _shown(lines: tuple[int, ...]) -> str:
+    return ", ".join(map(str, lines[:10])) + (", …" if len(lines) > 10 else "")
