@@ -41,11 +41,11 @@ class Seen:
 
 def dropforge(root: Path, seen: Seen, max_queued: int) -> None:
     """The real Intake, driven as the service drives it."""
-    from daemon.bell import Bell  # type: ignore[import-not-found,unused-ignore]
     from daemon.config import Settings
-    from daemon.inbox.drops import Drops
+    from daemon.inbox.candidates import CandidateTracker
     from daemon.inbox.intake import Intake
     from daemon.store import JobStore
+    from daemon.wakeup import Wakeup  # type: ignore[import-not-found,unused-ignore]
 
     names: dict[str, str] = {}
 
@@ -60,24 +60,24 @@ def dropforge(root: Path, seen: Seen, max_queued: int) -> None:
             elif event == "job.queued":
                 seen.add("queued", names[data["job"]])
 
-    real = Drops.hear
+    real = CandidateTracker.hear
 
-    def hear(self: Drops, heard: Any, now: float) -> None:
+    def hear(self: CandidateTracker, heard: Any, now: float) -> None:
         for _, name in heard.notes:
             seen.add("noticed", name)
         real(self, heard, now)
 
-    Drops.hear = hear  # type: ignore[method-assign]
+    CandidateTracker.hear = hear  # type: ignore[method-assign]
     settings = Settings(root=root, inbox={"max_queued": max_queued})
-    store, bell = JobStore(settings.store_path), Bell()
-    intake = Intake(settings, store, bell=bell, log=Log())
+    store, wakeup = JobStore(settings.store_path), Wakeup()
+    intake = Intake(settings, store, wakeup=wakeup, log=Log())
     intake.open()
     print("ready", flush=True)
     while not seen.stop.is_set():
-        bell.clear()
+        wakeup.clear()
         intake.tick()
         due = intake.next_due_seconds()
-        bell.wait(min(1.0, 1.0 if due is None else due))
+        wakeup.wait(min(1.0, 1.0 if due is None else due))
     view = intake.view()
     seen.write(deferred=view.deferred, overflows=view.overflows, jobs=sum(store.counts().values()))
     intake.close()

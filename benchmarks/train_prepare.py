@@ -22,7 +22,7 @@ from benchmarks._table import Arm, measure, print_goal, print_table
 from daemon.cli.init import examples_dir
 from daemon.dataset.rows import Format, RowReader, iter_rows
 from daemon.recipe import ColumnSettings, DataSettings
-from daemon.trainer.tiny import build_tiny
+from daemon.trainer.tiny_model import build_tiny
 from daemon.trainer.tokenise import tokenise
 
 

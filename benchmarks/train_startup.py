@@ -23,8 +23,8 @@ from pathlib import Path
 
 from benchmarks._table import print_goal
 from daemon.cli.init import build_tiny_in_child, examples_dir
+from daemon.executors.forked import WarmExecutor
 from daemon.executors.local import LocalExecutor
-from daemon.executors.warm import WarmExecutor
 from tests.support.inprocess import rows, specify
 
 COMMAND = (sys.executable, "-P", "-m", "daemon.trainer")

@@ -32,18 +32,18 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks._table import print_goal
 from daemon.cli.init import examples_dir
-from daemon.dataset.jsonline import parse_object
 from daemon.dataset.rows import detect_format, iter_rows
+from daemon.dataset.strict_json import parse_object
 from daemon.recipe import ColumnSettings, DataSettings, TrainingSettings
 from daemon.trainer.attention import use_packed
-from daemon.trainer.data import IGNORE, PASS_TOKENS, Collator, Example, Examples, plan
+from daemon.trainer.callbacks import MonitorCallback
+from daemon.trainer.collate import IGNORE, PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.loop import RunTrainer, held_out_loss
-from daemon.trainer.objective import Objective
-from daemon.trainer.report import Reporter
+from daemon.trainer.loss import Objective
+from daemon.trainer.report import RunWriter
 from daemon.trainer.tensorboard import ScalarWriter
-from daemon.trainer.tiny import build_tiny
+from daemon.trainer.tiny_model import build_tiny
 from daemon.trainer.tokenise import tokenise
-from daemon.trainer.watch import LossWatch
 
 ROWS_A_STEP, DEVICE_ROWS, MAX_LENGTH, RATE = 8, 4, 1024, 1e-3
 CUDA = torch.cuda.is_available()
@@ -136,8 +136,8 @@ def ours(base: Path, tokenizer: Any, train: Sequence[Example], folder: str) -> t
     )
     settings = TrainingSettings(per_device_train_batch_size=ROWS_A_STEP, gradient_accumulation_steps=1)
     planned = plan(Examples(train=list(train), held_out=[], dropped_lines=(), truncated_rows=0), settings)
-    trainer.watch = LossWatch(
-        report=Reporter(Path(folder)),
+    trainer.watch = MonitorCallback(
+        report=RunWriter(Path(folder)),
         stop=NeverStop(),  # type: ignore[arg-type]
         plan=planned,
         trainer=trainer,

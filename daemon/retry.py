@@ -19,7 +19,7 @@ ONE_ROW_HINT = (
 )
 
 
-class Asked(StrEnum):
+class StopReason(StrEnum):
     """Why we asked a trainer to leave."""
 
     STOP = "the daemon stops"
@@ -46,7 +46,7 @@ def conclude(
     job: Job,
     result: RunResult | None,
     ended: Exit,
-    asked: Asked | None,
+    asked: StopReason | None,
     progressed: bool,
     queue: QueueSettings,
     now: float,
@@ -65,9 +65,9 @@ def conclude(
             failure=FailureKind.INTERNAL,
         )
     kind, reason = _why(result, ended, asked, job)
-    if asked is Asked.CANCEL:
+    if asked is StopReason.CANCEL:
         return Conclusion(to=JobState.CANCELLED, reason=asked.value)
-    if asked is Asked.TIMEOUT:
+    if asked is StopReason.TIMEOUT:
         return Conclusion(to=JobState.FAILED, reason=asked.value, failure=FailureKind.STALLED)
     if kind is None:
         return Conclusion(to=JobState.QUEUED, reason=reason, fruitless=job.fruitless)
@@ -107,9 +107,9 @@ def conclude(
     )
 
 
-def _why(result: RunResult | None, ended: Exit, asked: Asked | None, job: Job) -> tuple[FailureKind | None, str]:
+def _why(result: RunResult | None, ended: Exit, asked: StopReason | None, job: Job) -> tuple[FailureKind | None, str]:
     """The failure's kind, None for an interruption that we wanted, and its sentence."""
-    if asked is Asked.STALL:
+    if asked is StopReason.STALL:
         return FailureKind.STALLED, asked.value
     if result is not None and result.outcome is Outcome.INTERRUPTED:
         return None, f"interrupted: {asked.value if asked else result.message}"

@@ -32,10 +32,10 @@ from daemon.job import (
     run_dir,
     utc_now,
 )
-from daemon.news import News, sealed_step
 from daemon.promotion import promote
 from daemon.recipe import Recipe
-from daemon.retry import Asked, Conclusion, conclude, halved
+from daemon.retry import Conclusion, StopReason, conclude, halved
+from daemon.run_dir import RunReader, sealed_step
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -46,8 +46,8 @@ class Run:
 
     job: Job
     run_dir: Path
-    news: News
-    asked: Asked | None = None  # why the trainer was asked to leave
+    news: RunReader
+    asked: StopReason | None = None  # why the trainer was asked to leave
     asked_at: float = 0.0  # monotonic
     ended: bool = False  # it was asked, did not leave, and was ended
     progress: Progress | None = None
@@ -108,13 +108,13 @@ class Scheduler:
             directory = run_dir(self.settings.state_dir, left.id)
             # What it sealed while no daemon listened counts as progress all the same.
             job = self._store.update(left.id, max_step=max(left.max_step, sealed_step(directory)))
-            run = Run(job=job, run_dir=directory, news=News(directory))
-            run.asked = Asked.CANCEL if job.wanted else None
+            run = Run(job=job, run_dir=directory, news=RunReader(directory))
+            run.asked = StopReason.CANCEL if job.wanted else None
             self._run = run
             if self._executor.adopt(run.run_dir):
                 self._log.warning("trainer.adopted", job=job.id, attempt=job.attempt)
                 run.asked, wanted = None, run.asked
-                self.ask_to_leave(wanted or Asked.STOP)
+                self.request_stop(wanted or StopReason.STOP)
                 return  # reap concludes it; at most one job is ever running
             self._conclude(run, Exit())
 
@@ -130,10 +130,10 @@ class Scheduler:
         if run is None:
             return True
         run.job = self._store.get(run.job.id)
-        if run.job.wanted and run.asked is not Asked.CANCEL:
-            self.ask_to_leave(Asked.CANCEL)
+        if run.job.wanted and run.asked is not StopReason.CANCEL:
+            self.request_stop(StopReason.CANCEL)
         elif control and control.get("mode") == "now" and run.asked is None:
-            self.ask_to_leave(Asked.PAUSE)
+            self.request_stop(StopReason.PAUSE)
         return True
 
     def reap(self) -> None:
@@ -142,7 +142,7 @@ class Scheduler:
         if run is None:
             return
         if run.promote_at is not None:
-            if time.monotonic() >= run.promote_at or run.asked is Asked.CANCEL:
+            if time.monotonic() >= run.promote_at or run.asked is StopReason.CANCEL:
                 self._conclude(run, Exit(code=0))
             return
         self._relay(run)
@@ -155,9 +155,9 @@ class Scheduler:
         queue = self.settings.queue
         if run.asked is None:
             if queue.job_timeout and now - run.launched_at > queue.job_timeout:
-                self.ask_to_leave(Asked.TIMEOUT)
+                self.request_stop(StopReason.TIMEOUT)
             elif queue.stall_timeout and now - run.moved_at > queue.stall_timeout:
-                self.ask_to_leave(Asked.STALL)
+                self.request_stop(StopReason.STALL)
         elif not run.ended and now - run.asked_at > queue.stop_timeout:
             self._log.warning("trainer.ended", job=run.job.id, waited_seconds=round(now - run.asked_at, 1))
             self._executor.end(run.run_dir)
@@ -183,7 +183,7 @@ class Scheduler:
             self._gpu.give()
             return
         directory = run_dir(self.settings.state_dir, job.id)
-        run = Run(job=job, run_dir=directory, news=News(directory))
+        run = Run(job=job, run_dir=directory, news=RunReader(directory))
         self._run = run
         try:
             self._executor.launch(self._specify(job, directory))
@@ -230,20 +230,20 @@ class Scheduler:
             why = f"the GPU lock cannot be opened: {error}"
         return Hold(kind=HoldKind.GPU, reason=why) if why else None
 
-    def ask_to_leave(self, why: Asked) -> None:
+    def request_stop(self, why: StopReason) -> None:
         """Ask the running trainer to seal a checkpoint and leave. A later reason replaces the first, but nothing a
         cancellation."""
         run = self._run
         if run is None:
             return
-        if run.promote_at is not None and why is Asked.STOP:
+        if run.promote_at is not None and why is StopReason.STOP:
             self._run = None  # nothing runs: the adapter is finished, and the next daemon promotes it
             return
         if run.asked is None:
             run.asked_at = time.monotonic()
             self._executor.ask(run.run_dir)
             self._log.info("trainer.asked_to_leave", job=run.job.id, reason=why.value)
-        if run.asked is not Asked.CANCEL:
+        if run.asked is not StopReason.CANCEL:
             run.asked = why
 
     def end_now(self) -> None:
@@ -309,7 +309,7 @@ class Scheduler:
             queue=self.settings.queue,
             now=time.time(),
         )
-        if run.promote_at is not None and run.asked is Asked.CANCEL:
+        if run.promote_at is not None and run.asked is StopReason.CANCEL:
             conclusion = Conclusion(to=JobState.CANCELLED, reason=run.asked.value)
         if conclusion.to is JobState.SUCCEEDED and result is not None:
             try:
@@ -352,7 +352,7 @@ class Scheduler:
         job = self._store.transition(run.job.id, JobState.RUNNING, conclusion.to, conclusion.reason, **fields)
         if job.state is JobState.QUEUED and job.wanted:  # a person cancelled it while the trainer was leaving
             job = self._store.transition(
-                job.id, JobState.QUEUED, JobState.CANCELLED, Asked.CANCEL.value, finished_at=utc_now()
+                job.id, JobState.QUEUED, JobState.CANCELLED, StopReason.CANCEL.value, finished_at=utc_now()
             )
         self._run = None
         self._gpu.give()

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import guard
-from daemon import config, gpu, logs, people, versions
-from daemon.bell import Bell
+from daemon import config, control, gpu, versions
 from daemon.config import Settings
-from daemon.endings import Endings
 from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
@@ -30,11 +28,9 @@ from daemon.hooks import Hooks
 from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.losses import LossHistory
-from daemon.notify import extend_timeout, notify, reloading, status_line, watchdog_seconds
-from daemon.rebuild import open_store
-from daemon.retry import Asked
-from daemon.scheduler import Scheduler
-from daemon.status import (
+from daemon.notifications import Endings
+from daemon.observability import logs
+from daemon.observability.status import (
     RECENT_JOBS,
     WAITING_FILES,
     CurrentModel,
@@ -44,9 +40,14 @@ from daemon.status import (
     running_job,
     write_status,
 )
+from daemon.recovery import open_store
+from daemon.retry import StopReason
+from daemon.scheduler import Scheduler
+from daemon.sd_notify import extend_timeout, notify, reloading, status_line, watchdog_seconds
+from daemon.wakeup import Wakeup
 
 if TYPE_CHECKING:  # its library is imported only where metrics are wanted
-    from daemon.metrics import Reporter
+    from daemon.observability.metrics import MetricsPublisher
 
 BUSY_SECONDS = 0.25  # between two looks at a running trainer's progress
 PRUNE_SECONDS = 600.0  # between two batches of old jobs that are forgotten
@@ -58,11 +59,11 @@ class Service:
     """One daemon on one root. `run` returns the exit code; everything before it raises DropforgeError."""
 
     def __init__(
-        self, settings: Settings, *, log: Any, executor: Executor | None = None, metrics: Reporter | None = None
+        self, settings: Settings, *, log: Any, executor: Executor | None = None, metrics: MetricsPublisher | None = None
     ) -> None:
         self.settings = settings
         self.log = log
-        self.bell = Bell()
+        self.wakeup = Wakeup()
         self.stopping = False
         self._stop_requests = 0
         self._reload_requested = False
@@ -117,7 +118,7 @@ class Service:
         self._listen()
         self._publish(status="starting", reason="recovering", force=True)
         self.store = open_store(self.settings, self.log)
-        self.intake = Intake(self.settings, self.store, bell=self.bell, log=self.log)
+        self.intake = Intake(self.settings, self.store, wakeup=self.wakeup, log=self.log)
         self.hooks = Hooks(self.settings.hooks, self.log)
         self.scheduler = Scheduler(
             self.settings,
@@ -156,13 +157,13 @@ class Service:
 
     def tick(self) -> None:
         """One round. The order is the story of one file, seen from the end that is nearest to done."""
-        self.bell.clear()
+        self.wakeup.clear()
         self._ticks += 1
         if self._reload_requested:
             self._reload()
         if time.monotonic() >= self._next_prune:
             self._next_prune = time.monotonic() + PRUNE_SECONDS
-            people.prune(self.settings, self.store)
+            control.prune(self.settings, self.store)
         if self.scheduler.listen():
             self.intake.adopt()  # a job that a person put back has its rows checked again
         self.intake.tick(accept=not self.stopping)
@@ -173,14 +174,14 @@ class Service:
         self.hooks.collect()
         self._publish()
         notify("WATCHDOG=1", *self._stop_patience())
-        self.bell.wait(self._patience())
+        self.wakeup.wait(self._patience())
 
     def _finished(self, *, once: bool) -> bool:
         if self._stop_requests and not self.stopping:
             self.stopping = True
             self.log.info("daemon.stopping", running=self.scheduler.run.job.id if self.scheduler.run else None)
             notify("STOPPING=1", status_line("sealing a checkpoint" if self.scheduler.run else "stopping"))
-            self.scheduler.ask_to_leave(Asked.STOP)
+            self.scheduler.request_stop(StopReason.STOP)
         elif self._stop_requests > 1:
             self.scheduler.end_now()  # a second signal: at once, still consistent
         done = self.stopping and self.scheduler.run is None
@@ -333,14 +334,14 @@ class Service:
 
     def _on_stop(self, number: int, frame: object) -> None:
         self._stop_requests += 1
-        self.bell.set()
+        self.wakeup.set()
 
     def _on_reload(self, number: int, frame: object) -> None:
         self._reload_requested = True
-        self.bell.set()
+        self.wakeup.set()
 
     def _on_child(self, number: int, frame: object) -> None:
-        self.bell.set()
+        self.wakeup.set()
 
 
 def _waited_seconds(job: Job) -> float | None:

@@ -55,13 +55,13 @@ from .errors import (
     WeightsNotFinite,
 )
 from .fingerprint import JSON, DatasetFingerprint, Difference, Fingerprint, fingerprint_dataset
+from .hf_trainer import fingerprint_trainer
 from .lock import ModelLock
-from .of_trainer import fingerprint_trainer
+from .metadata import Stamp, StampKind, StampReading, mark_finished, read_stamp, write_stamp
 from .prepare import PreparedRun, assess, prepare_run
 from .purge import PurgePlan, PurgeResult, plan_purge, purge_cleared
 from .restore import RestoreResult, cleared_sets, restore_set
 from .seal import load_key
-from .stamp import Stamp, StampKind, StampReading, mark_finished, read_stamp, write_stamp
 from .verdict import Verdict, VerdictKind, decide
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from .checkpoints import Stray, list_checkpoints, scan_checkpoints, verify_check
 from .errors import ClearRefused, GuardError, NotFound, UsageError, explain_os_error, hint_for, storage_errors
 from .layout import CLEARED_NAME, STAGING_NAME, TRASH_PREFIX, ensure_own_folder, ensure_staging, unused_name
 from .lock import require_lock
+from .metadata import load_raw_stamp, read_stamp, require_known_form
 from .seal import KEY_MISSING, list_tree
-from .stamp import load_raw_stamp, read_stamp, require_known_form
 from .verdict import Verdict, VerdictKind, decide, explain_passed_over
 
 SET_NAME: Final = re.compile(r"\d{8}T\d{6}Z-[a-z0-9-]+")

@@ -41,12 +41,12 @@ from .errors import (
 )
 from .fingerprint import Fingerprint, fingerprint_dataset
 from .lock import ModelLock
+from .metadata import StampKind, read_stamp, require_known_form, write_stamp
 from .prepare import assess, make_stamp
 from .purge import plan_purge
 from .recipe import proposed_run
 from .restore import restore_set
 from .seal import load_key
-from .stamp import StampKind, read_stamp, require_known_form, write_stamp
 from .verdict import VerdictKind
 
 

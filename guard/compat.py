@@ -13,8 +13,8 @@ from .clear import Logger, plan_clear
 from .errors import GuardError
 from .fingerprint import Fingerprint, fingerprint_dataset, name_size_hash
 from .lock import locked
+from .metadata import StampKind, load_raw_stamp, read_stamp, write_stamp
 from .prepare import make_stamp, plain_lora_config
-from .stamp import StampKind, load_raw_stamp, read_stamp, write_stamp
 from .verdict import Verdict, VerdictKind
 
 _PEFT_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}

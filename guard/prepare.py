@@ -13,7 +13,7 @@ from .clear import ClearResult, plan_clear
 from .fingerprint import Fingerprint, name_size_hash, to_json_value
 from .layout import ensure_staging
 from .lock import require_lock
-from .stamp import Stamp, read_stamp, require_known_form, write_stamp
+from .metadata import Stamp, read_stamp, require_known_form, write_stamp
 from .verdict import Verdict, VerdictKind, decide, explain_passed_over
 
 Log = Callable[[str, dict[str, Any]], None]

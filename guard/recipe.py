@@ -10,7 +10,7 @@ from typing import Any
 from .atomic import PathLike
 from .errors import UsageError, explain_os_error
 from .fingerprint import DatasetMode, Fingerprint, fingerprint_dataset
-from .stamp import StampReading
+from .metadata import StampReading
 
 
 def read_recipe(path: PathLike) -> dict[str, Any]:

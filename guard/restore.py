@@ -15,7 +15,7 @@ from .clear import JOURNAL_NAME, SET_RECORD, cleared_at, sync_folders
 from .errors import ClearRefused, NotFound, storage_errors
 from .layout import CLEARED_NAME
 from .lock import require_lock
-from .stamp import Stamp, interpret_stamp, read_stamp, require_known_form, write_stamp
+from .metadata import Stamp, interpret_stamp, read_stamp, require_known_form, write_stamp
 
 
 @dataclass(frozen=True, kw_only=True)

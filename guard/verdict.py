@@ -11,7 +11,7 @@ from .checkpoints import Checkpoint
 from .errors import StampTooNew
 from .fingerprint import Difference, Fingerprint
 from .layout import STAMP_NAME
-from .stamp import StampKind, StampReading
+from .metadata import StampKind, StampReading
 
 
 class VerdictKind(StrEnum):

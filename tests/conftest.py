@@ -45,7 +45,7 @@ def make_root(tmp_path: Path) -> Iterator[Callable[..., Root]]:
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model small enough for many runs: about 400,000 parameters, the product's own recipe."""
     from daemon.cli.init import examples_dir
-    from daemon.trainer.tiny import TinyShape, build_tiny
+    from daemon.trainer.tiny_model import TinyShape, build_tiny
 
     folder = tmp_path_factory.mktemp("base") / "tiny"
     shape = TinyShape(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import guard
 from daemon import config
-from daemon.cli.common import Place, app, out
+from daemon.cli.app import RootContext, app, out
 from daemon.errors import DropforgeError
 
 
@@ -65,11 +65,11 @@ def root_options(
     ] = False,
 ) -> None:
     """Options that every command shares."""
-    context.obj = Place(root=config.find_root(root))
+    context.obj = RootContext(root=config.find_root(root))
 
 
 # Each adds its commands to the application, in the order in which help shows them.
 from daemon.cli import service  # noqa: E402  isort: skip
-from daemon.cli import jobs, model, operations  # noqa: E402  isort: skip
+from daemon.cli import jobs, model, admin  # noqa: E402  isort: skip
 
-__all__ = ["app", "jobs", "main", "model", "operations", "service"]
+__all__ = ["admin", "app", "jobs", "main", "model", "service"]

@@ -20,20 +20,20 @@ import msgspec
 from daemon.children import environment
 from daemon.config import Settings
 from daemon.dataset import DatasetReport
-from daemon.dataset.jsonline import LineFault
 from daemon.dataset.requests import Request
 from daemon.dataset.rows import Row, Rules, iter_rows
 from daemon.dataset.source import SourceFault
-from daemon.inbox.passes import pass_once
+from daemon.dataset.strict_json import LineFault
 from daemon.inbox.report import rows_text
 from daemon.inbox.settle import Kind, kind_of_name, sidecar_name
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
+from daemon.inbox.validation_pool import pass_once
 from daemon.job import Dataset, JobState, to_json
 from daemon.recipe import Recipe
 from daemon.store import JobStore
 from daemon.text import escape
 
-LENGTHS_COMMAND = (sys.executable, "-P", "-m", "daemon.trainer.lengths")
+LENGTHS_COMMAND = (sys.executable, "-P", "-m", "daemon.trainer.token_stats")
 LENGTHS_TIMEOUT_SECONDS = 3600.0
 REPEATS_ROWS = 5_000_000  # rows among which repeats are counted: each costs about 100 bytes
 REPEATS_SHOWN = 5
@@ -100,7 +100,7 @@ def check_files(
     """Check each file under the settings and the sidecar beside it.
 
     `store` tells what was trained before. `lengths_command` gets a file, its format and a recipe as JSON, and prints what
-    `daemon.trainer.lengths.measure` returns; without a configured model it is not run.
+    `daemon.trainer.token_stats.measure` returns; without a configured model it is not run.
     """
     return [_check(Path(path), settings, store, lengths_command) for path in paths]
 

@@ -22,13 +22,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from daemon.cli import show
+from daemon.cli import render
 from daemon.cli.init import examples_dir, init
 from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.job import FINAL_STATES, Job, JobState
+from daemon.observability.status import read_status
 from daemon.processes import ProcessIdentity
-from daemon.status import read_status
 from daemon.store import JobStore
 from daemon.versions import current_version
 
@@ -237,7 +237,7 @@ def _play(console: Console, settings: Settings, daemon: subprocess.Popen[bytes])
         console.print(Text.assemble(("  yes  " if held else "  NO   ", "green" if held else "bold red"), claim))
     console.rule("dropforge status")
     until(lambda: (read_status(settings.status_path) or {}).get("status") == "idle")
-    console.print(show.status(read_status(settings.status_path) or {}))
+    console.print(render.status(read_status(settings.status_path) or {}))
     console.rule("Where to look next")
     version = current_version(settings.model_dir)
     console.print(

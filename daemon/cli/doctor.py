@@ -24,7 +24,7 @@ from typing import Any
 from daemon import config
 from daemon.config import Settings
 from daemon.errors import DropforgeError
-from daemon.inbox.watch import mounted_type, remote_type
+from daemon.inbox.watcher import mounted_type, remote_type
 
 TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 IMPORT_TIMEOUT_SECONDS = 120.0

@@ -59,7 +59,7 @@ def build_tiny_in_child(folder: Path) -> None:
             sys.executable,
             "-P",
             "-m",
-            "daemon.trainer.tiny",
+            "daemon.trainer.tiny_model",
             str(folder),
             *map(str, sorted(examples_dir().glob("*.jsonl"))),
         ],

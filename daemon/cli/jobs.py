@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from daemon import people
-from daemon.cli import completing, show
-from daemon.cli.common import DATA, QUEUE, WATCH, JsonFlag, app, open_store, out, print_json
-from daemon.cli.eta import queue_etas, seconds_per_row, spell
+from daemon import control
+from daemon.cli import completion, render
+from daemon.cli.app import DATA, QUEUE, WATCH, JsonFlag, app, open_store, out, print_json
+from daemon.cli.estimates import queue_etas, seconds_per_row, spell
 from daemon.config import Settings
 from daemon.errors import ConfigError
 from daemon.job import JobState, Priority, to_json
-from daemon.status import finished_job, read_status
+from daemon.observability.status import finished_job, read_status
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -45,7 +45,7 @@ def jobs(
             replace(job, reason=f"{job.reason}; done in about {spell(etas[job.id])}") if job.id in etas else job
             for job in found
         ]
-        out.print(show.jobs(told))
+        out.print(render.jobs(told))
     else:
         out.print(f"no jobs that are {' or '.join(state)}" if state else "no jobs yet")
 
@@ -65,7 +65,7 @@ def _etas(settings: Settings, store: JobStore) -> dict[str, float]:
 @app.command("show", rich_help_panel=WATCH)
 def show_job(
     context: typer.Context,
-    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completing.any_job)],
+    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completion.any_job)],
     as_json: JsonFlag = False,
 ) -> None:
     """Everything about one job: data, verdict, steps, losses, every move."""
@@ -75,7 +75,7 @@ def show_job(
     if as_json:
         print_json({**json.loads(to_json(found)), "events": json.loads(to_json(events))})
     else:
-        out.print(show.job(found, events, context.obj.settings))
+        out.print(render.job(found, events, context.obj.settings))
 
 
 @app.command(rich_help_panel=DATA)
@@ -129,30 +129,30 @@ def check(
 @app.command(rich_help_panel=QUEUE)
 def cancel(
     context: typer.Context,
-    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completing.open_job)],
+    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completion.open_job)],
     hand_back: Annotated[
         bool, typer.Option("--return", help="Put its file back into the inbox instead of failed/.")
     ] = False,
 ) -> None:
     """Cancel a job that waits or runs; a running one seals a checkpoint first."""
     with open_store(context) as store:
-        out.print(people.cancel(context.obj.settings, store, store.find(job), hand_back=hand_back), markup=False)
+        out.print(control.cancel(context.obj.settings, store, store.find(job), hand_back=hand_back), markup=False)
 
 
 @app.command(rich_help_panel=QUEUE)
 def retry(
     context: typer.Context,
-    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completing.unsuccessful_job)],
+    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completion.unsuccessful_job)],
 ) -> None:
     """Put a failed, rejected or cancelled job back into the queue, under the settings of now."""
     with open_store(context) as store:
-        out.print(people.retry(context.obj.settings, store, store.find(job)), markup=False)
+        out.print(control.retry(context.obj.settings, store, store.find(job)), markup=False)
 
 
 @app.command(rich_help_panel=QUEUE)
 def move(
     context: typer.Context,
-    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completing.queued_job)],
+    job: Annotated[str, typer.Argument(help=JOB, autocompletion=completion.queued_job)],
     first: Annotated[bool, typer.Option("--first", help="Before all others of its priority.")] = False,
     priority: Annotated[Priority | None, typer.Option(help="Its new priority.")] = None,
 ) -> None:
@@ -160,7 +160,7 @@ def move(
     if not first and priority is None:
         raise ConfigError(operation="move job", subject=job, cause="no place was named", hint="--first or --priority")
     with open_store(context) as store:
-        out.print(people.move(store, store.find(job), first=first, priority=priority), markup=False)
+        out.print(control.move(store, store.find(job), first=first, priority=priority), markup=False)
 
 
 @app.command(rich_help_panel=QUEUE)
@@ -171,11 +171,11 @@ def pause(
 ) -> None:
     """Hold the queue, also over restarts: the running job seals a checkpoint and is queued again."""
     with open_store(context) as store:
-        out.print(people.pause(store, after_job=after_job, reason=reason), markup=False)
+        out.print(control.pause(store, after_job=after_job, reason=reason), markup=False)
 
 
 @app.command(rich_help_panel=QUEUE)
 def resume(context: typer.Context) -> None:
     """Let a paused queue go on."""
     with open_store(context) as store:
-        out.print(people.resume(store), markup=False)
+        out.print(control.resume(store), markup=False)

@@ -14,9 +14,9 @@ import typer
 import guard
 from daemon import versions
 from daemon.children import environment
-from daemon.cli import completing, show
-from daemon.cli.common import MODEL, JsonFlag, app, print_json
-from daemon.cli.common import out as out_console
+from daemon.cli import completion, render
+from daemon.cli.app import MODEL, JsonFlag, app, print_json
+from daemon.cli.app import out as out_console
 from daemon.config import Settings
 from daemon.errors import DropforgeError, TryLater
 from daemon.job import JobState
@@ -40,7 +40,7 @@ def list_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
             ]
         )
     elif found:
-        out_console.print(show.versions(found, current))
+        out_console.print(render.versions(found, current))
     else:
         out_console.print("no versions yet: nothing has been trained to its end")
 
@@ -48,7 +48,7 @@ def list_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
 @app.command("merge", rich_help_panel=MODEL)
 def merge(
     context: typer.Context,
-    version: Annotated[str, typer.Argument(help="A version's number, or `latest`.", autocompletion=completing.version)],
+    version: Annotated[str, typer.Argument(help="A version's number, or `latest`.", autocompletion=completion.version)],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
 ) -> None:
     """Write a version merged into its base model, in bfloat16, for programs that know no adapters."""
@@ -81,7 +81,7 @@ def merge(
 @app.command(rich_help_panel=MODEL)
 def rollback(
     context: typer.Context,
-    version: Annotated[str, typer.Argument(help="An earlier version: 0003, or 3.", autocompletion=completing.version)],
+    version: Annotated[str, typer.Argument(help="An earlier version: 0003, or 3.", autocompletion=completion.version)],
     after_job: Annotated[bool, typer.Option("--after-job", help="Wait until the running job has ended.")] = False,
 ) -> None:
     """Make an earlier version the current one. The next dataset continues from it; nothing is deleted."""

@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 
 from daemon import config
-from daemon.cli import show
-from daemon.cli.common import BEGIN, WATCH, JsonFlag, Place, app, out, print_json
+from daemon.cli import render
+from daemon.cli.app import BEGIN, WATCH, JsonFlag, RootContext, app, out, print_json
 from daemon.errors import DropforgeError
-from daemon.status import Liveness, read_status
+from daemon.observability.status import Liveness, read_status
 from daemon.text import escape
 
 
@@ -26,7 +26,7 @@ def init(
     """Make this folder a root: inbox, model directory, state and a dropforge.toml with every key explained."""
     from daemon.cli.init import init as initialise
 
-    place: Place = context.obj
+    place: RootContext = context.obj
     settings = initialise(place.root, tiny=tiny)
     out.print(f"initialised {escape(str(place.root))}", markup=False)
     if not tiny:
@@ -40,13 +40,13 @@ def run(
     once: Annotated[bool, typer.Option("--once", help="Leave when inbox and queue are empty.")] = False,
 ) -> None:
     """Watch the inbox and train what is dropped there. Ctrl-C seals a checkpoint and leaves; twice: at once."""
-    from daemon import logs
+    from daemon.observability import logs
     from daemon.service import Service
 
     settings = context.obj.settings
     wanted = settings.metrics.port is not None or settings.metrics.textfile is not None
     if wanted:
-        from daemon.metrics import Metrics, Reporter
+        from daemon.observability.metrics import Metrics, MetricsPublisher
 
         metrics = Metrics()
     try:
@@ -58,7 +58,7 @@ def run(
             cause=error.strerror or str(error),
             hint="run it as the user who owns the root, or choose another folder under [logging]",
         ) from error
-    reporter = Reporter(metrics, settings.metrics, settings.root, log) if wanted else None
+    reporter = MetricsPublisher(metrics, settings.metrics, settings.root, log) if wanted else None
     raise typer.Exit(Service(settings, log=log, metrics=reporter).run(once=once))
 
 
@@ -83,7 +83,7 @@ def status(
     """Is it alive, what does it do, what waits and why. Exit 1 when the daemon died or hangs."""
     settings = context.obj.settings
     if watch:
-        from daemon.cli.watchscreen import watch as watch_screen
+        from daemon.cli.dashboard import watch as watch_screen
 
         watch_screen(settings.status_path, Console(highlight=False))
         return
@@ -98,5 +98,5 @@ def status(
     if as_json:
         print_json(snapshot)
     else:
-        out.print(show.status(snapshot))
+        out.print(render.status(snapshot))
     raise typer.Exit(0 if snapshot["liveness"] in (Liveness.ALIVE, Liveness.STOPPED) else 1)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from daemon.config import Settings
 from daemon.errors import DropforgeError, NotFound, TryLater
 from daemon.job import FINAL_STATES, Job, Priority
-from daemon.status import read_status
+from daemon.observability.status import read_status
 from daemon.store import JobStore
 from daemon.text import escape
 from guard.atomic import fsync_dir

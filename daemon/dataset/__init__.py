@@ -1,6 +1,6 @@
 """A dropped file's rows: what they may look like, and one pass that checks them all."""
 
-from daemon.dataset.one_pass import (
+from daemon.dataset.validate import (
     DatasetChanged,
     DatasetReport,
     RejectedDataset,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from daemon.dataset.jsonline import LineFault, kind_of, parse_object
+from daemon.dataset.strict_json import LineFault, kind_of, parse_object
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES: Mapping[str, str] = {

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from daemon.dataset.one_pass import DatasetChanged, DatasetReport, RejectedDataset, scan_dataset
 from daemon.dataset.rows import Rules
+from daemon.dataset.validate import DatasetChanged, DatasetReport, RejectedDataset, scan_dataset
 from daemon.job import Dataset
 
 PROGRESS_SECONDS = 0.5

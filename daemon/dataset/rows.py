@@ -26,8 +26,8 @@ from daemon.dataset.conversation import (
     required,
     text_of,
 )
-from daemon.dataset.jsonline import LineFault, column_of, parse_object
 from daemon.dataset.source import BOM, TooLong, open_dataset
+from daemon.dataset.strict_json import LineFault, column_of, parse_object
 
 ROW_DIGEST_BYTES = 16
 

@@ -21,10 +21,10 @@ import msgspec
 from blake3 import blake3
 
 from daemon.children import describe_exit, die_with_parent
-from daemon.dataset.jsonline import LineFault, excerpt, parse_object
+from daemon.dataset.fast_path import NOT_TAKEN, RowDecoder
 from daemon.dataset.rows import Format, Rules, describe_keys, detect_format
-from daemon.dataset.rowtypes import NOT_TAKEN, RowDecoder
 from daemon.dataset.source import BLOCK_BYTES, BOM, DatasetSource, Lines, SourceFault, TooLong, whole_lines
+from daemon.dataset.strict_json import LineFault, excerpt, parse_object
 
 LISTED_PROBLEMS = 20  # bad lines that a report shows
 LISTED_LINES = 1000  # numbers of skipped lines that a report names

@@ -12,7 +12,7 @@ def make_executor(settings: ExecutorSettings, *, gpu: GpuLock | None = None) -> 
     """The executor that the settings ask for. Only our own trainer, in our own environment, can be kept warm."""
     own = ExecutorSettings.model_fields["command"].default
     if settings.warm_start and settings.command == own:
-        from daemon.executors.warm import WarmExecutor
+        from daemon.executors.forked import WarmExecutor
 
         return WarmExecutor(settings.command, idle_seconds=settings.idle_timeout, gpu=gpu)
     return LocalExecutor(settings.command, gpu=gpu)

@@ -1,6 +1,6 @@
 """From a file that appeared to a job that waits: the watched folders, and every move of a file in them."""
 
-from daemon.inbox.places import (
+from daemon.inbox.archive import (
     DONE,
     FAILED,
     OWN_FOLDERS,

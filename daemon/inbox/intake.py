@@ -17,13 +17,13 @@ from daemon import inbox
 from daemon.config import Settings
 from daemon.errors import NotFound
 from daemon.inbox import locate, return_for_retry, settle_files
-from daemon.inbox.checking import Checking
-from daemon.inbox.drops import SHOWN, Drops, Ready
+from daemon.inbox.candidates import SHOWN, CandidateTracker, Ready
 from daemon.inbox.filing import Filing
 from daemon.inbox.repair import repair
-from daemon.inbox.settle import Look
+from daemon.inbox.settle import FileStat
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
-from daemon.inbox.watch import FolderWatch, Rings, identity_of
+from daemon.inbox.validation import Validator
+from daemon.inbox.watcher import FolderWatch, Rings, identity_of
 from daemon.job import Job, JobState, Priority, new_job_id
 from daemon.store import JobStore
 from daemon.text import escape
@@ -61,16 +61,16 @@ class IntakeView:
 class Intake:
     """The inbox of one root. One thread calls everything; other threads only ring `bell`."""
 
-    def __init__(self, settings: Settings, store: JobStore, *, bell: Rings, log: Any) -> None:
+    def __init__(self, settings: Settings, store: JobStore, *, wakeup: Rings, log: Any) -> None:
         self.settings = settings
         self._store = store
-        self._bell = bell
+        self._wakeup = wakeup
         self._log = log
         folders = inbox.folders(settings)
-        self._drops = Drops(folders, settings.inbox)
-        self._watch = FolderWatch(folders, bell, log)
+        self._drops = CandidateTracker(folders, settings.inbox)
+        self._watch = FolderWatch(folders, wakeup, log)
         self.filing = Filing(settings, store, log)
-        self._checking = Checking(settings, store, filing=self.filing, bell=bell, log=log)
+        self._checking = Validator(settings, store, filing=self.filing, wakeup=wakeup, log=log)
         self._told: set[tuple[Priority, str, str]] = set()
         self._next_rescan = 0.0
         self._scanned_at = float("-inf")
@@ -273,7 +273,7 @@ class Intake:
         job = self._store.add(job)
         try:
             target = inbox.claim_file(self.settings, job, ready.path, ready.sidecar)
-            taken = Look.of(target.lstat())
+            taken = FileStat.of(target.lstat())
         except OSError as error:
             self._undo_claim(ready, job, error, now)
             return None
@@ -357,7 +357,7 @@ def _device(folder: Path) -> int | None:
     return identity[0] if identity else None
 
 
-def _same_file(before: Look, after: Look) -> bool:
+def _same_file(before: FileStat, after: FileStat) -> bool:
     """The rename itself moves the ctime, and nothing else."""
     return (before.device, before.inode, before.size_bytes, before.mtime_ns, before.mode) == (
         after.device,

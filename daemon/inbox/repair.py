@@ -33,7 +33,7 @@ from daemon.job import (
     run_dir,
     utc_now,
 )
-from daemon.news import sealed_step
+from daemon.run_dir import sealed_step
 from daemon.store import JobStore
 from daemon.text import escape
 

@@ -12,7 +12,7 @@ from enum import Enum, auto
 
 from daemon.config import InboxSettings
 from daemon.dataset.source import kind_of_mode
-from daemon.inbox.watch import Note
+from daemon.inbox.watcher import Note
 from daemon.job import Priority
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -47,7 +47,7 @@ def sidecar_name(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class FileStat:
     """A file at one moment, from lstat. Two equal looks: nothing changed in between."""
 
     device: int
@@ -58,7 +58,7 @@ class Look:
     mode: int
 
     @classmethod
-    def of(cls, found: object) -> Look:
+    def of(cls, found: object) -> FileStat:
         """From an os.stat_result."""
         return cls(
             found.st_dev,  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ class Candidate:
     name: str
     first_seen: float
     since: str  # the same moment, for people
-    look: Look | None = None
+    look: FileStat | None = None
     unchanged_since: float = 0.0
     heard_at: float | None = None  # of the latest event
     closes: int = 0  # events of this inode
@@ -101,7 +101,7 @@ class Candidate:
     def __post_init__(self) -> None:
         self.key = (self.priority, self.name)
 
-    def see(self, look: Look, now: float) -> None:
+    def see(self, look: FileStat, now: float) -> None:
         """Take in a look; whatever changed starts the clock again."""
         if look == self.look:
             return
@@ -120,7 +120,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Waits:
+class Wait:
     """Not yet: why, and how many seconds until it may be different."""
 
     reason: str
@@ -128,32 +128,32 @@ class Waits:
 
 
 @dataclass(frozen=True)
-class MayBeTaken:
+class Settled:
     """It stayed the same for long enough. `whole_only`: it must also end in a newline and be nobody's to write."""
 
     reason: str
     whole_only: bool
 
 
-def decide(candidate: Candidate, now: float, settings: InboxSettings) -> Waits | MayBeTaken:
+def decide(candidate: Candidate, now: float, settings: InboxSettings) -> Wait | Settled:
     """Whether the file has been still for long enough, by what was seen so far."""
     look = candidate.look
     if look is None:
-        return Waits("not looked at yet", 0.0)
+        return Wait("not looked at yet", 0.0)
     still = now - candidate.unchanged_since
     if still >= settings.settle_seconds and not (look.size_bytes == 0 and still < 2 * settings.settle_seconds):
-        return MayBeTaken(f"unchanged for {still:.1f} s", whole_only=False)
+        return Settled(f"unchanged for {still:.1f} s", whole_only=False)
     until_settled = settings.settle_seconds - still
     reason = f"settling: it changed {still:.1f} s ago"
     if look.size_bytes == 0:
-        return Waits("settling: it is empty", max(0.0, until_settled + settings.settle_seconds))
+        return Wait("settling: it is empty", max(0.0, until_settled + settings.settle_seconds))
     if _may_be_quick(candidate, settings):
         quiet = now - max(candidate.unchanged_since, candidate.heard_at or now)
         if quiet >= settings.quiet_seconds:
             how = "renamed in" if candidate.renamed_in else "closed by its writer"
-            return MayBeTaken(f"{how}, and whole", whole_only=True)
-        return Waits(reason, min(until_settled, settings.quiet_seconds - quiet))
-    return Waits(reason, until_settled)
+            return Settled(f"{how}, and whole", whole_only=True)
+        return Wait(reason, min(until_settled, settings.quiet_seconds - quiet))
+    return Wait(reason, until_settled)
 
 
 def _may_be_quick(candidate: Candidate, settings: InboxSettings) -> bool:

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from daemon.trainer.imports import import_peft
-from daemon.trainer.session import Engine, conduct, end
+from daemon.trainer.attempt import Engine, conduct, end
+from daemon.trainer.bootstrap import import_peft
 
 
 def settle_environment() -> None:
@@ -35,7 +35,7 @@ def run_here(run_dir: Path) -> int:
 
 def _load_several() -> Engine:
     settle_environment()
-    from daemon.trainer.several import run_several
+    from daemon.trainer.launcher import run_several
 
     return run_several
 

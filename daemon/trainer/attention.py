@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from daemon.trainer.data import Example, flatten
+from daemon.trainer.collate import Example, flatten
 
 PACKED = "dropforge_packed"
 PROBE_TOKENS = 24

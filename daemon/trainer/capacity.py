@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from daemon.job import FailureKind
-from daemon.trainer.base import BaseModel
-from daemon.trainer.data import Examples
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.base_model import BaseModel
+from daemon.trainer.collate import Examples
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.model import architecture, readable
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from daemon.job import FailureKind
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.errors import RunFailure
 
 Message = dict[str, Any]
 Span = tuple[int, int]  # characters, end exclusive

@@ -26,8 +26,8 @@ from daemon.dataset.rows import Row
 from daemon.job import FailureKind
 from daemon.recipe import DataSettings
 from daemon.trainer.chat import ChatTemplate, Span, assistant_turns, common_prefix
-from daemon.trainer.control import ControlTokens
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.errors import RunFailure
+from daemon.trainer.special_tokens import ControlTokens
 
 ROWS_AT_ONCE = 128  # more make tokenising no faster
 

@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from daemon.job import FailureKind, Plan
-from daemon.trainer import together
+from daemon.trainer import distributed
+from daemon.trainer.attempt import StopFlag
 from daemon.trainer.attention import computing
 from daemon.trainer.batches import StepBatches
-from daemon.trainer.data import IGNORE, Collator, Example
-from daemon.trainer.failure import RunFailure
-from daemon.trainer.objective import Objective
-from daemon.trainer.report import Reporter
-from daemon.trainer.session import StopFlag
+from daemon.trainer.collate import IGNORE, Collator, Example
+from daemon.trainer.errors import RunFailure
+from daemon.trainer.loss import Objective
+from daemon.trainer.report import RunWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         tokenizer: Any,
         grouped: bool,
         checkpoint_when_full: bool = False,
-        report: Reporter | None = None,
+        report: RunWriter | None = None,
     ) -> None:
         lengths = [len(example.input_ids) for example in examples]
         self.batches = StepBatches(
@@ -116,7 +116,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
                     losses.append(super().training_step(model, one, trained_tokens))
             return torch.stack(losses).sum()
         except torch.OutOfMemoryError:
-            if together.processes() > 1:
+            if distributed.processes() > 1:
                 raise  # the others are in the middle of exchanging gradients
         # Behind the except block: its traceback would keep the pass's tensors alive.
         model.zero_grad()
@@ -157,7 +157,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         """
         loss = self._objective.loss(model, inputs, over=num_items_in_batch, takes_count=self.model_accepts_loss_kwargs)
         self.loss_is_scaled_for_ga = True
-        return loss * together.processes()
+        return loss * distributed.processes()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """A pass on the device, without waiting for what the device is computing: from pinned memory."""
@@ -210,9 +210,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
                 ready.synchronize()
                 self.waited_seconds += time.perf_counter() - began
             loss, norm, stop = numbers.tolist()
-            loss, stop = together.total([loss, stop])
+            loss, stop = distributed.total([loss, stop])
             found.append(
-                Step(number=number, loss=loss / together.processes(), grad_norm=norm, tokens=tokens, stop=stop > 0)
+                Step(number=number, loss=loss / distributed.processes(), grad_norm=norm, tokens=tokens, stop=stop > 0)
             )
         return found
 
@@ -249,14 +249,14 @@ def held_out_loss(
     total, tokens = 0.0, 0
     with computing(model) as device, torch.inference_mode():
         for one in collator.passes(examples):
-            if stop.requested and together.processes() == 1:
+            if stop.requested and distributed.processes() == 1:
                 break
             count = int((one["labels"][..., 1:] != IGNORE).sum())
             if count:
                 batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in one.items()}
                 total += float(objective.loss(model, batch, over=1))
             tokens += count
-    total, tokens_of_all = together.total([total, float(tokens)])
+    total, tokens_of_all = distributed.total([total, float(tokens)])
     if not tokens_of_all or stop.requested:
         return None
     if not math.isfinite(total):

@@ -15,8 +15,8 @@ import torch
 
 from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
-from daemon.trainer.base import resolve_base
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.base_model import resolve_base
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.model import ADAPTER_CONFIG, load_adapter, load_network, load_tokenizer, saved_config
 from guard.atomic import fsync_tree, rename_durable
 

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from daemon.job import FailureKind
 from daemon.recipe import LoraSettings, ModelSettings
-from daemon.trainer.base import BaseModel
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.base_model import BaseModel
+from daemon.trainer.errors import RunFailure
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of a saved configuration: what it was called and where it came from, which decides nothing here.

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from daemon.job import Progress, RunResult, to_json, utc_now
-from daemon.news import EVENTS_NAME, PROGRESS_NAME, RESULT_NAME
+from daemon.run_dir import EVENTS_NAME, PROGRESS_NAME, RESULT_NAME
 from guard.atomic import write_atomic
 
 PROGRESS_SECONDS = 0.2  # a step of the tiny model takes 10 ms; nobody reads faster than this
 
 
-class Reporter:
+class RunWriter:
     """Writes into one run directory. Progress is replaced without fsync: after a crash it is of no use anyway."""
 
     def __init__(self, run_dir: Path, *, result_dir: Path | None = None) -> None:

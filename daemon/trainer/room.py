@@ -14,7 +14,7 @@ from pathlib import Path
 
 from daemon.errors import is_no_space
 from daemon.job import FailureKind
-from daemon.trainer.failure import Interrupted, RunFailure
+from daemon.trainer.errors import Interrupted, RunFailure
 from guard import WeightsNotFinite
 
 # A run whose disk has no room for so little cannot go on, whatever its error was.

@@ -24,11 +24,11 @@ from daemon.dataset.rows import Row
 from daemon.executors.local import oom_kills
 from daemon.job import FailureKind
 from daemon.recipe import DataSettings
+from daemon.trainer.attempt import die_with_parent
 from daemon.trainer.chat import Span
-from daemon.trainer.data import Example, Examples
+from daemon.trainer.collate import Example, Examples
 from daemon.trainer.encode import Encoder, Item, chunks, trained_tokens, truncate
-from daemon.trainer.failure import RunFailure
-from daemon.trainer.session import die_with_parent
+from daemon.trainer.errors import RunFailure
 
 CHUNKS_AHEAD = 4  # for each process
 # Below this many rows, starting processes costs more than they save.

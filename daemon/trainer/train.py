@@ -24,15 +24,17 @@ from daemon.dataset.rows import Format, RowReader
 from daemon.fingerprint import fingerprint_run, minor_version
 from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec, claimed_on
 from daemon.recipe import Recipe
-from daemon.trainer import together
-from daemon.trainer.account import arithmetic, timing, warnings_of
+from daemon.trainer import distributed
+from daemon.trainer.attempt import StopFlag, check_unchanged
 from daemon.trainer.attention import use_packed
-from daemon.trainer.base import BaseModel, offline, resolve_base
+from daemon.trainer.base_model import BaseModel, offline, resolve_base
+from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.capacity import capacity_of, padding_token, refuse_what_does_not_fit
 from daemon.trainer.card import model_card
-from daemon.trainer.data import PASS_TOKENS, Collator, Example, Examples, plan
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.collate import PASS_TOKENS, Collator, Example, Examples, plan
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.loop import RunTrainer, enable_gradient_checkpointing, held_out_loss
+from daemon.trainer.loss import Objective
 from daemon.trainer.model import (
     adapter_tensors,
     all_finite,
@@ -43,13 +45,11 @@ from daemon.trainer.model import (
     lora_config,
     precision_of,
 )
-from daemon.trainer.objective import Objective
-from daemon.trainer.report import Reporter
+from daemon.trainer.report import RunWriter
 from daemon.trainer.room import full_disk_is_told
-from daemon.trainer.session import StopFlag, check_unchanged
+from daemon.trainer.summary import arithmetic, timing, warnings_of
 from daemon.trainer.tensorboard import ScalarWriter
 from daemon.trainer.tokenise import digest_tokens, tokenise, worker_processes
-from daemon.trainer.watch import LossWatch
 
 # What a resume relies on: checkpoints loaded by weights alone, and the Trainer whose silences we know.
 OLDEST = {"torch": (2, 10), "transformers": (5, 0)}
@@ -57,7 +57,7 @@ OLDEST = {"torch": (2, 10), "transformers": (5, 0)}
 COMPILE_LEAST_STEPS = 1000  # below, compiling takes longer than it saves
 
 
-def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
+def train(spec: RunSpec, report: RunWriter, stop: StopFlag) -> RunResult:
     """Run `spec`; returns a result that succeeded or was interrupted.
 
     Raises RunFailure with its kind for everything that went wrong, Interrupted when asked to stop before training.
@@ -66,7 +66,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     recipe = Recipe.model_validate(spec.recipe)
     model_dir = Path(spec.model_dir)
     key = guard.load_key(Path(spec.key_file)) if spec.key_file else None
-    first = together.process() == 0
+    first = distributed.process() == 0
 
     # 1. Rows become tokens, in forks of this process, so before CUDA starts; the arithmetic is known before the first step.
     report.progress(phase="preparing")
@@ -78,7 +78,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     reader = RowReader(Path(spec.dataset.path), Format(spec.dataset.format), recipe.data)
     # A process that has started CUDA, as some package may have when it was imported, cannot be forked.
     most = 1 if torch.cuda.is_initialized() else worker_processes(spec.dataset.rows)
-    workers = max(1, most // together.processes())
+    workers = max(1, most // distributed.processes())
     examples = tokenise(
         reader.lines(), tokenizer, recipe.data, read=reader.row, processes=workers, day=claimed_on(spec.job_id)
     )
@@ -90,13 +90,13 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
     tokenised = time.monotonic()
     stop.check()
 
-    together.join()
+    distributed.join()
     lock = guard.ModelLock(model_dir, owner=f"job {spec.job_id}") if first else nullcontext()
     with lock, offline(), ExitStack() as stack:
         # 2. Whose checkpoints are these?
         parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
         precision = precision_of(recipe.model)
-        prepared = together.from_first(
+        prepared = distributed.from_first(
             prepare(
                 spec,
                 recipe,
@@ -149,7 +149,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             report=report,
         )
         scalars = ScalarWriter(Path(spec.run_dir) / "tensorboard") if first else None
-        watch = LossWatch(report=report, stop=stop, plan=planned, trainer=trainer, scalars=scalars)
+        watch = MonitorCallback(report=report, stop=stop, plan=planned, trainer=trainer, scalars=scalars)
         trainer.add_callback(watch)
         trainer.add_callback(
             guard.SealCallback(prepared, keep=recipe.training.save_total_limit, key=key, on_sealed=watch.sealed)
@@ -196,7 +196,7 @@ def train(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
             trained_share=planned.trained_tokens / planned.tokens,
             spikes=tuple(step for step, _, _ in watch.spikes),
         )
-        if steps_run < planned.total_steps and together.total([float(stop.requested)])[0]:
+        if steps_run < planned.total_steps and distributed.total([float(stop.requested)])[0]:
             wall = time.monotonic() - started
             return replace(
                 result, outcome=Outcome.INTERRUPTED, message=f"stopped at step {steps_run}", wall_seconds=wall
@@ -240,7 +240,7 @@ def prepare(
     parent: versions.Version | None,
     precision: str,
     key: bytes | None,
-    report: Reporter,
+    report: RunWriter,
 ) -> guard.PreparedRun:
     """Ask the guard, let it clear and stamp; under the model directory's lock."""
     fingerprint = fingerprint_run(
@@ -313,8 +313,8 @@ def collator_for(model: Any, recipe: Recipe, examples: Examples, pad_token_id: i
         budget_tokens=recipe.training.per_device_train_batch_size * recipe.data.max_length,
         flat=device == "cuda" and use_packed(model, examples.train),
         pass_tokens=PASS_TOKENS.get(device, PASS_TOKENS["cuda"]),
-        process=together.process(),
-        processes=together.processes(),
+        process=distributed.process(),
+        processes=distributed.processes(),
     )
 
 

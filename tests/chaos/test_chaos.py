@@ -18,7 +18,7 @@ import pytest
 from blake3 import blake3
 
 import guard
-from daemon import people
+from daemon import control
 from daemon.errors import DropforgeError
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.store import JobStore
@@ -71,16 +71,16 @@ class Chaos:
             jobs = store.jobs(limit=20, newest=True)
             match self.dice.randrange(6):
                 case 0:
-                    people.pause(store, after_job=self.dice.random() < 0.5)
+                    control.pause(store, after_job=self.dice.random() < 0.5)
                 case 1 | 2:
-                    people.resume(store)
+                    control.resume(store)
                 case 3 if jobs:
-                    people.retry(settings, store, self.dice.choice(jobs))
+                    control.retry(settings, store, self.dice.choice(jobs))
                 case 4 if jobs:
-                    people.move(store, self.dice.choice(jobs), first=True, priority=None)
+                    control.move(store, self.dice.choice(jobs), first=True, priority=None)
                 case 5 if jobs and self.dice.random() < 0.3:
                     job = self.dice.choice(jobs)
-                    people.cancel(settings, store, job, hand_back=False)
+                    control.cancel(settings, store, job, hand_back=False)
                     self.cancelled.add(job.id)
 
     def kill(self) -> None:
@@ -102,7 +102,7 @@ class Chaos:
     def check(self) -> None:
         """Let everything come to its end, then look at all of it."""
         with closing(JobStore(self.root.settings.store_path)) as store:
-            people.resume(store)
+            control.resume(store)
         inbox = self.root.settings.inbox_dir
 
         def quiet() -> bool:

@@ -33,7 +33,7 @@ def settings_of(root: Path) -> Settings:
 def take(root: str) -> None:
     """The daemon's part: start, claim, pass, and settle what is refused."""
     opened = Root(Path(root), inbox=QUICK)
-    opened.bell = threading.Event()
+    opened.wakeup = threading.Event()
     opened.open()
     opened.pump(lambda: len(opened.jobs(*ENDS)) == 1)
     opened.close()

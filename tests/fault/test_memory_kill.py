@@ -17,7 +17,7 @@ import torch
 from daemon.executors.base import Exit
 from daemon.executors.local import IDENTITY_NAME, LocalExecutor
 from daemon.job import FailureKind, RunSpec
-from daemon.trainer.session import _classify
+from daemon.trainer.attempt import _classify
 from tests.support.inprocess import events, rows, specify
 from tests.support.root import environment, wait_until
 

@@ -13,14 +13,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from daemon.executors.warm import WarmExecutor
+from daemon.executors.forked import WarmExecutor
 from daemon.job import FailureKind, Outcome
 from daemon.trainer import loop
 from daemon.trainer.attention import PACKED, use_packed
-from daemon.trainer.data import Collator, Example, flatten, pad
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.collate import Collator, Example, flatten, pad
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.loop import held_out_loss
-from daemon.trainer.objective import Objective
+from daemon.trainer.loss import Objective
 from tests.support.inprocess import Wish, events, rows, specify, train
 from tests.support.root import wait_until
 

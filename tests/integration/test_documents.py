@@ -17,7 +17,7 @@ import typer.main
 
 from daemon import config
 from daemon.cli import app
-from daemon.status import read_status
+from daemon.observability.status import read_status
 from tests.support.documents import OPERATIONS, README, blocks, commands_of
 from tests.support.root import REPOSITORY, Root, environment, wait_until
 

@@ -13,7 +13,7 @@ import pytest
 
 from daemon import inbox
 from daemon.dataset import DatasetChanged, verify_dataset
-from daemon.inbox import passes
+from daemon.inbox import validation_pool
 from daemon.job import JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 from tests.support.root import wait_until
@@ -84,14 +84,14 @@ def test_a_file_that_kills_its_reader_is_refused_and_the_next_one_passes(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Typed, reported, and no business of any other file."""
-    real = passes._Child.ask
+    real = validation_pool._Child.ask
 
-    def ask(self: passes._Child, asked: passes._Asked) -> None:
+    def ask(self: validation_pool._Child, asked: validation_pool._Asked) -> None:
         real(self, asked)
         if asked.request.path.endswith("killer.jsonl"):
             os.kill(self.process.pid, signal.SIGSEGV)
 
-    monkeypatch.setattr(passes._Child, "ask", ask)
+    monkeypatch.setattr(validation_pool._Child, "ask", ask)
     root.drop("killer.jsonl", ROW * 400_000)
     root.drop("fine.jsonl")
     (rejected,) = root.wait_for(1, JobState.REJECTED)
@@ -149,22 +149,22 @@ def test_a_file_that_changes_under_its_pass_is_shown_and_passed_again(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stays claimed, and says why."""
-    from daemon.inbox import checking
+    from daemon.inbox import validation
 
-    monkeypatch.setattr(checking, "FIRST_PAUSE_SECONDS", 0.3)
-    real = checking.Passes.collect
+    monkeypatch.setattr(validation, "FIRST_PAUSE_SECONDS", 0.3)
+    real = validation.ValidationPool.collect
     first = True
 
-    def collect(self: checking.Passes):
+    def collect(self: validation.ValidationPool):
         nonlocal first
         for reply in real(self):
             if first and reply.kind == "passed":
                 first = False
-                yield checking.Reply(job_id=reply.job_id, kind="changed", message="it is still being written")
+                yield validation.Reply(job_id=reply.job_id, kind="changed", message="it is still being written")
             else:
                 yield reply
 
-    monkeypatch.setattr(checking.Passes, "collect", collect)
+    monkeypatch.setattr(validation.ValidationPool, "collect", collect)
     root.drop("x.jsonl")
     root.pump(lambda: any("still being written" in item.reason for item in root.intake.view().waiting))
     assert root.jobs(JobState.CLAIMED)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.inbox import drops, return_for_retry
+from daemon.inbox import candidates, return_for_retry
 from daemon.job import TRANSITIONS, JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 
@@ -116,7 +116,7 @@ def test_an_orphan_is_reported_and_still_serves_its_file_when_that_comes(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, after a while."""
-    monkeypatch.setattr(drops, "ORPHAN_SECONDS", 0.3)
+    monkeypatch.setattr(candidates, "ORPHAN_SECONDS", 0.3)
     root.drop("x.job.toml", GOOD)
     root.pump(lambda: root.log.events("file.left_alone"))
     assert root.intake.view().left_alone[0].name == "x.job.toml"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from daemon.config import InboxSettings
-from daemon.inbox import drops, watch
+from daemon.inbox import candidates, watcher
 from daemon.job import JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 
@@ -109,10 +109,10 @@ def test_a_bell_that_fails_does_not_end_watching(tmp_path: Path) -> None:
 
     with Root(tmp_path, inbox=SLOW_RESCAN) as root:
         root.tick()
-        root.intake._watch._bell = Broken()
+        root.intake._watch._wakeup = Broken()
         root.drop("x.jsonl")
         root.pump(lambda: Broken.rings)
-        root.intake._watch._bell = root.bell
+        root.intake._watch._wakeup = root.wakeup
         root.drop("y.jsonl", ROW * 2)
         root.wait_for(2)
 
@@ -179,9 +179,9 @@ def test_when_rebuilding_does_not_help_the_inbox_is_polled_and_says_so(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And watching is tried again later."""
-    monkeypatch.setattr(watch, "RETRY_WATCH_SECONDS", 1.0)
+    monkeypatch.setattr(watcher, "RETRY_WATCH_SECONDS", 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(watch.FolderWatch, "hear", lambda *_: None)
+        patch.setattr(watcher.FolderWatch, "hear", lambda *_: None)
         root.pump(lambda: root.intake.view().watch_mode.startswith("polling"))
         assert any("polled: events stopped arriving" in line for line in root.intake.view().warnings)
         root.drop("x.jsonl")
@@ -228,7 +228,7 @@ def test_without_inotify_watches_the_inbox_is_polled(tmp_path: Path, monkeypatch
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "inotify watch limit reached")
 
-    monkeypatch.setattr(watch.InotifyFD, "add_callback", refuse)
+    monkeypatch.setattr(watcher.InotifyFD, "add_callback", refuse)
     before = threading.active_count()
     with Root(tmp_path) as root:
         assert root.intake.view().watch_mode == "polling (inotify watch limit reached)"
@@ -242,7 +242,7 @@ def test_without_inotify_watches_the_inbox_is_polled(tmp_path: Path, monkeypatch
 
 def test_a_remote_file_system_is_polled_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changes by other machines raise no events here; `watch_mode` names the type."""
-    monkeypatch.setattr(watch, "remote_type", lambda _: "nfs4")
+    monkeypatch.setattr(watcher, "remote_type", lambda _: "nfs4")
     with Root(tmp_path) as root:
         assert root.intake.view().watch_mode == "polling (nfs4 sends no events of other machines)"
         root.drop("x.jsonl")
@@ -270,20 +270,24 @@ def test_the_file_systems_type_is_read_from_the_mount_of_its_device(tmp_path: Pa
     """By device number: paths in the mount table may be of another name space."""
     device = tmp_path.stat().st_dev
     text = MOUNTS.format(root="0:1", device=f"{os.major(device)}:{os.minor(device)}", path=tmp_path, kind=kind)
-    assert watch.remote_type(tmp_path, read_mounts=lambda: text) == expected
+    assert watcher.remote_type(tmp_path, read_mounts=lambda: text) == expected
 
 
 def test_the_inbox_is_not_listed_while_nothing_moves(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that was listed since its times last moved costs one stat a rescan, however full it is."""
-    monkeypatch.setattr(drops, "FULL_SCAN_SECONDS", 3600.0)
-    monkeypatch.setattr(drops, "COARSEST_CLOCK_SECONDS", 0.5)
+    monkeypatch.setattr(candidates, "FULL_SCAN_SECONDS", 3600.0)
+    monkeypatch.setattr(candidates, "COARSEST_CLOCK_SECONDS", 0.5)
     listed = []
-    real = drops.Drops._list
-    monkeypatch.setattr(drops.Drops, "_list", lambda self, *rest: (listed.append(rest[0]), real(self, *rest)))
-    rounds = []
-    scan = drops.Drops.scan
+    real = candidates.CandidateTracker._list
     monkeypatch.setattr(
-        drops.Drops, "scan", lambda self, now, *, full: (rounds.append(full), scan(self, now, full=full))
+        candidates.CandidateTracker, "_list", lambda self, *rest: (listed.append(rest[0]), real(self, *rest))
+    )
+    rounds = []
+    scan = candidates.CandidateTracker.scan
+    monkeypatch.setattr(
+        candidates.CandidateTracker,
+        "scan",
+        lambda self, now, *, full: (rounds.append(full), scan(self, now, full=full)),
     )
     root.pump(lambda: len(rounds) >= 4)
     listed.clear()
@@ -306,7 +310,7 @@ class Coarse(type(Path())):  # type: ignore[misc]
 def test_names_that_come_within_one_tick_of_a_coarse_clock_are_all_found(tmp_path: Path) -> None:
     """Only the first of them moves the folder's times."""
     folder = Coarse(tmp_path)
-    found = drops.Drops({Priority.NORMAL: folder}, InboxSettings())
+    found = candidates.CandidateTracker({Priority.NORMAL: folder}, InboxSettings())
     for now in (quarter / 4 for quarter in range(40)):
         if now in (2.0, 2.75, 3.75):
             (tmp_path / f"{now}.jsonl").write_text(ROW)

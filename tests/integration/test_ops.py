@@ -21,8 +21,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from daemon.events import EVENTS
 from daemon.job import JobState
+from daemon.observability.events import EVENTS
 from daemon.versions import current_version
 from tests.support.root import DROPFORGE, REPOSITORY, Root, environment, wait_until
 from tests.support.sound import assert_sound

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from daemon.job import FailureKind, Outcome
 from daemon.recipe import LoraSettings, ModelSettings
 from daemon.trainer.attention import use_packed
-from daemon.trainer.base import resolve_base
-from daemon.trainer.data import Example, flatten
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.base_model import resolve_base
+from daemon.trainer.collate import Example, flatten
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.merge import merge
 from daemon.trainer.model import attention_of, load_model
 from daemon.versions import promote

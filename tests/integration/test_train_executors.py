@@ -16,11 +16,11 @@ import pytest
 from daemon.config import ExecutorSettings
 from daemon.executors import make_executor
 from daemon.executors.base import Exit
+from daemon.executors.forked import WarmExecutor
 from daemon.executors.local import IDENTITY_NAME, LocalExecutor, oom_kills
-from daemon.executors.warm import WarmExecutor
 from daemon.job import RUN_SPEC_VERSION, Dataset, RunSpec, from_json
 from daemon.processes import ProcessIdentity, identify
-from daemon.trainer.warm import QUIET
+from daemon.trainer.fork_server import QUIET
 from tests.support.root import wait_until
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -219,7 +219,7 @@ def test_an_idle_server_ends_by_itself(warm: Callable[..., WarmExecutor], tmp_pa
 def test_a_server_of_other_settings_or_versions_is_replaced(
     warm: Callable[..., WarmExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from daemon.executors import warm as module
+    from daemon.executors import forked as module
 
     executor = warm()
     pid = server_pid(executor)
@@ -235,7 +235,7 @@ def test_a_package_upgraded_on_the_disk_replaces_the_server(
     warm: Callable[..., WarmExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has imported is of yesterday; also a reinstallation of the same version counts."""
-    from daemon.executors import warm as module
+    from daemon.executors import forked as module
 
     def install(version: str) -> None:
         for old in tmp_path.glob("peft-*"):
@@ -285,7 +285,7 @@ def test_where_nothing_can_be_forked_no_server_is_started_again_and_again(
 def test_a_process_with_threads_or_cuda_is_never_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    from daemon.trainer.warm import unfit
+    from daemon.trainer.fork_server import unfit
 
     release = threading.Event()
     thread = threading.Thread(target=release.wait)
@@ -345,7 +345,7 @@ def test_a_fork_that_cannot_start_cuda_begins_anew(monkeypatch: pytest.MonkeyPat
     """In the same process, which the daemon knows by its pid."""
     import torch
 
-    from daemon.trainer.warm import run_forked
+    from daemon.trainer.fork_server import run_forked
 
     class Replaced(Exception):
         pass

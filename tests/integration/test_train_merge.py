@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from daemon.recipe import ModelSettings
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.merge import merge
 from daemon.versions import promote
 from tests.support.inprocess import rows, specify, train

@@ -19,14 +19,14 @@ from daemon.dataset.rows import iter_rows
 from daemon.job import FailureKind, Outcome
 from daemon.trainer import loop
 from daemon.trainer.attention import PACKED, use_packed
-from daemon.trainer.data import Collator, Example, Examples, flatten, pad, plan, with_targets
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.callbacks import is_spike
+from daemon.trainer.collate import Collator, Example, Examples, flatten, pad, plan, with_targets
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.loop import held_out_loss
-from daemon.trainer.objective import Objective
+from daemon.trainer.loss import Objective
 from daemon.trainer.tensorboard import ScalarWriter, crc32c
 from daemon.trainer.tokenise import tokenise
 from daemon.trainer.train import training_arguments
-from daemon.trainer.watch import is_spike
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 from tests.support.tokens import itself
 

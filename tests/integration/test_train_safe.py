@@ -18,11 +18,11 @@ from daemon.errors import ConfigError
 from daemon.job import FailureKind, Outcome
 from daemon.recipe import LoraSettings, ModelSettings, Recipe
 from daemon.trainer import train as train_module
-from daemon.trainer.base import BaseModel, resolve_base
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.base_model import BaseModel, resolve_base
+from daemon.trainer.callbacks import MonitorCallback
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.merge import merge
 from daemon.trainer.model import load_model, load_tokenizer, lora_config
-from daemon.trainer.watch import LossWatch
 from daemon.versions import promote
 from tests.support.inprocess import Wish, rows, specify, train
 from tests.support.root import environment
@@ -95,7 +95,7 @@ def test_pickles_in_a_checkpoint_are_never_run(
 ) -> None:
     """Changed ones fail the seal and the run starts again; sealed ones, by somebody with our rights, load as weights only."""
     prepared: list[guard.PreparedRun] = []
-    prepare, ended = train_module.prepare, LossWatch.on_step_end
+    prepare, ended = train_module.prepare, MonitorCallback.on_step_end
 
     def noting(*args: Any, **options: Any) -> guard.PreparedRun:
         prepared.append(prepare(*args, **options))
@@ -108,12 +108,12 @@ def test_pickles_in_a_checkpoint_are_never_run(
         ended(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(train_module, "prepare", noting)
-    monkeypatch.setattr(LossWatch, "on_step_end", stopping)
+    monkeypatch.setattr(MonitorCallback, "on_step_end", stopping)
     spec = specify(tmp_path / "run", rows(40), tiny_base, {"data": {"held_out_fraction": 0.0}})
     checkpoint = tmp_path / "run" / "model" / "checkpoint-2"
     trap = pickle.dumps(Trap(tmp_path / "trace"))
     train(spec, wish)
-    monkeypatch.setattr(LossWatch, "on_step_end", ended)
+    monkeypatch.setattr(MonitorCallback, "on_step_end", ended)
     for name in ("optimizer.pt", "scheduler.pt", "training_args.bin"):
         (checkpoint / name).write_bytes(trap)
     guard.seal_checkpoint(checkpoint, step=2, fingerprint=prepared[0].fingerprint)

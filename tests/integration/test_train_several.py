@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json, to_json
 from daemon.recipe import Recipe
-from daemon.trainer import several
-from daemon.trainer.failure import RunFailure
-from daemon.trainer.report import Reporter
+from daemon.trainer import launcher
+from daemon.trainer.callbacks import MonitorCallback
+from daemon.trainer.errors import RunFailure
+from daemon.trainer.report import RunWriter
 from daemon.trainer.torchrun import KILLED, exit_code
-from daemon.trainer.watch import LossWatch
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 from tests.support.root import environment
 
@@ -92,13 +92,13 @@ def test_two_processes_take_over_a_run_of_one_and_end_where_it_would_have(
     expected = whole
 
     wish = Wish()
-    ended = LossWatch.on_step_end
+    ended = MonitorCallback.on_step_end
 
     def stopping(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wish.requested = state.global_step >= 3
         ended(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(LossWatch, "on_step_end", stopping)
+    monkeypatch.setattr(MonitorCallback, "on_step_end", stopping)
     spec = specify(tmp_path / "shared", content, tiny_base, ONE)
     begun = train(spec, wish)
     assert (begun.outcome, begun.steps_run) == (Outcome.INTERRUPTED, 3)
@@ -145,7 +145,7 @@ def test_a_killed_process_ends_the_run_by_what_killed_it(
 ) -> None:
     """The kernel's own count of kills for want of memory tells one from the other."""
     kills = iter((7, 8 if starved else 7))
-    monkeypatch.setattr(several, "oom_kills", lambda: next(kills))
+    monkeypatch.setattr(launcher, "oom_kills", lambda: next(kills))
 
     class Killer(Wish):
         """Asked again and again while the processes run; kills the second as soon as they train together."""
@@ -164,7 +164,7 @@ def test_a_killed_process_ends_the_run_by_what_killed_it(
     spec = specify(tmp_path, rows(60), tiny_base, {"training": {**TWO["training"], "num_train_epochs": 50}})
     Path(spec.run_dir, "run.json").write_text(to_json(spec))
     with pytest.raises(RunFailure) as caught:
-        several.run_several(spec, Reporter(Path(spec.run_dir)), Killer())  # type: ignore[arg-type]
+        launcher.run_several(spec, RunWriter(Path(spec.run_dir)), Killer())  # type: ignore[arg-type]
     assert caught.value.kind is (FailureKind.OUT_OF_MEMORY if starved else FailureKind.LOST)
 
 
@@ -183,7 +183,7 @@ raise SystemExit({code})
     )
     torchrun.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(torchrun))
-    return several.run_several(spec, Reporter(Path(spec.run_dir)), Wish())
+    return launcher.run_several(spec, RunWriter(Path(spec.run_dir)), Wish())
 
 
 def test_a_process_that_dies_after_its_last_word_has_done_its_share(

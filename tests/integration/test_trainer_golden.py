@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from daemon.dataset.rows import iter_rows
 from daemon.recipe import ColumnSettings, DataSettings
-from daemon.trainer.data import IGNORE
+from daemon.trainer.collate import IGNORE
 from tests.support.tokens import encode_cut
 
 DATA = Path(__file__).parents[1] / "data" / "trainer"

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from daemon.dataset.rows import Row, iter_rows
 from daemon.job import FailureKind
 from daemon.recipe import ColumnSettings, DataSettings
-from daemon.trainer.data import IGNORE
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.collate import IGNORE
+from daemon.trainer.errors import RunFailure
 from tests.integration.test_trainer_golden import DATA
 from tests.integration.test_trainer_golden import FILES as FORMATS
 from tests.support.tokens import encode, encode_cut, learned

@@ -33,15 +33,15 @@ from daemon.dataset.rows import iter_rows
 from daemon.fingerprint import fingerprint_run
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec
 from daemon.recipe import Recipe
-from daemon.trainer.failure import RunFailure
-from daemon.trainer.report import Reporter
-from daemon.trainer.session import StopFlag, check_unchanged, conduct
+from daemon.trainer.attempt import StopFlag, check_unchanged, conduct
+from daemon.trainer.errors import RunFailure
+from daemon.trainer.report import RunWriter
 
 STATE_NAME = "trainer_state.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 
-def train(spec: RunSpec, report: Reporter, stop: StopFlag, behaviour: dict[str, Any]) -> RunResult:
+def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str, Any]) -> RunResult:
     began = time.monotonic()
     recipe = Recipe.model_validate(spec.recipe)
     model_dir = Path(spec.model_dir)

@@ -41,7 +41,7 @@ class Root:
     def __init__(self, path: Path, **tables: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = Settings(root=path, **{**tables, "inbox": {**FAST, **tables.get("inbox", {})}})
-        self.bell = threading.Event()
+        self.wakeup = threading.Event()
         self.log = Record()
         self.opened = False
 
@@ -55,7 +55,7 @@ class Root:
     def open(self) -> None:
         """Start, as a new process of the daemon would."""
         self.store = JobStore(self.settings.store_path)
-        self.intake = Intake(self.settings, self.store, bell=self.bell, log=self.log)
+        self.intake = Intake(self.settings, self.store, wakeup=self.wakeup, log=self.log)
         self.intake.open()
         self.opened = True
 
@@ -72,10 +72,10 @@ class Root:
 
     def tick(self, *, accept: bool = True, wait: float = 0.2) -> None:
         """One round of the service."""
-        self.bell.clear()
+        self.wakeup.clear()
         self.intake.tick(accept=accept)
         due = self.intake.next_due_seconds()
-        self.bell.wait(min(wait, wait if due is None else due))
+        self.wakeup.wait(min(wait, wait if due is None else due))
 
     def pump(self, until: Callable[[], object], timeout: float = 10.0, *, accept: bool = True) -> None:
         """Tick until the condition holds."""

@@ -10,8 +10,8 @@ from typing import Any
 from daemon.cli.init import examples_dir
 from daemon.job import RUN_SPEC_VERSION, Dataset, RunResult, RunSpec
 from daemon.recipe import Recipe
-from daemon.trainer.failure import Interrupted
-from daemon.trainer.report import Reporter
+from daemon.trainer.errors import Interrupted
+from daemon.trainer.report import RunWriter
 from guard import digest_file
 
 QUICK: Mapping[str, Mapping[str, Any]] = {
@@ -90,7 +90,7 @@ def specify(
 def train(spec: RunSpec, wish: Wish | None = None) -> RunResult:
     from daemon.trainer.train import train as run
 
-    return run(spec, Reporter(Path(spec.run_dir)), wish or Wish())  # type: ignore[arg-type]
+    return run(spec, RunWriter(Path(spec.run_dir)), wish or Wish())  # type: ignore[arg-type]
 
 
 def events(spec: RunSpec, name: str = "") -> list[dict[str, Any]]:

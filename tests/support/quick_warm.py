@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from daemon.trainer.warm import main
+from daemon.trainer.fork_server import main
 from tests.support.scripted import act
 
 

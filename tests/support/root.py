@@ -19,8 +19,8 @@ from daemon.cli.init import render_config
 from daemon.config import Settings
 from daemon.executors.local import IDENTITY_NAME
 from daemon.job import FINAL_STATES, Job, JobState, from_json, run_dir
+from daemon.observability.status import read_status
 from daemon.processes import ProcessIdentity
-from daemon.status import read_status
 from daemon.store import JobStore
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from daemon.trainer.session import end
+from daemon.trainer.attempt import end
 
 
 class Library:

@@ -11,18 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from daemon.trainer.session import Engine, conduct
+from daemon.trainer.attempt import Engine, conduct
 
 
 def load(run_dir: Path) -> Engine:
-    from daemon.trainer import data
+    from daemon.trainer import collate
+    from daemon.trainer.callbacks import MonitorCallback
     from daemon.trainer.train import train
-    from daemon.trainer.watch import LossWatch
 
     allowed = run_dir.parents[2] / "allowed"
     lines: list[int] = []
-    collate = data.Collator.__call__
-    begin, end = LossWatch.on_train_begin, LossWatch.on_step_end
+    collate = collate.Collator.__call__
+    begin, end = MonitorCallback.on_train_begin, MonitorCallback.on_step_end
 
     def noting(self: Any, examples: Any) -> Any:
         lines.extend(example.line for example in examples)
@@ -45,10 +45,10 @@ def load(run_dir: Path) -> Engine:
             notes.write(json.dumps({"step": state.global_step, "lines": taken}) + "\n")
         end(self, args, state, control, **kwargs)
 
-    data.Collator.__call__ = noting  # type: ignore[method-assign]
-    LossWatch.on_train_begin = on_train_begin  # type: ignore[method-assign]
-    LossWatch.on_step_begin = on_step_begin  # type: ignore[method-assign]
-    LossWatch.on_step_end = on_step_end  # type: ignore[method-assign]
+    collate.Collator.__call__ = noting  # type: ignore[method-assign]
+    MonitorCallback.on_train_begin = on_train_begin  # type: ignore[method-assign]
+    MonitorCallback.on_step_begin = on_step_begin  # type: ignore[method-assign]
+    MonitorCallback.on_step_end = on_step_end  # type: ignore[method-assign]
     return train
 
 

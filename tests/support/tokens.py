@@ -6,7 +6,7 @@ from typing import Any
 
 from daemon.dataset.rows import Row
 from daemon.recipe import DataSettings
-from daemon.trainer.data import IGNORE, Example
+from daemon.trainer.collate import IGNORE, Example
 from daemon.trainer.encode import Encoder, Tokens, truncate
 
 

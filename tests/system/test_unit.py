@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon import notify
-from daemon.cli import unitfile
-from daemon.cli.unitfile import DropIn, Kind, Unit
+from daemon import sd_notify
+from daemon.cli.systemd import units
+from daemon.cli.systemd.units import DropIn, Kind, Unit
 from tests.support.root import DROPFORGE, Root, environment, wait_until
 
 
@@ -37,11 +37,11 @@ def variants() -> list[Unit]:
 def test_every_unit_is_accepted_without_a_word(tmp_path: Path, unit: Unit, drop_ins: tuple[DropIn, ...]) -> None:
     """`verify` exits 0 on unknown keys and bad values too, so its silence is what counts."""
     name = unit.name.replace("@", "@x")
-    (tmp_path / name).write_text(unitfile.render(unit))
+    (tmp_path / name).write_text(units.render(unit))
     for kind in drop_ins if unit.kind is not Kind.USER else ():
         folder = tmp_path / f"{name}.d"
         folder.mkdir(exist_ok=True)
-        (folder / f"{kind}.conf").write_text(unitfile.drop_in(kind))
+        (folder / f"{kind}.conf").write_text(units.drop_in(kind))
     mode = ["--user"] if unit.kind is Kind.USER else []
     done = subprocess.run(
         ["systemd-analyze", *mode, "--man=no", "verify", str(tmp_path / name)],
@@ -59,25 +59,25 @@ def test_a_unit_that_is_wrong_is_not_accepted_without_a_word(tmp_path: Path) -> 
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     unit = tmp_path / "dropforge.service"
-    unit.write_text(unitfile.render(Unit(kind=Kind.SYSTEM, python=Path(sys.executable))) + "[Service]\nNoSuchKey=1\n")
+    unit.write_text(units.render(Unit(kind=Kind.SYSTEM, python=Path(sys.executable))) + "[Service]\nNoSuchKey=1\n")
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     assert "NoSuchKey" in done.stderr
 
 
 def test_each_directive_that_is_left_out_has_its_reason() -> None:
-    text = unitfile.render(Unit(kind=Kind.SYSTEM))
+    text = units.render(Unit(kind=Kind.SYSTEM))
     for directive in ("MemoryDenyWriteExecute", "ProcSubset", "DynamicUser", "RootDirectory", "~@resources"):
         assert re.search(rf"^#\s+.*{directive}.*\w+", text, re.MULTILINE)
         assert not re.search(rf"^{directive}=", text, re.MULTILINE)
 
 
 def test_what_lies_outside_the_root_or_in_a_home_is_opened_and_nothing_else() -> None:
-    text = unitfile.render(Unit(kind=Kind.SYSTEM, root=Path("/srv/forge"), outside=(Path("/mnt/in box"),)))
+    text = units.render(Unit(kind=Kind.SYSTEM, root=Path("/srv/forge"), outside=(Path("/mnt/in box"),)))
     assert "ReadWritePaths=/srv/forge\n" in text
     assert 'ReadWritePaths="/mnt/in box"' in text
     assert "ProtectHome=yes" in text
     assert "StateDirectory=" not in text
-    assert "ProtectHome=read-only" in unitfile.render(Unit(kind=Kind.SYSTEM, root=Path("/home/a/forge")))
+    assert "ProtectHome=read-only" in units.render(Unit(kind=Kind.SYSTEM, root=Path("/home/a/forge")))
 
 
 def test_what_is_told_to_systemd_is_one_line_of_text_that_it_takes(
@@ -87,7 +87,7 @@ def test_what_is_told_to_systemd_is_one_line_of_text_that_it_takes(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        assert notify.notify(notify.status_line("training", "häßlich \udcff\nREADY=1" + "x" * 1000), "WATCHDOG=1")
+        assert sd_notify.notify(sd_notify.status_line("training", "häßlich \udcff\nREADY=1" + "x" * 1000), "WATCHDOG=1")
         first, second = listener.recv(65_536).decode("utf-8").split("\n")
     assert first.startswith("STATUS=training: häßlich")
     assert len(first) < 250
@@ -111,7 +111,7 @@ def test_the_watchdog_s_patience_is_read_from_the_environment(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert notify.watchdog_seconds() == expected
+    assert sd_notify.watchdog_seconds() == expected
 
 
 def test_systemd_is_told_when_it_is_ready_alive_and_stopping(make_root: Callable[..., Root], tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from daemon.cli import doctor, install, main, show, watchscreen
+from daemon.cli import dashboard, doctor, main, render
 from daemon.cli.doctor import Verdict
-from daemon.cli.unitfile import DropIn
+from daemon.cli.systemd import install
+from daemon.cli.systemd.units import DropIn
 from daemon.config import Settings
 from daemon.errors import ConfigError
 from daemon.gpu.lock import GpuLock
@@ -64,7 +65,7 @@ def test_jobs_fit_80_columns_one_line_each(names: list[str], reason: str) -> Non
         Job(id=f"20261123-041500-000{number}", name=name, state=JobState.FAILED, reason=reason, version="0001")
         for number, name in enumerate(names)
     ]
-    lines = rendered(show.jobs(found))
+    lines = rendered(render.jobs(found))
     assert all(cell_len(line) <= 80 for line in lines)
     assert [line.split()[0] for line in lines[1 : len(names) + 1]] == [job.id for job in found]
     assert all("failed" in line and line.rstrip().endswith("0001") for line in lines[1 : len(names) + 1])
@@ -103,13 +104,13 @@ SNAPSHOT: dict[str, Any] = {
 )
 def test_the_live_screen_fits_its_width(width: int, name: str, step: int, losses: list[float]) -> None:
     job = {**SNAPSHOT["job"], "dataset": name, "step": step, "losses": [[n, loss] for n, loss in enumerate(losses)]}
-    lines = rendered(watchscreen.screen({**SNAPSHOT, "job": job, "reason": name}, width), width)
+    lines = rendered(dashboard.screen({**SNAPSHOT, "job": job, "reason": name}, width), width)
     assert all(cell_len(line) <= width for line in lines)
     assert len(lines) < 45
 
 
 def test_the_live_screen_shows_what_matters() -> None:
-    text = "\n".join(rendered(watchscreen.screen(SNAPSHOT, 80)))
+    text = "\n".join(rendered(dashboard.screen(SNAPSHOT, 80)))
     for word in (
         "training",
         "40/90",
@@ -121,15 +122,15 @@ def test_the_live_screen_shows_what_matters() -> None:
         "waiting (30)",
     ):
         assert word in text
-    dead = "\n".join(rendered(watchscreen.screen({**SNAPSHOT, "alive": False, "liveness": "dead"}, 80)))
+    dead = "\n".join(rendered(dashboard.screen({**SNAPSHOT, "alive": False, "liveness": "dead"}, 80)))
     assert dead.startswith("dead")
     assert "40/90" not in dead
 
 
 def test_a_spark_line_falls_as_the_loss_does() -> None:
-    assert watchscreen.spark([8, 7, 6, 5, 4, 3, 2, 1], 8) == "█▇▆▅▄▃▂▁"
-    assert watchscreen.spark([1.0] * 100, 10) == "▁" * 10
-    assert len(watchscreen.spark(list(range(200)), 30)) == 30
+    assert dashboard.spark([8, 7, 6, 5, 4, 3, 2, 1], 8) == "█▇▆▅▄▃▂▁"
+    assert dashboard.spark([1.0] * 100, 10) == "▁" * 10
+    assert len(dashboard.spark(list(range(200)), 30)) == 30
 
 
 def test_versions_are_a_tree_of_who_continued_whom() -> None:
@@ -138,7 +139,7 @@ def test_versions_are_a_tree_of_who_continued_whom() -> None:
         return Version(name=name, path=Path(name), record=record)
 
     found = [version("0001", None), version("0002", "0001"), version("0003", "0001")]
-    lines = rendered(show.versions(found, found[2]))
+    lines = rendered(render.versions(found, found[2]))
     assert [line.index(name) for line, name in zip(lines[1:], ("0001", "0002", "0003"), strict=True)] == [4, 8, 8]
     assert "current" in lines[3]
     assert "3.000 -> 2.000" in lines[1]
@@ -322,7 +323,7 @@ def test_the_doctor_finds_what_is_wrong_and_says_what_to_do(tmp_path: Path, monk
     assert verdicts(found)["key"] is Verdict.FAIL
     assert verdicts(found)["settings"] is Verdict.WARN
     assert all(finding.hint for finding in found if finding.verdict is Verdict.FAIL)
-    assert all(len(line) <= 80 for line in rendered(show.findings(found)))
+    assert all(len(line) <= 80 for line in rendered(render.findings(found)))
     (tmp_path / "dropforge.toml").write_text("[training]\nlearning_rat = 1\n")
     assert verdicts(doctor.examine(tmp_path))["settings"] is Verdict.FAIL
 

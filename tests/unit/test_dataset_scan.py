@@ -144,7 +144,7 @@ def test_the_result_does_not_depend_on_blocks_chunks_or_processes(
         for module in (scan, source):
             patch.setattr(module, "BLOCK_BYTES", block)
         patch.setattr(scan, "CHUNK_BYTES", chunk)
-        patch.setattr("daemon.dataset.one_pass.PARALLEL_ABOVE_BYTES", 0)
+        patch.setattr("daemon.dataset.validate.PARALLEL_ABOVE_BYTES", 0)
         assert result(1) == whole
         assert result(2) == whole
         assert [row.line for row in iter_rows(path, "text", rules)] == [
@@ -161,7 +161,7 @@ def test_refused_files_are_judged_alike_on_one_process_and_on_two(
     """Reports are equal, but for where a stop came."""
     path = write(tmp_path / "x.jsonl", ROW * 50, b"oops\n", ROW * 50, b'{"text": 2}\n', b"\n", ROW)
     one = report_of(path)
-    monkeypatch.setattr("daemon.dataset.one_pass.PARALLEL_ABOVE_BYTES", 0)
+    monkeypatch.setattr("daemon.dataset.validate.PARALLEL_ABOVE_BYTES", 0)
     monkeypatch.setattr(scan, "CHUNK_BYTES", 100)
     with pytest.raises(RejectedDataset) as caught:
         scan_dataset(path, Rules(), processes=2)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from daemon.events import EVENTS, by_noun
+from daemon.observability.events import EVENTS, by_noun
 from tests.support.root import REPOSITORY
 
 NAME = re.compile(rf"({'|'.join(by_noun())})\.[a-z_]+")

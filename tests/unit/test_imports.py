@@ -21,7 +21,7 @@ def modules_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["daemon.service", "daemon.cli", "daemon.trainer.session", "daemon.cli.demo"])
+@pytest.mark.parametrize("module", ["daemon.service", "daemon.cli", "daemon.trainer.attempt", "daemon.cli.demo"])
 def test_the_daemon_never_loads_the_training_libraries(module: str) -> None:
     loaded = modules_after(f"import {module}")
     assert not loaded & {"torch", "transformers", "peft", "accelerate", "numpy"}

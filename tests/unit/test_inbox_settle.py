@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from daemon.config import InboxSettings
-from daemon.inbox.drops import Drops
-from daemon.inbox.settle import Candidate, Kind, Look, MayBeTaken, Waits, decide, kind_of_name, sidecar_name
-from daemon.inbox.watch import Note
+from daemon.inbox.candidates import CandidateTracker
+from daemon.inbox.settle import Candidate, FileStat, Kind, Settled, Wait, decide, kind_of_name, sidecar_name
+from daemon.inbox.watcher import Note
 from daemon.job import Priority
 
 SETTINGS = InboxSettings(settle_seconds=2.0, quiet_seconds=0.02)
-LOOK = Look(device=1, inode=2, size_bytes=3, mtime_ns=4, ctime_ns=5, mode=stat.S_IFREG | 0o644)
+LOOK = FileStat(device=1, inode=2, size_bytes=3, mtime_ns=4, ctime_ns=5, mode=stat.S_IFREG | 0o644)
 CLOSED, RENAMED = Note(closes=1), Note(renamed_in=True)
 
 
-def candidate(look: Look = LOOK, name: str = "x.jsonl") -> Candidate:
+def candidate(look: FileStat = LOOK, name: str = "x.jsonl") -> Candidate:
     made = Candidate(priority=Priority.NORMAL, name=name, first_seen=100.0, since="")
     made.see(look, 100.0)
     return made
@@ -29,7 +29,7 @@ def candidate(look: Look = LOOK, name: str = "x.jsonl") -> Candidate:
 @pytest.mark.parametrize(("now", "taken"), [(100.0, False), (101.9, False), (102.0, True), (500.0, True)])
 def test_a_file_found_by_a_scan_must_stay_the_same_for_settle_seconds(now: float, taken: bool) -> None:
     """Seconds since we first saw it as it is."""
-    assert isinstance(decide(candidate(), now, SETTINGS), MayBeTaken) is taken
+    assert isinstance(decide(candidate(), now, SETTINGS), Settled) is taken
 
 
 @pytest.mark.parametrize("change", [{"size_bytes": 9}, {"mtime_ns": 9}, {"ctime_ns": 9}, {"inode": 9}, {"mode": 9}])
@@ -37,16 +37,16 @@ def test_whatever_changes_starts_the_clock_again(change: dict[str, int]) -> None
     """Size, either time, inode: one look that differs is enough."""
     made = candidate()
     made.see(replace(LOOK, **change), 101.9)
-    assert isinstance(decide(made, 103.8, SETTINGS), Waits)
-    assert isinstance(decide(made, 103.9, SETTINGS), MayBeTaken)
+    assert isinstance(decide(made, 103.8, SETTINGS), Wait)
+    assert isinstance(decide(made, 103.9, SETTINGS), Settled)
 
 
 @pytest.mark.parametrize("mtime_ns", [0, 10**18 * 9])
 def test_a_files_own_times_say_nothing_about_its_age(mtime_ns: int) -> None:
     """Copied with old times, or from a clock that is ahead."""
     made = candidate(replace(LOOK, mtime_ns=mtime_ns, ctime_ns=mtime_ns))
-    assert isinstance(decide(made, 101.0, SETTINGS), Waits)
-    assert isinstance(decide(made, 102.0, SETTINGS), MayBeTaken)
+    assert isinstance(decide(made, 101.0, SETTINGS), Wait)
+    assert isinstance(decide(made, 102.0, SETTINGS), Settled)
 
 
 @pytest.mark.parametrize("note", [CLOSED, RENAMED])
@@ -54,12 +54,12 @@ def test_what_was_closed_or_renamed_in_may_be_taken_after_a_moment_if_it_is_whol
     """Whole: it ends in a newline, and nobody has it open for writing."""
     made = candidate()
     made.hear(note, 100.0)
-    assert isinstance(decide(made, 100.01, SETTINGS), Waits)
+    assert isinstance(decide(made, 100.01, SETTINGS), Wait)
     verdict = decide(made, 100.03, SETTINGS)
-    assert isinstance(verdict, MayBeTaken)
+    assert isinstance(verdict, Settled)
     assert verdict.whole_only
     settled = decide(made, 102.0, SETTINGS)
-    assert isinstance(settled, MayBeTaken)
+    assert isinstance(settled, Settled)
     assert not settled.whole_only
 
 
@@ -78,8 +78,8 @@ def test_the_quick_way_is_closed_to_files_that_may_not_be_finished(spoil: dict[s
     made.must_settle = bool(spoil.get("came_back"))
     made.hear(Note(closes=int(spoil.get("closes", 1))), 100.0)
     settings = SETTINGS.model_copy(update={"take_on_close": False}) if "settings" in spoil else SETTINGS
-    assert isinstance(decide(made, 101.0, settings), Waits)
-    assert isinstance(decide(made, 102.0, settings), MayBeTaken)
+    assert isinstance(decide(made, 101.0, settings), Wait)
+    assert isinstance(decide(made, 102.0, settings), Settled)
 
 
 def test_another_file_under_the_same_name_has_a_history_of_its_own() -> None:
@@ -88,22 +88,22 @@ def test_another_file_under_the_same_name_has_a_history_of_its_own() -> None:
     made.hear(Note(closes=3), 100.0)
     made.see(replace(LOOK, inode=9), 101.0)
     made.hear(RENAMED, 101.0)
-    assert isinstance(decide(made, 101.05, SETTINGS), MayBeTaken)
+    assert isinstance(decide(made, 101.05, SETTINGS), Settled)
 
 
 def test_an_empty_file_gets_twice_the_time() -> None:
     """Somebody may be about to write it."""
     made = candidate(replace(LOOK, size_bytes=0))
     made.hear(CLOSED, 100.0)
-    assert isinstance(decide(made, 103.9, SETTINGS), Waits)
-    assert isinstance(decide(made, 104.0, SETTINGS), MayBeTaken)
+    assert isinstance(decide(made, 103.9, SETTINGS), Wait)
+    assert isinstance(decide(made, 104.0, SETTINGS), Settled)
 
 
 @pytest.mark.parametrize("when", [100.0, 100.01, 101.0, 101.999])
 def test_a_waiting_file_is_looked_at_again_when_it_may_have_settled(when: float) -> None:
     """Not much later, and never in a tight loop."""
     verdict = decide(candidate(), when, SETTINGS)
-    assert isinstance(verdict, Waits)
+    assert isinstance(verdict, Wait)
     assert when + verdict.seconds == pytest.approx(102.0)
 
 
@@ -140,7 +140,7 @@ def test_a_file_that_never_settles_is_shown_as_waiting_for_ever(tmp_path: Path) 
     """A day of a writer that comes back every second: never taken, at every moment there with its reason."""
     path = tmp_path / "log.jsonl"
     path.write_text('{"text": "a"}\n')
-    found = Drops({Priority.NORMAL: tmp_path}, SETTINGS)
+    found = CandidateTracker({Priority.NORMAL: tmp_path}, SETTINGS)
     for second in range(86_400):
         if second % 60 == 0:
             found.scan(float(second), full=True)

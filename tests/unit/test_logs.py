@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from daemon import journal, logs, logview
 from daemon.config import Settings
+from daemon.observability import journald, log_reader, logs
 from daemon.text import escape
 
 TEXT = st.text(
@@ -69,14 +69,14 @@ def test_an_event_is_one_line_that_has_it_whole(
 @given(name=TEXT, data=EVENTS)
 def test_a_line_for_people_is_one_line_of_visible_characters(name: str, data: dict[str, Any]) -> None:
     event = {"timestamp": "2026-11-23T04:41:07Z", "level": "info", "event": name, **data}
-    text = logview.line(event, colours=False)
+    text = log_reader.line(event, colours=False)
     assert all(is_visible(character) for character in text)
 
 
 @given(text=TEXT, job=TEXT)
 def test_no_text_passes_for_another_key(text: str, job: str) -> None:
     """What stands outside quotes is written by us: `reason=x job=forged` in a value stays inside its quotes."""
-    shown = logview.line({"event": "e", "reason": text, "job": job}, colours=False)
+    shown = log_reader.line({"event": "e", "reason": text, "job": job}, colours=False)
     outside = shown.replace("\\\\", "").replace('\\"', "")
     bare = "".join(part for number, part in enumerate(outside.split('"')) if number % 2 == 0)
     assert bare.count("=") == 2
@@ -89,7 +89,7 @@ def test_an_exception_s_own_text_cannot_pass_for_an_event(make_log: Callable[...
     except ValueError:
         log.exception("file.not_moved", job="j")
     (event,) = lines(tmp_path)
-    text = logview.line(event, colours=False)
+    text = log_reader.line(event, colours=False)
     assert "ValueError" in text
     assert "\x1b" not in text
     assert all(line.startswith("    | ") for line in text.split("\n")[1:])
@@ -99,7 +99,7 @@ def test_an_exception_s_own_text_cannot_pass_for_an_event(make_log: Callable[...
 @given(data=EVENTS)
 def test_the_journal_reads_each_value_back_and_none_that_was_forged(data: dict[str, Any]) -> None:
     fields = parse_datagram(
-        journal.render(None, "", {"event": "job.failed", "level": "error", **data}).encode("latin-1")
+        journald.render(None, "", {"event": "job.failed", "level": "error", **data}).encode("latin-1")
     )
     assert set(fields) == {
         "MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "DROPFORGE_EVENT", "DROPFORGE_LEVEL",
@@ -129,7 +129,7 @@ def parse_datagram(data: bytes) -> dict[str, str]:
 
 
 def test_a_journal_that_is_gone_does_not_end_the_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    handler = journal.JournalHandler(str(tmp_path / "nobody"))
+    handler = journald.JournalHandler(str(tmp_path / "nobody"))
     handler.emit(logging.LogRecord("x", logging.INFO, "", 0, "told all the same", (), None))
     assert "told all the same" in capsys.readouterr().err
     handler.close()
@@ -138,8 +138,8 @@ def test_a_journal_that_is_gone_does_not_end_the_daemon(tmp_path: Path, capsys: 
 def test_an_event_of_any_size_reaches_the_journal(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(tmp_path / "journal"))
-        handler = journal.JournalHandler(str(tmp_path / "journal"))
-        text = journal.render(None, "", {"event": "job.failed", **{f"key{n}": "ä" * 100_000 for n in range(10)}})
+        handler = journald.JournalHandler(str(tmp_path / "journal"))
+        text = journald.render(None, "", {"event": "job.failed", **{f"key{n}": "ä" * 100_000 for n in range(10)}})
         handler.emit(logging.LogRecord("x", logging.INFO, "", 0, text, (), None))
         assert parse_datagram(listener.recv(1 << 20))["DROPFORGE_EVENT"] == "job.failed"
         handler.close()
@@ -201,7 +201,7 @@ def test_a_reader_that_follows_sees_every_line_once_across_rotation(
     """However writes, rotations and reads fall; at most BACKUPS rotations between two reads, as files are then gone."""
     folder = tmp_path_factory.mktemp("log")
     path = folder / "dropforge.jsonl"
-    reader = logview.LogReader(path)
+    reader = log_reader.LogReader(path)
     written, seen, rotated = 0, [], 0
     for op in ops:
         if op == "write":
@@ -226,7 +226,7 @@ def test_a_reader_that_follows_sees_every_line_once_across_rotation(
 def test_a_line_in_the_middle_of_its_writing_is_read_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b'{"n": 1}\n{"n"')
-    reader = logview.LogReader(path)
+    reader = log_reader.LogReader(path)
     assert [event for _, event in reader.read()] == [{"n": 1}]
     with path.open("ab") as file:
         file.write(b": 2}\nnot json\n[]\n")
@@ -252,7 +252,7 @@ def test_events_are_chosen_by_job_and_level(job: str, level: str, expected: list
         {"n": 2, "job": "abc-1", "level": "warning"},
         {"n": 3, "level": "error"},
     ]
-    wanted = logview.Wanted(job=job, level=level)
+    wanted = log_reader.Wanted(job=job, level=level)
     assert [event["n"] for event in events if wanted(event)] == expected
 
 

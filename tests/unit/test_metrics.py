@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from daemon.config import MetricsSettings
 from daemon.job import Job, JobState, Progress
-from daemon.metrics import Metrics, Reporter
-from daemon.status import StatusSnapshot, running_job
+from daemon.observability.metrics import Metrics, MetricsPublisher
+from daemon.observability.status import StatusSnapshot, running_job
 from tests.support.inbox import Record
 from tests.support.root import REPOSITORY
 
@@ -87,7 +87,7 @@ def test_the_endpoint_tells_the_snapshot_and_the_log_s_events() -> None:
 
 def test_the_file_is_what_the_endpoint_says_and_replaced_whole(tmp_path: Path) -> None:
     log = Record()
-    reporter = Reporter(Metrics(), MetricsSettings(textfile=Path("dropforge.prom")), tmp_path, log)
+    reporter = MetricsPublisher(Metrics(), MetricsSettings(textfile=Path("dropforge.prom")), tmp_path, log)
     reporter.publish(SNAPSHOT, overflows=0, waited_seconds=None)
     assert values((tmp_path / "dropforge.prom").read_text())["dropforge_job_step"] == 5
     assert [entry.name for entry in tmp_path.iterdir()] == ["dropforge.prom"]
@@ -97,7 +97,9 @@ def test_a_place_that_cannot_be_reached_is_told_once_and_training_goes_on(tmp_pa
     log = Record()
     first = Metrics()
     port = first.serve(0)
-    reporter = Reporter(Metrics(), MetricsSettings(port=port, textfile=Path("none/dropforge.prom")), tmp_path, log)
+    reporter = MetricsPublisher(
+        Metrics(), MetricsSettings(port=port, textfile=Path("none/dropforge.prom")), tmp_path, log
+    )
     for _ in range(3):
         reporter.publish(SNAPSHOT, overflows=0, waited_seconds=None)
     assert len(log.events("metrics.not_served")) == 1

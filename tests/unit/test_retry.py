@@ -9,7 +9,7 @@ import pytest
 from daemon.config import QueueSettings
 from daemon.executors.base import Exit
 from daemon.job import FailureKind, Job, JobState, Outcome, RunResult
-from daemon.retry import FINAL_FAILURES, Asked, Conclusion, conclude, halved
+from daemon.retry import FINAL_FAILURES, Conclusion, StopReason, conclude, halved
 
 QUEUE = QueueSettings(max_attempts=3, retry_seconds=10.0)
 
@@ -18,7 +18,7 @@ def after(
     result: RunResult | None,
     *,
     fruitless: int = 0,
-    asked: Asked | None = None,
+    asked: StopReason | None = None,
     progressed: bool = False,
     batch: int = 4,
     **exit_: Any,
@@ -60,7 +60,7 @@ def test_an_interruption_burns_no_attempt() -> None:
 
 
 def test_being_ended_after_we_asked_burns_no_attempt() -> None:
-    for why in (Asked.STOP, Asked.PAUSE):
+    for why in (StopReason.STOP, StopReason.PAUSE):
         conclusion = after(None, fruitless=2, asked=why, signal=9)
         assert (conclusion.to, conclusion.fruitless, conclusion.failure) == (JobState.QUEUED, 2, None)
 
@@ -97,21 +97,23 @@ def test_a_result_counts_more_than_the_exit_code() -> None:
 
 @pytest.mark.parametrize("result", [None, RunResult(outcome=Outcome.INTERRUPTED)])
 def test_a_cancelled_run_is_cancelled_however_it_left(result: RunResult | None) -> None:
-    assert after(result, asked=Asked.CANCEL, signal=9).to is JobState.CANCELLED
+    assert after(result, asked=StopReason.CANCEL, signal=9).to is JobState.CANCELLED
 
 
 def test_a_run_that_was_done_before_it_heard_of_the_cancelling_counts() -> None:
-    assert after(success(), asked=Asked.CANCEL, code=0).to is JobState.SUCCEEDED
+    assert after(success(), asked=StopReason.CANCEL, code=0).to is JobState.SUCCEEDED
 
 
 def test_a_stalled_run_comes_back_and_counts_as_an_attempt_even_if_it_sealed_something_at_last() -> None:
-    conclusion = after(RunResult(outcome=Outcome.INTERRUPTED), asked=Asked.STALL, fruitless=1, code=75)
+    conclusion = after(RunResult(outcome=Outcome.INTERRUPTED), asked=StopReason.STALL, fruitless=1, code=75)
     assert (conclusion.to, conclusion.failure, conclusion.fruitless) == (JobState.QUEUED, FailureKind.STALLED, 2)
-    assert after(None, asked=Asked.STALL, fruitless=2, signal=9).to is JobState.FAILED
+    assert after(None, asked=StopReason.STALL, fruitless=2, signal=9).to is JobState.FAILED
 
 
 def test_a_run_over_its_time_fails() -> None:
-    assert after(RunResult(outcome=Outcome.INTERRUPTED), asked=Asked.TIMEOUT, code=75).failure is FailureKind.STALLED
+    assert (
+        after(RunResult(outcome=Outcome.INTERRUPTED), asked=StopReason.TIMEOUT, code=75).failure is FailureKind.STALLED
+    )
 
 
 def test_out_of_memory_halves_the_batch_and_keeps_the_global_one() -> None:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.dataset import scan_dataset
-from daemon.dataset.jsonline import LineFault
+from daemon.dataset.fast_path import MAX_EXTRA_KEYS, NOT_TAKEN, RowDecoder
 from daemon.dataset.rows import Columns, Format, Rules, check_row
-from daemon.dataset.rowtypes import MAX_EXTRA_KEYS, NOT_TAKEN, RowDecoder
 from daemon.dataset.scan import LineScanner
+from daemon.dataset.strict_json import LineFault
 from daemon.recipe import DataSettings
 from tests.unit.test_rows_formats import BAD, GOOD
 from tests.unit.test_rows_strict_json import HOSTILE

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon.dataset.jsonline import LineFault
 from daemon.dataset.rows import STEERING_KEYS, Columns, Format, Rules, check_row, detect_format, iter_rows, row_digest
+from daemon.dataset.strict_json import LineFault
 from daemon.recipe import DataSettings
 
 GSM8K = Path(__file__).parent.parent / "data" / "gsm8k" / "train_head.jsonl"

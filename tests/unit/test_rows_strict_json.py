@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from daemon.dataset.jsonline import MAX_DEPTH, LineFault, column_of, excerpt, parse_object
+from daemon.dataset.strict_json import MAX_DEPTH, LineFault, column_of, excerpt, parse_object
 
 HOSTILE = [
     pytest.param(b'{"text": NaN}', 10, "NaN", id="nan"),

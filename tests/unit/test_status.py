@@ -17,13 +17,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon import status
 from daemon.gpu import Gpu
 from daemon.gpu.probe import GpuProbe, GpuSilent
 from daemon.job import FailureKind, Job, JobState, Progress, RunResult
 from daemon.losses import POINTS, LossHistory
+from daemon.observability import status
+from daemon.observability.status import (
+    StatusSnapshot,
+    finished_job,
+    gpu_device,
+    judge,
+    read_status,
+    running_job,
+    write_status,
+)
 from daemon.processes import identify
-from daemon.status import StatusSnapshot, finished_job, gpu_device, judge, read_status, running_job, write_status
 from tests.support.root import REPOSITORY
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "status.schema.json").read_text())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.trainer.batches import StepBatches, flat_passes, group_rows, padded_passes, share_rows
-from daemon.trainer.data import IGNORE, Collator, Example
+from daemon.trainer.collate import IGNORE, Collator, Example
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=70)
 

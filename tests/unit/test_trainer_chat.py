@@ -17,9 +17,9 @@ from daemon.dataset.rows import Row
 from daemon.job import FailureKind, claimed_on
 from daemon.recipe import DataSettings
 from daemon.trainer.chat import ChatTemplate, Rendered
-from daemon.trainer.data import IGNORE
+from daemon.trainer.collate import IGNORE
 from daemon.trainer.encode import Tokens, truncate
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.tokenise import digest_tokens, tokenise
 from tests.integration.test_trainer_golden import UNMARKED
 from tests.support.tokens import encode, itself

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from daemon.dataset.jsonline import LineFault
 from daemon.dataset.rows import Format, Row, RowReader
+from daemon.dataset.strict_json import LineFault
 from daemon.fingerprint import fingerprint_run
 from daemon.job import Dataset, FailureKind
 from daemon.recipe import DataSettings, TrainingSettings
-from daemon.trainer.data import IGNORE, Example, pad, plan
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.collate import IGNORE, Example, pad, plan
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.tokenise import held_out_rank, tokenise
 from guard.components import COMPONENTS
 from tests.support.tokens import encode, itself
@@ -198,7 +198,7 @@ def test_padding_is_neither_attended_nor_learned() -> None:
     [(1, 4, 2, 1.0, -1, 1), (5, 4, 2, 1.0, -1, 1), (8, 4, 2, 1.0, -1, 1), (9, 4, 2, 3.0, -1, 6), (9, 4, 2, 0.5, -1, 1), (9, 4, 2, 1.0, 40, 40)],
 )  # fmt: skip
 def test_planned_steps(rows: int, batch: int, accumulation: int, epochs: float, max_steps: int, steps: int) -> None:
-    from daemon.trainer.data import Examples
+    from daemon.trainer.collate import Examples
 
     example = Example(input_ids=[1, 2], learned=((0, 2),), line=1, content_digest="")
     training = TrainingSettings(
@@ -217,7 +217,7 @@ def test_planned_steps(rows: int, batch: int, accumulation: int, epochs: float, 
 )
 def test_warm_up_never_takes_the_whole_run(wanted: float, total: int, steps: int) -> None:
     """A run of one step that is all warm-up has a learning rate of zero: a success that trained nothing."""
-    from daemon.trainer.data import warmup
+    from daemon.trainer.collate import warmup
 
     assert warmup(wanted, total) == steps
 

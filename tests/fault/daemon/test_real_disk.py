@@ -15,8 +15,8 @@ import pytest
 
 import guard
 from daemon.job import FailureKind, JobState, Outcome, RunResult, RunSpec, from_json, to_json
-from daemon.trainer import session
-from daemon.trainer.session import conduct, kind_of
+from daemon.trainer import attempt
+from daemon.trainer.attempt import conduct, kind_of
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
 
@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up_while_training_is_told_as_that_and_the_run_goes_on
     tables = {"training": {"save_steps": 1}, "data": {"held_out_fraction": 0.0}}
     spec = inprocess.specify(tmp_path, inprocess.rows(32), tiny_base, tables)
     for effect in ("die_with_parent", "become_the_victim"):  # they are for a process of its own
-        monkeypatch.setattr(session, effect, lambda **_: None)
+        monkeypatch.setattr(attempt, effect, lambda **_: None)
     model_dir = Path(spec.model_dir)
     with mounted(model_dir, size):
         result = run_conducted(spec, inprocess)

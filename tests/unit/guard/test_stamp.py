@@ -11,7 +11,7 @@ import pytest
 
 import guard
 from guard import StampKind
-from guard.stamp import Stamp
+from guard.metadata import Stamp
 from tests.unit.guard.conftest import as_user, make_checkpoint, make_fingerprint
 
 NAME = ".dataset_metadata.json"

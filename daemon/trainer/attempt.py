@@ -21,9 +21,9 @@ from typing import NoReturn
 
 from daemon.errors import is_no_space
 from daemon.job import RUN_SPEC_VERSION, FailureKind, Outcome, RunResult, RunSpec, from_json
-from daemon.news import RESULT_NAME
-from daemon.trainer.failure import Interrupted, RunFailure
-from daemon.trainer.report import Reporter
+from daemon.run_dir import RESULT_NAME
+from daemon.trainer.errors import Interrupted, RunFailure
+from daemon.trainer.report import RunWriter
 from guard import FileChanged, GuardError, ModelLocked, UsageError, WeightsNotFinite, digest_file
 
 SPEC_NAME = "run.json"
@@ -48,7 +48,7 @@ class StopFlag:
             raise Interrupted
 
 
-Engine = Callable[[RunSpec, Reporter, StopFlag], RunResult]
+Engine = Callable[[RunSpec, RunWriter, StopFlag], RunResult]
 
 
 def conduct(
@@ -70,7 +70,7 @@ def conduct(
     become_the_victim()
     home = member or run_dir
     (home / RESULT_NAME).unlink(missing_ok=True)
-    report = Reporter(home if member and os.environ.get("RANK") != "0" else run_dir, result_dir=home)
+    report = RunWriter(home if member and os.environ.get("RANK") != "0" else run_dir, result_dir=home)
     try:
         spec = read_spec(run_dir)
         if spec.daemon_pid and member is None and os.getppid() != spec.daemon_pid:

@@ -33,7 +33,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of te
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RootContext:
     """Which root a command works on."""
 
     root: Path

@@ -6,7 +6,7 @@ import os
 import select
 
 
-class Bell:
+class Wakeup:
     """An event on an eventfd.
 
     threading.Event is not safe here: a signal handler that sets it can meet the very lock that the interrupted wait holds.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from daemon.job import FailureKind, Plan
-from daemon.trainer.failure import RunFailure
-from daemon.trainer.report import Reporter
-from daemon.trainer.session import StopFlag
+from daemon.trainer.attempt import StopFlag
+from daemon.trainer.errors import RunFailure
+from daemon.trainer.report import RunWriter
 from daemon.trainer.tensorboard import ScalarWriter
 from guard import Checkpoint
 
@@ -34,13 +34,13 @@ def is_spike(loss: float, recent: list[float] | deque[float]) -> bool:
     return loss > SPIKE_FACTOR * usual and loss > usual + SPIKE_DEVIATIONS * deviation
 
 
-class LossWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
+class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
     """Watches every step: stops on request, fails on the first number that is not finite, tells the daemon."""
 
     def __init__(
         self,
         *,
-        report: Reporter,
+        report: RunWriter,
         stop: StopFlag,
         plan: Plan,
         trainer: RunTrainer,

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from daemon.config import MetricsSettings
 from daemon.job import JobState
-from daemon.status import STATES, StatusSnapshot
+from daemon.observability.status import STATES, StatusSnapshot
 
 ADDRESS = "127.0.0.1"
 # Waiting for a GPU takes from no time at all to days.
@@ -132,7 +132,7 @@ class _Snapshot(Collector):
         return families
 
 
-class Reporter:
+class MetricsPublisher:
     """Sends metrics where the settings say; a place that cannot be reached is told once, and training goes on."""
 
     def __init__(self, metrics: Metrics, settings: MetricsSettings, root: Path, log: Any) -> None:

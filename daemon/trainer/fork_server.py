@@ -1,4 +1,4 @@
-"""`python -m daemon.trainer.warm CHANNEL IDLE_SECONDS BASE`: has the imports done, and forks one child for each job.
+"""`python -m daemon.trainer.fork_server CHANNEL IDLE_SECONDS BASE`: has the imports done, and forks one child for each job.
 
 Imports only: nothing here touches CUDA, and there is no thread but the main one, or no child is made. A child is handed to
 the daemon as its own (its parent here ends at once, and the daemon is the subreaper), so whatever becomes of this process
@@ -19,8 +19,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from daemon.trainer.imports import import_peft
-from daemon.trainer.session import die_with_parent, end
+from daemon.trainer.attempt import die_with_parent, end
+from daemon.trainer.bootstrap import import_peft
 
 MOST_DESCRIPTORS = 8
 REQUEST_BYTES = 65_536

@@ -17,7 +17,7 @@ PROGRESS_NAME = "progress.json"
 RESULT_NAME = "result.json"
 
 
-class News:
+class RunReader:
     """One run directory, read from where an earlier attempt's events end."""
 
     def __init__(self, run_dir: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from daemon.trainer.attention import computing, nearly_equal, probe_rows
-from daemon.trainer.data import IGNORE, Example, pad, with_targets
+from daemon.trainer.collate import IGNORE, Example, pad, with_targets
 
 Pass = dict[str, Any]
 

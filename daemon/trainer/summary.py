@@ -7,9 +7,9 @@ from typing import Any
 
 from daemon.job import Plan
 from daemon.recipe import Recipe
+from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.capacity import Capacity
-from daemon.trainer.data import Examples
-from daemon.trainer.watch import LossWatch
+from daemon.trainer.collate import Examples
 
 
 def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
@@ -37,7 +37,7 @@ def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
     return "\n".join(f"{name:<14} {value}" for name, value in lines)
 
 
-def timing(watch: LossWatch) -> dict[str, Any]:
+def timing(watch: MonitorCallback) -> dict[str, Any]:
     """Where the training's time went, for the log: shares of the time from the first step to the last."""
     seconds = watch.train_seconds or math.inf
     return {

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from daemon.children import describe_exit, environment
 from daemon.dataset.requests import Reply, Request
-from daemon.inbox.watch import Rings
+from daemon.inbox.watcher import Rings
 from daemon.job import from_json, to_json
 
 # -P: the working directory is no place to import from.
@@ -42,7 +42,7 @@ class _Asked:
 class _Child:
     """One running child and what it still owes; `replies` fills from its reading thread, None is its end."""
 
-    def __init__(self, bell: Rings) -> None:
+    def __init__(self, wakeup: Rings) -> None:
         self.process = subprocess.Popen(
             [*SERVE, str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -55,7 +55,9 @@ class _Child:
         self.owed: deque[_Asked] = deque()
         self.last_used = time.monotonic()
         stdout = self.process.stdout
-        threading.Thread(target=_listen, args=(stdout, self.replies, bell), name="dataset-replies", daemon=True).start()
+        threading.Thread(
+            target=_listen, args=(stdout, self.replies, wakeup), name="dataset-replies", daemon=True
+        ).start()
 
     def ask(self, asked: _Asked) -> None:
         self.owed.append(asked)
@@ -79,11 +81,11 @@ class _Lane:
     child: _Child | None = None
 
 
-class Passes:
+class ValidationPool:
     """Runs dataset passes in child processes; never blocks. `ask`, then `collect` at each tick."""
 
-    def __init__(self, bell: Rings, log: Any) -> None:
-        self._bell = bell
+    def __init__(self, wakeup: Rings, log: Any) -> None:
+        self._wakeup = wakeup
         self._log = log
         self._small, self._large = _Lane(), _Lane()
 
@@ -95,7 +97,7 @@ class Passes:
     def warm_up(self) -> None:
         """Start the child for ordinary files now, so that the first drop does not wait for it."""
         if self._small.child is None:
-            self._small.child = _Child(self._bell)
+            self._small.child = _Child(self._wakeup)
 
     def ask(self, request: Request, size_bytes: int) -> None:
         """Queue one file."""
@@ -148,7 +150,7 @@ class Passes:
     def _feed(self, lane: _Lane) -> None:
         while lane.waiting:
             if lane.child is None:
-                lane.child = _Child(self._bell)
+                lane.child = _Child(self._wakeup)
             if len(lane.child.owed) >= (PIPELINED if lane is self._small else 1):
                 return
             lane.child.ask(lane.waiting.popleft())
@@ -183,15 +185,15 @@ class Passes:
             yield Reply(job_id=first.request.job_id, kind="failed", message=f"the process that read it died: {how}")
 
 
-def _listen(stdout: IO[bytes] | None, replies: queue.SimpleQueue[Reply | None], bell: Rings) -> None:
+def _listen(stdout: IO[bytes] | None, replies: queue.SimpleQueue[Reply | None], wakeup: Rings) -> None:
     if stdout is not None:
         with suppress(ValueError, OSError):
             for line in stdout:
                 replies.put(from_json(line, Reply))
-                bell.set()
+                wakeup.set()
     replies.put(None)
     with suppress(OSError):  # the bell may be gone when the daemon leaves
-        bell.set()
+        wakeup.set()
 
 
 def pass_once(request: Request) -> Reply:

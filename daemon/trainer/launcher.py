@@ -12,10 +12,10 @@ from pathlib import Path
 
 from daemon.executors.local import oom_kills
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json
-from daemon.news import RESULT_NAME
-from daemon.trainer.failure import Interrupted, RunFailure
-from daemon.trainer.report import Reporter
-from daemon.trainer.session import StopFlag, die_with_parent
+from daemon.run_dir import RESULT_NAME
+from daemon.trainer.attempt import StopFlag, die_with_parent
+from daemon.trainer.errors import Interrupted, RunFailure
+from daemon.trainer.report import RunWriter
 from daemon.trainer.torchrun import killing_signal
 
 LOOK_SECONDS = 0.2
@@ -26,7 +26,7 @@ def member_dir(run_dir: Path, process: int) -> Path:
     return run_dir / f"process-{process}"
 
 
-def run_several(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
+def run_several(spec: RunSpec, report: RunWriter, stop: StopFlag) -> RunResult:
     """Start the processes, pass a request to stop on, and tell what became of them."""
     run_dir = Path(spec.run_dir)
     count = int(spec.recipe["training"]["num_processes"])
@@ -40,7 +40,7 @@ def run_several(spec: RunSpec, report: Reporter, stop: StopFlag) -> RunResult:
         [
             *(sys.executable, "-P", "-m", "daemon.trainer.torchrun"),
             *("--standalone", "--nproc-per-node", str(count), "--max-restarts", "0"),
-            *("-m", "daemon.trainer.member", str(run_dir)),
+            *("-m", "daemon.trainer.worker", str(run_dir)),
         ],
         stdin=subprocess.DEVNULL,
         # torchrun starts its processes without -P: what lies in the current folder must not be imported.

@@ -16,9 +16,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from daemon.cli import show
-from daemon.cli.eta import spell
-from daemon.status import read_status
+from daemon.cli import render
+from daemon.cli.estimates import spell
+from daemon.observability.status import read_status
 from daemon.text import escape, printable
 
 REFRESH_SECONDS = 0.5
@@ -49,7 +49,7 @@ def _look(path: Path, width: int) -> RenderableType:
 
 def screen(snapshot: Mapping[str, Any], width: int) -> RenderableType:
     """The whole screen, no line longer than `width`."""
-    parts: list[RenderableType] = [_fit(show.headline(snapshot)), ""]
+    parts: list[RenderableType] = [_fit(render.headline(snapshot)), ""]
     job = snapshot.get("job")
     if job and snapshot.get("alive"):
         parts += [*_job(job, width), ""]
@@ -65,7 +65,7 @@ def screen(snapshot: Mapping[str, Any], width: int) -> RenderableType:
     for warning in snapshot.get("warnings", ())[:WARNINGS]:
         parts.append(_fit(Text(f"warning: {printable(str(warning))}", style="yellow")))
     if snapshot.get("recent"):
-        parts += ["", show.recent(snapshot["recent"][:RECENT])]
+        parts += ["", render.recent(snapshot["recent"][:RECENT])]
     parts += ["", Text("Ctrl-C leaves", style="dim")]
     return Group(*parts)
 
@@ -84,7 +84,7 @@ def _job(job: Mapping[str, Any], width: int) -> list[RenderableType]:
     if losses:
         ends = f" {losses[0]:.3f} → {losses[-1]:.3f}"
         lines.append(_fit(Text.assemble("loss ", (spark(losses, max(8, width - len(ends) - 6)), "cyan"), ends)))
-    return [*lines, _fit(Text(show.progress_line(job), style="dim"))]
+    return [*lines, _fit(Text(render.progress_line(job), style="dim"))]
 
 
 def _facts(snapshot: Mapping[str, Any]) -> Table:

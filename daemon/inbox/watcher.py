@@ -93,9 +93,9 @@ class _Ear:
 class FolderWatch:
     """Watches folders, by priority; polling where events do not come. One thread calls everything but the callbacks."""
 
-    def __init__(self, folders: Mapping[Priority, Path], bell: Rings, log: Any) -> None:
+    def __init__(self, folders: Mapping[Priority, Path], wakeup: Rings, log: Any) -> None:
         self._folders = dict(folders)
-        self._bell = bell
+        self._wakeup = wakeup
         self._log = log
         self._lock = threading.Lock()
         self._notes: dict[tuple[Priority, bytes], Note] = {}
@@ -203,12 +203,12 @@ class FolderWatch:
                 note = self._notes.setdefault((priority, name), Note())
                 note.closes += bool(mask & InotifyConstants.IN_CLOSE_WRITE)
                 note.renamed_in |= bool(mask & InotifyConstants.IN_MOVED_TO)
-        self._bell.set()
+        self._wakeup.set()
 
     def lose(self) -> None:
         """A watch is gone; called in watchdog's thread."""
         self._lost = self._scan = True
-        self._bell.set()
+        self._wakeup.set()
 
     def overflow(self) -> None:
         """The kernel dropped events; called in watchdog's thread."""
@@ -216,7 +216,7 @@ class FolderWatch:
             self._notes.clear()
             self._scan = True
             self.overflows += 1
-        self._bell.set()
+        self._wakeup.set()
 
     @property
     def lost(self) -> bool:

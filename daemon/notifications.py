@@ -15,7 +15,7 @@ from typing import Any
 from daemon.errors import NotFound
 from daemon.hooks import Hooks
 from daemon.job import FINAL_STATES, OPEN_STATES, Event, Job, JobState
-from daemon.status import finished_job
+from daemon.observability.status import finished_job
 from daemon.store import JobStore
 from daemon.text import escape
 

@@ -6,7 +6,7 @@ import os
 from typing import Any, TypeVar
 
 from daemon.job import FailureKind
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.errors import RunFailure
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any
 
-from daemon import logview
+from daemon.observability import log_reader
 from daemon.text import finite
 
 SOCKET = "/run/systemd/journal/socket"
@@ -63,7 +63,7 @@ def render(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
     event.pop("timestamp", None)  # the journal has its own
     level = str(event.get("level", "info"))
     fields = {
-        "MESSAGE": logview.words(finite(event), most=FIELD_CHARACTERS),
+        "MESSAGE": log_reader.words(finite(event), most=FIELD_CHARACTERS),
         "PRIORITY": str(PRIORITIES.get(level, 6)),
         "SYSLOG_IDENTIFIER": IDENTIFIER,
     }

@@ -21,12 +21,12 @@ from typing import Any
 from daemon.executors.base import Exit
 from daemon.executors.local import LOG_NAME, LocalExecutor
 from daemon.job import RunSpec
-from daemon.trainer.warm import QUIET
+from daemon.trainer.fork_server import QUIET
 
 _PR_SET_CHILD_SUBREAPER = 36
 ANSWER_SECONDS = 5.0
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "dropforge")
-SERVER = (sys.executable, "-P", "-m", "daemon.trainer.warm")
+SERVER = (sys.executable, "-P", "-m", "daemon.trainer.fork_server")
 
 
 class WarmExecutor(LocalExecutor):

@@ -1,4 +1,4 @@
-"""`python -m daemon.trainer.lengths FILE FORMAT RECIPE_JSON`: how long a dataset's rows are, in tokens, as JSON.
+"""`python -m daemon.trainer.token_stats FILE FORMAT RECIPE_JSON`: how long a dataset's rows are, in tokens, as JSON.
 
 For `dropforge check`: the same encoding as a run's, without a model and without torch's start-up being paid twice.
 """
@@ -13,9 +13,9 @@ from typing import Any
 
 from daemon.dataset.rows import iter_rows
 from daemon.recipe import Recipe
-from daemon.trainer.base import resolve_base
+from daemon.trainer.base_model import resolve_base
 from daemon.trainer.encode import Encoder, chunks, trained_tokens
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.model import load_tokenizer
 
 # Upper bounds of the histogram's bins, in tokens; a row longer than the last is counted in one more bin.

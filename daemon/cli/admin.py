@@ -10,13 +10,15 @@ from typing import Annotated
 
 import typer
 
-from daemon import config, logview
-from daemon.cli import completing, install, show
-from daemon.cli.common import MACHINE, WATCH, JsonFlag, app, out, print_json
-from daemon.cli.unitfile import DropIn
+from daemon import config
+from daemon.cli import completion, render
+from daemon.cli.app import MACHINE, WATCH, JsonFlag, app, out, print_json
+from daemon.cli.systemd import install
+from daemon.cli.systemd.units import DropIn
 from daemon.config import Settings
 from daemon.errors import NotFound
-from daemon.status import read_status
+from daemon.observability import log_reader
+from daemon.observability.status import read_status
 from daemon.text import escape
 
 FOLLOW_SECONDS = 0.25
@@ -49,7 +51,7 @@ def logs(
     job: Annotated[
         str,
         typer.Argument(
-            help="Only this job's events: the beginning or end of its id.", autocompletion=completing.any_job
+            help="Only this job's events: the beginning or end of its id.", autocompletion=completion.any_job
         ),
     ] = "",
     *,
@@ -65,17 +67,18 @@ def logs(
     path = log_path(context.obj.settings)
     if not path.exists():
         raise context.obj.not_yet("read", path, "there is no log yet")
-    wanted = logview.Wanted(job=job, level=level.value)
+    wanted = log_reader.Wanted(job=job, level=level.value)
     most = lines if lines is not None else None if job else BACKLOG
-    reader = logview.LogReader(path)
+    reader = log_reader.LogReader(path)
     colours = sys.stdout.isatty() and not out.no_color
 
     def print_event(raw: bytes, event: dict[str, object]) -> None:
         print(
-            raw.decode("ascii", "backslashreplace") if as_json else logview.line(event, colours=colours), flush=follow
+            raw.decode("ascii", "backslashreplace") if as_json else log_reader.line(event, colours=colours),
+            flush=follow,
         )
 
-    found = logview.newest(reader.read(), wanted, most)
+    found = log_reader.newest(reader.read(), wanted, most)
     is_known = not job
     for raw, event in found:
         print_event(raw, event)
@@ -115,7 +118,7 @@ def doctor_command(context: typer.Context, as_json: JsonFlag = False) -> None:
     if as_json:
         print_json([finding.as_dict() for finding in found])
     else:
-        out.print(show.findings(found))
+        out.print(render.findings(found))
     raise typer.Exit(1 if any(finding.verdict is doctor.Verdict.FAIL for finding in found) else 0)
 
 
@@ -154,8 +157,8 @@ def install_service(
         out.print(f"  {command}", markup=False)
 
 
-@app.command(rich_help_panel=MACHINE)
-def completion(shell: Annotated[Shell, typer.Argument(help="Which shell.")]) -> None:
+@app.command("completion", rich_help_panel=MACHINE)
+def print_completion(shell: Annotated[Shell, typer.Argument(help="Which shell.")]) -> None:
     """Print a completion script: `dropforge completion bash > /etc/bash_completion.d/dropforge`."""
     from typer.completion import get_completion_script  # type: ignore[attr-defined]  # not re-exported by its name
 

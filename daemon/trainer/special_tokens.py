@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from daemon.job import FailureKind
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.errors import RunFailure
 
 # Noncharacters: Unicode keeps them for a program's own use inside itself.
 _BEGIN, _END = "\ufdd0", "\ufdd1"

@@ -12,7 +12,7 @@ from rich.tree import Tree
 
 from daemon import inbox
 from daemon.cli.doctor import Finding
-from daemon.cli.eta import spell
+from daemon.cli.estimates import spell
 from daemon.config import Settings
 from daemon.job import Event, Job, JobState, Priority, run_dir, to_json
 from daemon.text import escape, printable

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from daemon.cli import unitfile
-from daemon.cli.unitfile import ACCOUNT, DropIn, Kind, Unit
+from daemon.cli.systemd import units
+from daemon.cli.systemd.units import ACCOUNT, DropIn, Kind, Unit
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError
 from guard.atomic import write_atomic
@@ -64,16 +64,16 @@ def plan(
         raise ConfigError(operation="install instance", subject=instance, cause="a name has letters, digits, - and _")
     where = directory or (_user_units() if user else SYSTEM_UNITS)
     unit = _unit(settings, Kind.USER if user else Kind.TEMPLATE if instance else Kind.SYSTEM, python or _python())
-    usual = unitfile.STATE_PARENT / f"dropforge-{instance}"
+    usual = units.STATE_PARENT / f"dropforge-{instance}"
     written = unit
     if instance:  # the template itself knows no instance
-        written = replace(unit, root=unitfile.STATE_PARENT / "dropforge-%i", outside=(), read=())
+        written = replace(unit, root=units.STATE_PARENT / "dropforge-%i", outside=(), read=())
     name = f"dropforge@{instance}.service" if instance else "dropforge.service"
-    files = [(where / written.name, unitfile.render(written))]
+    files = [(where / written.name, units.render(written))]
     if instance and (unit.root != usual or unit.outside or unit.homes):
-        files.append((where / f"{name}.d" / "root.conf", unitfile.instance_drop_in(unit)))
+        files.append((where / f"{name}.d" / "root.conf", units.instance_drop_in(unit)))
     if not user:
-        files += [(where / f"{name}.d" / f"{kind}.conf", unitfile.drop_in(kind)) for kind in drop_ins]
+        files += [(where / f"{name}.d" / f"{kind}.conf", units.drop_in(kind)) for kind in drop_ins]
     return Plan(files=tuple(files), commands=_user_commands(unit) if user else _commands(unit, name))
 
 

@@ -18,10 +18,10 @@ from daemon.dataset.requests import Reply, Request
 from daemon.dataset.rows import Rules
 from daemon.errors import NotFound
 from daemon.inbox.filing import Filing
-from daemon.inbox.passes import Passes
 from daemon.inbox.settle import sidecar_name
 from daemon.inbox.sidecar import RejectedSidecar, read_sidecar
-from daemon.inbox.watch import Rings
+from daemon.inbox.validation_pool import ValidationPool
+from daemon.inbox.watcher import Rings
 from daemon.job import Dataset, Job, JobState, utc_now
 from daemon.store import JobStore
 from daemon.text import escape
@@ -39,15 +39,15 @@ class _Again:
     since: str
 
 
-class Checking:
+class Validator:
     """The claimed jobs of one root, and the passes over their files. One thread calls everything."""
 
-    def __init__(self, settings: Settings, store: JobStore, *, filing: Filing, bell: Rings, log: Any) -> None:
+    def __init__(self, settings: Settings, store: JobStore, *, filing: Filing, wakeup: Rings, log: Any) -> None:
         self.settings = settings
         self._filing = filing
         self._store = store
         self._log = log
-        self._passes = Passes(bell, log)
+        self._passes = ValidationPool(wakeup, log)
         self._asked: set[str] = set()  # jobs whose pass is under way
         self._again: dict[str, _Again] = {}
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from daemon.config import InboxSettings
 from daemon.dataset.source import SourceFault, kind_of_mode, open_regular
 from daemon.inbox import OWN_FOLDERS, gone
-from daemon.inbox.settle import Candidate, Kind, Look, MayBeTaken, Waits, decide, kind_of_name, sidecar_name
-from daemon.inbox.watch import Heard
+from daemon.inbox.settle import Candidate, FileStat, Kind, Settled, Wait, decide, kind_of_name, sidecar_name
+from daemon.inbox.watcher import Heard
 from daemon.inbox.writers import Writing, find_writer, writing
 from daemon.job import Priority, utc_now
 
@@ -50,7 +50,7 @@ class Ready:
 
     candidate: Candidate
     folder: Path
-    look: Look
+    look: FileStat
     sidecar_name: str | None
     reason: str
 
@@ -65,7 +65,7 @@ class Ready:
         return self.folder / self.sidecar_name if self.sidecar_name is not None else None
 
 
-class Drops:
+class CandidateTracker:
     """Every drop that is not claimed yet. `now` is of one monotonic clock throughout."""
 
     def __init__(self, folders: Mapping[Priority, Path], settings: InboxSettings) -> None:
@@ -279,7 +279,7 @@ class Drops:
         folder = self._folders[candidate.priority]
         path = f"{folder}/{candidate.name}"
         try:
-            look = Look.of(os.lstat(path))
+            look = FileStat.of(os.lstat(path))
         except OSError as error:
             if gone(error):
                 self._drop(candidate)
@@ -293,7 +293,7 @@ class Drops:
         self.left_alone.pop(candidate.key, None)
         candidate.see(look, now)
         verdict = decide(candidate, now, self.settings)
-        if isinstance(verdict, Waits):
+        if isinstance(verdict, Wait):
             self._wait(candidate, verdict.reason, now + max(0.001, verdict.seconds))
             return None
         if thorough and not self._is_free(candidate, path, look, verdict, now):
@@ -314,7 +314,7 @@ class Drops:
         # One that is refused as a sidecar (a link, a folder) is taken as it is: the claim refuses the file with it.
         return ready is not None or sidecar.key in self.left_alone
 
-    def _is_free(self, candidate: Candidate, path: str, look: Look, verdict: MayBeTaken, now: float) -> bool:
+    def _is_free(self, candidate: Candidate, path: str, look: FileStat, verdict: Settled, now: float) -> bool:
         """Whether nobody writes to it and, for the quick way, it is whole."""
         try:
             descriptor = open_regular(path)
@@ -323,7 +323,7 @@ class Drops:
             self._wait(candidate, reason, now + _LONGEST_PAUSE)
             return False
         try:
-            if Look.of(os.fstat(descriptor)) != look:
+            if FileStat.of(os.fstat(descriptor)) != look:
                 self._wait(candidate, "settling: it changed just now", now)
                 return False
             writers = writing(descriptor)
@@ -340,7 +340,7 @@ class Drops:
             os.close(descriptor)
         return True
 
-    def _wait_for_writer(self, candidate: Candidate, look: Look, now: float) -> None:
+    def _wait_for_writer(self, candidate: Candidate, look: FileStat, now: float) -> None:
         age = now - candidate.first_seen
         candidate.due = now + min(_LONGEST_PAUSE, max(_FIRST_PAUSE, age / 4))
         if age < NAME_AFTER_SECONDS or now - candidate.writer_asked_at < NAME_EVERY_SECONDS:

@@ -18,8 +18,8 @@ from typing import Any
 
 import structlog
 
-from daemon import journal, logview
 from daemon.config import Settings
+from daemon.observability import journald, log_reader
 from daemon.text import finite
 from guard.atomic import write_all
 
@@ -36,8 +36,8 @@ def configure(settings: Settings, *, terminal: bool = True, listeners: Sequence[
     file = CompleteFile(settings.log_path, max_bytes=settings.logging.max_bytes, backups=settings.logging.backups)
     handlers: list[tuple[logging.Handler, Any]] = [(file, _json)]
     if terminal:
-        native = journal.JournalHandler() if journal.is_stderr() else None
-        handlers.append((native, journal.render) if native else (logging.StreamHandler(sys.stderr), _pretty))
+        native = journald.JournalHandler() if journald.is_stderr() else None
+        handlers.append((native, journald.render) if native else (logging.StreamHandler(sys.stderr), _pretty))
 
     def tell(logger: Any, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         for listener in listeners:
@@ -164,4 +164,4 @@ def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
 
 
 def _pretty(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
-    return logview.line(finite(event), colours=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
+    return log_reader.line(finite(event), colours=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))

@@ -15,8 +15,8 @@ import msgspec
 from msgspec import Meta, Struct, defstruct
 
 from daemon.dataset.conversation import RowFault
-from daemon.dataset.jsonline import LineFault, column_of, parse_object
 from daemon.dataset.rows import STEERING_KEYS, ColumnNames, Format, normalise
+from daemon.dataset.strict_json import LineFault, column_of, parse_object
 
 MAX_EXTRA_KEYS = 64  # unused keys that the types learn; a row with further ones is read the exact way
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
-from daemon.trainer.failure import RunFailure
+from daemon.trainer.errors import RunFailure
 
 OFFLINE = "HF_HUB_OFFLINE"
 # What a causal language model in safetensors form consists of; no .bin, no .py.

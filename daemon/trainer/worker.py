@@ -1,0 +1,22 @@
+"""`python -m daemon.trainer.worker RUN_DIR`, under torchrun: one of the processes that share a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from daemon.trainer import distributed
+from daemon.trainer.__main__ import load
+from daemon.trainer.attempt import conduct, end
+from daemon.trainer.launcher import member_dir
+
+
+def run_share(run_dir: Path) -> int:
+    """This process's share of the run; returns the exit code."""
+    code = conduct(run_dir, load, member=member_dir(run_dir, distributed.process()))
+    distributed.leave()
+    return code
+
+
+if __name__ == "__main__":
+    end(lambda: run_share(Path(sys.argv[1])))
