@@ -192,9 +192,9 @@ def test_when_rebuilding_does_not_help_the_inbox_is_polled_and_says_so(
 LIMITED = """
 import sys
 from pathlib import Path
-from daemon.inbox import watch
+from daemon.inbox import watcher
 from tests.support.inbox import ROW, Root
-watch.RETRY_WATCH_SECONDS = 0.5
+watcher.RETRY_WATCH_SECONDS = 0.5
 limit = Path(f"/proc/sys/user/max_inotify_{sys.argv[1]}")
 before = limit.read_text()
 limit.write_text("0")

@@ -306,8 +306,8 @@ def test_the_real_servers_imports_start_neither_threads_nor_cuda() -> None:
             sys.executable,
             "-P",
             "-c",
-            "from daemon.trainer import warm; from daemon.trainer.__main__ import settle_environment\n"
-            "settle_environment(); warm.preload(''); import torch; print(repr(warm.unfit()), torch.cuda.is_initialized())",
+            "from daemon.trainer import fork_server; from daemon.trainer.__main__ import settle_environment\n"
+            "settle_environment(); fork_server.preload(''); import torch; print(repr(fork_server.unfit()), torch.cuda.is_initialized())",
         ],
         capture_output=True,
         text=True,
@@ -330,7 +330,7 @@ def test_importing_the_trainer_leaves_bitsandbytes_alone_until_a_model_is_loaded
         [
             sys.executable,
             "-c",
-            "from daemon.trainer import warm\nwarm.preload('')\nimport daemon.trainer.train, importlib.util\n"
+            "from daemon.trainer import fork_server\nfork_server.preload('')\nimport daemon.trainer.train, importlib.util\n"
             "print(importlib.util.find_spec('bitsandbytes') is not None)\nimport bitsandbytes",
         ],
         capture_output=True,

@@ -15,13 +15,13 @@ from daemon.trainer.attempt import Engine, conduct
 
 
 def load(run_dir: Path) -> Engine:
-    from daemon.trainer import collate
     from daemon.trainer.callbacks import MonitorCallback
+    from daemon.trainer.collate import Collator
     from daemon.trainer.train import train
 
     allowed = run_dir.parents[2] / "allowed"
     lines: list[int] = []
-    collate = collate.Collator.__call__
+    collate = Collator.__call__
     begin, end = MonitorCallback.on_train_begin, MonitorCallback.on_step_end
 
     def noting(self: Any, examples: Any) -> Any:
@@ -45,7 +45,7 @@ def load(run_dir: Path) -> Engine:
             notes.write(json.dumps({"step": state.global_step, "lines": taken}) + "\n")
         end(self, args, state, control, **kwargs)
 
-    collate.Collator.__call__ = noting  # type: ignore[method-assign]
+    Collator.__call__ = noting  # type: ignore[method-assign]
     MonitorCallback.on_train_begin = on_train_begin  # type: ignore[method-assign]
     MonitorCallback.on_step_begin = on_step_begin  # type: ignore[method-assign]
     MonitorCallback.on_step_end = on_step_end  # type: ignore[method-assign]
