@@ -22,8 +22,8 @@ from daemon.config import Settings
 from daemon.dataset import DatasetReport
 from daemon.dataset.requests import Request
 from daemon.dataset.rows import Row, Rules, iter_rows
-from daemon.dataset.source import SourceFault
-from daemon.dataset.strict_json import LineFault
+from daemon.dataset.source import SourceError
+from daemon.dataset.strict_json import LineError
 from daemon.inbox.report import rows_text
 from daemon.inbox.settle import Kind, kind_of_name, sidecar_name
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
@@ -135,7 +135,7 @@ def _check(path: Path, settings: Settings, store: JobStore | None, lengths_comma
         )
     try:
         repeats, lengths = _read_rows(path, reply.dataset.format, rules)
-    except (LineFault, SourceFault, OSError) as error:
+    except (LineError, SourceError, OSError) as error:
         return CheckReport(path=str(path), accepted=False, reason=f"it changed while it was read: {error}")
     trained = store.with_digest(reply.dataset.digest, {JobState.SUCCEEDED}) if store is not None else []
     return CheckReport(

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, defstruct
 
-from daemon.dataset.conversation import RowFault
-from daemon.dataset.rows import STEERING_KEYS, ColumnNames, Format, normalise
-from daemon.dataset.strict_json import LineFault, column_of, parse_object
+from daemon.dataset.conversation import RowError
+from daemon.dataset.rows import RESERVED_KEYS, ColumnNames, Format, normalise
+from daemon.dataset.strict_json import LineError, column_of, parse_object
 
 MAX_EXTRA_KEYS = 64  # unused keys that the types learn; a row with further ones is read the exact way
 
@@ -89,19 +89,19 @@ class RowDecoder:
         return self._decode
 
     def examine(self, line: bytes) -> None:
-        """The exact check of a line that `decode` did not take. Raises LineFault when it is bad.
+        """The exact check of a line that `decode` did not take. Raises LineError when it is bad.
 
         A good one teaches the types the keys that it has, so that the next one like it is taken.
         """
         try:
             row = self._wide(line)
             normalise(row, self._format, self._columns)
-        except (*NOT_TAKEN, RowFault):
+        except (*NOT_TAKEN, RowError):
             row = parse_object(line)
             try:
                 normalise(row, self._format, self._columns)
-            except RowFault as fault:
-                raise LineFault(column_of(line, fault.path), str(fault)) from fault
+            except RowError as error:
+                raise LineError(column_of(line, error.path), str(error)) from error
         self._learn(row)
 
     def _learn(self, row: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ class RowDecoder:
 
 
 def _learnable(value: dict[str, Any], known: Iterable[str]) -> list[str]:
-    return [key for key in value if key not in known and key not in STEERING_KEYS]
+    return [key for key in value if key not in known and key not in RESERVED_KEYS]
 
 
 def _shape(value: Any) -> _Shape:

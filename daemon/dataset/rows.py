@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from daemon.dataset.conversation import (
     Message,
-    RowFault,
+    RowError,
     optional_text,
     read_conversation,
     read_messages,
@@ -27,13 +27,13 @@ from daemon.dataset.conversation import (
     text_of,
 )
 from daemon.dataset.source import BOM, TooLong, open_dataset
-from daemon.dataset.strict_json import LineFault, column_of, parse_object
+from daemon.dataset.strict_json import LineError, column_of, parse_object
 
 ROW_DIGEST_BYTES = 16
 
 # Keys that some trainers take as finished tensors or as arguments of the chat template. A row that carries one would
 # mean something else there than here, so it is refused rather than ignored.
-STEERING_KEYS = frozenset(
+RESERVED_KEYS = frozenset(
     {
         "input_ids",
         "labels",
@@ -172,19 +172,19 @@ def detect_format(row: Mapping[str, Any], columns: ColumnNames) -> Format | None
 
 
 def check_row(line: bytes, format_: Format, columns: ColumnNames) -> RowContent:
-    """The row on `line`. Raises LineFault, with the column of the value that is wrong."""
+    """The row on `line`. Raises LineError, with the column of the value that is wrong."""
     value = parse_object(line)
     try:
         return normalise(value, format_, columns)
-    except RowFault as fault:
-        raise LineFault(column_of(line, fault.path), str(fault)) from fault
+    except RowError as error:
+        raise LineError(column_of(line, error.path), str(error)) from error
 
 
 def normalise(row: Mapping[str, Any], format_: Format, columns: ColumnNames) -> RowContent:
-    """One parsed row as one of the three kinds. Raises RowFault."""
+    """One parsed row as one of the three kinds. Raises RowError."""
     for key in row:
-        if key in STEERING_KEYS:
-            raise RowFault((key,), "a key that steers a trainer; rows hold text and messages only")
+        if key in RESERVED_KEYS:
+            raise RowError((key,), "a key that steers a trainer; rows hold text and messages only")
     match format_:
         case Format.MESSAGES:
             messages = read_messages(required(row, "messages"), ("messages",))
@@ -211,7 +211,7 @@ class RowReader:
     """Reads a dataset that passed, line by line; lines can be read elsewhere than where they are made rows.
 
     Under on_bad_rows = "skip" exactly the rows are left out that the pass left out; else a bad row, which the pass would
-    have refused, raises LineFault.
+    have refused, raises LineError.
     """
 
     path: Path
@@ -219,23 +219,23 @@ class RowReader:
     data: DataRules
 
     def lines(self) -> Iterator[Line]:
-        """In file order, one at a time; memory does not grow with the file. Raises SourceFault, OSError."""
+        """In file order, one at a time; memory does not grow with the file. Raises SourceError, OSError."""
         with open_dataset(self.path, max_expansion=self.data.max_expansion) as source:
             yield from source.lines(self.data.max_line_bytes)
 
     def row(self, line: Line) -> Row | None:
-        """The row on a line; None for one that is left out, and for the empty end of the file. Raises LineFault."""
+        """The row on a line; None for one that is left out, and for the empty end of the file. Raises LineError."""
         number, text = line
         try:
             if isinstance(text, TooLong):
-                raise LineFault(1, str(text))
+                raise LineError(1, str(text))
             if not text.strip():
                 return None  # at the end of the file; anywhere else the pass has counted it as bad
             content = check_row(text, self.format, self.data.columns)
-        except LineFault as fault:
+        except LineError as error:
             if self.data.on_bad_rows == "skip":
                 return None
-            raise LineFault(fault.column, f"line {number}, column {fault.column}: {fault.reason}") from fault
+            raise LineError(error.column, f"line {number}, column {error.column}: {error.reason}") from error
         return Row(line=number, content_digest=row_digest(text), **vars(content))
 
 
@@ -254,7 +254,7 @@ def _prompt_completion(row: Mapping[str, Any], prompt_key: str, completion_key: 
     prompt, completion = required(row, prompt_key), required(row, completion_key)
     if isinstance(prompt, list):
         if not isinstance(completion, list):
-            raise RowFault((completion_key,), "expected a list of messages, as the prompt is one")
+            raise RowError((completion_key,), "expected a list of messages, as the prompt is one")
         return RowContent(
             kind="prompt_completion",
             prompt=read_messages(prompt, (prompt_key,)),

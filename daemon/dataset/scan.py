@@ -23,8 +23,8 @@ from blake3 import blake3
 from daemon.children import describe_exit, die_with_parent
 from daemon.dataset.fast_path import NOT_TAKEN, RowDecoder
 from daemon.dataset.rows import Format, Rules, describe_keys, detect_format
-from daemon.dataset.source import BLOCK_BYTES, BOM, DatasetSource, Lines, SourceFault, TooLong, whole_lines
-from daemon.dataset.strict_json import LineFault, excerpt, parse_object
+from daemon.dataset.source import BLOCK_BYTES, BOM, DatasetSource, Lines, SourceError, TooLong, whole_lines
+from daemon.dataset.strict_json import LineError, excerpt, parse_object
 
 LISTED_PROBLEMS = 20  # bad lines that a report shows
 LISTED_LINES = 1000  # numbers of skipped lines that a report names
@@ -55,12 +55,12 @@ class Tally:
     blank_runs: list[tuple[int, int]] = field(default_factory=list)  # first and last line of each run
     stopped: bool = False  # the rest was not read
 
-    def add(self, line: bytes, number: int, fault: LineFault) -> None:
+    def add(self, line: bytes, number: int, error: LineError) -> None:
         """Record a bad line."""
         self.bad += 1
         if len(self.problems) < LISTED_PROBLEMS:
             self.problems.append(
-                LineProblem(line=number, column=fault.column, reason=fault.reason, excerpt=excerpt(line, fault.column))
+                LineProblem(line=number, column=error.column, reason=error.reason, excerpt=excerpt(line, error.column))
             )
         if len(self.bad_lines) < LISTED_LINES:
             self.bad_lines.append(number)
@@ -113,7 +113,7 @@ class LineScanner:
         for whole in whole_lines(blocks, self._rules.max_line_bytes):
             if isinstance(whole, TooLong):
                 self.tally.lines += 1
-                self.tally.add(b"", self.tally.lines, LineFault(whole.max_line_bytes + 1, str(whole)))
+                self.tally.add(b"", self.tally.lines, LineError(whole.max_line_bytes + 1, str(whole)))
                 self.tally.stopped = self._rejecting
             else:
                 self._check(whole)
@@ -143,8 +143,8 @@ class LineScanner:
             return
         try:
             self._rows.examine(line)
-        except LineFault as fault:
-            self.tally.add(line, number, fault)
+        except LineError as error:
+            self.tally.add(line, number, error)
 
 
 def scan_blocks(
@@ -152,7 +152,7 @@ def scan_blocks(
 ) -> tuple[Format | None, Tally]:
     """Detect the format, then check every line; None when no row has the keys of a known format.
 
-    `progress` is told the bytes of each block. Raises SourceFault.
+    `progress` is told the bytes of each block. Raises SourceError.
     """
     held: list[bytes] = []
     counted = _counting(_without_bom(blocks), progress)
@@ -168,7 +168,7 @@ def detect(blocks: Iterable[bytes], rules: Rules) -> tuple[Format | None, Tally]
     for whole in whole_lines(blocks, rules.max_line_bytes):
         if isinstance(whole, TooLong):
             tally.lines += 1
-            tally.add(b"", tally.lines, LineFault(whole.max_line_bytes + 1, str(whole)))
+            tally.add(b"", tally.lines, LineError(whole.max_line_bytes + 1, str(whole)))
             tally.stopped = True
             return None, tally
         for line in whole.stream():
@@ -181,9 +181,9 @@ def detect(blocks: Iterable[bytes], rules: Rules) -> tuple[Format | None, Tally]
                 found = detect_format(row, rules.columns)
                 if found is not None:
                     return found, tally
-                raise LineFault(1, describe_keys(row))
-            except LineFault as fault:
-                tally.add(line, tally.lines, fault)
+                raise LineError(1, describe_keys(row))
+            except LineError as error:
+                tally.add(line, tally.lines, error)
             if tally.lines >= DETECT_LINES:
                 tally.stopped = True
                 return None, tally
@@ -195,7 +195,7 @@ def scan_parallel(
 ) -> tuple[Format | None, Tally, str]:
     """The same over one large plain file by `processes` processes, with its digest.
 
-    This process digests the file, then helps with the chunks. Raises SourceFault, ChildProcessError when a process
+    This process digests the file, then helps with the chunks. Raises SourceError, ChildProcessError when a process
     died.
     """
     size = source.signature().size_bytes
@@ -337,7 +337,7 @@ def _without_bom(blocks: Iterable[bytes]) -> Iterator[bytes]:
     first = True
     for block in blocks:
         if first and block[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise SourceFault("it is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl")
+            raise SourceError("it is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl")
         yield block.removeprefix(BOM) if first else block
         first = False
 

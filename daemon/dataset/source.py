@@ -33,7 +33,7 @@ _KINDS = (
 )
 
 
-class SourceFault(Exception):
+class SourceError(Exception):
     """A file that cannot be read as a dataset at all; `hint` says what to do."""
 
     def __init__(self, reason: str, hint: str = "") -> None:
@@ -85,19 +85,19 @@ def kind_of_mode(mode: int) -> str | None:
 
 
 def open_regular(path: Path | str) -> int:
-    """A descriptor, for reading, of a regular file. Raises SourceFault for anything else, OSError."""
+    """A descriptor, for reading, of a regular file. Raises SourceError for anything else, OSError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise SourceFault("it is a symbolic link", "drop the file itself") from error
+            raise SourceError("it is a symbolic link", "drop the file itself") from error
         if error.errno == errno.ENXIO:
-            raise SourceFault("it is a socket or a device", "drop a regular file") from error
+            raise SourceError("it is a socket or a device", "drop a regular file") from error
         raise
     kind = kind_of_mode(os.fstat(descriptor).st_mode)
     if kind is not None:
         os.close(descriptor)
-        raise SourceFault(f"it is {kind}", "drop a regular file")
+        raise SourceError(f"it is {kind}", "drop a regular file")
     return descriptor
 
 
@@ -125,7 +125,7 @@ class DatasetSource:
         return Signature(inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
 
     def blocks(self, size: int = BLOCK_BYTES) -> Iterator[bytes]:
-        """The content in blocks of about `size` bytes, decompressed. Raises SourceFault, OSError."""
+        """The content in blocks of about `size` bytes, decompressed. Raises SourceError, OSError."""
         raw = self._raw_blocks(size)
         if self.compression is None:
             return raw
@@ -167,7 +167,7 @@ class DatasetSource:
         for block in blocks:
             total += len(block)
             if total > limit:
-                raise SourceFault(
+                raise SourceError(
                     f"it expands to more than {limit} bytes, {self._max_expansion:g} times its size",
                     "decompress it first, or raise [data] max_expansion",
                 )
@@ -181,7 +181,7 @@ class DatasetSource:
 
 
 def open_dataset(path: Path, *, max_expansion: float) -> DatasetSource:
-    """Open a dropped file; `.gz` and `.zst` are decompressed. Raises SourceFault, OSError."""
+    """Open a dropped file; `.gz` and `.zst` are decompressed. Raises SourceError, OSError."""
     name = path.name.lower()
     compression = "gz" if name.endswith(".gz") else "zst" if name.endswith(".zst") else None
     return DatasetSource(open_regular(path), compression=compression, max_expansion=max_expansion)
@@ -236,9 +236,9 @@ def _gunzip(raw: Iterator[bytes], size: int) -> Iterator[bytes]:
                 if member.eof:
                     member, begun = zlib.decompressobj(wbits=31), False
     except zlib.error as error:
-        raise SourceFault(f"it is not sound gzip: {error}", "compress and drop it again") from error
+        raise SourceError(f"it is not sound gzip: {error}", "compress and drop it again") from error
     if begun:
-        raise SourceFault("the gzip data is cut short", "copy it again")
+        raise SourceError("the gzip data is cut short", "copy it again")
 
 
 def _unzstd(raw: Iterator[bytes]) -> Iterator[bytes]:
@@ -257,9 +257,9 @@ def _unzstd(raw: Iterator[bytes]) -> Iterator[bytes]:
                         frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
                         begun = False
     except zstandard.ZstdError as error:
-        raise SourceFault(f"it is not sound zstd: {error}", "compress and drop it again") from error
+        raise SourceError(f"it is not sound zstd: {error}", "compress and drop it again") from error
     if begun:
-        raise SourceFault("the zstd data is cut short", "copy it again")
+        raise SourceError("the zstd data is cut short", "copy it again")
 
 
 def _nonempty(block: bytes) -> Iterator[bytes]:

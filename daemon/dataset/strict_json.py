@@ -37,7 +37,7 @@ _KINDS: Mapping[type, str] = {
 }
 
 
-class LineFault(Exception):
+class LineError(Exception):
     """What is wrong with one line: its column (1-based, in characters) and the reason, in words."""
 
     def __init__(self, column: int, reason: str) -> None:
@@ -57,14 +57,14 @@ def kind_of(value: object) -> str:
 def parse_object(line: bytes) -> dict[str, Any]:
     """The JSON object on `line` (without byte order mark; surrounding white space is allowed).
 
-    Of repeated keys the last counts, as in every common parser. Raises LineFault.
+    Of repeated keys the last counts, as in every common parser. Raises LineError.
     """
     text = decode_utf8(line).rstrip("\r\n")  # a column beyond the last character is one beyond, not on the next line
     if text.startswith("\ufeff"):
-        raise LineFault(1, "a byte order mark inside the file")
+        raise LineError(1, "a byte order mark inside the file")
     if control := _CONTROL.search(text):
         name = "NUL" if control.group() == "\0" else f"control character U+{ord(control.group()):04X}"
-        raise LineFault(control.start() + 1, f"{name}, which JSON allows only as an escape")
+        raise LineError(control.start() + 1, f"{name}, which JSON allows only as an escape")
     _refuse_depth(text)
     try:
         value = _DECODER.decode(text)
@@ -75,18 +75,18 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except _Number as error:
         _raise_at(_NUMBERS, text, str(error), _bad_number)
     if not isinstance(value, dict):
-        raise LineFault(_skip_space(text, 0) + 1, f"expected an object, found {kind_of(value)}")
+        raise LineError(_skip_space(text, 0) + 1, f"expected an object, found {kind_of(value)}")
     _refuse_surrogates(text)
     return value
 
 
 def decode_utf8(line: bytes) -> str:
-    """The line as text. Raises LineFault."""
+    """The line as text. Raises LineError."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode("utf-8")) + 1
-        raise LineFault(column, f"byte 0x{line[error.start]:02x} is not UTF-8") from None
+        raise LineError(column, f"byte 0x{line[error.start]:02x} is not UTF-8") from None
 
 
 def column_of(line: bytes, path: Path) -> int:
@@ -152,8 +152,8 @@ def _bad_number(token: str) -> bool:
 def _raise_at(pattern: re.Pattern[str], text: str, reason: str, accept: Any = bool) -> NoReturn:
     for match in pattern.finditer(text):
         if match.group(1) and accept(match.group(1)):
-            raise LineFault(match.start() + 1, reason)
-    raise LineFault(1, reason)
+            raise LineError(match.start() + 1, reason)
+    raise LineError(1, reason)
 
 
 def _refuse_depth(text: str) -> None:
@@ -165,7 +165,7 @@ def _refuse_depth(text: str) -> None:
         if first in "[{":
             depth += 1
             if depth > MAX_DEPTH:
-                raise LineFault(match.start() + 1, f"nested deeper than {MAX_DEPTH} levels")
+                raise LineError(match.start() + 1, f"nested deeper than {MAX_DEPTH} levels")
         elif first in "]}":
             depth -= 1
 
@@ -184,10 +184,10 @@ def _refuse_surrogates(text: str) -> None:
             break
         high = match if not paired and 0xD800 <= code <= 0xDBFF else None
     if high is not None:
-        raise LineFault(high.start() + 1, f"{high.group()} is half of a surrogate pair")
+        raise LineError(high.start() + 1, f"{high.group()} is half of a surrogate pair")
 
 
-def _in_words(error: json.JSONDecodeError, text: str) -> LineFault:
+def _in_words(error: json.JSONDecodeError, text: str) -> LineError:
     rest = text[error.pos :].strip()
     if error.msg == "Extra data":
         reason = "a second value on the same line" if rest[:1] in tuple('{["') else "more text after the object"
@@ -195,7 +195,7 @@ def _in_words(error: json.JSONDecodeError, text: str) -> LineFault:
         reason = "the line ends inside the JSON value"
     else:
         reason = error.msg[0].lower() + error.msg[1:]
-    return LineFault(error.pos + 1, reason)
+    return LineError(error.pos + 1, reason)
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -20,7 +20,7 @@ from daemon.dataset.scan import (
     scan_blocks,
     scan_parallel,
 )
-from daemon.dataset.source import SourceFault, open_dataset
+from daemon.dataset.source import SourceError, open_dataset
 from daemon.errors import RejectedData, TryLater
 from daemon.job import Dataset
 from daemon.text import escape
@@ -105,10 +105,10 @@ def scan_dataset(
                     cause="it is still being written",
                     hint="it is read again when it has settled",
                 )
-    except SourceFault as fault:
+    except SourceError as error:
         raise RejectedDataset(
-            DatasetReport(name=target.name, size_bytes=size, whole=False, reason=fault.reason, hint=fault.hint)
-        ) from fault
+            DatasetReport(name=target.name, size_bytes=size, whole=False, reason=error.reason, hint=error.hint)
+        ) from error
     report = judge(tally, format_, rules, name=target.name, size_bytes=size, digest=digest)
     if report.reason or format_ is None:
         raise RejectedDataset(report)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daemon.config import InboxSettings
-from daemon.dataset.source import SourceFault, kind_of_mode, open_regular
+from daemon.dataset.source import SourceError, kind_of_mode, open_regular
 from daemon.inbox import OWN_FOLDERS, gone
 from daemon.inbox.settle import Candidate, FileStat, Kind, Settled, Wait, decide, kind_of_name, sidecar_name
 from daemon.inbox.watcher import Heard
@@ -318,8 +318,8 @@ class CandidateTracker:
         """Whether nobody writes to it and, for the quick way, it is whole."""
         try:
             descriptor = open_regular(path)
-        except (OSError, SourceFault) as error:
-            reason = error.reason if isinstance(error, SourceFault) else f"cannot be read: {error.strerror}"
+        except (OSError, SourceError) as error:
+            reason = error.reason if isinstance(error, SourceError) else f"cannot be read: {error.strerror}"
             self._wait(candidate, reason, now + _LONGEST_PAUSE)
             return False
         try:

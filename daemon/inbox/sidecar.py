@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from daemon.dataset.source import SourceFault, open_regular
+from daemon.dataset.source import SourceError, open_regular
 from daemon.errors import ConfigError, RejectedData
 from daemon.job import Priority
 from daemon.recipe import Recipe
@@ -41,8 +41,8 @@ def read_sidecar(path: Path, recipe: Recipe) -> Sidecar:
     try:
         text = _read(path).decode("utf-8")
         table = tomllib.loads(text)
-    except SourceFault as fault:
-        raise _rejected(path, fault.reason) from fault
+    except SourceError as error:
+        raise _rejected(path, error.reason) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise _rejected(path, f"it is not sound TOML: {error}") from error
     overrides = {}
@@ -72,7 +72,7 @@ def _read(path: Path) -> bytes:
     finally:
         os.close(descriptor)
     if len(data) > MAX_SIDECAR_BYTES:
-        raise SourceFault(f"it is larger than {MAX_SIDECAR_BYTES} bytes")
+        raise SourceError(f"it is larger than {MAX_SIDECAR_BYTES} bytes")
     return data
 
 

@@ -15,7 +15,7 @@ from daemon.dataset import scan_dataset
 from daemon.dataset.fast_path import MAX_EXTRA_KEYS, NOT_TAKEN, RowDecoder
 from daemon.dataset.rows import Columns, Format, Rules, check_row
 from daemon.dataset.scan import LineScanner
-from daemon.dataset.strict_json import LineFault
+from daemon.dataset.strict_json import LineError
 from daemon.recipe import DataSettings
 from tests.unit.test_rows_formats import BAD, GOOD
 from tests.unit.test_rows_strict_json import HOSTILE
@@ -50,7 +50,7 @@ rows = st.dictionaries(
 def exact(line: bytes, format_: Format) -> bool:
     try:
         check_row(line, format_, COLUMNS)
-    except LineFault:
+    except LineError:
         return False
     return True
 
@@ -61,7 +61,7 @@ def taught(format_: Format, lines: list[bytes]) -> RowDecoder:
     for line in lines:
         try:
             decoder.examine(line)
-        except LineFault:
+        except LineError:
             continue
     return decoder
 

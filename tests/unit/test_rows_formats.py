@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon.dataset.rows import STEERING_KEYS, Columns, Format, Rules, check_row, detect_format, iter_rows, row_digest
-from daemon.dataset.strict_json import LineFault
+from daemon.dataset.rows import RESERVED_KEYS, Columns, Format, Rules, check_row, detect_format, iter_rows, row_digest
+from daemon.dataset.strict_json import LineError
 from daemon.recipe import DataSettings
 
 GSM8K = Path(__file__).parent.parent / "data" / "gsm8k" / "train_head.jsonl"
@@ -89,16 +89,16 @@ def test_a_bad_row_is_named_by_reason_and_by_the_column_of_its_value(
     format_: Format, row: bytes, reason: str, column: int | bytes
 ) -> None:
     """The column is that of the value that is wrong, or of the object that lacks it."""
-    with pytest.raises(LineFault) as caught:
+    with pytest.raises(LineError) as caught:
         check_row(row, format_, Columns())
     assert reason in caught.value.reason
     assert caught.value.column == (row.index(column) + 1 if isinstance(column, bytes) else column)
 
 
-@pytest.mark.parametrize("key", sorted(STEERING_KEYS))
+@pytest.mark.parametrize("key", sorted(RESERVED_KEYS))
 def test_a_row_with_a_key_that_steers_a_trainer_is_refused(key: str) -> None:
     """Whatever else it holds."""
-    with pytest.raises(LineFault, match="steers a trainer"):
+    with pytest.raises(LineError, match="steers a trainer"):
         check_row(line({"text": "t", key: [1, 2]}), Format.TEXT, Columns())
 
 
@@ -157,5 +157,5 @@ def test_skipping_rows_is_not_refusing_them(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": 1}\n{"text": "b"}')
     assert [row.line for row in iter_rows(path, "text", Rules(on_bad_rows="skip"))] == [1, 3]
-    with pytest.raises(LineFault, match="line 2, column 10"):
+    with pytest.raises(LineError, match="line 2, column 10"):
         list(iter_rows(path, "text", Rules()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from daemon.dataset.strict_json import MAX_DEPTH, LineFault, column_of, excerpt, parse_object
+from daemon.dataset.strict_json import MAX_DEPTH, LineError, column_of, excerpt, parse_object
 
 HOSTILE = [
     pytest.param(b'{"text": NaN}', 10, "NaN", id="nan"),
@@ -42,7 +42,7 @@ HOSTILE = [
 @pytest.mark.parametrize(("line", "column", "reason"), HOSTILE)
 def test_a_hostile_line_is_named_by_column_and_reason(line: bytes, column: int, reason: str) -> None:
     """Never an exception of the parser's own, never a crash."""
-    with pytest.raises(LineFault) as caught:
+    with pytest.raises(LineError) as caught:
         parse_object(line)
     assert reason in caught.value.reason
     assert caught.value.column == column

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from daemon.dataset.rows import Format, Row, RowReader
-from daemon.dataset.strict_json import LineFault
+from daemon.dataset.strict_json import LineError
 from daemon.fingerprint import fingerprint_run
 from daemon.job import Dataset, FailureKind
 from daemon.recipe import DataSettings, TrainingSettings
@@ -159,7 +159,7 @@ def test_in_another_process_a_template_without_end_is_stopped_and_a_bad_line_is_
         tokenise([row(messages=TURNS)], endless, data, read=itself, processes=2)
     reader = RowReader(tmp_path / "rows.jsonl", Format.TEXT, DATA)
     reader.path.write_text('{"text": "good"}\n{"text": 1}\n')
-    with pytest.raises(LineFault, match=r"line 2, column 10: .*expected a string, found a number"):
+    with pytest.raises(LineError, match=r"line 2, column 10: .*expected a string, found a number"):
         tokenise(reader.lines(), tokenizer, DATA, read=reader.row, processes=2)
 
 
