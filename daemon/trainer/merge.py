@@ -17,7 +17,8 @@ from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
 from daemon.trainer.base_model import resolve_base
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.model import ADAPTER_CONFIG, load_adapter, load_network, load_tokenizer, saved_config
+from daemon.trainer.model import ADAPTER_CONFIG, load_adapter, load_network, saved_config
+from daemon.trainer.tokenizer import load_tokenizer
 from guard.atomic import fsync_tree, rename_durable
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from daemon.job import FailureKind
 from daemon.recipe import LoraSettings, ModelSettings
@@ -69,21 +69,6 @@ def architecture(base: BaseModel, attention: str) -> Any:
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=False)
-
-
-def load_tokenizer(base: BaseModel) -> Any:
-    """The base model's tokenizer; its padding token is set (to EOS where it has none)."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise RunFailure(
-            FailureKind.CONFIG,
-            f"the base model in {base.path} has no usable tokenizer: {error}",
-            hint="fetch the model again, tokenizer.json included",
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent: Path | None) -> PeftModel:

@@ -40,7 +40,6 @@ from daemon.trainer.model import (
     all_finite,
     attention_of,
     load_model,
-    load_tokenizer,
     lora_b_norm,
     lora_config,
     precision_of,
@@ -50,6 +49,7 @@ from daemon.trainer.room import full_disk_is_told
 from daemon.trainer.summary import arithmetic, timing, warnings_of
 from daemon.trainer.tensorboard import ScalarWriter
 from daemon.trainer.tokenise import digest_tokens, tokenise, worker_processes
+from daemon.trainer.tokenizer import load_tokenizer
 
 # What a resume relies on: checkpoints loaded by weights alone, and the Trainer whose silences we know.
 OLDEST = {"torch": (2, 10), "transformers": (5, 0)}

@@ -22,7 +22,8 @@ from daemon.trainer.base_model import BaseModel, resolve_base
 from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.merge import merge
-from daemon.trainer.model import load_model, load_tokenizer, lora_config
+from daemon.trainer.model import load_model, lora_config
+from daemon.trainer.tokenizer import load_tokenizer
 from daemon.versions import promote
 from tests.support.inprocess import Wish, rows, specify, train
 from tests.support.root import environment
