@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 
-from daemon import inbox
 from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.holds import PAUSED_KEY
+from daemon.inbox import archive
 from daemon.job import FINAL_STATES, Job, JobState, Priority, utc_now
 from daemon.store import JobStore, TransitionRefused
 
@@ -60,7 +60,7 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
         except TransitionRefused:
             continue
         try:
-            inbox.settle_files(settings, cancelled)
+            archive.settle_files(settings, cancelled)
         except OSError as error:
             return f"job {job.id} is cancelled; its file is moved when the daemon starts next: {error}"
         return f"job {job.id} is cancelled" + (", its file is back in the inbox" if hand_back else "")
@@ -80,7 +80,7 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
             hint="`dropforge submit --force` trains the same content again" if job.state is JobState.SUCCEEDED else "",
         )
     # The file first: a crash between the two leaves a finished job with its file in processing/, which is mended.
-    inbox.return_for_retry(settings, job)
+    archive.return_for_retry(settings, job)
     store.transition(
         job.id,
         job.state,

@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
-from daemon import inbox, versions
+from daemon import versions
 from daemon.config import Settings
+from daemon.inbox import layout
 from daemon.inbox.report import REPORT_JSON, parse_report
 from daemon.job import FINAL_STATES, Dataset, FailureKind, Job, JobState, run_dir
 from daemon.store import BrokenStore, JobStore
@@ -63,7 +64,7 @@ def jobs_on_disk(settings: Settings) -> Iterator[Job]:
 
 
 def _reported(settings: Settings, trained: Mapping[str, versions.Version]) -> Iterator[Job]:
-    for place in (inbox.DONE, inbox.FAILED):
+    for place in (layout.DONE, layout.FAILED):
         folder = settings.inbox_dir / place
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             try:
@@ -105,7 +106,7 @@ def _from_version(settings: Settings, job_id: str, version: versions.Version) ->
         state=JobState.SUCCEEDED,
         dataset=Dataset(
             name=name,
-            path=str(inbox.processing_dir(settings, job_id) / name),
+            path=str(layout.processing_dir(settings, job_id) / name),
             size_bytes=0,
             rows=int(record.get("rows") or 0),
             digest=str(record.get("dataset_digest")),

@@ -24,8 +24,8 @@ from daemon.dataset.requests import Request
 from daemon.dataset.rows import Row, Rules, iter_rows
 from daemon.dataset.source import SourceError
 from daemon.dataset.strict_json import LineError
+from daemon.inbox.layout import NameKind, name_kind, sidecar_name
 from daemon.inbox.report import rows_text
-from daemon.inbox.settle import Kind, kind_of_name, sidecar_name
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.validation_pool import pass_once
 from daemon.job import Dataset, JobState, to_json
@@ -108,7 +108,7 @@ def check_files(
 def _check(path: Path, settings: Settings, store: JobStore | None, lengths_command: Sequence[str]) -> CheckReport:
     if not os.path.lexists(path):
         return CheckReport(path=str(path), accepted=False, reason="there is no such file")
-    if kind_of_name(path.name) is not Kind.DATA:
+    if name_kind(path.name) is not NameKind.DATA:
         reason = "the daemon takes files named *.jsonl, *.jsonl.gz or *.jsonl.zst only"
         return CheckReport(path=str(path), accepted=False, reason=reason, hint="rename it")
     sidecar, sidecar_path = Sidecar(), path.with_name(sidecar_name(path.name))

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from daemon import inbox
 from daemon.cli.doctor import Finding
 from daemon.cli.estimates import spell
 from daemon.config import Settings
+from daemon.inbox import layout
 from daemon.job import Event, Job, JobState, Priority, run_dir, to_json
 from daemon.text import escape, printable
 from daemon.versions import Version
@@ -172,7 +172,7 @@ def job(item: Job, events: Sequence[Event], settings: Settings) -> RenderableTyp
             *(("warning", Text(escape(warning), style="yellow")) for warning in result.warnings),
             ("hint", escape(result.hint) or None),
         ]
-    lies, directory = inbox.locate(settings, item), run_dir(settings.state_dir, item.id)
+    lies, directory = layout.locate(settings, item), run_dir(settings.state_dir, item.id)
     rows.append(("file", escape(str(lies), most=2000) if lies else "no longer in the inbox"))
     rows.append(("run directory", str(directory) if directory.is_dir() else None))
     for name, value in rows:

@@ -22,7 +22,6 @@ BOM = b"\xef\xbb\xbf"
 MAX_WINDOW_BYTES = 2**27  # of zstd, as its own command line accepts without --long
 ZSTD_STEP_BYTES = 512  # 4 bytes may stand for a block of 128 KiB: this bounds one step's output at 16 MiB
 FREE_EXPANSION_BYTES = 64 * 2**20  # a file may always expand to this much
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
     (stat.S_ISDIR, "a directory"),

@@ -15,66 +15,16 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from daemon.access import closed
 from daemon.config import Settings
 from daemon.dataset import DatasetReport
 from daemon.errors import NotFound
+from daemon.inbox import layout
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
-from daemon.inbox.settle import sidecar_name
-from daemon.job import FINAL_STATES, Job, JobState, Priority, from_json, run_dir, to_json
+from daemon.job import FINAL_STATES, Job, JobState, from_json, run_dir, to_json
 from daemon.text import escape
 from guard.atomic import fsync_dir, rename_durable, write_atomic
 
-PROCESSING, DONE, FAILED = "processing", "done", "failed"
-PRIORITY_FOLDERS = {"high": Priority.HIGH, "low": Priority.LOW}
-OWN_FOLDERS = frozenset({PROCESSING, DONE, FAILED, *PRIORITY_FOLDERS})
 ROWS_JSON = "rows.json"  # what the pass found, kept beside the file until the report is written
-
-
-def folders(settings: Settings) -> dict[Priority, Path]:
-    """The watched folders."""
-    inbox = settings.inbox_dir
-    return {Priority.NORMAL: inbox, Priority.HIGH: inbox / "high", Priority.LOW: inbox / "low"}
-
-
-def create_folders(settings: Settings) -> None:
-    """Make the inbox and all its folders; a no-op when they are there."""
-    settings.inbox_dir.mkdir(parents=True, exist_ok=True)
-    for name in sorted(OWN_FOLDERS):
-        (settings.inbox_dir / name).mkdir(exist_ok=True)
-    fsync_dir(settings.inbox_dir)
-
-
-def trouble(settings: Settings) -> str:
-    """Why nothing can be taken from the inbox now, empty when something can."""
-    for path in (settings.inbox_dir, settings.inbox_dir / PROCESSING):
-        try:
-            why = closed(path)
-        except FileNotFoundError:
-            why = "it is missing" if path == settings.inbox_dir else ""
-        if why:
-            return f"{path} cannot be used: {why}; files are taken again when it can"
-    return ""
-
-
-def processing_dir(settings: Settings, job_id: str) -> Path:
-    """The folder of a job that is not finished."""
-    return settings.inbox_dir / PROCESSING / job_id
-
-
-def final_dir(settings: Settings, job: Job) -> Path:
-    """Where the folder of a finished job belongs: trained content to done/, everything else to failed/."""
-    trained = job.state is JobState.SUCCEEDED or job.duplicate_of is not None
-    return settings.inbox_dir / (DONE if trained else FAILED) / job.id
-
-
-def locate(settings: Settings, job: Job) -> Path | None:
-    """Where the job's file lies now; None when it is nowhere (trained and deleted, or removed by hand)."""
-    for place in (PROCESSING, DONE, FAILED):
-        path = settings.inbox_dir / place / job.id / job.name
-        if os.path.lexists(path):
-            return path
-    return None
 
 
 def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None) -> Path:
@@ -83,7 +33,7 @@ def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None)
     The sidecar goes first: left behind alone, it would be taken for the next file of that name. `sync_claims` makes
     it durable. Raises OSError.
     """
-    folder = processing_dir(settings, job.id)
+    folder = layout.processing_dir(settings, job.id)
     folder.mkdir(exist_ok=True)
     if sidecar is not None:
         with suppress(FileNotFoundError):
@@ -95,16 +45,16 @@ def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None)
 
 def sync_claims(settings: Settings, jobs: Iterable[Job]) -> None:
     """Make the renames of these claims durable: shared folders once for all of them. Raises OSError."""
-    own = [processing_dir(settings, job.id) for job in jobs]
+    own = [layout.processing_dir(settings, job.id) for job in jobs]
     dropped = {Path(job.source).parent for job in jobs}
-    for folder in (*own, settings.inbox_dir / PROCESSING, *sorted(dropped)):
+    for folder in (*own, settings.inbox_dir / layout.PROCESSING, *sorted(dropped)):
         with suppress(FileNotFoundError):  # a person may have moved it on already
             fsync_dir(folder)
 
 
 def return_sidecar(settings: Settings, job: Job) -> None:
     """Put back the sidecar of a file that was not taken after all."""
-    path = processing_dir(settings, job.id) / sidecar_name(job.name)
+    path = layout.processing_dir(settings, job.id) / layout.sidecar_name(job.name)
     if os.path.lexists(path):
         with suppress(OSError):
             return_to_inbox(path, Path(job.source).parent)
@@ -118,15 +68,15 @@ def settle_files(settings: Settings, job: Job, report: DatasetReport | None = No
     """
     if job.state not in FINAL_STATES:
         raise ValueError(f"job {job.id} is {job.state}")
-    source, target = processing_dir(settings, job.id), final_dir(settings, job)
+    source, target = layout.processing_dir(settings, job.id), layout.final_dir(settings, job)
     if not source.is_dir():
         if target.is_dir():
             return target
         source.mkdir(parents=True)  # the file is gone; what became of the job is still worth telling
     if job.state is JobState.CANCELLED and job.wanted == "return":
-        for name in (sidecar_name(job.name), job.name):  # the file alone would be taken without its sidecar
+        for name in (layout.sidecar_name(job.name), job.name):  # the file alone would be taken without its sidecar
             if os.path.lexists(source / name):
-                return_to_inbox(source / name, folders(settings)[job.priority])
+                return_to_inbox(source / name, layout.watched_folders(settings)[job.priority])
     found = report if report is not None else read_rows_report(source)
     deleted = job.state is JobState.SUCCEEDED and settings.inbox.on_success == "delete"
     log = run_dir(settings.state_dir, job.id) / "trainer.log"
@@ -147,8 +97,8 @@ def return_for_retry(settings: Settings, job: Job) -> Path:
 
     Raises NotFound when its file is nowhere, OSError.
     """
-    target = processing_dir(settings, job.id)
-    path = locate(settings, job)
+    target = layout.processing_dir(settings, job.id)
+    path = layout.locate(settings, job)
     if path is None:
         raise NotFound(
             operation="find the file of",
@@ -179,7 +129,7 @@ def read_rows_report(folder: Path) -> DatasetReport | None:
 
 def remove_done(settings: Settings, job: Job) -> bool:
     """Delete a trained job's folder from done/, for keep_done_days. Returns whether it was there."""
-    folder = settings.inbox_dir / DONE / job.id
+    folder = settings.inbox_dir / layout.DONE / job.id
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:

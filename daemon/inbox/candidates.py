@@ -16,8 +16,9 @@ from pathlib import Path
 
 from daemon.config import InboxSettings
 from daemon.dataset.source import SourceError, kind_of_mode, open_regular
-from daemon.inbox import OWN_FOLDERS, gone
-from daemon.inbox.settle import Candidate, FileStat, Kind, Settled, Wait, decide, kind_of_name, sidecar_name
+from daemon.inbox.archive import gone
+from daemon.inbox.layout import OWN_FOLDERS, NameKind, name_kind, sidecar_name
+from daemon.inbox.settle import Candidate, FileStat, Settled, Wait, decide
 from daemon.inbox.watcher import Heard
 from daemon.inbox.writers import Writing, find_writer, writing
 from daemon.job import Priority, utc_now
@@ -97,13 +98,13 @@ class CandidateTracker:
     def hear(self, heard: Heard, now: float) -> None:
         """Take in what the watch noted; each name is due for a look now."""
         for (priority, name), note in heard.notes.items():
-            kind = kind_of_name(name)
-            if kind in (Kind.DATA, Kind.SIDECAR):
+            kind = name_kind(name)
+            if kind in (NameKind.DATA, NameKind.SIDECAR):
                 candidate = self._know(priority, name, kind, now)
                 candidate.hear(note, now)
                 candidate.due = now
                 self._push(candidate)
-            elif kind is Kind.OTHER:
+            elif kind is NameKind.OTHER:
                 self._leave_other(priority, name)
 
     def scan(self, now: float, *, full: bool) -> None:
@@ -194,14 +195,14 @@ class CandidateTracker:
                 reason = "a sidecar whose file has not come, or was taken before the sidecar came"
                 yield Found(priority=sidecar.priority, name=sidecar.name, reason=reason, since=sidecar.since)
 
-    def _know(self, priority: Priority, name: str, kind: Kind, now: float) -> Candidate:
-        table = self._candidates if kind is Kind.DATA else self._sidecars
+    def _know(self, priority: Priority, name: str, kind: NameKind, now: float) -> Candidate:
+        table = self._candidates if kind is NameKind.DATA else self._sidecars
         candidate = table.get((priority, name))
         if candidate is None:
             candidate = Candidate(priority=priority, name=name, first_seen=now, since=self._clock(now), due=now)
             candidate.came_back = candidate.must_settle = self._came_back(candidate.key, now)
             table[candidate.key] = candidate
-            if kind is Kind.DATA:
+            if kind is NameKind.DATA:
                 self._unsettled[candidate.key] = candidate
         return candidate
 
@@ -221,14 +222,14 @@ class CandidateTracker:
             return
         self._forget_missing(priority, names)
         for name in sorted(names):
-            kind = kind_of_name(name)
-            if kind is Kind.OTHER:
+            kind = name_kind(name)
+            if kind is NameKind.OTHER:
                 self._leave_other(priority, name)
-            elif kind is not Kind.UNFINISHED and (priority, name) not in self._known(kind):
+            elif kind is not NameKind.UNFINISHED and (priority, name) not in self._known(kind):
                 self._push(self._know(priority, name, kind, now))
 
-    def _known(self, kind: Kind) -> dict[tuple[Priority, str], Candidate]:
-        return self._candidates if kind is Kind.DATA else self._sidecars
+    def _known(self, kind: NameKind) -> dict[tuple[Priority, str], Candidate]:
+        return self._candidates if kind is NameKind.DATA else self._sidecars
 
     def _forget_missing(self, priority: Priority, names: set[str]) -> None:
         for table in (self._candidates, self._unsettled, self._sidecars, self.left_alone):
@@ -263,7 +264,7 @@ class CandidateTracker:
         if ready is None:
             self._push(candidate)
             return
-        if kind_of_name(candidate.name) is Kind.SIDECAR:
+        if name_kind(candidate.name) is NameKind.SIDECAR:
             candidate.reason, candidate.due = "", now + ORPHAN_SECONDS
             return
         del self._unsettled[candidate.key]
@@ -299,7 +300,7 @@ class CandidateTracker:
         if thorough and not self._is_free(candidate, path, look, verdict, now):
             return None
         sidecar = None
-        if kind_of_name(candidate.name) is Kind.DATA:
+        if name_kind(candidate.name) is NameKind.DATA:
             name = sidecar_name(candidate.name)
             if os.path.lexists(f"{folder}/{name}"):
                 sidecar = name
@@ -309,7 +310,7 @@ class CandidateTracker:
         return Ready(candidate=candidate, folder=folder, look=look, sidecar_name=sidecar, reason=verdict.reason)
 
     def _sidecar_is_settled(self, priority: Priority, name: str, now: float) -> bool:
-        sidecar = self._know(priority, name, Kind.SIDECAR, now)
+        sidecar = self._know(priority, name, NameKind.SIDECAR, now)
         ready = self._examine(sidecar, now)
         # One that is refused as a sidecar (a link, a folder) is taken as it is: the claim refuses the file with it.
         return ready is not None or sidecar.key in self.left_alone

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from daemon import inbox
 from daemon.config import Settings
 from daemon.errors import DropforgeError, NotFound
+from daemon.inbox import archive
 from daemon.job import FINAL_STATES, Job
 from daemon.store import JobStore
 
@@ -23,7 +23,7 @@ class Filing:
     def file(self, job: Job) -> None:
         """Move a finished job's folder, or remember it."""
         try:
-            inbox.settle_files(self.settings, job)
+            archive.settle_files(self.settings, job)
         except (DropforgeError, OSError) as error:
             if job.id not in self._left:
                 self._log.error("file.not_moved", job=job.id, error=str(error))

@@ -13,10 +13,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from daemon import inbox
 from daemon.config import Settings
 from daemon.errors import NotFound
-from daemon.inbox import locate, return_for_retry, settle_files
+from daemon.inbox import archive, layout
 from daemon.inbox.candidates import SHOWN, CandidateTracker, Ready
 from daemon.inbox.filing import Filing
 from daemon.inbox.repair import repair
@@ -27,8 +26,6 @@ from daemon.inbox.watcher import FolderWatch, Rings, identity_of
 from daemon.job import Job, JobState, Priority, new_job_id
 from daemon.store import JobStore
 from daemon.text import escape
-
-__all__ = ["Intake", "IntakeView", "Waiting", "locate", "return_for_retry", "settle_files"]
 
 CLAIM_SECONDS = 0.05  # of claims in a tick; the service has other things to do as well
 MIN_SCAN_SECONDS = 0.05  # between two scans, however often the bell rings
@@ -66,7 +63,7 @@ class Intake:
         self._store = store
         self._wakeup = wakeup
         self._log = log
-        folders = inbox.folders(settings)
+        folders = layout.watched_folders(settings)
         self._drops = CandidateTracker(folders, settings.inbox)
         self._watch = FolderWatch(folders, wakeup, log)
         self.filing = Filing(settings, store, log)
@@ -85,7 +82,7 @@ class Intake:
 
     def open(self) -> None:
         """Make the folders, mend what a crash left half done, start to watch. Raises OSError, StoreError."""
-        inbox.create_folders(self.settings)
+        layout.create_folders(self.settings)
         for line in repair(self.settings, self._store, self._log):
             self._warnings[line] = line
         self._watch.start(time.monotonic())
@@ -190,8 +187,8 @@ class Intake:
         if self._watch.polling:
             seconds = min(seconds, self.settings.inbox.poll_seconds)
         self._next_rescan = now + seconds
-        if not self._look_for_trouble() and not (self.settings.inbox_dir / inbox.PROCESSING).is_dir():
-            inbox.create_folders(self.settings)  # another folder took the inbox's place
+        if not self._look_for_trouble() and not (self.settings.inbox_dir / layout.PROCESSING).is_dir():
+            layout.create_folders(self.settings)  # another folder took the inbox's place
         self._scan(now, full=self._scan_wanted)
         self._tell_left_alone(now)
         self.filing.again()
@@ -199,7 +196,7 @@ class Intake:
 
     def _look_for_trouble(self) -> bool:
         """Whether the inbox cannot be used now; told once each time, and shown for as long as it lasts."""
-        trouble = inbox.trouble(self.settings)
+        trouble = layout.unusable_reason(self.settings)
         if trouble != self._trouble:
             if trouble:
                 self._log.warning("inbox.unusable", reason=trouble)
@@ -250,14 +247,14 @@ class Intake:
                 room -= 1
         self._full = room <= 0
         if claimed:
-            inbox.sync_claims(self.settings, claimed)
+            archive.sync_claims(self.settings, claimed)
             for job in claimed:
                 self._checking.ask(job)
 
     def _claim_one(self, ready: Ready, now: float) -> Job | None:
         """Row, then rename. None when the file could not be taken; it waits, or is gone."""
         # Folders are compared: on an overlay, as in a container, a file's own device is another than its folder's.
-        if _device(ready.path.parent) != _device(self.settings.inbox_dir / inbox.PROCESSING):
+        if _device(ready.path.parent) != _device(self.settings.inbox_dir / layout.PROCESSING):
             reason = "inbox/processing is on another file system; files are taken by renaming"
             self._drops.give_back(ready.candidate, now, seconds=FAILED_CLAIM_SECONDS, reason=reason)
             return None
@@ -272,14 +269,14 @@ class Intake:
             self._log.warning("file.came_back", file=shown, job=job.id)
         job = self._store.add(job)
         try:
-            target = inbox.claim_file(self.settings, job, ready.path, ready.sidecar)
+            target = archive.claim_file(self.settings, job, ready.path, ready.sidecar)
             taken = FileStat.of(target.lstat())
         except OSError as error:
             self._undo_claim(ready, job, error, now)
             return None
         if not _same_file(ready.look, taken):
-            back = inbox.return_to_inbox(target, ready.path.parent)
-            inbox.return_sidecar(self.settings, job)
+            back = archive.return_to_inbox(target, ready.path.parent)
+            archive.return_sidecar(self.settings, job)
             self._drops.claimed(ready, now)
             self._scan_wanted = True
             self._log.warning("file.replaced", file=shown, job=job.id, now=escape(back.name))
@@ -300,7 +297,7 @@ class Intake:
             name=ready.candidate.name,
             state=JobState.CLAIMED,
             priority=priority,
-            path=str(inbox.processing_dir(self.settings, job_id) / ready.candidate.name),
+            path=str(layout.processing_dir(self.settings, job_id) / ready.candidate.name),
             source=str(ready.path),
             source_inode=ready.look.inode,
             size_bytes=ready.look.size_bytes,
@@ -310,7 +307,7 @@ class Intake:
         )
 
     def _is_used(self, job_id: str) -> bool:
-        if inbox.processing_dir(self.settings, job_id).exists():
+        if layout.processing_dir(self.settings, job_id).exists():
             return True
         try:
             self._store.get(job_id)
@@ -320,8 +317,8 @@ class Intake:
 
     def _undo_claim(self, ready: Ready, job: Job, error: OSError, now: float) -> None:
         """The rename did not happen: the row is closed, and the file, if it is still there, waits longer each time."""
-        inbox.return_sidecar(self.settings, job)
-        if inbox.gone(error):
+        archive.return_sidecar(self.settings, job)
+        if archive.gone(error):
             self._drops.claimed(ready, now)
             reason = "it was removed from the inbox before it could be taken"
         else:
@@ -338,13 +335,13 @@ class Intake:
         if not days:
             return
         before = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="milliseconds")
-        folder = self.settings.inbox_dir / inbox.DONE
+        folder = self.settings.inbox_dir / layout.DONE
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             try:
                 job = self._store.get(path.name)
                 trained = job.state is JobState.SUCCEEDED or job.duplicate_of is not None
                 old = job.finished_at is not None and job.finished_at < before
-                if trained and old and inbox.remove_done(self.settings, job):
+                if trained and old and archive.remove_done(self.settings, job):
                     self._log.info("file.purged", job=job.id, file=escape(job.name), finished_at=job.finished_at)
             except NotFound:
                 continue  # not ours: never deleted

@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from daemon import inbox
 from daemon.config import Settings
 from daemon.errors import NotFound
 from daemon.executors.local import SPEC_NAME
+from daemon.inbox import archive, layout
+from daemon.inbox.layout import NameKind, name_kind, sidecar_name
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT
-from daemon.inbox.settle import Kind, kind_of_name, sidecar_name
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.job import (
     FINAL_STATES,
@@ -38,14 +38,14 @@ from daemon.store import JobStore
 from daemon.text import escape
 
 _JOB_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4,}")
-_OURS = frozenset({inbox.ROWS_JSON, REPORT_JSON, REPORT_TEXT})
+_OURS = frozenset({archive.ROWS_JSON, REPORT_JSON, REPORT_TEXT})
 
 
 def repair(settings: Settings, store: JobStore, log: Any) -> Iterator[str]:
     """Finish every claim and every move that was begun. Yields what a person should look at. Raises OSError."""
     for job in store.jobs({JobState.CLAIMED}):
         _finish_claim(settings, store, job, log)
-    folder = settings.inbox_dir / inbox.PROCESSING
+    folder = settings.inbox_dir / layout.PROCESSING
     latest = _latest_run(settings)
     for path in sorted(folder.iterdir()):
         try:
@@ -54,18 +54,18 @@ def repair(settings: Settings, store: JobStore, log: Any) -> Iterator[str]:
             yield from _adopt(settings, store, path, log, run=latest if latest and latest.job_id == path.name else None)
             continue
         if job.state in FINAL_STATES:
-            inbox.settle_files(settings, job)
+            archive.settle_files(settings, job)
             log.info("file.settled_after_crash", job=job.id)
     for job in store.jobs(OPEN_STATES):
-        path_of_job = inbox.locate(settings, job)
+        path_of_job = layout.locate(settings, job)
         if path_of_job is not None and path_of_job.parent.parent != folder:
-            inbox.return_for_retry(settings, job)
+            archive.return_for_retry(settings, job)
             log.info("file.returned_after_crash", job=job.id)
 
 
 def _finish_claim(settings: Settings, store: JobStore, job: Job, log: Any) -> None:
     """A row without its rename: the rename is done now, if the dropped file is still the one that the row means."""
-    if inbox.locate(settings, job) is not None:
+    if layout.locate(settings, job) is not None:
         return
     source = Path(job.source)
     try:
@@ -76,11 +76,11 @@ def _finish_claim(settings: Settings, store: JobStore, job: Job, log: Any) -> No
         same = False
     if same:
         sidecar = source.with_name(sidecar_name(job.name))
-        inbox.claim_file(settings, job, source, sidecar if os.path.lexists(sidecar) else None)
-        inbox.sync_claims(settings, [job])
+        archive.claim_file(settings, job, source, sidecar if os.path.lexists(sidecar) else None)
+        archive.sync_claims(settings, [job])
         log.info("file.claimed_after_crash", job=job.id, file=escape(job.name))
         return
-    inbox.return_sidecar(settings, job)
+    archive.return_sidecar(settings, job)
     moved = store.transition(
         job.id,
         JobState.CLAIMED,
@@ -88,7 +88,7 @@ def _finish_claim(settings: Settings, store: JobStore, job: Job, log: Any) -> No
         "it was removed from the inbox before it could be taken",
         finished_at=utc_now(),
     )
-    inbox.settle_files(settings, moved)
+    archive.settle_files(settings, moved)
 
 
 def _latest_run(settings: Settings) -> RunSpec | None:
@@ -116,7 +116,7 @@ def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any, *, run: 
         with suppress(OSError):  # holds reports: left as it is
             folder.rmdir()
         return
-    data = [name for name in names if kind_of_name(name) is Kind.DATA]
+    data = [name for name in names if name_kind(name) is NameKind.DATA]
     if len(data) != 1 or not _JOB_ID.fullmatch(folder.name):
         yield f"{_shown(settings, folder)} has no job and not one dataset; it is left alone"
         return

@@ -8,42 +8,12 @@ from __future__ import annotations
 
 import stat
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 from daemon.config import InboxSettings
 from daemon.dataset.source import kind_of_mode
+from daemon.inbox.layout import SIDECAR_SUFFIX
 from daemon.inbox.watcher import Note
 from daemon.job import Priority
-
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SIDECAR_SUFFIX = ".job.toml"
-UNFINISHED_SUFFIXES = (".part", ".tmp", ".partial", ".crdownload", "~")
-FIRST_LOOKS_SECONDS = 0.25  # between two looks at a file that is still changing, at first
-
-
-class Kind(Enum):
-    """What a name in the inbox stands for."""
-
-    DATA = auto()
-    SIDECAR = auto()
-    UNFINISHED = auto()  # somebody's temporary name: ignored until it is renamed
-    OTHER = auto()
-
-
-def kind_of_name(name: str) -> Kind:
-    """By the name alone."""
-    lower = name.lower()
-    if name.startswith((".", "~")) or lower.endswith(UNFINISHED_SUFFIXES):
-        return Kind.UNFINISHED
-    if lower.endswith(SIDECAR_SUFFIX):
-        return Kind.SIDECAR
-    return Kind.DATA if lower.endswith(DATA_SUFFIXES) else Kind.OTHER
-
-
-def sidecar_name(name: str) -> str:
-    """`x.job.toml` for `x.jsonl`, `x.jsonl.gz` and `x.jsonl.zst`."""
-    suffix = next(suffix for suffix in reversed(DATA_SUFFIXES) if name.lower().endswith(suffix))
-    return name[: -len(suffix)] + SIDECAR_SUFFIX
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from daemon import inbox
 from daemon.config import Settings
 from daemon.dataset.requests import Reply, Request
 from daemon.dataset.rows import Rules
 from daemon.errors import NotFound
+from daemon.inbox import archive, layout
 from daemon.inbox.filing import Filing
-from daemon.inbox.settle import sidecar_name
+from daemon.inbox.layout import sidecar_name
 from daemon.inbox.sidecar import RejectedSidecar, read_sidecar
 from daemon.inbox.validation_pool import ValidationPool
 from daemon.inbox.watcher import Rings
@@ -107,7 +107,7 @@ class Validator:
         The sidecar is read where it lies now: a crash between claim and pass, and a person who mends it before a
         retry, are the same case.
         """
-        path = inbox.locate(self.settings, job)
+        path = layout.locate(self.settings, job)
         if path is None:
             self.cancel(job, "its file is gone from processing/")
             return
@@ -156,7 +156,7 @@ class Validator:
             return
         self._again.pop(job.id, None)
         if reply.report is not None and (reply.report.bad_rows or reply.report.reason):
-            inbox.write_rows_report(inbox.processing_dir(self.settings, job.id), reply.report)
+            archive.write_rows_report(layout.processing_dir(self.settings, job.id), reply.report)
         if reply.dataset is not None:
             self._queue(job, reply.dataset)
         else:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from daemon import inbox
 from daemon.config import Settings
+from daemon.inbox import archive, layout
 from daemon.job import Job, JobState
 from daemon.store import JobStore
 from tests.support.inbox import ROW, Root, assert_sound
@@ -46,7 +46,7 @@ def settle(root: str, job_id: str) -> None:
     job = store.get(job_id)
     if job.state is JobState.RUNNING:
         job = store.transition(job_id, JobState.RUNNING, JobState.SUCCEEDED, "done", version="0001")
-    inbox.settle_files(settings, job)
+    archive.settle_files(settings, job)
     store.close()
 
 
@@ -55,7 +55,7 @@ def retry(root: str, job_id: str) -> None:
     settings = settings_of(Path(root))
     store = JobStore(settings.store_path)
     job = store.get(job_id)
-    inbox.return_for_retry(settings, job)
+    archive.return_for_retry(settings, job)
     if job.state is JobState.FAILED:
         store.transition(job_id, JobState.FAILED, JobState.CLAIMED, "retry")
     store.close()
@@ -63,7 +63,7 @@ def retry(root: str, job_id: str) -> None:
 
 def prepare_drop(text: str, sidecar: str | None) -> Any:
     def prepare(root: Path) -> Mapping[str, str]:
-        inbox.create_folders(settings_of(root))
+        layout.create_folders(settings_of(root))
         JobStore(settings_of(root).store_path).close()
         (root / "inbox" / "x.jsonl").write_text(text)
         if sidecar is not None:
@@ -78,18 +78,18 @@ def prepare_job(state: JobState, **tables: Any) -> Any:
 
     def prepare(root: Path) -> Mapping[str, str]:
         settings = settings_of(root)
-        inbox.create_folders(settings)
+        layout.create_folders(settings)
         store = JobStore(settings.store_path)
         job = Job(id="20260101-000000-0000", name="x.jsonl", state=JobState.CLAIMED, source=str(root / "inbox/x.jsonl"))
         store.add(job)
-        folder = inbox.processing_dir(settings, job.id)
+        folder = layout.processing_dir(settings, job.id)
         folder.mkdir()
         (folder / "x.jsonl").write_text(ROW)
         store.transition(job.id, JobState.CLAIMED, JobState.QUEUED, "")
         job = store.transition(job.id, JobState.QUEUED, JobState.RUNNING, "")
         if state is JobState.FAILED:
             job = store.transition(job.id, JobState.RUNNING, JobState.FAILED, "failed")
-            inbox.settle_files(settings, job)
+            archive.settle_files(settings, job)
         store.close()
         return {"root": str(root), "job_id": job.id}
 
@@ -121,7 +121,7 @@ def test_a_drop_comes_to_its_one_end_wherever_the_daemon_is_killed(
             assert len(root.jobs()) == 1, run
             assert_sound(root.settings, root.store)
             found = content_of(root.inbox)
-            assert found == [inbox.locate(root.settings, job)], run
+            assert found == [layout.locate(root.settings, job)], run
             assert found[0].read_text() == text, run
             if sidecar is not None:
                 assert (found[0].parent / "x.job.toml").read_text() == sidecar, run

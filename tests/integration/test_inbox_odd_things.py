@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import inbox
+from daemon.inbox import layout
 from daemon.job import JobState
 from tests.support.inbox import ROW, Root, assert_sound
 
@@ -104,7 +104,7 @@ def test_a_name_of_any_bytes_survives_and_is_escaped_where_people_read_it(root: 
     assert os.fsencode(job.name) == name
     assert os.fsencode(root.store.get(job.id).name) == name
     done = root.finish(job)
-    found = inbox.locate(root.settings, done)
+    found = layout.locate(root.settings, done)
     assert os.fsencode(found.name) == name
     assert found.read_text() == ROW
     for _, _, data in root.log.lines:
@@ -123,7 +123,7 @@ def test_names_of_255_bytes_do_not_collide_in_any_folder(root: Root) -> None:
     first, second = root.wait_for(2)
     for state in (JobState.SUCCEEDED, JobState.FAILED):
         job = first if state is JobState.SUCCEEDED else second
-        assert inbox.locate(root.settings, root.finish(job, state)).name == name
+        assert layout.locate(root.settings, root.finish(job, state)).name == name
 
 
 def test_a_waiting_name_is_escaped_in_the_view(root: Root) -> None:

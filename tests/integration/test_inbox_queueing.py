@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon import inbox
 from daemon.dataset import DatasetChanged, verify_dataset
-from daemon.inbox import validation_pool
+from daemon.inbox import archive, layout, validation_pool
 from daemon.job import JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 from tests.support.root import wait_until
@@ -137,7 +136,7 @@ def test_a_writer_that_kept_its_handle_cannot_change_what_is_trained(root: Root)
     """Nobody could know of it (its handle was opened after the claim); the digest does."""
     root.drop("x.jsonl", ROW * 3)
     (job,) = root.wait_for(1)
-    path = inbox.locate(root.settings, job)
+    path = layout.locate(root.settings, job)
     verify_dataset(path, job.dataset)
     with path.open("r+") as writer:
         writer.write(ROW.replace("row", "cow"))
@@ -187,21 +186,21 @@ def test_old_trained_files_are_purged_by_the_time_their_job_finished(tmp_path: P
         root.intake._next_purge = 0.0
         root.tick()
         assert not (root.inbox / "done" / old.id).exists()
-        assert inbox.locate(root.settings, new) is not None
-        assert inbox.locate(root.settings, failed) is not None
+        assert layout.locate(root.settings, new) is not None
+        assert layout.locate(root.settings, failed) is not None
         assert (root.inbox / "done" / "somebody's").exists()
 
 
 def test_a_file_that_cannot_be_moved_waits_with_its_reason(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is not tried again at once, nor does it hold up others."""
-    real = inbox.claim_file
+    real = archive.claim_file
 
     def claim(settings, job, source, sidecar):
         if job.name == "stuck.jsonl":
             raise PermissionError(1, "Operation not permitted")
         return real(settings, job, source, sidecar)
 
-    monkeypatch.setattr(inbox, "claim_file", claim)
+    monkeypatch.setattr(archive, "claim_file", claim)
     root.drop("stuck.jsonl")
     root.drop("x.jsonl", ROW * 2)
     root.wait_for(1)
@@ -217,7 +216,7 @@ def test_what_takes_the_place_of_a_file_in_the_moment_of_its_claim_is_put_back(
     root: Root, monkeypatch: pytest.MonkeyPatch, swap: str
 ) -> None:
     """Between the last look and the rename anything may happen to a name; the other thing is watched afresh."""
-    real = inbox.claim_file
+    real = archive.claim_file
     swapped = False
 
     def claim(settings, job, source, sidecar):
@@ -231,7 +230,7 @@ def test_what_takes_the_place_of_a_file_in_the_moment_of_its_claim_is_put_back(
                 source.write_text(ROW * 5)
         return real(settings, job, source, sidecar)
 
-    monkeypatch.setattr(inbox, "claim_file", claim)
+    monkeypatch.setattr(archive, "claim_file", claim)
     root.drop("x.job.toml", "[lora]\nr = 3\n")
     root.drop("x.jsonl", ROW)
     (cancelled,) = root.wait_for(1, JobState.CANCELLED)

@@ -128,9 +128,9 @@ def test_a_folder_that_is_deleted_and_made_again_is_watched_again(root: Root) ->
     root.drop("y.jsonl", ROW * 2, folder="high")
     root.wait_for(2)
     root.store.transition(job.id, JobState.QUEUED, JobState.CANCELLED, "test")
-    from daemon import inbox
+    from daemon.inbox import archive
 
-    inbox.settle_files(root.settings, root.store.get(job.id))
+    archive.settle_files(root.settings, root.store.get(job.id))
 
 
 def test_another_inbox_in_the_place_of_the_first_is_watched_and_completed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import inbox
+from daemon.inbox import archive, layout
 from daemon.job import JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 
@@ -26,7 +26,7 @@ def test_a_good_file_is_claimed_checked_and_queued_with_its_recipe_frozen(root: 
     (job,) = root.wait_for(1)
     assert (job.dataset.rows, job.dataset.format, job.dataset.size_bytes) == (3, "text", 3 * len(ROW))
     assert job.recipe == root.settings.recipe.model_dump(mode="json")
-    assert inbox.locate(root.settings, job) == root.inbox / "processing" / job.id / "x.jsonl"
+    assert layout.locate(root.settings, job) == root.inbox / "processing" / job.id / "x.jsonl"
     assert job.source_inode == inode
     assert not dropped.exists()
 
@@ -51,7 +51,7 @@ def test_equal_names_are_two_jobs_and_neither_file_is_overwritten(root: Root) ->
     root.wait_for(1)
     root.drop("x.jsonl", ROW * 2)
     first, second = root.wait_for(2)
-    assert [inbox.locate(root.settings, job).read_text() for job in (first, second)] == [ROW, ROW * 2]
+    assert [layout.locate(root.settings, job).read_text() for job in (first, second)] == [ROW, ROW * 2]
 
 
 def test_trained_content_is_a_duplicate_and_goes_to_done_with_a_note(root: Root) -> None:
@@ -96,7 +96,7 @@ def test_on_success_delete_removes_the_trained_file_and_keeps_its_report(tmp_pat
         root.finish(second, JobState.FAILED)
         assert not (root.inbox / "done" / first.id / first.name).exists()
         assert "deleted after training" in (root.inbox / "done" / first.id / "report.txt").read_text()
-        assert inbox.locate(root.settings, second) == root.inbox / "failed" / second.id / second.name
+        assert layout.locate(root.settings, second) == root.inbox / "failed" / second.id / second.name
 
 
 def test_a_file_returned_for_retry_lies_in_processing_again_and_settles_again(root: Root) -> None:
@@ -105,9 +105,9 @@ def test_a_file_returned_for_retry_lies_in_processing_again_and_settles_again(ro
     (job,) = root.wait_for(1)
     failed = root.finish(job, JobState.FAILED)
     for _ in range(2):
-        path = inbox.return_for_retry(root.settings, failed)
+        path = archive.return_for_retry(root.settings, failed)
     assert path == root.inbox / "processing" / job.id / "x.jsonl"
     assert path.read_text() == ROW
     for _ in range(2):
-        inbox.settle_files(root.settings, failed)
-    assert inbox.locate(root.settings, failed) == root.inbox / "failed" / job.id / "x.jsonl"
+        archive.settle_files(root.settings, failed)
+    assert layout.locate(root.settings, failed) == root.inbox / "failed" / job.id / "x.jsonl"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from daemon import inbox
 from daemon.config import Settings
+from daemon.inbox import archive, layout
 from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState
 from daemon.store import JobStore
@@ -104,25 +104,25 @@ class Root:
         """Let a queued job run to an end, as the scheduler would."""
         self.store.transition(job.id, JobState.QUEUED, JobState.RUNNING, "attempt 1")
         done = self.store.transition(job.id, JobState.RUNNING, state, "ended", **fields)
-        inbox.settle_files(self.settings, done)
+        archive.settle_files(self.settings, done)
         return done
 
 
 def assert_sound(settings: Settings, store: JobStore) -> None:
     """Every job's file lies where its state says, once; nothing lies in processing/, done/ or failed/ unknown."""
     known = {job.id: job for job in store.jobs()}
-    for place in (inbox.PROCESSING, inbox.DONE, inbox.FAILED):
+    for place in (layout.PROCESSING, layout.DONE, layout.FAILED):
         for folder in (settings.inbox_dir / place).iterdir():
             assert folder.name in known, f"{folder} has no job"
     for job in known.values():
         places = [
             place
-            for place in (inbox.PROCESSING, inbox.DONE, inbox.FAILED)
+            for place in (layout.PROCESSING, layout.DONE, layout.FAILED)
             if (settings.inbox_dir / place / job.id).exists()
         ]
         if job.state in OPEN_STATES:
-            assert places == [inbox.PROCESSING], (job, places)
-            assert (settings.inbox_dir / inbox.PROCESSING / job.id / job.name).is_file(), job
+            assert places == [layout.PROCESSING], (job, places)
+            assert (settings.inbox_dir / layout.PROCESSING / job.id / job.name).is_file(), job
         if job.state in FINAL_STATES:
-            assert places == [inbox.final_dir(settings, job).parent.name], (job, places)
-            assert (inbox.final_dir(settings, job) / "report.json").is_file(), job
+            assert places == [layout.final_dir(settings, job).parent.name], (job, places)
+            assert (layout.final_dir(settings, job) / "report.json").is_file(), job

@@ -11,7 +11,8 @@ import pytest
 
 from daemon.config import InboxSettings
 from daemon.inbox.candidates import CandidateTracker
-from daemon.inbox.settle import Candidate, FileStat, Kind, Settled, Wait, decide, kind_of_name, sidecar_name
+from daemon.inbox.layout import NameKind, name_kind, sidecar_name
+from daemon.inbox.settle import Candidate, FileStat, Settled, Wait, decide
 from daemon.inbox.watcher import Note
 from daemon.job import Priority
 
@@ -110,24 +111,24 @@ def test_a_waiting_file_is_looked_at_again_when_it_may_have_settled(when: float)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("x.jsonl", Kind.DATA),
-        ("X.JSONL.GZ", Kind.DATA),
-        ("x.jsonl.zst", Kind.DATA),
-        ("x.job.toml", Kind.SIDECAR),
-        (".x.jsonl.Ab12", Kind.UNFINISHED),
-        (".x.jsonl", Kind.UNFINISHED),
-        ("x.jsonl~", Kind.UNFINISHED),
-        ("~x.jsonl", Kind.UNFINISHED),
-        ("x.jsonl.part", Kind.UNFINISHED),
-        ("x.jsonl.crdownload", Kind.UNFINISHED),
-        ("x.json", Kind.OTHER),
-        ("jsonl", Kind.OTHER),
-        ("x.jsonl.bz2", Kind.OTHER),
+        ("x.jsonl", NameKind.DATA),
+        ("X.JSONL.GZ", NameKind.DATA),
+        ("x.jsonl.zst", NameKind.DATA),
+        ("x.job.toml", NameKind.SIDECAR),
+        (".x.jsonl.Ab12", NameKind.UNFINISHED),
+        (".x.jsonl", NameKind.UNFINISHED),
+        ("x.jsonl~", NameKind.UNFINISHED),
+        ("~x.jsonl", NameKind.UNFINISHED),
+        ("x.jsonl.part", NameKind.UNFINISHED),
+        ("x.jsonl.crdownload", NameKind.UNFINISHED),
+        ("x.json", NameKind.OTHER),
+        ("jsonl", NameKind.OTHER),
+        ("x.jsonl.bz2", NameKind.OTHER),
     ],
 )
-def test_what_a_name_stands_for(name: str, kind: Kind) -> None:
+def test_what_a_name_stands_for(name: str, kind: NameKind) -> None:
     """By its ending alone."""
-    assert kind_of_name(name) is kind
+    assert name_kind(name) is kind
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.JSONL.zst"])

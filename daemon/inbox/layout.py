@@ -1,0 +1,114 @@
+"""The inbox on disk: its folders, where a job's file lies in them, and what a dropped name stands for.
+
+    inbox/x.jsonl -> inbox/processing/<job id>/x.jsonl -> inbox/done/<job id>/ or inbox/failed/<job id>/
+
+Each job has a folder of its own, so names never meet.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import Enum, auto
+from pathlib import Path
+
+from daemon.access import closed
+from daemon.config import Settings
+from daemon.job import Job, JobState, Priority
+from guard.atomic import fsync_dir
+
+PROCESSING, DONE, FAILED = "processing", "done", "failed"
+JOB_FOLDERS = (PROCESSING, DONE, FAILED)
+OWN_FOLDERS = frozenset({*JOB_FOLDERS, Priority.HIGH, Priority.LOW})
+
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SIDECAR_SUFFIX = ".job.toml"
+UNFINISHED_SUFFIXES = (".part", ".tmp", ".partial", ".crdownload", "~")
+MAX_STEM_CHARACTERS = 200  # of a numbered name, which must fit the 255 bytes of a file name
+
+
+class NameKind(Enum):
+    """What a name in the inbox stands for."""
+
+    DATA = auto()
+    SIDECAR = auto()
+    UNFINISHED = auto()  # a writer's temporary name: ignored until it is renamed
+    OTHER = auto()
+
+
+def name_kind(name: str) -> NameKind:
+    """Classify a file name; the file is not opened."""
+    lower = name.lower()
+    if name.startswith((".", "~")) or lower.endswith(UNFINISHED_SUFFIXES):
+        return NameKind.UNFINISHED
+    if lower.endswith(SIDECAR_SUFFIX):
+        return NameKind.SIDECAR
+    return NameKind.DATA if lower.endswith(DATA_SUFFIXES) else NameKind.OTHER
+
+
+def split_data_name(name: str) -> tuple[str, str]:
+    """Split `x.jsonl.gz` into stem `x` and suffix `.jsonl.gz`; a name of another kind has no suffix."""
+    lower = name.lower()
+    suffix = max((suffix for suffix in DATA_SUFFIXES if lower.endswith(suffix)), key=len, default="")
+    cut = len(name) - len(suffix)
+    return name[:cut], name[cut:]
+
+
+def sidecar_name(name: str) -> str:
+    """Name the sidecar of a dataset: `x.job.toml` for `x.jsonl`, `x.jsonl.gz` and `x.jsonl.zst`."""
+    return split_data_name(name)[0] + SIDECAR_SUFFIX
+
+
+def numbered_name(name: str, number: int) -> str:
+    """Name the next of equal datasets: `x-2.jsonl.gz` for `x.jsonl.gz` and 2; the name itself for 1."""
+    stem, suffix = split_data_name(name)
+    return name if number == 1 else f"{stem[:MAX_STEM_CHARACTERS]}-{number}{suffix}"
+
+
+def watched_folders(settings: Settings) -> dict[Priority, Path]:
+    """Return the folders into which files are dropped, by the priority that they give."""
+    inbox = settings.inbox_dir
+    return {Priority.NORMAL: inbox, Priority.HIGH: inbox / Priority.HIGH, Priority.LOW: inbox / Priority.LOW}
+
+
+def create_folders(settings: Settings) -> None:
+    """Make the inbox and all its folders that are missing. Raises OSError."""
+    settings.inbox_dir.mkdir(parents=True, exist_ok=True)
+    for name in sorted(OWN_FOLDERS):
+        (settings.inbox_dir / name).mkdir(exist_ok=True)
+    fsync_dir(settings.inbox_dir)
+
+
+def unusable_reason(settings: Settings) -> str:
+    """Say why nothing can be taken from the inbox now; empty when something can."""
+    for path in (settings.inbox_dir, settings.inbox_dir / PROCESSING):
+        try:
+            why = closed(path)
+        except FileNotFoundError:
+            why = "it is missing" if path == settings.inbox_dir else ""
+        if why:
+            return f"{path} cannot be used: {why}; files are taken again when it can"
+    return ""
+
+
+def processing_dir(settings: Settings, job_id: str) -> Path:
+    """Return the folder of a job that is not finished."""
+    return settings.inbox_dir / PROCESSING / job_id
+
+
+def final_dir(settings: Settings, job: Job) -> Path:
+    """Return the folder of a finished job: in done/ when its content is trained, else in failed/."""
+    return settings.inbox_dir / (DONE if is_trained(job) else FAILED) / job.id
+
+
+def is_trained(job: Job) -> bool:
+    """Whether a version holds the job's content: its own, or that of the job which it duplicates."""
+    return job.state is JobState.SUCCEEDED or job.duplicate_of is not None
+
+
+def locate(settings: Settings, job: Job) -> Path | None:
+    """Find the job's file; None when it is nowhere (trained and deleted, or removed by hand)."""
+    for folder in JOB_FOLDERS:
+        path = settings.inbox_dir / folder / job.id / job.name
+        if os.path.lexists(path):
+            return path
+    return None
