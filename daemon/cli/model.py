@@ -75,7 +75,13 @@ def merge(
             operation="merge", subject=f"version {found.name}", cause=told["error"], hint=told.get("hint", "")
         )
     out_size = f"{told['parameters']:,} parameters, {told['size_bytes'] / 1e6:,.1f} MB"
-    out_console.print(f"version {found.name} merged into {out}: {out_size}")
+    probe = told["probe"]
+    out_console.print(f"version {found.name} merged into {out}: {out_size}", markup=False)
+    out_console.print(
+        f"checked against base and adapter: in bfloat16 logits differ by at most {probe['largest_difference']:.3g}"
+        f" (the largest is {probe['largest_logit']:.3g}), the best token is the same at {probe['same_best_token']:.1%}",
+        markup=False,
+    )
 
 
 @app.command(rich_help_panel=MODEL)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from daemon.recipe import ModelSettings
+from daemon.trainer import merge as merging
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.merge import merge
 from daemon.versions import promote
@@ -24,7 +25,16 @@ def trained(folder: Path, base: Path, lora: dict[str, Any]) -> Path:
     return Path(train(specify(folder, rows(16), base, tables)).candidate or "")
 
 
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True, "use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+ON_TIED_WEIGHTS = [
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"modules_to_save": ["embed_tokens"]},
+]
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"use_dora": True, "use_rslora": True}, {"modules_to_save": ["lm_head"]}, *ON_TIED_WEIGHTS]
+)
 def test_logits_of_the_merged_model_are_those_of_base_and_adapter(
     tiny_base: Path, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
@@ -68,3 +78,27 @@ def test_the_command_merges_a_version_by_number_and_fails_in_words(
     assert again.returncode == 1
     assert "exists" in again.stderr
     assert root.run("merge", "9", str(tmp_path / "other")).returncode == 4
+
+
+def test_a_merge_that_computes_something_else_is_refused_and_leaves_nothing(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is added to a weight that head and embeddings share changes both; without untying the probe tells."""
+    version = trained(tmp_path / "run", tiny_base, {"target_modules": ["q_proj", "lm_head"]})
+    monkeypatch.setattr(merging, "untie", lambda model: None)
+    with pytest.raises(RunFailure, match="does not compute what version"):
+        merge(version, tmp_path / "out", ModelSettings(model_name_or_path=str(tiny_base)))
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_saved_merge_with_another_weight_is_refused(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = trained(tmp_path / "run", tiny_base, {})
+
+    monkeypatch.setattr(
+        merging, "load_saved", lambda folder: AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16)
+    )
+    with pytest.raises(RunFailure, match="reads back with other weights"):
+        merge(version, tmp_path / "other", ModelSettings(model_name_or_path=str(tiny_base)))
+    assert not (tmp_path / "other").exists()
