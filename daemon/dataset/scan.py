@@ -23,7 +23,7 @@ from blake3 import blake3
 from daemon.children import describe_exit, die_with_parent
 from daemon.dataset.fast_path import NOT_TAKEN, RowDecoder
 from daemon.dataset.rows import Format, Rules, describe_keys, detect_format
-from daemon.dataset.source import BLOCK_BYTES, BOM, DatasetSource, Lines, SourceError, TooLong, whole_lines
+from daemon.dataset.source import BLOCK_BYTES, BOM, DatasetSource, Lines, TooLong, whole_lines
 from daemon.dataset.strict_json import LineError, excerpt, parse_object
 
 LISTED_PROBLEMS = 20  # bad lines that a report shows
@@ -336,8 +336,6 @@ def lines_starting_in(source: DatasetSource, low: int, high: int, max_line_bytes
 def _without_bom(blocks: Iterable[bytes]) -> Iterator[bytes]:
     first = True
     for block in blocks:
-        if first and block[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise SourceError("it is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl")
         yield block.removeprefix(BOM) if first else block
         first = False
 

@@ -13,6 +13,7 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -123,12 +124,26 @@ class DatasetSource:
         found = os.fstat(self._descriptor)
         return Signature(inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
 
+    def head(self, size: int) -> bytes:
+        """The file's first bytes, as they are; `blocks` still reads from the start."""
+        return os.pread(self._descriptor, size, 0)
+
+    def content_head(self, size: int) -> bytes:
+        """The content's first bytes, decompressed as far as they are sound."""
+        if self.compression is None:
+            return self.head(size)
+        head = b""
+        with suppress(SourceError):  # told by the pass, which meets it too
+            for block in self._decompressed(self.range(0, self.signature().size_bytes), size):
+                head += block
+                if len(head) >= size:
+                    break
+        return head[:size]
+
     def blocks(self, size: int = BLOCK_BYTES) -> Iterator[bytes]:
         """The content in blocks of about `size` bytes, decompressed. Raises SourceError, OSError."""
         raw = self._raw_blocks(size)
-        if self.compression is None:
-            return raw
-        return self._capped(_gunzip(raw, size) if self.compression == "gz" else _unzstd(raw))
+        return raw if self.compression is None else self._capped(self._decompressed(raw, size))
 
     def lines(self, max_line_bytes: int) -> Iterator[tuple[int, bytes | TooLong]]:
         """Line numbers from 1, and the lines with their ends but without byte order mark.
@@ -151,6 +166,9 @@ class DatasetSource:
         while low < high and (block := os.pread(self._descriptor, min(BLOCK_BYTES, high - low), low)):
             low += len(block)
             yield block
+
+    def _decompressed(self, raw: Iterator[bytes], size: int) -> Iterator[bytes]:
+        return _gunzip(raw, size) if self.compression == "gz" else _unzstd(raw)
 
     def _raw_blocks(self, size: int) -> Iterator[bytes]:
         while block := os.read(self._descriptor, size):
@@ -224,6 +242,7 @@ def _bounded(line: bytes, max_line_bytes: int) -> Lines | TooLong:
 def _gunzip(raw: Iterator[bytes], size: int) -> Iterator[bytes]:
     member = zlib.decompressobj(wbits=31)
     begun = False  # inside a member; files may hold several, one after the other
+    members = 0  # that are whole
     try:
         for data in raw:
             while data:
@@ -233,9 +252,18 @@ def _gunzip(raw: Iterator[bytes], size: int) -> Iterator[bytes]:
                     yield from _nonempty(member.decompress(member.unconsumed_tail, size))
                 data = member.unused_data.lstrip(b"\0") if member.eof else b""  # noqa: PLW2901  the next member
                 if member.eof:
-                    member, begun = zlib.decompressobj(wbits=31), False
+                    member, begun, members = zlib.decompressobj(wbits=31), False, members + 1
     except zlib.error as error:
-        raise SourceError(f"it is not sound gzip: {error}", "compress and drop it again") from error
+        words = str(error)
+        if members and "header" in words:
+            raise SourceError(
+                "other bytes follow its gzip data",
+                "compress what it should hold again: zcat FILE | gzip > NEW.jsonl.gz",
+            ) from error
+        checked = "its checksum is wrong" if "check" in words and "header" not in words else "its data is damaged"
+        raise SourceError(
+            f"it is not sound gzip: {checked}", "copy or download it again, or compress it again"
+        ) from error
     if begun:
         raise SourceError("the gzip data is cut short", "copy it again")
 
@@ -256,7 +284,9 @@ def _unzstd(raw: Iterator[bytes]) -> Iterator[bytes]:
                         frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
                         begun = False
     except zstandard.ZstdError as error:
-        raise SourceError(f"it is not sound zstd: {error}", "compress and drop it again") from error
+        raise SourceError(
+            "it is not sound zstd: its data is damaged", "copy or download it again, or compress it again"
+        ) from error
     if begun:
         raise SourceError("the zstd data is cut short", "copy it again")
 

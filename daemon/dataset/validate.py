@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
 
-from daemon.dataset.rows import DataRules, Format, Rules
+from daemon.dataset.recognise import SAMPLE_BYTES, Recognised, recognise, recognise_misnamed
+from daemon.dataset.rows import DataRules, Format, Rules, describe_keys, detect_format
 from daemon.dataset.scan import (
     PARALLEL_ABOVE_BYTES,
     LineProblem,
@@ -20,7 +21,7 @@ from daemon.dataset.scan import (
     scan_blocks,
     scan_parallel,
 )
-from daemon.dataset.source import SourceError, open_dataset
+from daemon.dataset.source import DatasetSource, SourceError, open_dataset
 from daemon.errors import RejectedData, TryLater
 from daemon.job import Dataset
 from daemon.text import escape
@@ -90,6 +91,9 @@ def scan_dataset(
         with open_dataset(target, max_expansion=rules.max_expansion) as source:
             before = source.signature()
             size = before.size_bytes
+            other = recognise_source(source)
+            if other is not None and other.certain:
+                raise SourceError(other.reason, _whole_hint(other, rules))
             count = processes or os.cpu_count() or 1
             if source.compression is None and count > 1 and size >= PARALLEL_ABOVE_BYTES:
                 format_, tally, digest = scan_parallel(source, rules, processes=count, progress=progress)
@@ -110,6 +114,8 @@ def scan_dataset(
             DatasetReport(name=target.name, size_bytes=size, whole=False, reason=error.reason, hint=error.hint)
         ) from error
     report = judge(tally, format_, rules, name=target.name, size_bytes=size, digest=digest)
+    if report.reason and other is not None:
+        report = _as_other_kind(report, other, rules)
     if report.reason or format_ is None:
         raise RejectedDataset(report)
     dataset = Dataset(
@@ -161,13 +167,37 @@ def judge(
     )
 
 
+def recognise_source(source: DatasetSource) -> Recognised | None:
+    """What an opened file is when it does not begin with rows."""
+    size = source.signature().size_bytes
+    if source.compression is not None:
+        raw = source.head(SAMPLE_BYTES)
+        if misnamed := recognise_misnamed(raw, compression=source.compression, whole=len(raw) == size):
+            return misnamed
+        sample = source.content_head(SAMPLE_BYTES + 1)
+        return recognise(sample[:SAMPLE_BYTES], whole=len(sample) <= SAMPLE_BYTES)
+    sample = source.head(SAMPLE_BYTES)
+    return recognise(sample, whole=len(sample) == size)
+
+
+def _as_other_kind(report: DatasetReport, other: Recognised, rules: Rules) -> DatasetReport:
+    """A refused file that began like another kind: that is told in place of its lines, unless some of them are good."""
+    hint = _whole_hint(other, rules)
+    if report.rows:
+        return replace(report, reason=f"{report.reason}; {other.reason}", hint=hint)
+    return replace(report, reason=other.reason, hint=hint, problems=(), bad_lines=())
+
+
+def _whole_hint(other: Recognised, rules: Rules) -> str:
+    """The way out, to its end: rows of no known format would be refused again."""
+    row = other.first_row
+    if row is None or detect_format(row, rules.columns) is not None:
+        return other.hint
+    return f"{other.hint}; its rows then need [data.columns]: {describe_keys(row)}"
+
+
 def _unrecognised(tally: Tally) -> tuple[str, str]:
     first = tally.problems[0]
-    start = first.excerpt.lstrip()
-    if start.startswith("["):
-        return "it is one JSON array, not one object a line", "convert it: jq -c '.[]' FILE > NEW.jsonl"
-    if start in ("{", "}") or (start == "" and first.reason.startswith("the line ends")):
-        return "its JSON spans lines; one object a line is needed", "convert it: jq -c . FILE > NEW.jsonl"
     if "the line is longer" in first.reason:
         return f"line {first.line}: {first.reason}", "split it into rows, or raise [data] max_line_bytes"
     return f"no format was recognised in its first lines; line {first.line}: {first.reason}", FORMATS_HINT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ def test_sound_files_pass_with_exact_counts_and_the_files_own_digest(tmp_path: P
         pytest.param(b'{\n  "text": "a"\n}\n', "spans lines", id="pretty_object"),
         pytest.param(ROW.decode().encode("utf-16"), "UTF-16", id="utf16"),
         pytest.param(b'{"question": "q", "answer": "a"}\n', 'prompt = "question", completion = "answer"', id="columns"),
-        pytest.param(b"hello\n", "no format was recognised", id="text"),
+        pytest.param(b"hello\n", "plain text", id="text"),
         pytest.param(ROW + b"\n" + ROW, "1 of 3 lines is bad; line 2, column 1: ", id="blank_line_inside"),
         pytest.param(
             ROW + b'{"text": 1}\n' * 2, "2 of 3 lines are bad; the first is line 2, column 10: ", id="bad_rows"
@@ -185,7 +186,7 @@ def test_damaged_compressed_files_are_refused_with_what_is_wrong(tmp_path: Path,
     pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
     sound = pack(b"".join(b'{"text": "%d"}\n' % number for number in range(20_000)))
     assert "cut short" in report_of(write(tmp_path / f"a.jsonl{suffix}", sound[: len(sound) // 2])).reason
-    assert "not sound" in report_of(write(tmp_path / f"b.jsonl{suffix}", ROW)).reason
+    assert "not compressed" in report_of(write(tmp_path / f"b.jsonl{suffix}", ROW)).reason
     flipped = bytearray(sound)
     flipped[len(sound) // 2] ^= 0x10
     assert report_of(write(tmp_path / f"c.jsonl{suffix}", bytes(flipped))).reason
@@ -274,7 +275,7 @@ def test_a_line_without_end_is_refused_from_its_first_megabytes(tmp_path: Path, 
     os.truncate(path, 10**9)
     done = subprocess.run([sys.executable, "-c", GIANT, path], capture_output=True, text=True, check=True)
     seconds, megabytes, reason = done.stdout.split(" ", 2)
-    assert "max_line_bytes" in reason or "bad" in reason, reason
+    assert re.search("max_line_bytes|bad|zero bytes|JSON array", reason), reason
     assert float(megabytes) < 100
     assert float(seconds) < 5  # minutes and gigabytes is what an unbounded read takes
 
