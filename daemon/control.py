@@ -44,17 +44,17 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
         job = store.get(job.id)
         if job.state in FINAL_STATES:
             raise DropforgeError(operation="cancel job", subject=job.id, cause=f"it is {job.state} already")
-        wanted = "return" if hand_back else "cancel"
+        request = "return" if hand_back else "cancel"
         try:
             if job.state is JobState.RUNNING:
-                store.update(job.id, expected=JobState.RUNNING, wanted=wanted)
+                store.update(job.id, expected=JobState.RUNNING, cancel_request=request)
                 return f"job {job.id} is asked to leave; its checkpoints stay until the next run"
             cancelled = store.transition(
                 job.id,
                 job.state,
                 JobState.CANCELLED,
                 "a person cancelled the job",
-                wanted=wanted,
+                cancel_request=request,
                 finished_at=utc_now(),
             )
         except TransitionRefused:
@@ -89,12 +89,12 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
         force=job.force or job.duplicate_of is not None,
         duplicate_of=None,
         failure=None,
-        fruitless=0,
+        attempts_without_progress=0,
         max_step=0,  # whose checkpoints lie there now, the guard will tell
         not_before=0.0,
         finished_at=None,
         result=None,
-        wanted="",
+        cancel_request="",
     )
     return f"job {job.id} is checked again and then queued"
 

@@ -85,18 +85,18 @@ class Outcome(StrEnum):
 
 
 def utc_now() -> str:
-    """Now, as ISO 8601 in UTC with milliseconds."""
+    """Return the time as ISO 8601 in UTC with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def new_job_id() -> str:
-    """A name that sorts by time and is safe as a folder name: `20261123-041500-9f3a`."""
+    """Make an id that sorts by time and is safe as a folder name: `20261123-041500-9f3a`."""
     # os.urandom: `secrets` would bring OpenSSL, four megabytes, into every process that imports this.
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
 def claimed_on(job_id: str) -> date | None:
-    """The day (UTC) on which a job was claimed, with which its id begins; None for an id of another form."""
+    """Read the day (UTC) of the claim from a job's id; None for an id of another form."""
     try:
         return date.fromisoformat(job_id.partition("-")[0])
     except ValueError:
@@ -125,7 +125,7 @@ class Job:
     state: JobState
     priority: Priority = Priority.NORMAL
     position: int = 0  # within its priority; smaller runs earlier
-    wanted: str = ""  # what a person asked of it: "" | cancel | return (its file goes back to the inbox)
+    cancel_request: str = ""  # "" | cancel | return (its file goes back to the inbox)
     path: str = ""  # where the file lies now
     source: str = ""  # where it was dropped
     source_inode: int = 0  # survives the claim's rename, so that a submitter recognises its own file
@@ -137,9 +137,9 @@ class Job:
     attempt: int = 0  # launches so far
     max_step: int = 0  # highest sealed step over all attempts
     step_at_launch: int = 0  # max_step when the latest attempt began
-    fruitless: int = 0  # attempts in a row that sealed no new step
+    attempts_without_progress: int = 0  # attempts in a row that sealed no new step
     not_before: float = 0.0  # seconds since the epoch; back-off after a failure
-    reason: str = ""  # why it is in this state, for people
+    reason: str = ""  # why it is in this state, as a sentence
     duplicate_of: str | None = None  # the job that trained the same content; this one was not trained
     failure: FailureKind | None = None
     version: str | None = None  # the version that it was promoted as
@@ -151,8 +151,8 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
-    """One move of one job."""
+class JobTransition:
+    """One change of a job's state; `old` is None for a new job."""
 
     at: str
     job_id: str
@@ -248,21 +248,33 @@ class RunResult:
 
 
 def run_dir(state_dir: Path, job_id: str) -> Path:
-    """Where a job's specification, progress, result and log lie."""
+    """Return the folder of a job's specification, progress, result and log."""
     return state_dir / "runs" / job_id
 
 
 T = TypeVar("T")
+# Fields of a job whose JSON key is another: stores and scripts have these keys.
+_JSON_KEYS = {"cancel_request": "wanted", "attempts_without_progress": "fruitless"}
+_FIELDS = {key: name for name, key in _JSON_KEYS.items()}
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """ASCII JSON. File names of any bytes (surrogateescape) survive, which msgspec's own encoder would refuse."""
-    return json.dumps(msgspec.to_builtins(value), ensure_ascii=True, allow_nan=False, indent=indent)
+    """Encode as ASCII JSON.
+
+    File names of any bytes (surrogateescape) survive, which msgspec's own encoder would refuse.
+    """
+    plain = msgspec.to_builtins(value)
+    if isinstance(value, Job):
+        plain = {_JSON_KEYS.get(name, name): item for name, item in plain.items()}
+    return json.dumps(plain, ensure_ascii=True, allow_nan=False, indent=indent)
 
 
 def from_json(text: str | bytes, kind: type[T]) -> T:
-    """The inverse of `to_json`. Raises ValueError when the text is not such a value."""
+    """Decode what `to_json` made. Raises ValueError when the text is not such a value."""
+    plain = json.loads(text)
+    if kind is Job and isinstance(plain, dict):
+        plain = {_FIELDS.get(key, key): item for key, item in plain.items()}
     try:
-        return msgspec.convert(json.loads(text), kind)
+        return msgspec.convert(plain, kind)
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from error

@@ -14,7 +14,7 @@ from typing import Any
 
 from daemon.errors import NotFound
 from daemon.hooks import Hooks
-from daemon.job import FINAL_STATES, OPEN_STATES, Event, Job, JobState
+from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState, JobTransition
 from daemon.observability.status import finished_job
 from daemon.store import JobStore
 from daemon.text import escape
@@ -41,14 +41,14 @@ class Endings:
         self._log = log
         told = store.control(TOLD_KEY)
         if told is None:  # a new store, or one of an older version, whose history was told as it happened
-            told = store.last_move()
+            told = store.last_transition()
             store.set_control(TOLD_KEY, told)
         self._told = int(told)
 
     def tell(self) -> None:
         """Tell what ended since the last call, in the order in which it did."""
         any_told, last = False, None
-        for number, move in self._store.moves_after(self._told):
+        for number, move in self._store.transitions_after(self._told):
             self._told = number
             ended = move.new in FINAL_STATES
             if not ended and (move.old, move.new) != (JobState.RUNNING, JobState.QUEUED):
@@ -69,7 +69,7 @@ class Endings:
             self._store.set_control(TOLD_KEY, self._told)
 
 
-def canonical(job: Job, move: Event) -> dict[str, Any]:
+def canonical(job: Job, move: JobTransition) -> dict[str, Any]:
     """Everything about the end of a job or of one attempt, for one line of the log; what is not known is left out."""
     dataset, result = job.dataset, job.result
     line: dict[str, Any] = {

@@ -37,7 +37,7 @@ class Conclusion:
     reason: str
     failure: FailureKind | None = None
     not_before: float = 0.0  # seconds since the epoch
-    fruitless: int = 0  # attempts in a row without a new sealed step
+    attempts_without_progress: int = 0  # attempts in a row without a new sealed step
     halve_batch: bool = False  # try again with half the rows a forward pass, and twice the passes a step
 
 
@@ -70,7 +70,7 @@ def conclude(
     if asked is StopReason.TIMEOUT:
         return Conclusion(to=JobState.FAILED, reason=asked.value, failure=FailureKind.STALLED)
     if kind is None:
-        return Conclusion(to=JobState.QUEUED, reason=reason, fruitless=job.fruitless)
+        return Conclusion(to=JobState.QUEUED, reason=reason, attempts_without_progress=job.attempts_without_progress)
     if kind in FINAL_FAILURES:
         return Conclusion(to=JobState.FAILED, reason=reason, failure=kind)
     if kind is FailureKind.NO_SPACE:
@@ -80,29 +80,29 @@ def conclude(
             reason=f"{reason}; waits for free space",
             failure=kind,
             not_before=now + queue.retry_seconds,
-            fruitless=job.fruitless,
+            attempts_without_progress=job.attempts_without_progress,
         )
-    fruitless = 0 if progressed else job.fruitless + 1
+    attempts_without_progress = 0 if progressed else job.attempts_without_progress + 1
     if kind is FailureKind.OUT_OF_MEMORY and not can_halve(job):
         return Conclusion(
             to=JobState.FAILED,
             reason=f"{reason}; {ONE_ROW_HINT}",
             failure=kind,
-            fruitless=fruitless,
+            attempts_without_progress=attempts_without_progress,
         )
-    if fruitless >= queue.max_attempts:
+    if attempts_without_progress >= queue.max_attempts:
         return Conclusion(
             to=JobState.FAILED,
-            reason=f"{reason}; {fruitless} attempts in a row made no progress",
+            reason=f"{reason}; {attempts_without_progress} attempts in a row made no progress",
             failure=kind,
-            fruitless=fruitless,
+            attempts_without_progress=attempts_without_progress,
         )
     return Conclusion(
         to=JobState.QUEUED,
         reason=f"{reason}; will be tried again",
         failure=kind,
-        not_before=now + min(queue.retry_seconds * 2 ** max(0, fruitless - 1), LONGEST_BACKOFF_SECONDS),
-        fruitless=fruitless,
+        not_before=now + min(queue.retry_seconds * 2 ** max(0, attempts_without_progress - 1), LONGEST_BACKOFF_SECONDS),
+        attempts_without_progress=attempts_without_progress,
         halve_batch=kind is FailureKind.OUT_OF_MEMORY,
     )
 

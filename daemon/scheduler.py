@@ -109,7 +109,7 @@ class Scheduler:
             # What it sealed while no daemon listened counts as progress all the same.
             job = self._store.update(left.id, max_step=max(left.max_step, sealed_step(directory)))
             run = Run(job=job, run_dir=directory, news=RunReader(directory))
-            run.asked = StopReason.CANCEL if job.wanted else None
+            run.asked = StopReason.CANCEL if job.cancel_request else None
             self._run = run
             if self._executor.adopt(run.run_dir):
                 self._log.warning("trainer.adopted", job=job.id, attempt=job.attempt)
@@ -130,7 +130,7 @@ class Scheduler:
         if run is None:
             return True
         run.job = self._store.get(run.job.id)
-        if run.job.wanted and run.asked is not StopReason.CANCEL:
+        if run.job.cancel_request and run.asked is not StopReason.CANCEL:
             self.request_stop(StopReason.CANCEL)
         elif control and control.get("mode") == "now" and run.asked is None:
             self.request_stop(StopReason.PAUSE)
@@ -340,7 +340,7 @@ class Scheduler:
         fields: dict[str, Any] = {
             "failure": conclusion.failure,
             "not_before": conclusion.not_before,
-            "fruitless": conclusion.fruitless,
+            "attempts_without_progress": conclusion.attempts_without_progress,
             "result": result,
         }
         if conclusion.halve_batch and run.job.recipe is not None:
@@ -350,7 +350,7 @@ class Scheduler:
         if version:
             fields["version"] = version
         job = self._store.transition(run.job.id, JobState.RUNNING, conclusion.to, conclusion.reason, **fields)
-        if job.state is JobState.QUEUED and job.wanted:  # a person cancelled it while the trainer was leaving
+        if job.state is JobState.QUEUED and job.cancel_request:  # a person cancelled it while the trainer was leaving
             job = self._store.transition(
                 job.id, JobState.QUEUED, JobState.CANCELLED, StopReason.CANCEL.value, finished_at=utc_now()
             )
@@ -363,12 +363,12 @@ class Scheduler:
 def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:
     """A full disk waits; anything else (no memory for a process, a missing program) is tried again a few times."""
     no_space_left = is_no_space(error)
-    fruitless = job.fruitless if no_space_left else job.fruitless + 1
-    over = fruitless >= settings.queue.max_attempts
+    attempts_without_progress = job.attempts_without_progress if no_space_left else job.attempts_without_progress + 1
+    over = attempts_without_progress >= settings.queue.max_attempts
     return Conclusion(
         to=JobState.FAILED if over else JobState.QUEUED,
         reason=f"the trainer could not be started: {error}",
         failure=FailureKind.NO_SPACE if no_space_left else FailureKind.INTERNAL,
         not_before=time.time() + settings.queue.retry_seconds,
-        fruitless=fruitless,
+        attempts_without_progress=attempts_without_progress,
     )

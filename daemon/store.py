@@ -21,9 +21,9 @@ from daemon.job import (
     FINAL_STATES,
     LONGEST_BACKOFF_SECONDS,
     TRANSITIONS,
-    Event,
     Job,
     JobState,
+    JobTransition,
     from_json,
     to_json,
     utc_now,
@@ -294,27 +294,27 @@ class JobStore:
         rows = self._db.execute("SELECT body FROM jobs WHERE source_inode = ? ORDER BY seq", (inode,)).fetchall()
         return [from_json(row[0], Job) for row in rows]
 
-    def events(self, job_id: str) -> list[Event]:
+    def events(self, job_id: str) -> list[JobTransition]:
         """Every move of a job, oldest first."""
         rows = self._db.execute(
             "SELECT at, old, new, reason FROM events WHERE job_id = ? ORDER BY seq", (job_id,)
         ).fetchall()
         return [
-            Event(at=at, job_id=job_id, old=old, new=new, reason=from_json(reason, str))
+            JobTransition(at=at, job_id=job_id, old=old, new=new, reason=from_json(reason, str))
             for at, old, new, reason in rows
         ]
 
-    def moves_after(self, number: int) -> list[tuple[int, Event]]:
+    def transitions_after(self, number: int) -> list[tuple[int, JobTransition]]:
         """Every move of every job after the one of this number, with its own number, in order."""
         rows = self._db.execute(
             "SELECT seq, job_id, at, old, new, reason FROM events WHERE seq > ? ORDER BY seq", (number,)
         ).fetchall()
         return [
-            (seq, Event(at=at, job_id=job_id, old=old, new=new, reason=from_json(reason, str)))
+            (seq, JobTransition(at=at, job_id=job_id, old=old, new=new, reason=from_json(reason, str)))
             for seq, job_id, at, old, new, reason in rows
         ]
 
-    def last_move(self) -> int:
+    def last_transition(self) -> int:
         """The number of the newest move, 0 when there is none."""
         return int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
 

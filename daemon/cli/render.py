@@ -14,7 +14,7 @@ from daemon.cli.doctor import Finding
 from daemon.cli.estimates import spell
 from daemon.config import Settings
 from daemon.inbox import layout
-from daemon.job import Event, Job, JobState, Priority, run_dir, to_json
+from daemon.job import Job, JobState, JobTransition, Priority, run_dir, to_json
 from daemon.text import escape, printable
 from daemon.versions import Version
 
@@ -140,7 +140,7 @@ def jobs(found: Sequence[Job]) -> RenderableType:
     return Group(table, "", grid) if grid.row_count else table
 
 
-def job(item: Job, events: Sequence[Event], settings: Settings) -> RenderableType:
+def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> RenderableType:
     """Everything about one job."""
     grid = _grid()
     rows: list[tuple[str, Any]] = [

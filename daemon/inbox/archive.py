@@ -73,7 +73,7 @@ def settle_files(settings: Settings, job: Job, report: DatasetReport | None = No
         if target.is_dir():
             return target
         source.mkdir(parents=True)  # the file is gone; what became of the job is still worth telling
-    if job.state is JobState.CANCELLED and job.wanted == "return":
+    if job.state is JobState.CANCELLED and job.cancel_request == "return":
         for name in (layout.sidecar_name(job.name), job.name):  # the file alone would be taken without its sidecar
             if os.path.lexists(source / name):
                 return_to_inbox(source / name, layout.watched_folders(settings)[job.priority])

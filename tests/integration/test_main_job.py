@@ -229,7 +229,7 @@ def test_stopping_the_daemon_seals_a_checkpoint_and_burns_no_attempt(root: Root)
     stopped = root.job("a.jsonl")
     assert stopped is not None
     assert stopped.state is JobState.QUEUED
-    assert stopped.fruitless == 0
+    assert stopped.attempts_without_progress == 0
     assert stopped.max_step in (4, 5)  # sealed at the step where it was asked, not at the next multiple of save_steps
     assert_sound(root)
     allow(root, 10_000)

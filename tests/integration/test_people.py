@@ -45,7 +45,7 @@ def test_a_paused_queue_seals_its_run_and_stays_paused_over_a_restart(make_root:
     wait_until(lambda: (status := root.status()) and status["status"] == "paused" and status, what="paused")
     job = root.job("a.jsonl")
     assert job is not None
-    assert (job.state, job.fruitless, job.max_step >= 10) == (JobState.QUEUED, 0, True)
+    assert (job.state, job.attempts_without_progress, job.max_step >= 10) == (JobState.QUEUED, 0, True)
     assert root.stop() == 0
     root.start()
     status = wait_until(lambda: (now := root.status()) and now["status"] == "paused" and now)
@@ -220,7 +220,7 @@ def test_a_disk_that_fills_up_in_mid_run_burns_no_attempt(make_root: MakeRoot) -
     root.start()
     root.drop("a.jsonl", texts(5))
     done = root.finished("a.jsonl")
-    assert (done.state, done.attempt, done.fruitless) == (JobState.SUCCEEDED, 2, 0)
+    assert (done.state, done.attempt, done.attempts_without_progress) == (JobState.SUCCEEDED, 2, 0)
 
 
 def test_out_of_memory_comes_back_with_half_the_batch_and_resumes_its_own_checkpoint(make_root: MakeRoot) -> None:
@@ -314,7 +314,7 @@ def test_a_second_signal_ends_the_trainer_at_once_and_nothing_is_lost(make_root:
     assert daemon.wait(30) == 0
     job: Job | None = root.job("a.jsonl")
     assert job is not None
-    assert (job.state, job.fruitless) == (JobState.QUEUED, 0)
+    assert (job.state, job.attempts_without_progress) == (JobState.QUEUED, 0)
     assert job.max_step >= 10
     assert run_dir(root.settings.state_dir, job.id).is_dir()
     assert_sound(root)

@@ -169,7 +169,7 @@ def test_a_trainer_that_outlives_its_daemon_is_ended_not_doubled(make_root: Make
     assert [event["job"] for event in root.events("trainer.adopted")] == [job.id]
     again = wait_until(lambda: (found := root.job("a.jsonl")) and found.attempt == 2 and found, what="attempt 2")
     assert again
-    assert again.fruitless == 0
+    assert again.attempts_without_progress == 0
 
 
 def test_stop_ends_a_trainer_that_does_not_listen(make_root: MakeRoot) -> None:
@@ -186,7 +186,7 @@ def test_stop_ends_a_trainer_that_does_not_listen(make_root: MakeRoot) -> None:
     assert not trainer.alive
     stopped = root.job("a.jsonl")
     assert stopped is not None
-    assert (stopped.state, stopped.fruitless) == (JobState.QUEUED, 0)
+    assert (stopped.state, stopped.attempts_without_progress) == (JobState.QUEUED, 0)
     assert_sound(root)
 
 

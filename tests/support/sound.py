@@ -32,7 +32,7 @@ def assert_sound(root: Root) -> None:
         assert at == expected, f"job {job.id} is {job.state}, its file is in {at}"
         if job.state is JobState.CANCELLED and job.dataset is None:
             continue  # its claim was taken back: the file stayed in the inbox, and became another job
-        if job.state is JobState.CANCELLED and job.wanted == "return":
+        if job.state is JobState.CANCELLED and job.cancel_request == "return":
             continue  # a person has it back
         assert any(entry.name == job.name for entry in os.scandir(inbox / at[0] / job.id)), f"{job.id} lost its file"
     for name, ids in places.items():

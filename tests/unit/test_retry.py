@@ -17,14 +17,16 @@ QUEUE = QueueSettings(max_attempts=3, retry_seconds=10.0)
 def after(
     result: RunResult | None,
     *,
-    fruitless: int = 0,
+    attempts_without_progress: int = 0,
     asked: StopReason | None = None,
     progressed: bool = False,
     batch: int = 4,
     **exit_: Any,
 ) -> Conclusion:
     recipe = {"training": {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 2}}
-    job = Job(id="a", name="a", state=JobState.RUNNING, fruitless=fruitless, recipe=recipe)
+    job = Job(
+        id="a", name="a", state=JobState.RUNNING, attempts_without_progress=attempts_without_progress, recipe=recipe
+    )
     return conclude(
         job=job,
         result=result,
@@ -55,33 +57,33 @@ def test_a_success_that_did_not_run_its_steps_is_a_failure(lie: dict[str, Any]) 
 
 
 def test_an_interruption_burns_no_attempt() -> None:
-    conclusion = after(RunResult(outcome=Outcome.INTERRUPTED), fruitless=2, code=75)
-    assert (conclusion.to, conclusion.fruitless, conclusion.not_before) == (JobState.QUEUED, 2, 0.0)
+    conclusion = after(RunResult(outcome=Outcome.INTERRUPTED), attempts_without_progress=2, code=75)
+    assert (conclusion.to, conclusion.attempts_without_progress, conclusion.not_before) == (JobState.QUEUED, 2, 0.0)
 
 
 def test_being_ended_after_we_asked_burns_no_attempt() -> None:
     for why in (StopReason.STOP, StopReason.PAUSE):
-        conclusion = after(None, fruitless=2, asked=why, signal=9)
-        assert (conclusion.to, conclusion.fruitless, conclusion.failure) == (JobState.QUEUED, 2, None)
+        conclusion = after(None, attempts_without_progress=2, asked=why, signal=9)
+        assert (conclusion.to, conclusion.attempts_without_progress, conclusion.failure) == (JobState.QUEUED, 2, None)
 
 
 def test_a_lost_trainer_comes_back_with_growing_back_off_until_it_made_no_progress_too_often() -> None:
     waits = []
-    fruitless = 0
+    attempts_without_progress = 0
     while True:
-        conclusion = after(None, fruitless=fruitless, signal=9)
+        conclusion = after(None, attempts_without_progress=attempts_without_progress, signal=9)
         if conclusion.to is JobState.FAILED:
             break
         waits.append(conclusion.not_before - 1000.0)
-        fruitless = conclusion.fruitless
+        attempts_without_progress = conclusion.attempts_without_progress
     assert waits == [10.0, 20.0]
     assert conclusion.failure is FailureKind.LOST
     assert "SIGKILL" in conclusion.reason
 
 
 def test_progress_resets_the_count() -> None:
-    conclusion = after(None, fruitless=2, progressed=True, signal=9)
-    assert (conclusion.to, conclusion.fruitless) == (JobState.QUEUED, 0)
+    conclusion = after(None, attempts_without_progress=2, progressed=True, signal=9)
+    assert (conclusion.to, conclusion.attempts_without_progress) == (JobState.QUEUED, 0)
 
 
 @pytest.mark.parametrize("kind", sorted(FINAL_FAILURES))
@@ -105,9 +107,15 @@ def test_a_run_that_was_done_before_it_heard_of_the_cancelling_counts() -> None:
 
 
 def test_a_stalled_run_comes_back_and_counts_as_an_attempt_even_if_it_sealed_something_at_last() -> None:
-    conclusion = after(RunResult(outcome=Outcome.INTERRUPTED), asked=StopReason.STALL, fruitless=1, code=75)
-    assert (conclusion.to, conclusion.failure, conclusion.fruitless) == (JobState.QUEUED, FailureKind.STALLED, 2)
-    assert after(None, asked=StopReason.STALL, fruitless=2, signal=9).to is JobState.FAILED
+    conclusion = after(
+        RunResult(outcome=Outcome.INTERRUPTED), asked=StopReason.STALL, attempts_without_progress=1, code=75
+    )
+    assert (conclusion.to, conclusion.failure, conclusion.attempts_without_progress) == (
+        JobState.QUEUED,
+        FailureKind.STALLED,
+        2,
+    )
+    assert after(None, asked=StopReason.STALL, attempts_without_progress=2, signal=9).to is JobState.FAILED
 
 
 def test_a_run_over_its_time_fails() -> None:
@@ -141,5 +149,5 @@ def test_the_kernels_own_killing_for_memory_is_told_from_somebody_elses_kill() -
 
 def test_a_full_disk_burns_no_attempt() -> None:
     full = RunResult(outcome=Outcome.FAILED, failure=FailureKind.NO_SPACE, message="No space left on device")
-    conclusion = after(full, fruitless=2, code=1)
-    assert (conclusion.to, conclusion.fruitless, conclusion.not_before) == (JobState.QUEUED, 2, 1010.0)
+    conclusion = after(full, attempts_without_progress=2, code=1)
+    assert (conclusion.to, conclusion.attempts_without_progress, conclusion.not_before) == (JobState.QUEUED, 2, 1010.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from daemon.errors import NotFound, StoreError
-from daemon.job import TRANSITIONS, Dataset, Job, JobState, Priority
+from daemon.job import TRANSITIONS, Dataset, Job, JobState, Priority, from_json, to_json
 from daemon.store import BrokenStore, JobStore, NewerStore, TransitionRefused
 
 
@@ -131,8 +132,17 @@ def test_a_wish_for_a_job_that_has_moved_on_is_refused(store: JobStore) -> None:
     """Or a cancellation of a running job would be lost on one that went back to the queue."""
     job = queued(store, "a")
     with pytest.raises(TransitionRefused, match="queued"):
-        store.update(job.id, expected=JobState.RUNNING, wanted="cancel")
-    assert store.get(job.id).wanted == ""
+        store.update(job.id, expected=JobState.RUNNING, cancel_request="cancel")
+    assert store.get(job.id).cancel_request == ""
+
+
+def test_the_keys_of_stored_jobs_are_those_of_earlier_releases(store: JobStore) -> None:
+    """Fields may be renamed; stores on disk and scripts that read `show --json` know the keys."""
+    job = queued(store, "a", cancel_request="return", attempts_without_progress=2)
+    plain = json.loads(to_json(job))
+    assert (plain["wanted"], plain["fruitless"]) == ("return", 2)
+    assert not {"cancel_request", "attempts_without_progress"} & plain.keys()
+    assert from_json(to_json(job), Job) == job == store.get("a")
 
 
 def test_a_store_of_a_newer_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_living_daemon_says_so_and_goes_on_when_it_is_open_again(
         wait_until(lambda: says(root, folder), what=f"the daemon to say that it may not enter {name}")
     jobs = [root.finished(other) for other in ("a.jsonl", *(["bad.jsonl"] if name.startswith("inbox/") else []))]
     assert [job.state for job in jobs] == [JobState.SUCCEEDED, JobState.REJECTED][: len(jobs)], jobs
-    assert jobs[0].fruitless == 0
+    assert jobs[0].attempts_without_progress == 0
     assert daemon.poll() is None
     assert len(list_versions(root.settings.model_dir)) == 2
     assert root.stop() == 0
