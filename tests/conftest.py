@@ -22,9 +22,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=200, help="how many processes the random test kills")
+    parser.addoption("--kills", type=int, default=50, help="how many processes the random test kills")
     parser.addoption("--real-trainer", action="store_true", help="the random test trains for real")
     parser.addoption("--seed", type=int, default=random.randrange(2**32), help="of the random test")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many workers again as cores: tests of processes wait most of the time, for each other's ticks and ends."""
+    cores = len(os.sched_getaffinity(0))
+    return cores + cores // 2
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from daemon.trainer.attempt import Engine, conduct, end
-from daemon.trainer.bootstrap import import_peft
+from daemon.trainer.bootstrap import collector_paused, import_peft
 
 
 def settle_environment() -> None:
@@ -22,8 +22,9 @@ def settle_environment() -> None:
 def load() -> Engine:
     """The engine that trains in this process; takes seconds."""
     settle_environment()
-    import_peft()
-    from daemon.trainer.train import train
+    with collector_paused():
+        import_peft()
+        from daemon.trainer.train import train
 
     return train
 

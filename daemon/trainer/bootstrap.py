@@ -1,9 +1,26 @@
-"""Libraries whose import would start CUDA: no process may be forked after that, and tokenising and warm start fork."""
+"""How a trainer imports its libraries: without starting CUDA, after which no process may be forked, and quickly."""
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Import without garbage collection, a fifth quicker with torch and transformers.
+
+    What was imported stays for good: the collector never looks at it again, and forks share its pages.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def import_peft() -> None:

@@ -7,7 +7,6 @@ afterwards means nothing to it.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -20,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from daemon.trainer.attempt import die_with_parent, end
-from daemon.trainer.bootstrap import import_peft
+from daemon.trainer.bootstrap import collector_paused, import_peft
 
 MOST_DESCRIPTORS = 8
 REQUEST_BYTES = 65_536
@@ -119,15 +118,14 @@ def _become_trainer(channel: socket.socket, log: int, others: tuple[int, int], t
 
 def preload(base: str) -> None:
     """Import what every run imports, and the module of the base model's architecture."""
-    import_peft()
-    for name in ON_THE_WAY:
-        importlib.import_module(name)
-    with suppress(OSError, ValueError, ImportError, AttributeError):
-        kind = json.loads(Path(base, "config.json").read_bytes())["model_type"]
-        if re.fullmatch(r"[a-z0-9_]+", kind):
-            importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-    gc.collect()
-    gc.freeze()  # children share these pages as long as nobody counts the garbage in them
+    with collector_paused():
+        import_peft()
+        for name in ON_THE_WAY:
+            importlib.import_module(name)
+        with suppress(OSError, ValueError, ImportError, AttributeError):
+            kind = json.loads(Path(base, "config.json").read_bytes())["model_type"]
+            if re.fullmatch(r"[a-z0-9_]+", kind):
+                importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
 
 
 def run_forked(run_dir: Path) -> int:

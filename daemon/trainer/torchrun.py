@@ -43,8 +43,11 @@ def killing_signal(code: int) -> int | None:
 
 
 if __name__ == "__main__":
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
+    from daemon.trainer.bootstrap import collector_paused
+
+    with collector_paused():
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import main
 
     try:
         main(sys.argv[1:])
