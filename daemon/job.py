@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -245,11 +244,6 @@ class RunResult:
     adapter_digest: str | None = None
     lora_norm: float | None = None  # Frobenius norm over all lora_B
     warnings: tuple[str, ...] = ()
-
-
-def run_dir(state_dir: Path, job_id: str) -> Path:
-    """Return the folder of a job's specification, progress, result and log."""
-    return state_dir / "runs" / job_id
 
 
 T = TypeVar("T")

@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 
-from daemon.children import environment
 from daemon.config import Settings
 from daemon.dataset import DatasetReport
 from daemon.dataset.requests import Request
@@ -30,6 +29,7 @@ from daemon.inbox.report import rows_text
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.validation_pool import pass_once
 from daemon.job import Dataset, JobState, to_json
+from daemon.processes import child_environment
 from daemon.recipe import Recipe
 from daemon.store import JobStore
 from daemon.text import escape
@@ -191,7 +191,7 @@ def _count_tokens(path: Path, format_: str, recipe: Recipe, command: Sequence[st
             arguments,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env=environment(),
+            env=child_environment(),
             timeout=LENGTHS_TIMEOUT_SECONDS,
             check=False,
         )

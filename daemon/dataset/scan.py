@@ -20,11 +20,11 @@ from itertools import chain, count
 import msgspec
 from blake3 import blake3
 
-from daemon.children import describe_exit, die_with_parent
 from daemon.dataset.fast_path import NOT_TAKEN, RowDecoder
 from daemon.dataset.rows import Format, Rules, describe_keys, detect_format
 from daemon.dataset.source import BLOCK_BYTES, BOM, DatasetSource, Lines, TooLong, whole_lines
 from daemon.dataset.strict_json import LineError, excerpt, parse_object
+from daemon.processes import describe_exit, die_with_parent
 
 LISTED_PROBLEMS = 20  # bad lines that a report shows
 LISTED_LINES = 1000  # numbers of skipped lines that a report names

@@ -33,9 +33,9 @@ from daemon.dataset.rows import iter_rows
 from daemon.fingerprint import fingerprint_run
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec
 from daemon.recipe import Recipe
+from daemon.run_dir import RunWriter
 from daemon.trainer.attempt import StopFlag, check_unchanged, conduct
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.report import RunWriter
 
 STATE_NAME = "trainer_state.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
