@@ -113,6 +113,7 @@ class Dataset:
     digest: str  # BLAKE3 of the bytes, hex
     format: str  # messages | prompt_completion | text | ...
     skipped_rows: int = 0  # bad rows left out under on_bad_rows = "skip"
+    content_bytes: int = 0  # decompressed; 0: not known
 
 
 @dataclass(frozen=True, kw_only=True)

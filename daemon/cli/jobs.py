@@ -13,7 +13,7 @@ import typer
 from daemon import control
 from daemon.cli import completion, render
 from daemon.cli.app import DATA, QUEUE, WATCH, JsonFlag, app, open_store, out, print_json
-from daemon.cli.estimates import queue_etas, seconds_per_row, spell
+from daemon.cli.estimates import measure_pace, queue_etas, spell
 from daemon.config import Settings
 from daemon.errors import ConfigError
 from daemon.job import JobState, Priority, to_json
@@ -58,7 +58,7 @@ def _etas(settings: Settings, store: JobStore) -> dict[str, float]:
     except (OSError, ValueError):
         running = {}
     left = running.get("eta_seconds")
-    pace = seconds_per_row([job for job in store.recent(50) if job.state is JobState.SUCCEEDED])
+    pace = measure_pace([job for job in store.recent(50) if job.state is JobState.SUCCEEDED])
     etas = queue_etas(store.queue(), pace, left)
     return {**etas, running["id"]: left} if running.get("id") and left is not None else etas
 

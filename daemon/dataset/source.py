@@ -111,6 +111,7 @@ class DatasetSource:
         self._max_expansion = max_expansion
         self.on_raw: Callable[[bytes], object] | None = None
         self.raw_bytes_read = 0
+        self.expanded_bytes = 0  # decompressed so far
 
     def __enter__(self) -> DatasetSource:
         return self
@@ -184,6 +185,7 @@ class DatasetSource:
         held: list[bytes] = []
         for block in blocks:
             total += len(block)
+            self.expanded_bytes = total
             if total > limit:
                 raise SourceError(
                     f"it expands to more than {limit} bytes, {self._max_expansion:g} times its size",
