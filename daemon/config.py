@@ -49,7 +49,6 @@ class InboxSettings(Section):
     max_queued: PositiveInt = Field(1000, description="Jobs that may wait; further files stay in the inbox.")
     on_success: Literal["keep", "delete"] = Field("keep", description="A trained file: kept in done/, or deleted.")
     keep_done_days: float = Field(0.0, ge=0, description="Trained files in done/ are deleted after; 0: never.")
-    scan_processes: int = Field(0, ge=0, description="Processes that check one large file; 0: as many as cores.")
 
 
 class QueueSettings(Section):

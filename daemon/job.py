@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -103,6 +104,16 @@ def claimed_on(job_id: str) -> date | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowWarning:
+    """Something about good rows that their owner may not have meant."""
+
+    code: str
+    message: str
+    rows: int
+    lines: tuple[int, ...] = ()  # the first of them
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dataset:
     """A claimed file that was read once from end to end."""
 
@@ -113,7 +124,9 @@ class Dataset:
     digest: str  # BLAKE3 of the bytes, hex
     format: str  # messages | prompt_completion | text | ...
     skipped_rows: int = 0  # bad rows left out under on_bad_rows = "skip"
-    content_bytes: int = 0  # decompressed; 0: not known
+    unused_keys: Mapping[str, int] = field(default_factory=dict)  # keys that nothing is made of -> rows that have them
+    warnings: tuple[RowWarning, ...] = ()
+    notes: tuple[str, ...] = ()  # how the rows are read, where that is a choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +258,11 @@ class RunResult:
     adapter_digest: str | None = None
     lora_norm: float | None = None  # Frobenius norm over all lora_B
     warnings: tuple[str, ...] = ()
+
+
+def run_dir(state_dir: Path, job_id: str) -> Path:
+    """Return the folder of a job's specification, progress, result and log."""
+    return state_dir / "runs" / job_id
 
 
 T = TypeVar("T")

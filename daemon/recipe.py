@@ -131,6 +131,11 @@ class DataSettings(Section):
         "auto",
         description="Tokens that get a loss; auto: the completion, the assistant's turns, or all of a text.",
     )
+    prompt_completion: Literal["as_is", "chat"] = Field(
+        "as_is",
+        description="Rows of a text prompt and completion (also by columns): joined as they stand, or made a user's and"
+        " an assistant's turn.",
+    )
     render_seconds: PositiveFloat = Field(10.0, description="Time limit for turning one row into tokens.")
     held_out_fraction: float = Field(0.02, ge=0, lt=1, description="Share of rows, by content, never trained.")
     held_out_max_rows: int = Field(256, ge=0, description="Upper bound on held-out rows.")

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from daemon.children import environment
 from daemon.config import Settings
 from daemon.dataset import DatasetReport
 from daemon.dataset.requests import Request
@@ -24,12 +25,10 @@ from daemon.dataset.rows import Row, Rules, iter_rows
 from daemon.dataset.source import SourceError
 from daemon.dataset.strict_json import LineError
 from daemon.inbox.layout import NameKind, name_kind, sidecar_name
-from daemon.inbox.other_files import explain_other_file
-from daemon.inbox.report import rows_text
+from daemon.inbox.report import remarks, rows_text
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.validation_pool import pass_once
 from daemon.job import Dataset, JobState, to_json
-from daemon.processes import child_environment
 from daemon.recipe import Recipe
 from daemon.store import JobStore
 from daemon.text import escape
@@ -109,9 +108,9 @@ def check_files(
 def _check(path: Path, settings: Settings, store: JobStore | None, lengths_command: Sequence[str]) -> CheckReport:
     if not os.path.lexists(path):
         return CheckReport(path=str(path), accepted=False, reason="there is no such file")
-    if name_kind(path.name) is not NameKind.DATA and path.is_file():
-        reason, hint = explain_other_file(path)
-        return CheckReport(path=str(path), accepted=False, reason=reason, hint=hint)
+    if name_kind(path.name) is not NameKind.DATA:
+        reason = "the daemon takes files named *.jsonl, *.jsonl.gz or *.jsonl.zst only"
+        return CheckReport(path=str(path), accepted=False, reason=reason, hint="rename it")
     sidecar, sidecar_path = Sidecar(), path.with_name(sidecar_name(path.name))
     beside = os.path.lexists(sidecar_path)
     if beside:
@@ -122,7 +121,7 @@ def _check(path: Path, settings: Settings, store: JobStore | None, lengths_comma
     applied = sidecar_path.name if beside else None
     recipe = settings.recipe.with_overrides(sidecar.overrides)
     rules = Rules.of(recipe.data)
-    request = Request(job_id="check", path=str(path.absolute()), rules=rules, processes=settings.inbox.scan_processes)
+    request = Request(job_id="check", path=str(path.absolute()), rules=rules)
     reply = pass_once(request)
     if reply.dataset is None:
         found = reply.report
@@ -191,7 +190,7 @@ def _count_tokens(path: Path, format_: str, recipe: Recipe, command: Sequence[st
             arguments,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env=child_environment(),
+            env=environment(),
             timeout=LENGTHS_TIMEOUT_SECONDS,
             check=False,
         )
@@ -221,7 +220,7 @@ def render_text(report: CheckReport) -> str:
         lines.append(f"  {escape(report.reason, most=1000)}")
     if report.hint:
         lines.append(f"  hint: {escape(report.hint, most=1000)}")
-    if report.rows is not None and report.rows.problems:
+    if report.rows is not None and (report.rows.problems or not report.accepted):
         lines += [f"  {line}" for line in rows_text(report.rows) if not line.startswith(("Refused:", "What to do:"))]
     if report.sidecar:
         lines.append(f"  sidecar     {escape(report.sidecar)}")
@@ -230,6 +229,7 @@ def render_text(report: CheckReport) -> str:
         skipped = f", {found.skipped_rows:,} left out" if found.skipped_rows else ""
         lines.append(f"  rows        {found.rows:,} ({found.format}){skipped}, {found.size_bytes:,} bytes")
         lines.append(f"  BLAKE3      {found.digest}")
+        lines += [f"  {label:<11} {text}" for label, text in remarks(found)]
     if report.repeats is not None:
         lines.append(f"  repeats     {_repeats_text(report.repeats)}")
     if report.accepted:

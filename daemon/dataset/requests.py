@@ -20,7 +20,6 @@ class Request:
     job_id: str
     path: str
     rules: Rules
-    processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ def answer(request: Request, report_progress: Callable[[Reply], None]) -> Reply:
             report_progress(Reply(job_id=request.job_id, kind="progress", bytes_read=count))
 
     try:
-        scan = scan_dataset(request.path, request.rules, processes=request.processes, progress=progress)
+        scan = scan_dataset(request.path, request.rules, progress=progress)
     except RejectedDataset as error:
         return Reply(job_id=request.job_id, kind="rejected", report=error.report)
     except DatasetChanged as error:

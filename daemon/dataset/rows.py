@@ -7,7 +7,6 @@ trainer's reading go through `normalise`, so a row that is skipped by one is ski
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,46 +16,42 @@ from typing import Any, Literal, Protocol
 from blake3 import blake3
 
 from daemon.dataset.conversation import (
+    Conversation,
     Message,
     RowError,
+    is_mask,
     optional_text,
-    read_conversation,
-    read_messages,
-    read_tools,
+    read_system,
     required,
     text_of,
+)
+from daemon.dataset.keys import (
+    CONVERSATION_KEYS,
+    HISTORY_KEY,
+    ROW_MASK_KEYS,
+    SYSTEM_KEYS,
+    TOOLS_KEYS,
+    Place,
+    is_given,
+    refuses,
 )
 from daemon.dataset.source import BOM, TooLong, open_dataset
 from daemon.dataset.strict_json import LineError, column_of, parse_object
 
 ROW_DIGEST_BYTES = 16
+AS_CHAT = '[data] prompt_completion = "chat"'
 
-# Keys that some trainers take as finished tensors or as arguments of the chat template. A row that carries one would
-# mean something else there than here, so it is refused rather than ignored.
-RESERVED_KEYS = frozenset(
-    {
-        "input_ids",
-        "labels",
-        "attention_mask",
-        "position_ids",
-        "token_type_ids",
-        "completion_mask",
-        "assistant_masks",
-        "loss_mask",
-        "chat_template",
-        "chat_template_kwargs",
-    }
-)
 Kind = Literal["messages", "prompt_completion", "text"]
 
 
 class Format(StrEnum):
     """What the rows of one file look like."""
 
-    MESSAGES = "messages"  # {"messages": [{"role", "content"}], "tools"?}
+    MESSAGES = "messages"  # {"messages": [{"role", "content"}], "tools"?, "system"?}
     PROMPT_COMPLETION = "prompt_completion"  # {"prompt", "completion"}: both text, or both lists of messages
     TEXT = "text"  # {"text"}
-    ALPACA = "alpaca"  # {"instruction", "input"?, "output", "system"?}
+    ALPACA = "alpaca"  # {"instruction", "input"?, "output", "system"?, "history"?}
+    QUERY_RESPONSE = "query_response"  # {"query", "response", "system"?, "history"?}
     SHAREGPT = "sharegpt"  # {"conversations": [{"from", "value"}], "tools"?, "system"?}
     COLUMNS = "columns"  # any flat columns, named by [data.columns]
 
@@ -66,7 +61,13 @@ FORMAT_KEYS: Mapping[Format, tuple[str, ...]] = {  # in order of detection
     Format.SHAREGPT: ("conversations",),
     Format.PROMPT_COMPLETION: ("prompt", "completion"),
     Format.ALPACA: ("instruction", "output"),
+    Format.QUERY_RESPONSE: ("query", "response"),
     Format.TEXT: ("text",),
+}
+_CONTEXT_KEYS = frozenset((*SYSTEM_KEYS, *TOOLS_KEYS, *ROW_MASK_KEYS))
+_PAIR_KEYS: Mapping[Format, tuple[str, ...]] = {
+    Format.ALPACA: ("instruction", "input", "output"),
+    Format.QUERY_RESPONSE: ("query", "response"),
 }
 
 
@@ -82,10 +83,14 @@ class ColumnNames(Protocol):
 
 
 class DataRules(Protocol):
-    """The part of `[data]` that decides which rows are good."""
+    """The part of `[data]` that decides which rows are good, and what they become."""
 
     @property
     def columns(self) -> ColumnNames: ...
+    @property
+    def prompt_completion(self) -> str: ...
+    @property
+    def train_on(self) -> str: ...
     @property
     def on_bad_rows(self) -> str: ...
     @property
@@ -115,6 +120,8 @@ class Rules:
     """`DataRules` as plain data, which a child process can be told without the settings' machinery."""
 
     columns: Columns = field(default_factory=Columns)
+    prompt_completion: str = "as_is"
+    train_on: str = "auto"
     on_bad_rows: str = "reject"
     max_bad_fraction: float = 0.01
     max_line_bytes: int = 16 * 2**20
@@ -126,6 +133,8 @@ class Rules:
         names = data.columns
         return cls(
             columns=Columns(prompt=names.prompt, completion=names.completion, text=names.text),
+            prompt_completion=data.prompt_completion,
+            train_on=data.train_on,
             on_bad_rows=data.on_bad_rows,
             max_bad_fraction=data.max_bad_fraction,
             max_line_bytes=data.max_line_bytes,
@@ -143,6 +152,7 @@ class RowContent:
     completion: str | list[Message] | None = None
     text: str | None = None  # kind text
     tools: list[dict[str, Any]] | None = None  # function definitions, for messages and lists of messages
+    unused_keys: tuple[str, ...] = ()  # given keys that nothing is made of, sorted; of turns as `messages[].key`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,47 +170,86 @@ class Row(RowContent):
 def detect_format(row: Mapping[str, Any], columns: ColumnNames) -> Format | None:
     """The format that a file with this first row has; None when there is none.
 
-    Configured columns come first: who names them means them.
+    Configured columns come first: who names them means them. Keys that are null never decide, and empty ones only where
+    there is nothing else.
     """
     named = [name for name in (columns.prompt, columns.completion, columns.text) if name is not None]
     if named and all(name in row for name in named):
         return Format.COLUMNS
-    for format_, keys in FORMAT_KEYS.items():
-        if all(key in row for key in keys):
+    possible = [format_ for format_, keys in FORMAT_KEYS.items() if all(row.get(key) is not None for key in keys)]
+    for format_ in possible:
+        if any(is_given(row[key]) for key in FORMAT_KEYS[format_]):
             return format_
-    return None
+    if any(_is_conversation(row.get(key)) for key in CONVERSATION_KEYS):
+        return Format.SHAREGPT
+    return possible[0] if possible else None
 
 
-def check_row(line: bytes, format_: Format, columns: ColumnNames) -> RowContent:
+def check_row(line: bytes, format_: Format, data: DataRules) -> RowContent:
     """The row on `line`. Raises LineError, with the column of the value that is wrong."""
     value = parse_object(line)
     try:
-        return normalise(value, format_, columns)
+        return normalise(value, format_, data)
     except RowError as error:
-        raise LineError(column_of(line, error.path), str(error)) from error
+        raise LineError(column_of(line, error.path), str(error), error.hint) from error
 
 
-def normalise(row: Mapping[str, Any], format_: Format, columns: ColumnNames) -> RowContent:
+def normalise(row: Mapping[str, Any], format_: Format, data: DataRules) -> RowContent:
     """One parsed row as one of the three kinds. Raises RowError."""
-    for key in row:
-        if key in RESERVED_KEYS:
-            raise RowError((key,), "a key that steers a trainer; rows hold text and messages only")
-    match format_:
-        case Format.MESSAGES:
-            messages = read_messages(required(row, "messages"), ("messages",))
-            return RowContent(kind="messages", messages=messages, tools=read_tools(row))
-        case Format.SHAREGPT:
-            return RowContent(kind="messages", messages=read_conversation(row), tools=read_tools(row))
-        case Format.ALPACA:
-            return RowContent(kind="messages", messages=_instruction(row))
-        case Format.PROMPT_COMPLETION:
-            return _prompt_completion(row, "prompt", "completion")
-        case Format.TEXT:
-            return RowContent(kind="text", text=text_of(row, "text"))
-        case Format.COLUMNS:
-            if columns.text is not None:
-                return RowContent(kind="text", text=text_of(row, columns.text))
-            return _prompt_completion(row, columns.prompt or "prompt", columns.completion or "completion")
+    columns = data.columns
+    is_text = format_ is Format.TEXT or (format_ is Format.COLUMNS and columns.text is not None)
+    named = (columns.prompt, columns.completion, columns.text) if format_ is Format.COLUMNS else ()
+    for key, value in row.items():
+        if key not in named and (group := refuses(key, value, Place.ROW, answers=not is_text)) is not None:
+            raise RowError((key,), group.reason(key), group.advice)
+    if is_text:
+        return _text(row, columns.text or "text")
+    if format_ in (Format.MESSAGES, Format.SHAREGPT):
+        return _conversation(row, format_)
+    if format_ is Format.ALPACA:
+        return _pair(row, _question(row), text_of(row, "output"), _PAIR_KEYS[format_])
+    if format_ is Format.QUERY_RESPONSE:
+        return _pair(row, text_of(row, "query"), text_of(row, "response"), _PAIR_KEYS[format_])
+    keys = (columns.prompt or "prompt", columns.completion or "completion")
+    return _prompt_completion(row, *(keys if format_ is Format.COLUMNS else ("prompt", "completion")), data)
+
+
+def joins_words(content: RowContent) -> bool:
+    """Whether prompt and completion, joined as they stand, meet without white space between."""
+    prompt, completion = content.prompt, content.completion
+    return isinstance(prompt, str) and isinstance(completion, str) and _meet(prompt, completion)
+
+
+def _meet(before: str, behind: str) -> bool:
+    return bool(before) and bool(behind) and not before[-1].isspace() and not behind[0].isspace()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How many parts of a row would be learned, and how many of those are empty or only white space."""
+
+    learned: int
+    empty: int
+
+
+def count_answers(content: RowContent, train_on: str) -> Answers:
+    """The answers of a row that are to be learned; all of its turns under train_on = "all"."""
+    if content.kind == "messages":
+        return _count_turns(content.messages or [], train_on)
+    if isinstance(content.completion, list):
+        return _count_turns(content.completion, train_on)
+    words = content.text if content.kind == "text" else content.completion
+    return Answers(1, 0 if str(words or "").strip() else 1)
+
+
+def _count_turns(messages: list[Message], train_on: str) -> Answers:
+    learned = empty = 0
+    for message in messages:
+        if (message["role"] == "assistant" and message.get("weight") != 0) or train_on == "all":
+            learned += 1
+            said = (message["content"] or "").strip() or "tool_calls" in message or "reasoning_content" in message
+            empty += not said
+    return Answers(learned, empty)
 
 
 Line = tuple[int, bytes | TooLong]  # its number, from 1, and what stands there
@@ -224,14 +273,14 @@ class RowReader:
             yield from source.lines(self.data.max_line_bytes)
 
     def row(self, line: Line) -> Row | None:
-        """The row on a line; None for one that is left out, and for the empty end of the file. Raises LineError."""
+        """The row on a line; None for one that is left out, and for a blank line. Raises LineError."""
         number, text = line
         try:
             if isinstance(text, TooLong):
                 raise LineError(1, str(text))
             if not text.strip():
-                return None  # at the end of the file; anywhere else the pass has counted it as bad
-            content = check_row(text, self.format, self.data.columns)
+                return None  # a blank line is no row
+            content = check_row(text, self.format, self.data)
         except LineError as error:
             if self.data.on_bad_rows == "skip":
                 return None
@@ -250,36 +299,110 @@ def row_digest(line: bytes) -> str:
     return blake3(line.removeprefix(BOM).strip()).hexdigest(length=ROW_DIGEST_BYTES)
 
 
-def _prompt_completion(row: Mapping[str, Any], prompt_key: str, completion_key: str) -> RowContent:
+def _conversation(row: Mapping[str, Any], format_: Format) -> RowContent:
+    expected = FORMAT_KEYS[format_][0]
+    key = next((key for key in CONVERSATION_KEYS if _is_conversation(row.get(key))), expected)
+    conversation = Conversation()
+    conversation.read(required(row, key), (key,))
+    if isinstance(row.get(HISTORY_KEY), list) and is_given(row[HISTORY_KEY]):
+        raise RowError(
+            (HISTORY_KEY,),
+            f'"{HISTORY_KEY}" holds earlier turns beside a conversation, and their order is not known',
+            f'put the earlier turns into "{key}"',
+        )
+    messages, tools = conversation.finish(row)
+    unused = _unused(row, _CONTEXT_KEYS | {key}, conversation)
+    return RowContent(kind="messages", messages=messages, tools=tools, unused_keys=unused)
+
+
+def _pair(row: Mapping[str, Any], question: str, answer: str, keys: tuple[str, ...]) -> RowContent:
+    """A question and its answer as two turns, behind the turns of `history`."""
+    conversation = Conversation()
+    if is_given(row.get(HISTORY_KEY)):
+        conversation.read_history(row[HISTORY_KEY], (HISTORY_KEY,))
+    conversation.say("user", question)
+    conversation.say("assistant", answer)
+    messages, tools = conversation.finish(row)
+    unused = _unused(row, _CONTEXT_KEYS | {HISTORY_KEY, *keys}, conversation)
+    return RowContent(kind="messages", messages=messages, tools=tools, unused_keys=unused)
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    """Alpaca's instruction and input with an empty line between; either alone where the other is empty."""
+    parts = (text_of(row, "instruction"), optional_text(row, "input"))
+    return "\n\n".join(part for part in parts if part.strip())
+
+
+def _prompt_completion(row: Mapping[str, Any], prompt_key: str, completion_key: str, data: DataRules) -> RowContent:
     prompt, completion = required(row, prompt_key), required(row, completion_key)
     if isinstance(prompt, list):
         if not isinstance(completion, list):
             raise RowError((completion_key,), "expected a list of messages, as the prompt is one")
-        return RowContent(
-            kind="prompt_completion",
-            prompt=read_messages(prompt, (prompt_key,)),
-            completion=read_messages(completion, (completion_key,)),
-            tools=read_tools(row),
-        )
+        return _turns_to_complete(row, prompt_key, completion_key)
+    prompt, completion = text_of(row, prompt_key), text_of(row, completion_key)
+    if data.prompt_completion == "chat":
+        return _pair(row, prompt, completion, (prompt_key, completion_key))
+    if (system := read_system(row)) is not None:
+        raise _has_no_place(system[0])
+    for key in (*TOOLS_KEYS, HISTORY_KEY):
+        if is_given(row.get(key)) and (key != HISTORY_KEY or isinstance(row[key], list)):
+            raise _has_no_place(key)
+    conversation = _one_answer(row, completion)
+    unused = _unused(row, _CONTEXT_KEYS | {prompt_key, completion_key}, conversation)
+    return RowContent(kind="prompt_completion", prompt=prompt, completion=completion, unused_keys=unused)
+
+
+def _turns_to_complete(row: Mapping[str, Any], prompt_key: str, completion_key: str) -> RowContent:
+    """A prompt and a completion that are lists of messages."""
+    conversation = Conversation()
+    conversation.read(row[prompt_key], (prompt_key,))
+    before = len(conversation.messages)
+    conversation.read(row[completion_key], (completion_key,))
+    conversation.calls_alone.discard(before)  # calls of the completion are not the prompt's
+    first = conversation.messages[before]
+    if isinstance(row.get(HISTORY_KEY), list) and is_given(row[HISTORY_KEY]):
+        raise RowError((HISTORY_KEY,), "earlier turns beside a prompt of turns", f'put them into "{prompt_key}"')
+    messages, tools = conversation.finish(row)
+    middle = next(index for index, message in enumerate(messages) if message is first)
     return RowContent(
-        kind="prompt_completion", prompt=text_of(row, prompt_key), completion=text_of(row, completion_key)
+        kind="prompt_completion",
+        prompt=messages[:middle],
+        completion=messages[middle:],
+        tools=tools,
+        unused_keys=_unused(row, _CONTEXT_KEYS | {prompt_key, completion_key}, conversation),
     )
 
 
-def _instruction(row: Mapping[str, Any]) -> list[Message]:
-    instruction, given = text_of(row, "instruction"), optional_text(row, "input")
-    system, output = optional_text(row, "system"), text_of(row, "output")
-    messages = [{"role": "system", "content": system}] if system else []
-    question = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
+def _text(row: Mapping[str, Any], key: str) -> RowContent:
+    text = text_of(row, key)
+    conversation = _one_answer({name: value for name, value in row.items() if name != key}, text)
+    return RowContent(kind="text", text=text, unused_keys=_unused(row, frozenset((*ROW_MASK_KEYS, key)), conversation))
 
 
-def describe_keys(row: Mapping[str, Any]) -> str:
-    """What a row of no known format has, and the way out when it is two columns of text."""
-    shown = ", ".join(json.dumps(key) for key in list(row)[:8]) or "no keys"
-    found = f"no known format has these keys: {shown}{', …' if len(row) > 8 else ''}"
-    texts = [key for key, value in row.items() if isinstance(value, str)]
-    if len(texts) == 2:
-        prompt, completion = (json.dumps(key) for key in texts)
-        found += f"; perhaps [data.columns] prompt = {prompt}, completion = {completion}"
-    return found
+def _one_answer(row: Mapping[str, Any], text: str) -> Conversation:
+    """A row without turns as one answer, so that its masks are read as any others. Raises RowError."""
+    conversation = Conversation()
+    conversation.say("assistant", text)
+    conversation.apply_row_masks(row)
+    if conversation.messages[0].get("weight") == 0:
+        key = next(key for key in ROW_MASK_KEYS if is_given(row.get(key)) and is_mask(key, row[key]))
+        raise RowError((key,), "it says that nothing of the row is learned", "leave such rows out")
+    return conversation
+
+
+def _unused(row: Mapping[str, Any], used: frozenset[str], conversation: Conversation) -> tuple[str, ...]:
+    left = [key for key in row if key not in used and is_given(row[key])]
+    return tuple(sorted({*left, *conversation.unused})) if left or conversation.unused else ()
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a value is a list of turns; whether they are sound is seen when they are read."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _has_no_place(key: str) -> RowError:
+    return RowError(
+        (key,),
+        f'"{key}" has no place where prompt and completion are joined as they stand',
+        f"set {AS_CHAT}, which makes turns of them, or put it into the prompt",
+    )

@@ -38,12 +38,13 @@ _KINDS: Mapping[type, str] = {
 
 
 class LineError(Exception):
-    """What is wrong with one line: its column (1-based, in characters) and the reason, in words."""
+    """What is wrong with one line: its column (1-based, in characters), the reason, and where known what to do."""
 
-    def __init__(self, column: int, reason: str) -> None:
-        super().__init__(column, reason)  # both, so that it travels whole between processes
+    def __init__(self, column: int, reason: str, hint: str = "") -> None:
+        super().__init__(column, reason, hint)  # all, so that it travels whole between processes
         self.column = column
         self.reason = reason
+        self.hint = hint
 
     def __str__(self) -> str:
         return self.reason
@@ -188,14 +189,57 @@ def _refuse_surrogates(text: str) -> None:
 
 
 def _in_words(error: json.JSONDecodeError, text: str) -> LineError:
-    rest = text[error.pos :].strip()
+    """What the parser stumbled over, in words of our own: told from the text, not from the parser's message."""
+    at = error.pos
+    rest = text[at:].lstrip()
+    before = text[:at].rstrip()
     if error.msg == "Extra data":
-        reason = "a second value on the same line" if rest[:1] in tuple('{["') else "more text after the object"
-    elif not rest:
-        reason = "the line ends inside the JSON value"
-    else:
-        reason = error.msg[0].lower() + error.msg[1:]
-    return LineError(error.pos + 1, reason)
+        return LineError(at + 1, _extra(text[at:]))
+    if error.msg.startswith("Unterminated string") or not rest:
+        return LineError((at if rest else len(text)) + 1, "the line ends inside the JSON value")
+    if error.msg.startswith("Invalid \\u"):
+        return LineError(at + 1, "\\u without four hexadecimal digits behind it")
+    if error.msg.startswith("Invalid \\"):
+        return LineError(at + 1, f"{text[at : at + 2]} is an escape that JSON does not have")
+    if error.msg.startswith("Invalid control"):
+        return LineError(at + 1, "a control character, which JSON allows only as an escape")
+    column = len(text) - len(rest) + 1
+    if rest[0] in "}]" and before.endswith(","):
+        return LineError(len(before), "a comma with nothing behind it")
+    if rest[0] == "'":
+        return LineError(column, "a string in single quotes; JSON has double quotes only")
+    if rest.startswith(("//", "/*", "#")):
+        return LineError(column, "a comment, which JSON does not have")
+    if name := _PYTHON_NAMES.match(rest):
+        return LineError(column, f"{name.group()}, which is Python; JSON has {_IN_JSON[name.group()]}")
+    if rest[0] in "\u201c\u201d\u2018\u2019":
+        return LineError(column, f"a typographic quote, {rest[0]}; JSON has straight double quotes only")
+    if rest[0].isdigit() and before.endswith("0"):
+        return LineError(column, "a number that begins with 0")
+    wanted = _WANTED.get(error.msg.partition(" enclosed")[0], "something else")
+    return LineError(column, f"{wanted} is missing here, in place of {rest[0]}")
+
+
+_PYTHON_NAMES = re.compile(r"(?:None|True|False|undefined|nan|inf)\b")
+_IN_JSON = {"None": "null", "True": "true", "False": "false", "undefined": "null", "nan": "null", "inf": "null"}
+_WANTED = {  # the parser's message -> what JSON needs there
+    "Expecting value": "a value",
+    "Expecting property name": "a key in double quotes",
+    "Expecting ':' delimiter": "a colon",
+    "Expecting ',' delimiter": "a comma",
+    "Illegal trailing comma before end of object": "a key in double quotes",
+    "Illegal trailing comma before end of array": "a value",
+}
+
+
+def _extra(rest: str) -> str:
+    """What stands behind a whole value."""
+    stripped = rest.strip()
+    if stripped == ",":
+        return "a comma behind the object; lines are not separated by commas"
+    if rest.startswith("\r") or "\r{" in rest:
+        return "a second value on the same line: its lines end with a carriage return only, as old Macs wrote them"
+    return "a second value on the same line" if stripped[:1] in tuple('{["') else "more text after the object"
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -5,31 +5,27 @@ Memory stays flat at any size.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from blake3 import blake3
 
 from daemon.dataset.recognise import SAMPLE_BYTES, Recognised, recognise, recognise_misnamed
-from daemon.dataset.rows import DataRules, Format, Rules, describe_keys, detect_format
-from daemon.dataset.scan import (
-    PARALLEL_ABOVE_BYTES,
-    LineProblem,
-    Tally,
-    scan_blocks,
-    scan_parallel,
-)
+from daemon.dataset.rows import AS_CHAT, DataRules, Format, Line, Rules, detect_format
+from daemon.dataset.scan import EMPTY_ANSWER, NO_ANSWER, LineProblem, Tally, scan_lines
 from daemon.dataset.source import DatasetSource, SourceError, open_dataset
+from daemon.dataset.suggest import describe_unknown
 from daemon.errors import RejectedData, TryLater
-from daemon.job import Dataset
+from daemon.job import Dataset, RowWarning
 from daemon.text import escape
 
 FORMATS_HINT = (
-    "one JSON object a line: messages; prompt and completion; text; instruction and output; conversations;"
-    " or name your columns under [data.columns]"
+    "one JSON object a line: messages; prompt and completion; text; instruction and output; query and response;"
+    " conversations; or name your columns under [data.columns]"
 )
+LINES_A_PROGRESS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +38,12 @@ class DatasetReport:
     lines: int = 0
     rows: int = 0  # good ones
     bad_rows: int = 0
+    blank_lines: int = 0  # skipped, before the last row
     problems: tuple[LineProblem, ...] = ()  # the first bad lines
     bad_lines: tuple[int, ...] = ()  # numbers of the first thousand
+    unused_keys: Mapping[str, int] = field(default_factory=dict)  # keys that nothing is made of -> rows that have them
+    warnings: tuple[RowWarning, ...] = ()
+    notes: tuple[str, ...] = ()  # how the rows are read, where that is a choice
     whole: bool = True  # the file was read to its end; else counts are of the part that was read
     digest: str | None = None  # BLAKE3 of the file's bytes, when it was read whole
     reason: str = ""  # why it is refused; empty: it is not
@@ -76,13 +76,11 @@ def scan_dataset(
     path: str | Path,
     data: DataRules,
     *,
-    processes: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Scan:
     """Read `path` once from end to end; `progress` is told how many of its bytes are done.
 
-    Above 64 MiB a plain file is read by `processes` processes (0: as many as cores). Raises RejectedDataset;
-    DatasetChanged when it changed meanwhile; ChildProcessError when a helper died; OSError.
+    Raises RejectedDataset; DatasetChanged when it changed meanwhile; OSError.
     """
     target = Path(path)
     rules = Rules.of(data)
@@ -94,14 +92,10 @@ def scan_dataset(
             other = recognise_source(source)
             if other is not None and other.certain:
                 raise SourceError(other.reason, _whole_hint(other, rules))
-            count = processes or os.cpu_count() or 1
-            if source.compression is None and count > 1 and size >= PARALLEL_ABOVE_BYTES:
-                format_, tally, digest = scan_parallel(source, rules, processes=count, progress=progress)
-            else:
-                hasher = blake3()
-                source.on_raw = hasher.update
-                format_, tally = scan_blocks(source.blocks(), rules, progress=lambda _: progress(source.raw_bytes_read))
-                digest = hasher.hexdigest()
+            hasher = blake3()
+            source.on_raw = hasher.update
+            format_, tally = scan_lines(_reporting(source, rules.max_line_bytes, progress), rules)
+            digest = hasher.hexdigest()
             if source.signature() != before:
                 raise DatasetChanged(
                     operation="check",
@@ -122,50 +116,113 @@ def scan_dataset(
         name=target.name,
         path=str(target),
         size_bytes=size,
-        content_bytes=source.expanded_bytes or size,
         rows=report.rows,
         digest=digest,
         format=format_.value,
         skipped_rows=report.bad_rows,
+        unused_keys=report.unused_keys,
+        warnings=report.warnings,
+        notes=report.notes,
     )
     return Scan(dataset=dataset, report=report)
+
+
+def _reporting(source: DatasetSource, max_line_bytes: int, progress: Callable[[int], None]) -> Iterator[Line]:
+    """The source's lines, while `progress` is told of them now and then."""
+    for line in source.lines(max_line_bytes):
+        yield line
+        if line[0] % LINES_A_PROGRESS == 0:
+            progress(source.raw_bytes_read)
+    progress(source.raw_bytes_read)
 
 
 def judge(
     tally: Tally, format_: Format | None, rules: Rules, *, name: str, size_bytes: int, digest: str
 ) -> DatasetReport:
     """What the counts mean: an empty `reason` accepts the file."""
-    rows = tally.finish() if format_ is not None else 0
-    reason = hint = ""
-    share = tally.bad / max(1, rows + tally.bad)
-    if tally.lines == 0 or (format_ is not None and rows + tally.bad == 0) or (format_ is None and not tally.bad):
-        reason, hint = "it holds no rows", "drop a file with one JSON object a line"
-    elif format_ is None:
-        reason, hint = _unrecognised(tally)
-    elif tally.bad and rules.on_bad_rows == "reject":
-        some = "at least " if tally.stopped else ""
-        first = tally.problems[0]
-        where = f"{'' if tally.bad == 1 else 'the first is '}line {first.line}, column {first.column}: {first.reason}"
-        reason = f"{some}{tally.bad} of {tally.lines} lines {'is' if tally.bad == 1 else 'are'} bad; {where}"
-        hint = _row_hint(tally)
-    elif tally.bad and (share > rules.max_bad_fraction or not rows):
-        reason = f"{share:.2%} of the rows are bad, more than max_bad_fraction = {rules.max_bad_fraction:.2%}"
-        hint = "mend the lines named, or raise [data] max_bad_fraction"
+    reason, hint = _verdict(tally, format_, rules)
+    alike = len(tally.reasons) == 1 and not tally.rows
     return DatasetReport(
         name=name,
         size_bytes=size_bytes,
         format=format_.value if format_ else None,
         lines=tally.lines,
-        rows=rows,
+        rows=tally.rows,
         bad_rows=tally.bad,
-        # Lines of no known format all say the same.
-        problems=tuple(tally.problems if format_ else tally.problems[:3]),
+        blank_lines=tally.blank,
+        problems=tuple(tally.problems[:3] if alike or format_ is None else tally.problems),
         bad_lines=tuple(tally.bad_lines),
+        unused_keys=dict(tally.unused_keys.most_common()),
+        warnings=tally.warnings(),
+        notes=_notes(tally),
         whole=not tally.stopped,
         digest=digest if digest and not tally.stopped and format_ is not None else None,
         reason=reason,
         hint=hint,
     )
+
+
+def _verdict(tally: Tally, format_: Format | None, rules: Rules) -> tuple[str, str]:
+    """Why the file is refused and what to do; both empty when it is not."""
+    total = tally.rows + tally.bad
+    share = tally.bad / max(1, total)
+    if not total:
+        return "it holds no rows", "drop a file with one JSON object a line"
+    if format_ is None:
+        return _unrecognised(tally)
+    if tally.bad and (rules.on_bad_rows == "reject" or not tally.rows):
+        return _bad_rows(tally), _what_to_do(tally, share, rules)
+    if share > rules.max_bad_fraction:
+        reason = f"{share:.2%} of the rows are bad, more than max_bad_fraction = {rules.max_bad_fraction:.2%}"
+        return reason, "mend the lines named, or raise [data] max_bad_fraction"
+    if not tally.teaching:
+        return _nothing_to_learn(tally)
+    return "", ""
+
+
+def _bad_rows(tally: Tally) -> str:
+    first = tally.problems[0]
+    some = "at least " if tally.stopped else ""
+    total = tally.rows + tally.bad
+    if len(tally.reasons) == 1 and not tally.rows and total > 1:
+        return f"{first.reason}; so {'do' if tally.bad > 1 else 'does'} {some}all {tally.bad} rows"
+    where = f"{'' if tally.bad == 1 else 'the first is '}line {first.line}, column {first.column}: {first.reason}"
+    return f"{some}{tally.bad} of {tally.lines} lines {'is' if tally.bad == 1 else 'are'} bad; {where}"
+
+
+def _what_to_do(tally: Tally, share: float, rules: Rules) -> str:
+    """Leaving bad rows out is proposed only where the file would then be taken."""
+    own = tally.problems[0].hint
+    if not tally.rows:
+        return own or "mend the rows and drop the file again"
+    mend = own or "mend the lines named and drop the file again"
+    bound = rules.max_bad_fraction
+    raised = "" if share <= bound else f" and max_bad_fraction = {min(1.0, math.ceil(share * 100) / 100):g}"
+    return f'{mend}; or set [data] on_bad_rows = "skip"{raised} (here or in a sidecar) to leave them out'
+
+
+def _nothing_to_learn(tally: Tally) -> tuple[str, str]:
+    empty, without = tally.warned_rows[EMPTY_ANSWER], tally.warned_rows[NO_ANSWER]
+    if not without:
+        return "nothing would be learned: every answer is empty", "drop a file whose answers hold text"
+    if not empty:
+        reason = "nothing would be learned: no row has a turn of the assistant that is to be learned"
+    else:
+        reason = f"nothing would be learned: in {empty} rows every answer is empty, and {without} have none to learn"
+    return reason, 'give the rows turns of the assistant whose "weight" is not 0'
+
+
+def _notes(tally: Tally) -> tuple[str, ...]:
+    notes = []
+    if tally.blank:
+        notes.append(f"{tally.blank:,} blank {'line was' if tally.blank == 1 else 'lines were'} skipped")
+    if tally.joined:
+        tightly = f", {tally.joined_tightly:,} times with no white space between" if tally.joined_tightly else ""
+        notes.append(
+            f"prompt and completion are joined as they stand{tightly};"
+            f" {AS_CHAT} makes them a user's and an assistant's turn"
+        )
+    return tuple(notes)
 
 
 def recognise_source(source: DatasetSource) -> Recognised | None:
@@ -194,21 +251,14 @@ def _whole_hint(other: Recognised, rules: Rules) -> str:
     row = other.first_row
     if row is None or detect_format(row, rules.columns) is not None:
         return other.hint
-    return f"{other.hint}; its rows then need [data.columns]: {describe_keys(row)}"
+    reason, hint = describe_unknown(row, rules)
+    return f"{other.hint}; its rows would be refused then: {hint or reason}"
 
 
 def _unrecognised(tally: Tally) -> tuple[str, str]:
     first = tally.problems[0]
-    if "the line is longer" in first.reason:
-        return f"line {first.line}: {first.reason}", "split it into rows, or raise [data] max_line_bytes"
-    return f"no format was recognised in its first lines; line {first.line}: {first.reason}", FORMATS_HINT
-
-
-def _row_hint(tally: Tally) -> str:
-    if any("max_line_bytes" in problem.reason for problem in tally.problems):
-        return "split the long rows, or raise [data] max_line_bytes; then drop the file again"
-    skip = 'set [data] on_bad_rows = "skip" (here or in a sidecar) to leave them out'
-    return f"mend the lines named and drop the file again, or {skip}"
+    hint = first.hint or FORMATS_HINT
+    return f"no format was recognised in its first lines; line {first.line}: {first.reason}", hint
 
 
 def verify_dataset(path: str | Path, dataset: Dataset) -> None:

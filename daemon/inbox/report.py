@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from daemon.dataset import DatasetReport
-from daemon.job import Job, JobState, to_json
+from daemon.job import Dataset, Job, JobState, to_json
 from daemon.text import escape
 
 REPORT_TEXT = "report.txt"
 REPORT_JSON = "report.json"
 REPORT_VERSION = 1
 _LOG_LINES, _LOG_TAIL_BYTES = 20, 16 * 1024
+_SHOWN_KEYS = 20  # unused keys in a text; the JSON has all
 _SHOWN_LINES = 100  # numbers of skipped lines in the text; the JSON has up to a thousand
 
 
@@ -80,6 +81,7 @@ def report_text(
         found = job.dataset
         lines.append(f"  rows      {found.rows:,} ({found.format}), {found.size_bytes:,} bytes")
         lines.append(f"  BLAKE3    {found.digest}")
+        lines += [f"  {label:<9} {text}" for label, text in remarks(found)]
     if job.version:
         lines.append(f"  version   {job.version}")
     if job.reason:
@@ -121,6 +123,28 @@ def rows_text(rows: DatasetReport) -> list[str]:
         numbers = ", ".join(str(number) for number in rows.bad_lines[:_SHOWN_LINES])
         more = ", …" if rows.bad_rows > _SHOWN_LINES else ""
         lines.append(f'Left out of training (on_bad_rows = "skip"): lines {numbers}{more}')
+    if rows.reason:
+        lines += [f"{label}: {text}" for label, text in remarks(rows)]
+    return lines
+
+
+def remarks(found: Dataset | DatasetReport) -> list[tuple[str, str]]:
+    """Label and text of what is worth telling of good rows: keys that are not used, warnings, how rows are read."""
+    lines = []
+    if found.unused_keys:
+        shown = list(found.unused_keys.items())
+        keys = [
+            f"{escape(key, most=80)} ({rows:,}{'' if at else ' rows' if rows != 1 else ' row'})"
+            for at, (key, rows) in enumerate(shown[:_SHOWN_KEYS])
+        ]
+        more = f", and {len(shown) - _SHOWN_KEYS} more" if len(shown) > _SHOWN_KEYS else ""
+        lines.append(("not used", f"{', '.join(keys)}{more}"))
+    for warning in found.warnings:
+        numbers = ", ".join(map(str, warning.lines))
+        more = ", …" if warning.rows > len(warning.lines) else ""
+        count = "1 row, line" if warning.rows == 1 else f"{warning.rows:,} rows, lines"
+        lines.append(("warning", f"{warning.message}: {count} {numbers}{more}"))
+    lines += [("note", note) for note in found.notes]
     return lines
 
 

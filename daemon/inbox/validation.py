@@ -124,8 +124,7 @@ class Validator:
                 job = self._store.update(job.id, overrides=overrides, force=force, priority=priority)
         rules = Rules.of(self.settings.recipe.with_overrides(job.overrides).data)
         self._asked.add(job.id)
-        processes = self.settings.inbox.scan_processes
-        self._passes.ask(Request(job_id=job.id, path=str(path), rules=rules, processes=processes), job.size_bytes)
+        self._passes.ask(Request(job_id=job.id, path=str(path), rules=rules), job.size_bytes)
 
     def reject(self, job: Job, reason: str) -> None:
         """The file cannot be trained: claimed -> rejected, file to failed/."""
@@ -172,6 +171,8 @@ class Validator:
             size_bytes=dataset.size_bytes,
             digest=dataset.digest,
             skipped_rows=dataset.skipped_rows,
+            unused_keys=dict(dataset.unused_keys),
+            warnings=[f"{warning.message} ({warning.rows} rows)" for warning in dataset.warnings],
         )
         trained = [] if job.force else self._store.with_digest(dataset.digest, {JobState.SUCCEEDED})
         if trained:

@@ -70,7 +70,9 @@ EVENTS: Mapping[str, Event] = {
         "error", "What a pass found could not be acted on; it is tried again.", "job error"
     ),
     "dataset.checked": _event(
-        "info", "Every row was read and is good.", "job rows format size_bytes digest skipped_rows"
+        "info",
+        "Every row was read and is good.",
+        "job rows format size_bytes digest skipped_rows unused_keys warnings",
     ),
     "dataset.child_ended": _event("warning", "A process that reads rows ended; it is started again.", "how"),
     "dataset.child_died": _event("warning", "A process that reads rows died over a file.", "job how tries"),

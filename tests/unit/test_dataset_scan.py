@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from daemon.dataset import DatasetChanged, RejectedDataset, Scan, scan, scan_dataset, source, verify_dataset
+from daemon.dataset import DatasetChanged, RejectedDataset, scan_dataset, source, verify_dataset
 from daemon.dataset.rows import Columns, Rules, iter_rows
 from guard.digest import digest_file
 
@@ -44,7 +44,7 @@ def report_of(path: Path, rules: Rules | None = None):
         pytest.param(ROW.replace(b"\n", b"\r\n") * 3, 3, id="crlf"),
         pytest.param(ROW + b"\n \n\r\n\t\n", 1, id="trailing_blank_lines"),
         pytest.param('{"text": "a\u2028b\u0085c"}\n'.encode() * 2, 2, id="unicode_line_separators"),
-        pytest.param(b'{"text": ""}\n', 1, id="empty_text"),
+        pytest.param(ROW + b"\n \n" + ROW, 2, id="blank_lines_inside"),
     ],
 )
 def test_sound_files_pass_with_exact_counts_and_the_files_own_digest(tmp_path: Path, content: bytes, rows: int) -> None:
@@ -66,7 +66,7 @@ def test_sound_files_pass_with_exact_counts_and_the_files_own_digest(tmp_path: P
         pytest.param(ROW.decode().encode("utf-16"), "UTF-16", id="utf16"),
         pytest.param(b'{"question": "q", "answer": "a"}\n', 'prompt = "question", completion = "answer"', id="columns"),
         pytest.param(b"hello\n", "plain text", id="text"),
-        pytest.param(ROW + b"\n" + ROW, "1 of 3 lines is bad; line 2, column 1: ", id="blank_line_inside"),
+        pytest.param(b'{"text": ""}\n', "nothing would be learned", id="empty_text"),
         pytest.param(
             ROW + b'{"text": 1}\n' * 2, "2 of 3 lines are bad; the first is line 2, column 10: ", id="bad_rows"
         ),
@@ -101,8 +101,8 @@ def test_skipping_leaves_out_exactly_the_bad_lines_and_training_reads_the_others
     """The pass and the trainer's reading agree line by line; the skipped ones are listed."""
     path = write(tmp_path / "x.jsonl", ROW, b"oops\n", ROW, b"\n", b'{"text": "a\xff"}\n', ROW, b"\n\n")
     result = scan_dataset(path, SKIP)
-    assert (result.dataset.rows, result.dataset.skipped_rows) == (3, 3)
-    assert result.report.bad_lines == (2, 4, 5)
+    assert (result.dataset.rows, result.dataset.skipped_rows, result.report.blank_lines) == (3, 2, 1)
+    assert result.report.bad_lines == (2, 5)
     assert [row.line for row in iter_rows(path, "text", SKIP)] == [1, 3, 6]
 
 
@@ -119,55 +119,25 @@ LINES = st.sampled_from(
 )  # fmt: skip
 
 
-@given(
-    st.lists(LINES, max_size=40), st.booleans(), st.integers(20, 300), st.integers(8, 200), st.sampled_from([120, 4096])
-)
+@given(st.lists(LINES, max_size=40), st.booleans(), st.integers(8, 200), st.sampled_from([120, 4096]))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_result_does_not_depend_on_blocks_chunks_or_processes(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    lines: list[bytes],
-    newline: bool,
-    chunk: int,
-    block: int,
-    longest: int,
+def test_the_result_does_not_depend_on_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[bytes], newline: bool, block: int, longest: int
 ) -> None:
-    """Lines cut by blocks and chunks in any place, longer than both, too long, blank, at the end: one and the same."""
+    """Lines cut by blocks in any place, longer than a block, too long, blank, at the end: one and the same."""
     content = ROW + b"".join(lines)
     path = write(tmp_path / "x.jsonl", content if newline else content.rstrip(b"\n"))
     rules = Rules(on_bad_rows="skip", max_bad_fraction=1.0, max_line_bytes=longest)
-
-    def result(processes: int) -> Scan:
-        return scan_dataset(path, rules, processes=processes)
-
-    whole = result(1)
+    whole = scan_dataset(path, rules)
     with monkeypatch.context() as patch:
-        for module in (scan, source):
-            patch.setattr(module, "BLOCK_BYTES", block)
-        patch.setattr(scan, "CHUNK_BYTES", chunk)
-        patch.setattr("daemon.dataset.validate.PARALLEL_ABOVE_BYTES", 0)
-        assert result(1) == whole
-        assert result(2) == whole
+        patch.setattr(source, "BLOCK_BYTES", block)
+        assert scan_dataset(path, rules) == whole
         assert [row.line for row in iter_rows(path, "text", rules)] == [
             number
             for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
             if line.startswith(b'{"text": "') and len(line) <= longest
         ]
     assert whole.dataset.digest == digest_file(path).blake3_hex
-
-
-def test_refused_files_are_judged_alike_on_one_process_and_on_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reports are equal, but for where a stop came."""
-    path = write(tmp_path / "x.jsonl", ROW * 50, b"oops\n", ROW * 50, b'{"text": 2}\n', b"\n", ROW)
-    one = report_of(path)
-    monkeypatch.setattr("daemon.dataset.validate.PARALLEL_ABOVE_BYTES", 0)
-    monkeypatch.setattr(scan, "CHUNK_BYTES", 100)
-    with pytest.raises(RejectedDataset) as caught:
-        scan_dataset(path, Rules(), processes=2)
-    assert caught.value.report == one
-    assert [problem.line for problem in one.problems] == [51, 102, 103]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -57,7 +57,7 @@ def test_any_bytes_are_rows_as_json_reads_them_or_are_refused_by_line_and_column
             assert skip or not report.bad_rows
             for row in rows:
                 value = json.loads(lines[row.line - 1])
-                expected = normalise(value, Format(str(report.format)), COLUMNS)
+                expected = normalise(value, Format(str(report.format)), rules)
                 assert all(getattr(row, name) == found for name, found in vars(expected).items()), (row, expected)
             formats = (detect_format(json.loads(lines[row.line - 1]), COLUMNS) for row in rows)
             assert Format(str(report.format)) in formats

@@ -32,9 +32,9 @@ HOSTILE = [
     pytest.param(b'{"x": ' + b"9" * 5000 + b"}", 7, "5000 digits", id="integer_of_5000_digits"),
     pytest.param(b'{"x": "1e400", "y": 1e999}', 21, "out of range", id="number_in_a_string_is_no_number"),
     pytest.param(b"\xef\xbb\xbf{}", 1, "byte order mark inside", id="bom_inside"),
-    pytest.param(b'{"x": 01}', 8, "delimiter", id="leading_zero"),
-    pytest.param(b"{'x': 1}", 2, "property name", id="single_quotes"),
-    pytest.param(b'{"x": 1,}', 9, "property name", id="trailing_comma"),
+    pytest.param(b'{"x": 01}', 8, "a number that begins with 0", id="leading_zero"),
+    pytest.param(b"{'x': 1}", 2, "single quotes", id="single_quotes"),
+    pytest.param(b'{"x": 1,}', 8, "a comma with nothing behind it", id="trailing_comma"),
     pytest.param(b'{"text": "\\x41"}', 11, "escape", id="bad_escape"),
 ]
 

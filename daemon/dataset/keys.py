@@ -1,0 +1,364 @@
+"""What each key of a row and of a turn means: used, refused, or not used.
+
+A key is *refused* when a trainer that knows it would learn something else from the row than we would: the answers of a
+preference row, pictures, finished tensors. Every key that is neither used nor refused is *not used*: the row is trained
+without it, and the report counts it. A key without a value (null, "", [], {}, or only such inside) is as if absent.
+docs/data.md is generated from these tables.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any
+
+CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+TOOLS_KEYS = ("tools", "functions")
+HISTORY_KEY = "history"
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+MASK_KEYS = (
+    "weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale", "loss_weight", "train_mask", "mask"
+)  # fmt: skip
+ROW_MASK_KEYS = (*MASK_KEYS, "weights", "loss_masks", "loss_scales", "loss_weights", "masks", "turn_mask")
+SAMPLE_WEIGHT_KEYS = ("sample_weight", "example_weight")
+USER_KEYS, ASSISTANT_KEYS = ("human", "user"), ("assistant", "gpt", "bot", "model")  # of a turn that is a pair
+
+ROLES: Mapping[str, str] = {  # how published files call a speaker, and the role that training sees
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool_calls": "assistant",
+}
+CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})  # whose content is the call
+
+
+class Place(StrEnum):
+    """Where a key stands."""
+
+    ROW = "row"
+    TURN = "turn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Used:
+    """Keys that are read, and what they are."""
+
+    names: tuple[str, ...]
+    meaning: str
+    place: Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """Keys that change what a row means and are not supported; `applies` says for which values."""
+
+    names: tuple[str, ...]
+    meaning: str  # completes: `"rejected" ...`
+    advice: str
+    values: str  # `applies` in words
+    applies: Callable[[Any, bool], bool]  # the value, and whether the row holds answers (else it is plain text)
+    places: tuple[Place, ...] = (Place.ROW, Place.TURN)
+
+    def reason(self, key: str) -> str:
+        """Why a row with this key is refused."""
+        return f"{json.dumps(key)} {self.meaning}"
+
+
+def is_given(value: Any) -> bool:
+    """Whether a key has a value; `datasets` fills those that a row lacks with null, at every depth."""
+    if isinstance(value, dict):
+        return any(map(is_given, value.values()))
+    if isinstance(value, list):
+        return any(map(is_given, value))
+    return value is not None and value != ""
+
+
+def is_number(value: Any) -> bool:
+    """A JSON number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _any(value: Any, answers: bool) -> bool:
+    return True
+
+
+def _list(value: Any, answers: bool) -> bool:
+    return isinstance(value, list)
+
+
+def _text_or_list(value: Any, answers: bool) -> bool:
+    return isinstance(value, str | list | dict)
+
+
+def _scores(value: Any, answers: bool) -> bool:
+    return answers and isinstance(value, list)
+
+
+_VERDICTS = frozenset(
+    [
+        "true",
+        "false",
+        "yes",
+        "no",
+        "good",
+        "bad",
+        "desirable",
+        "undesirable",
+        "chosen",
+        "rejected",
+        "preferred",
+        "dispreferred",
+        "positive",
+        "negative",
+    ]
+)
+
+
+def _verdict(value: Any, answers: bool) -> bool:
+    if isinstance(value, list):
+        return any(_verdict(item, answers) for item in value)
+    if isinstance(value, str):
+        return answers and value.strip().casefold() in _VERDICTS
+    return isinstance(value, bool) or (answers and is_number(value))
+
+
+def _not_one(value: Any, answers: bool) -> bool:
+    return is_number(value) and value != 1
+
+
+def _boxes(value: Any, answers: bool) -> bool:
+    return isinstance(value, dict) and not value.keys().isdisjoint({"bbox", "ref", "image_id"})
+
+
+_WITHOUT_PAIRS = "keep the better answer as the assistant's turn (or the completion), and remove the other keys"
+
+USED: tuple[Used, ...] = (
+    Used(
+        names=CONVERSATION_KEYS,
+        meaning="the conversation: a list of turns; the first of these keys that has a value",
+        place=Place.ROW,
+    ),
+    Used(names=("prompt", "completion"), meaning="text, or lists of turns", place=Place.ROW),
+    Used(
+        names=("instruction", "input", "output"),
+        meaning="Alpaca: a user's turn, instruction and input with an empty line between, and the answer",
+        place=Place.ROW,
+    ),
+    Used(names=("query", "response"), meaning="a user's turn and the answer", place=Place.ROW),
+    Used(names=("text",), meaning="a text that is learned as it stands", place=Place.ROW),
+    Used(
+        names=(HISTORY_KEY,),
+        meaning="earlier turns, `[[user, assistant], ...]`, in rows of one question and one answer",
+        place=Place.ROW,
+    ),
+    Used(
+        names=SYSTEM_KEYS,
+        meaning="the system text, wherever there are turns; it must not contradict one among them",
+        place=Place.ROW,
+    ),
+    Used(
+        names=TOOLS_KEYS,
+        meaning="definitions of tools, wherever there are turns: in OpenAI's form, bare, or as JSON inside a string",
+        place=Place.ROW,
+    ),
+    Used(
+        names=ROW_MASK_KEYS,
+        meaning="which turns are learned: a list with 0 or 1 for each turn or for each answer, or one of them for all",
+        place=Place.ROW,
+    ),
+    Used(names=ROLE_KEYS, meaning="who speaks", place=Place.TURN),
+    Used(names=CONTENT_KEYS, meaning="what is said: text, or a list of parts that are text", place=Place.TURN),
+    Used(
+        names=("human", "user", "assistant", "gpt", "bot", "model"),
+        meaning="a question and its answer in one object, where no key says who speaks",
+        place=Place.TURN,
+    ),
+    Used(names=REASONING_KEYS, meaning="the assistant's reasoning before the content", place=Place.TURN),
+    Used(
+        names=("tool_calls", "function_call"),
+        meaning="the assistant's calls; arguments are an object or JSON inside a string",
+        place=Place.TURN,
+    ),
+    Used(
+        names=("tool_call_id", "name", "tool_name"), meaning="which call or function a result is of", place=Place.TURN
+    ),
+    Used(names=TOOLS_KEYS, meaning="definitions of tools, in a system's or developer's turn", place=Place.TURN),
+    Used(
+        names=MASK_KEYS,
+        meaning="0 or false: this answer is context and is not learned; 1 or true: it is",
+        place=Place.TURN,
+    ),
+)
+
+REFUSED: tuple[Refused, ...] = (
+    Refused(
+        names=(
+            "chosen", "rejected", "chosen_response", "rejected_response", "rejected_responses", "chosen_output",
+            "rejected_output", "chosen_answer", "rejected_answer", "chosen_message", "rejected_message", "chosen_messages",
+            "rejected_messages", "chosen_conversation", "rejected_conversation", "chosen_conversations",
+            "rejected_conversations", "conversations_chosen", "conversations_rejected", "chosen_completion",
+            "rejected_completion", "chosen_text", "rejected_text", "answer_chosen", "answer_rejected", "response_chosen",
+            "response_rejected", "chosen_score", "rejected_score", "score_chosen", "score_rejected", "chosen_rating",
+            "rejected_rating", "preferred", "non_preferred", "preferred_output", "non_preferred_output",
+            "preferred_response", "dispreferred", "dispreferred_response", "dispreferred_output", "better_response",
+            "worse_response", "better_response_id", "safer_response_id", "response_0", "response_1", "response_a",
+            "response_b", "response_j", "response_k", "response1", "response2", "answer_0", "answer_1", "output_1",
+            "output_2", "conversation_a", "conversation_b", "human_ref_a", "human_ref_b", "positive_messages",
+            "negative_messages", "overall_preference", "rejected_images",
+        ),
+        meaning="belongs to a pair of answers, one better and one worse (preference data: DPO, ORPO, reward models),"
+        " which cannot be trained here",
+        advice=_WITHOUT_PAIRS,
+        values="any",
+        applies=_any,
+    ),
+    Refused(
+        names=("positive", "negative"),
+        meaning="holds an answer or a text to prefer or to avoid (preference data), which cannot be trained here",
+        advice=_WITHOUT_PAIRS,
+        values="text or a list",
+        applies=_text_or_list,
+    ),
+    Refused(
+        names=("completions", "responses", "candidates", "generations", "answers", "rejections", "steps"),
+        meaning="holds several answers or steps of one prompt (ranking, reward or step supervision), which cannot be"
+        " trained here",
+        advice="make a row of each answer that is to be learned",
+        values="a list",
+        applies=_list,
+    ),
+    Refused(
+        names=("label", "kto_tag", "kto_label", "desirable", "is_desirable", "is_chosen", "is_preferred", "is_rejected"),
+        meaning="says whether the answer is good or bad, or which class it is of (KTO, reward models, classification); "
+        "bad answers would be learned as good ones",
+        advice="keep the rows whose answers are to be learned, and remove the key from them",
+        values="true, false or a word for them; beside answers also numbers, and lists of these",
+        applies=_verdict,
+    ),
+    Refused(
+        names=(
+            "scores", "ratings", "rewards", "ranks", "advantages", "step_labels", "step_rewards", "turn_rewards",
+            "token_rewards",
+        ),
+        meaning="grades several answers, turns or steps (ranking, reward or step supervision), which cannot be trained"
+        " here",
+        advice="keep the rows and turns that are to be learned, and remove the key",
+        values="a list beside answers",
+        applies=_scores,
+    ),
+    Refused(
+        names=SAMPLE_WEIGHT_KEYS,
+        meaning="weighs the row against others, which is not supported",
+        advice="leave out rows that are not to be learned, and remove the key from the others",
+        values="a number other than 1",
+        applies=_not_one,
+        places=(Place.ROW,),
+    ),
+    Refused(
+        names=(
+            "image", "images", "image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files",
+            "image_base64", "img", "imgs", "video", "videos", "video_path", "video_paths", "video_url", "video_urls",
+            "audio", "audios", "audio_path", "audio_paths", "audio_url", "audio_urls", "input_audio", "speech",
+        ),
+        meaning="holds pictures, video or sound, and only text can be trained",
+        advice="leave such rows out, or remove the key if the text stands on its own",
+        values="text, a list or an object",
+        applies=_text_or_list,
+    ),
+    Refused(
+        names=("objects",),
+        meaning="holds boxes in a picture, and only text can be trained",
+        advice="leave such rows out, or remove the key if the text stands on its own",
+        values="an object with bbox or ref",
+        applies=_boxes,
+        places=(Place.ROW,),
+    ),
+    Refused(
+        names=(
+            "input_ids", "labels", "attention_mask", "position_ids", "token_type_ids", "completion_mask",
+            "assistant_mask", "assistant_masks", "token_ids", "prompt_ids", "completion_ids", "prompt_input_ids",
+            "completion_input_ids", "prompt_token_ids", "completion_token_ids", "decoder_input_ids",
+            "special_tokens_mask", "inputs_embeds", "pixel_values", "input_features", "seq_lengths",
+        ),
+        meaning="holds finished tokens or their labels, which steers a trainer that knows it; rows are tokenised here",
+        advice="give the text or the messages instead, and remove the key",
+        values="any",
+        applies=_any,
+    ),
+    Refused(
+        names=("tokens",),
+        meaning="holds finished tokens, and rows are tokenised here",
+        advice="give the text or the messages instead, and remove the key",
+        values="a list",
+        applies=_list,
+    ),
+    Refused(
+        names=("chat_template", "chat_template_kwargs", "enable_thinking"),
+        meaning="steers a trainer's chat template for this row, which is not supported; the base model's own is used",
+        advice="remove the key",
+        values="any",
+        applies=_any,
+        places=(Place.ROW,),
+    ),
+    Refused(
+        names=("suffix",),
+        meaning="is text that comes behind the completion (fill in the middle), which is not supported",
+        advice='write the row as it is to be learned, as one "text"',
+        values="text",
+        applies=_text_or_list,
+        places=(Place.ROW,),
+    ),
+    Refused(
+        names=("train_detail", "training_detail", "loss_spans"),
+        meaning="chooses parts of a turn to learn; only whole turns can be chosen",
+        advice='split the turn, or set "weight" to 0 or 1 for all of it',
+        values="any",
+        applies=_any,
+        places=(Place.TURN,),
+    ),
+    Refused(
+        names=("refusal",),
+        meaning="holds the assistant's refusal apart from its content",
+        advice='put the words into "content", or leave the row out',
+        values="text",
+        applies=_text_or_list,
+        places=(Place.TURN,),
+    ),
+)  # fmt: skip
+
+_BY_NAME: Mapping[Place, Mapping[str, Refused]] = {
+    place: {name: group for group in REFUSED if place in group.places for name in group.names} for place in Place
+}
+
+
+@lru_cache(maxsize=4096)
+def refused(key: str, place: Place) -> Refused | None:
+    """The group of refused keys that a key belongs to, however it is capitalised or joined."""
+    return _BY_NAME[place].get(key.casefold().replace("-", "_").replace(" ", "_"))
+
+
+def refuses(key: str, value: Any, place: Place, *, answers: bool) -> Refused | None:
+    """Why a key with this value makes its row one that cannot be trained; None when it does not."""
+    group = refused(key, place)
+    return group if group is not None and is_given(value) and group.applies(value, answers) else None

@@ -1,0 +1,381 @@
+"""What a row says is what is trained: every published spelling, by the words that are learned and those that are not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from daemon.dataset.keys import REFUSED, Place
+from daemon.dataset.rows import Columns, Format, RowContent, Rules, check_row, detect_format
+from daemon.dataset.strict_json import LineError
+
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+TWO = [*TURNS, {"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"}]
+CALL = {"name": "f", "arguments": {"city": "Oslo"}}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+CHAT = Rules(prompt_completion="chat")
+
+
+def read(row: dict[str, Any], rules: Rules | None = None) -> RowContent:
+    rules = rules or Rules()
+    format_ = detect_format(row, rules.columns)
+    assert format_ is not None, "no format"
+    return check_row(json.dumps(row).encode(), format_, rules)
+
+
+def transcript(content: RowContent) -> list[str]:
+    """A line a turn: speaker, `*` when it is learned, reasoning in `<>`, text, and calls."""
+    if content.kind == "text":
+        return [f"text*: {content.text}"]
+    if isinstance(content.prompt, str):
+        return [f"prompt: {content.prompt}", f"completion*: {content.completion}"]
+    before = len(content.prompt or [])
+    lines = []
+    for index, message in enumerate(content.messages or [*(content.prompt or []), *(content.completion or [])]):
+        learned = message["role"] == "assistant" and message.get("weight") != 0 and index >= before
+        calls = [
+            f"{c['function']['name']}({json.dumps(c['function']['arguments'])})" for c in message.get("tool_calls", ())
+        ]
+        thought = f"<{message['reasoning_content']}>" if "reasoning_content" in message else ""
+        said = " ".join(part for part in (thought, message["content"] or "", *calls) if part)
+        lines.append(f"{message['role']}{'*' if learned else ''}: {said}".rstrip())
+    return lines
+
+
+def muted(key: str, off: Any = False, on: Any = True) -> dict[str, Any]:
+    return {"messages": [TWO[0], {**TWO[1], key: off}, TWO[2], {**TWO[3], key: on}]}
+
+
+def said(**turn: Any) -> dict[str, Any]:
+    """A row whose answer is this turn."""
+    return {"messages": [TURNS[0], {"role": "assistant", **turn}]}
+
+
+MUTED = ["user: Q", "assistant: A", "user: Q2", "assistant*: A2"]
+PLAIN = ["user: Q", "assistant*: A"]
+CALLED = ["user: Q", 'assistant*: f({"city": "Oslo"})']
+
+LEARNED = {
+    # masks of single turns
+    "openai_weight": (muted("weight", 0, 1), MUTED),
+    "weight_as_float": (muted("weight", 0.0, 1.0), MUTED),
+    "axolotl_train": (muted("train"), MUTED),
+    "axolotl_training": (muted("training"), MUTED),
+    "verl_trainable": (muted("trainable"), MUTED),
+    "swift_loss": (muted("loss"), MUTED),
+    "swift_loss_scale": (muted("loss_scale", 0, 1), MUTED),
+    "loss_mask_of_a_turn": (muted("loss_mask", 0, 1), MUTED),
+    "llama_factory_loss_weight": (muted("loss_weight", 0.0, 1.0), MUTED),
+    "null_masks_mask_nothing": (muted("weight", None, None), ["user: Q", "assistant*: A", "user: Q2", "assistant*: A2"]),
+    "masks_in_sharegpt": (
+        {"conversations": [{"from": "human", "value": "Q", "train": False}, {"from": "gpt", "value": "A", "train": False},
+                           {"from": "human", "value": "Q2"}, {"from": "gpt", "value": "A2", "train": True}]}, MUTED,
+    ),
+    "masks_in_a_completion_of_turns": (
+        {"prompt": TWO[:1], "completion": [{**TWO[1], "weight": 0}, TWO[2], TWO[3]]}, MUTED,
+    ),
+    "row_mask_of_turns": ({"messages": TWO, "loss_mask": [0, 0, 0, 1]}, MUTED),
+    "row_mask_of_answers": ({"messages": TWO, "loss_mask": [0, 1]}, MUTED),
+    "row_mask_of_booleans": ({"conversations": TWO, "train": [False, True]}, MUTED),
+    "row_mask_agrees_with_turns": ({**muted("weight", 0, 1), "weights": [0, 1]}, MUTED),
+    "row_weight_one": ({"messages": TURNS, "weight": 1}, PLAIN),
+    "row_weight_zero": ({"messages": TURNS, "weight": 0}, ["user: Q", "assistant: A"]),
+    "row_mask_with_history": (
+        {"instruction": "Q2", "output": "A2", "history": [["Q", "A"]], "loss_mask": [0, 1]}, MUTED,
+    ),
+    "nemo_mask_names_the_user": ({"mask": "User", "conversations": [{"from": "User", "value": "Q"}, {"from": "Assistant", "value": "A"}]}, PLAIN),
+    # earlier turns and system texts
+    "history": (
+        {"instruction": "And in miles?", "input": "", "output": "0.62 miles", "history": [["How long is a km?", "1000 m"]]},
+        ["user: How long is a km?", "assistant*: 1000 m", "user: And in miles?", "assistant*: 0.62 miles"],
+    ),
+    "history_of_queries": ({"query": "Q2", "response": "A2", "history": [["Q", "A"]]}, ["user: Q", "assistant*: A", "user: Q2", "assistant*: A2"]),
+    "history_null": ({"instruction": "Q", "output": "A", "history": None}, PLAIN),
+    "history_one_sided": ({"instruction": "Q", "output": "A", "history": [[None, "Hi"], ["", ""]]}, ["assistant*: Hi", *PLAIN]),
+    "system_beside_messages": ({"system": "S", "messages": TURNS}, ["system: S", *PLAIN]),
+    "system_prompt_beside_sharegpt": ({"system_prompt": "S", "conversations": TURNS}, ["system: S", *PLAIN]),
+    "system_in_parts": ({"system": [{"type": "text", "text": "S"}], "messages": TURNS}, ["system: S", *PLAIN]),
+    "system_said_twice_alike": ({"system": "S", "messages": [{"role": "system", "content": " S"}, *TURNS]}, ["system:  S", *PLAIN]),
+    "system_beside_a_developer": ({"system": "S", "messages": [{"role": "developer", "content": "D"}, *TURNS]}, ["system: S", "developer: D", *PLAIN]),
+    "system_beside_prompt_of_turns": ({"system": "S", "prompt": TURNS[:1], "completion": TURNS[1:]}, ["system: S", *PLAIN]),
+    "system_of_alpaca": ({"instruction": "Q", "output": "A", "system": "S"}, ["system: S", *PLAIN]),
+    "alpaca_without_instruction": ({"instruction": "", "input": "Q", "output": "A"}, PLAIN),
+    "alpaca_with_input": ({"instruction": "Do", "input": "Q", "output": "A"}, ["user: Do\n\nQ", "assistant*: A"]),
+    # spellings of turns
+    "role_content_in_conversations": ({"conversations": TURNS}, PLAIN),
+    "role_value_in_conversations": ({"conversations": [{"role": "user", "value": "Q"}, {"role": "assistant", "value": "A"}]}, PLAIN),
+    "from_value_in_messages": ({"messages": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, PLAIN),
+    "conversation_of_pairs": ({"system": "S", "conversation": [{"human": "Q", "assistant": "A"}]}, ["system: S", *PLAIN]),
+    "dialogue": ({"dialogue": TURNS}, PLAIN),
+    "capital_roles": ({"conversations": [{"from": "Human", "value": "Q"}, {"from": "Assistant", "value": "A"}]}, PLAIN),
+    "role_model": ({"messages": [TURNS[0], {"role": "model", "content": "A"}]}, PLAIN),
+    "developer": ({"messages": [{"role": "developer", "content": "D"}, *TURNS]}, ["developer: D", *PLAIN]),
+    "begins_and_ends_with_any_turn": (
+        {"conversations": [{"from": "gpt", "value": "G"}, {"from": "human", "value": "q1"}, {"from": "human", "value": "q2"},
+                           {"from": "gpt", "value": "A1"}, {"from": "gpt", "value": "A2"}, {"from": "human", "value": "bye"}]},
+        ["assistant*: G", "user: q1", "user: q2", "assistant*: A1", "assistant*: A2", "user: bye"],
+    ),
+    "text_parts": (said(content=[{"type": "text", "text": "A"}, {"type": "output_text", "text": "B", "image_url": None}]), ["user: Q", "assistant*: AB"]),
+    "parts_of_plain_strings": (said(content=["A", "B"]), ["user: Q", "assistant*: AB"]),
+    "a_part_with_null": (said(content=[{"type": "text", "text": None}, {"type": "text", "text": "A"}]), PLAIN),
+    "a_part_with_value": (said(content=[{"type": "text", "value": "A"}]), PLAIN),
+    # reasoning
+    "reasoning_content": (said(content="A", reasoning_content="T"), ["user: Q", "assistant*: <T> A"]),
+    "reasoning": (said(content="A", reasoning="T"), ["user: Q", "assistant*: <T> A"]),
+    "thinking": (said(content="A", thinking="T"), ["user: Q", "assistant*: <T> A"]),
+    "thinking_part": (said(content=[{"type": "thinking", "thinking": "T"}, {"type": "text", "text": "A"}]), ["user: Q", "assistant*: <T> A"]),
+    "reasoning_twice_alike": (said(content="A", reasoning="T", reasoning_content="T"), ["user: Q", "assistant*: <T> A"]),
+    "reasoning_null": (said(content="A", thinking=None), PLAIN),
+    "reasoning_without_content": (said(content=None, reasoning_content="T"), ["user: Q", "assistant*: <T>"]),
+    "reasoning_inline_stays_text": (said(content="<think>T</think>A"), ["user: Q", "assistant*: <think>T</think>A"]),
+    # calls
+    "tool_calls": (said(content=None, tool_calls=[{"id": "c", "type": "function", "function": CALL}]), CALLED),
+    "tool_calls_with_arguments_in_text": (said(tool_calls=[{"function": {"name": "f", "arguments": '{"city": "Oslo"}'}}]), CALLED),
+    "bare_tool_calls": (said(content="", tool_calls=[CALL]), CALLED),
+    "tool_calls_with_parameters": (said(tool_calls=[{"name": "f", "parameters": {"city": "Oslo"}}]), CALLED),
+    "tool_calls_in_text": (said(tool_calls=json.dumps([CALL])), CALLED),
+    "tool_calls_with_filled_nulls": (said(content=None, tool_calls=[{"id": None, "function": {"name": "f", "arguments": {"city": "Oslo", "stock": None}}}]), CALLED),
+    "nulls_in_text_are_meant": (said(tool_calls=[{"function": {"name": "f", "arguments": '{"x": null}'}}]), ["user: Q", 'assistant*: f({"x": null})']),
+    "tool_calls_empty": (said(content="A", tool_calls=[], function_call=None), PLAIN),
+    "function_call_of_a_message": (said(function_call={"name": "f", "arguments": '{"city": "Oslo"}'}), CALLED),
+    "function_call_of_sharegpt": ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": json.dumps(CALL)}]}, CALLED),
+    "tool_call_turns_of_swift": (
+        {"messages": [TURNS[0], {"role": "tool_call", "content": json.dumps(CALL)}, {"role": "tool_call", "content": json.dumps(CALL)},
+                      {"role": "tool_response", "content": "1"}, {"role": "tool_response", "content": "2"}]},
+        ["user: Q", 'assistant*: f({"city": "Oslo"}) f({"city": "Oslo"})', "tool: 1", "tool: 2"],
+    ),
+    "parallel_calls": (said(tool_calls=[CALL, CALL]), ["user: Q", 'assistant*: f({"city": "Oslo"}) f({"city": "Oslo"})']),
+    "hermes_call_stays_text": (said(content='<tool_call>\n{"name": "f"}\n</tool_call>'), ["user: Q", 'assistant*: <tool_call>\n{"name": "f"}\n</tool_call>']),
+    "results_under_every_role": (
+        {"messages": [*({"role": role, "content": "R"} for role in ("tool", "function", "observation", "ipython", "tool_response")), TURNS[1]]},
+        ["tool: R"] * 5 + ["assistant*: A"],
+    ),
+    "a_result_that_is_an_object": ({"messages": [{"role": "tool", "content": {"c": 12}}, TURNS[1]]}, ['tool: {"c": 12}', "assistant*: A"]),
+    "a_result_that_is_null": ({"messages": [{"role": "tool", "content": None}, TURNS[1]]}, ["tool:", "assistant*: A"]),
+    # what is as if absent
+    "null_keys_decide_nothing": ({"messages": None, "conversations": [], "prompt": "Q", "completion": "A", "text": None}, ["prompt: Q", "completion*: A"]),
+    "empty_columns_decide_nothing": ({"prompt": "", "completion": "", "text": "A"}, ["text*: A"]),
+    "null_and_empty_refuse_nothing": ({"messages": TURNS, "label": None, "images": [], "rejected": "", "objects": {"bbox": []}, "chosen": [None]}, PLAIN),
+    "keys_of_turns_filled_with_null": (
+        {"messages": [{**turn, "tool_calls": None, "weight": None, "name": None, "images": [], "refusal": None} for turn in TURNS]}, PLAIN,
+    ),
+    "a_label_that_is_a_topic": ({"messages": TURNS, "label": "maths"}, PLAIN),
+    "one_score": ({"messages": TURNS, "score": 0.5, "scores": 3}, PLAIN),
+    "a_class_of_a_text": ({"text": "A", "label": 1}, ["text*: A"]),
+    "a_loss_that_was_measured": ({"text": "A", "loss": 0.43}, ["text*: A"]),
+    # prompt and completion
+    "joined_as_it_stands": ({"prompt": "Q", "completion": " A"}, ["prompt: Q", "completion*:  A"]),
+    "turns_to_complete": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, PLAIN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "expected"), LEARNED.values(), ids=LEARNED)
+def test_what_is_learned_of_a_row_and_what_is_its_context(row: dict[str, Any], expected: list[str]) -> None:
+    """Starred turns are learned, all others are context; nothing else is said."""
+    assert transcript(read(row)) == expected
+
+
+REFUSALS = {
+    # preferences
+    "dpo": ({"prompt": "Q", "completion": "x", "chosen": "A", "rejected": "B"}, '"chosen"', "preference data"),
+    "llama_factory_ranking": ({"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]}, '"chosen"', "preference data"),
+    "swift_rejected_response": ({"messages": TURNS, "rejected_response": "B"}, '"rejected_response"', "preference data"),
+    "swift_rejected_messages": ({"messages": TURNS, "rejected_messages": TURNS}, '"rejected_messages"', "preference data"),
+    "openai_preference": ({"messages": TURNS, "preferred_output": TURNS, "non_preferred_output": TURNS}, '"preferred_output"', "preference data"),
+    "other_capitals": ({"messages": TURNS, "Rejected": "B"}, '"Rejected"', "preference data"),
+    "kto_label_false": ({"messages": TURNS, "label": False}, '"label"', "KTO"),
+    "kto_label_true": ({"prompt": "Q", "completion": "A", "label": True}, '"label"', "KTO"),
+    "kto_label_in_words": ({"prompt": "Q", "completion": "A", "label": "False"}, '"label"', "KTO"),
+    "kto_tag": ({"instruction": "Q", "output": "A", "kto_tag": False}, '"kto_tag"', "KTO"),
+    "a_class": ({"messages": TURNS, "label": 1}, '"label"', "classification"),
+    "several_classes": ({"messages": TURNS, "label": [1, 3]}, '"label"', "classification"),
+    "ranked_answers": ({"messages": TURNS[:1], "responses": ["A", "B"], "scores": [1, 2]}, '"responses"', "several answers"),
+    "scores_of_turns": ({"messages": TURNS, "scores": [1, 2]}, '"scores"', "grades"),
+    "step_supervision": ({"prompt": "Q", "completion": "A", "completions": ["a", "b"], "labels": [True, False]}, '"completions"', "several answers or steps"),
+    # not text
+    "images": ({"messages": TURNS, "images": ["a.png"]}, '"images"', "only text"),
+    "image_of_sharegpt": ({"conversations": TURNS, "image": "a.jpg"}, '"image"', "only text"),
+    "videos": ({"messages": TURNS, "videos": ["a.mp4"]}, '"videos"', "only text"),
+    "audio_of_a_turn": (said(content="A", audio={"id": "x"}), '"audio"', "only text"),
+    "images_of_a_turn": (said(content="A", images=["a.png"]), '"images"', "only text"),
+    "image_part": (said(content=[{"type": "image_url", "image_url": {"url": "u"}}]), "image_url", "only text"),
+    "boxes": ({"messages": TURNS, "objects": {"bbox": [[1, 2]], "ref": []}}, '"objects"', "only text"),
+    # tokens and steering
+    "input_ids": ({"text": "A", "input_ids": [1, 2]}, '"input_ids"', "finished tokens"),
+    "labels": ({"messages": TURNS, "labels": [-100, 2]}, '"labels"', "finished tokens"),
+    "template_arguments": ({"messages": TURNS, "chat_template_kwargs": {"enable_thinking": False}}, '"chat_template_kwargs"', "chat template"),
+    "enable_thinking": ({"messages": TURNS, "enable_thinking": False}, '"enable_thinking"', "chat template"),
+    "fill_in_the_middle": ({"prompt": "Q", "completion": "A", "suffix": "B"}, '"suffix"', "fill in the middle"),
+    # masks that do not fit
+    "fraction": (muted("weight", 0.5), "messages[1].weight", "0 or 1"),
+    "fraction_of_swift": (muted("loss_scale", 2.0), "messages[1].loss_scale", "0 or 1"),
+    "a_users_turn_to_learn": ({"messages": [{**TURNS[0], "train": True}, TURNS[1]]}, "messages[0].train", "only the assistant's turns"),
+    "mask_of_tokens": ({"messages": TWO, "loss_mask": [0, 0, 0, 1, 1]}, "loss_mask", "5 values for 4 turns"),
+    "mask_of_the_user": ({"messages": TURNS, "loss_mask": [1, 1]}, "loss_mask[0]", "only the assistant's turns"),
+    "masks_contradict": (said(content="A", weight=1, train=False), "messages[1].train", "contradict"),
+    "row_mask_contradicts": ({**muted("weight", 0, 1), "loss_mask": [1, 1]}, "loss_mask[0]", "contradicts"),
+    "parts_of_a_turn": (said(content="A", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}]), "train_detail", "whole turns"),
+    "row_weight": ({"messages": TURNS, "weight": 0.3}, "weight", "0 or 1"),
+    "sample_weight": ({"prompt": "Q", "completion": "A", "sample_weight": 2}, "sample_weight", "weighs the row"),
+    "a_text_not_to_learn": ({"text": "A", "weight": 0}, "weight", "nothing of the row is learned"),
+    "a_completion_not_to_learn": ({"prompt": "Q", "completion": "A", "train": False}, "train", "nothing of the row is learned"),
+    "nemo_mask_names_the_assistant": ({"messages": TURNS, "mask": "Assistant"}, "mask", "only the assistant's turns"),
+    # contradictions, and what has no place
+    "two_systems": ({"system": "S", "messages": [{"role": "system", "content": "other"}, *TURNS]}, "system", "contradicts"),
+    "two_roles": ({"messages": [{"role": "user", "from": "gpt", "content": "Q"}]}, "messages[0].from", "contradict"),
+    "two_contents": (said(content="A", value="B"), "messages[1].value", "contradict"),
+    "two_reasonings": (said(content="A", reasoning="T", thinking="U"), "messages[1].thinking", "contradict"),
+    "calls_twice": (said(tool_calls=[CALL], function_call=CALL), "function_call", "given twice"),
+    "tools_twice": ({"messages": TURNS, "tools": [TOOL], "functions": [{"name": "g"}]}, "tools", "differ"),
+    "system_beside_text": ({"prompt": "Q", "completion": "A", "system": "S"}, '"system"', "no place"),
+    "tools_beside_text": ({"prompt": "Q", "completion": "A", "tools": [TOOL]}, '"tools"', "no place"),
+    "history_beside_text": ({"prompt": "Q", "completion": "A", "history": [["a", "b"]]}, '"history"', "no place"),
+    "history_beside_messages": ({"messages": TURNS, "history": [["a", "b"]]}, '"history"', "earlier turns"),
+    "history_in_another_form": ({"instruction": "Q", "output": "A", "history": ["a", "b"]}, "history[0]", "pair"),
+    "refusal": (said(content="A", refusal="I can not"), '"refusal"', "refusal"),
+    "unknown_role": ({"messages": [{"role": "narrator", "content": "x"}]}, "messages[0].role", "unknown role 'narrator'"),
+    "a_call_of_anthropic": (said(content=[{"type": "tool_use", "name": "f", "input": {}}]), "tool_use", "only text"),
+    "a_call_without_a_name": (said(tool_calls=[{"function": {"arguments": "{}"}}]), "tool_calls[0].function", "function's name"),
+    "a_user_who_calls": ({"messages": [{**TURNS[0], "function_call": CALL}]}, "messages[0].function_call", "only the assistant"),
+    "an_answer_without_content": (said(content=None), "messages[1].content", "needs content"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "named", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_a_row_that_would_be_trained_into_something_else_is_refused_by_name(
+    row: dict[str, Any], named: str, reason: str
+) -> None:
+    """With the key or its path, and what it means."""
+    with pytest.raises(LineError) as caught:
+        read(row)
+    assert named in caught.value.reason
+    assert reason in caught.value.reason
+
+
+@pytest.mark.parametrize("group", REFUSED, ids=lambda group: group.names[0])
+def test_every_refused_key_is_refused_with_what_to_do(group: Any) -> None:
+    """In rows and in turns, whatever the row holds otherwise."""
+    values = (True, 2, ["x"], "good", {"bbox": [1]})
+    for name in group.names:
+        value = next(value for value in values if group.applies(value, True))
+        rows = {Place.ROW: {"messages": TURNS, name: value}, Place.TURN: said(content="A", **{name: value})}
+        for place in group.places:
+            with pytest.raises(LineError) as caught:
+                read(rows[place])
+            assert f'"{name}"' in caught.value.reason
+            assert caught.value.hint == group.advice
+
+
+def test_keys_that_are_neither_used_nor_refused_are_named() -> None:
+    """At row level, in turns, in calls and in parts; those without a value are not."""
+    row = {
+        "id": 7,
+        "source": "web",
+        "empty": None,
+        "conversations": [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "Q", "cache_control": {"type": "x"}}],
+                "timestamp": 1,
+            },
+            {"role": "assistant", "tool_calls": [{"index": 0, "function": CALL}], "thinking": "T", "logprobs": None},
+        ],
+    }
+    assert read(row).unused_keys == (
+        "conversations[].content[].cache_control",
+        "conversations[].timestamp",
+        "conversations[].tool_calls[].index",
+        "id",
+        "source",
+    )
+    assert read({"text": "A", "messages": None, "system": "S"}).unused_keys == ("system",)
+    assert read({"messages": TURNS, "prompt": "Q"}).unused_keys == ("prompt",)
+
+
+def test_reasoning_of_a_speaker_who_has_none_is_named() -> None:
+    """Templates have no place for a user's reasoning."""
+    assert read({"messages": [{**TURNS[0], "reasoning": "T"}, TURNS[1]]}).unused_keys == ("messages[].reasoning",)
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [TOOL],
+        [TOOL["function"]],
+        json.dumps([TOOL["function"]]),
+        [json.dumps(TOOL)],
+        TOOL,
+        [{"type": "function", **TOOL["function"]}],
+        [{**TOOL, "function": {**TOOL["function"], "strict": None}}, None],
+    ],
+)
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_tools_in_every_form_become_openai_s(tools: Any, key: str) -> None:
+    """Under both names, in rows and in a system's turn; nulls that `datasets` filled in are gone."""
+    assert read({"messages": TURNS, key: tools}).tools == [TOOL]
+    assert read({"messages": [{"role": "system", "content": None, key: tools}, *TURNS]}).tools == [TOOL]
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "  ", [None], "[]"])
+def test_no_tools_are_no_tools(tools: Any) -> None:
+    """However that is written."""
+    assert read({"messages": TURNS, "tools": tools}).tools is None
+
+
+def test_results_keep_the_call_and_the_function_they_are_of() -> None:
+    """Under OpenAI's names, old and new, and Ollama's."""
+    messages = read(
+        {
+            "messages": [
+                {"role": "assistant", "function_call": {**CALL, "arguments": "{}"}},
+                {"role": "function", "name": "f", "content": "1"},
+                {"role": "tool", "tool_call_id": "c1", "content": "2"},
+                {"role": "tool", "tool_name": "f", "content": "3"},
+            ]
+        }
+    ).messages
+    assert messages == [
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]},
+        {"role": "tool", "name": "f", "content": "1"},
+        {"role": "tool", "tool_call_id": "c1", "content": "2"},
+        {"role": "tool", "name": "f", "content": "3"},
+    ]  # fmt: skip
+
+
+def test_prompt_and_completion_as_chat_are_a_user_s_and_an_assistant_s_turn() -> None:
+    """With the system text, the tools and the earlier turns that joined text has no place for."""
+    row = {"prompt": "Q2", "completion": "A2", "system": "S", "tools": [TOOL], "history": [["Q", "A"]]}
+    content = read(row, CHAT)
+    assert content.kind == "messages"
+    assert transcript(content) == ["system: S", "user: Q", "assistant*: A", "user: Q2", "assistant*: A2"]
+    assert content.tools == [TOOL]
+    assert not content.unused_keys
+
+
+def test_columns_as_chat_are_turns_as_well() -> None:
+    """`[data.columns]` and `[data] prompt_completion` go together; turns and texts are left as they are."""
+    rules = Rules(columns=Columns(prompt="question", completion="answer"), prompt_completion="chat")
+    assert transcript(read({"question": "Q", "answer": "A", "id": 1}, rules)) == PLAIN
+    assert transcript(read({"prompt": TURNS[:1], "completion": TURNS[1:]}, CHAT)) == PLAIN
+    assert transcript(read({"text": "A"}, CHAT)) == ["text*: A"]
+
+
+def test_a_column_that_is_named_means_what_its_owner_says() -> None:
+    """Who names `chosen` as the completion means it; the other half of the pair is still refused."""
+    rules = Rules(columns=Columns(prompt="prompt", completion="chosen"))
+    assert read({"prompt": "Q", "chosen": "A"}, rules).completion == "A"
+    with pytest.raises(LineError, match="rejected"):
+        read({"prompt": "Q", "chosen": "A", "rejected": "B"}, rules)
+
+
+@pytest.mark.parametrize("format_", [Format.MESSAGES, Format.SHAREGPT])
+def test_a_roles_value_of_any_kind_is_a_bad_row_and_nothing_worse(format_: Format) -> None:
+    """Lists and objects where words belong."""
+    key = "messages" if format_ is Format.MESSAGES else "conversations"
+    for odd in ([1], {"a": 1}, 7, True, [["user"]]):
+        for turn in ({"role": odd, "content": "x"}, {"role": "user", "content": odd}, {"from": odd, "value": odd}):
+            line = json.dumps({key: [turn]}).encode()
+            with pytest.raises(LineError):
+                check_row(line, format_, Rules())
