@@ -16,6 +16,7 @@ from typing import Any
 from daemon.access import closed
 from daemon.config import Settings
 from daemon.recipe import Recipe
+from daemon.run_dir import RUNS_NAME
 
 PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", "at": ..., "reason": ...}
 FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model's configuration tells
@@ -50,7 +51,7 @@ def paused(control: Mapping[str, Any] | None) -> Hold | None:
 
 def unwritable(settings: Settings) -> Hold | None:
     """The hold of a folder that a run has to write to and cannot: its mode, or a file system that became read-only."""
-    model, runs = settings.model_dir, settings.state_dir / "runs"
+    model, runs = settings.model_dir, settings.state_dir / RUNS_NAME
     for path in (model, *(model / name for name in ("versions", ".staging", ".cleared")), settings.state_dir, runs):
         try:
             why = closed(path)

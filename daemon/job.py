@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -124,6 +123,7 @@ class Dataset:
     digest: str  # BLAKE3 of the bytes, hex
     format: str  # messages | prompt_completion | text | ...
     skipped_rows: int = 0  # bad rows left out under on_bad_rows = "skip"
+    content_bytes: int = 0  # decompressed; 0: not known
     unused_keys: Mapping[str, int] = field(default_factory=dict)  # keys that nothing is made of -> rows that have them
     warnings: tuple[RowWarning, ...] = ()
     notes: tuple[str, ...] = ()  # how the rows are read, where that is a choice
@@ -258,11 +258,6 @@ class RunResult:
     adapter_digest: str | None = None
     lora_norm: float | None = None  # Frobenius norm over all lora_B
     warnings: tuple[str, ...] = ()
-
-
-def run_dir(state_dir: Path, job_id: str) -> Path:
-    """Return the folder of a job's specification, progress, result and log."""
-    return state_dir / "runs" / job_id
 
 
 T = TypeVar("T")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 from daemon.job import Progress
+from daemon.run_dir import read_events
 
 POINTS = 200
 READ_BYTES = 8 * 2**20  # of the trainer's events, from their end; older points are drawn from what is left
@@ -30,7 +30,7 @@ class LossHistory:
         run = (run_dir, attempt, progress.total_steps)
         if run != self._run:
             self._run, self._sums, self._last_step = run, {}, 0
-            self._catch_up(run_dir / "events.jsonl")
+            self._catch_up(run_dir)
         if progress.loss is not None and progress.step > self._last_step:
             self._add(progress.step, progress.loss)
         return [(step, float(f"{total / count:.6g}")) for _, (total, count, step) in sorted(self._sums.items())]
@@ -43,24 +43,17 @@ class LossHistory:
         self._sums[part] = (total + loss, count + 1, max(step, last))
         self._last_step = max(self._last_step, step)
 
-    def _catch_up(self, events: Path) -> None:
-        """Replay what the trainer told; a run that began again at an earlier step takes back what came after it."""
-        try:
-            with events.open("rb") as file:
-                file.seek(max(0, file.seek(0, 2) - READ_BYTES))
-                text = file.read()
-        except OSError:
-            return
-        told: dict[int, float] = {}
-        for line in text.splitlines():
+    def _catch_up(self, run_dir: Path) -> None:
+        """Replay the trainer's events; a run that began again at an earlier step takes back what came after it."""
+        losses: dict[int, float] = {}
+        for name, data in read_events(run_dir, last_bytes=READ_BYTES):
             try:
-                event = json.loads(line)
-                if event["event"] == "run.started":
-                    start = int(event["start_step"])
-                    told = {step: loss for step, loss in told.items() if step <= start}
-                elif event["event"] == "run.stepped":
-                    told[int(event["step"])] = float(event["loss"])
+                if name == "run.started":
+                    start = int(data["start_step"])
+                    losses = {step: loss for step, loss in losses.items() if step <= start}
+                elif name == "run.stepped":
+                    losses[int(data["step"])] = float(data["loss"])
             except (ValueError, KeyError, TypeError):
-                continue  # torn by a crash, or cut by the seek
-        for step, loss in sorted(told.items()):
+                continue  # written by a trainer of another version
+        for step, loss in sorted(losses.items()):
             self._add(step, loss)

@@ -19,7 +19,8 @@ from daemon import versions
 from daemon.config import Settings
 from daemon.inbox import layout
 from daemon.inbox.report import REPORT_JSON, parse_report
-from daemon.job import FINAL_STATES, Dataset, FailureKind, Job, JobState, run_dir
+from daemon.job import FINAL_STATES, Dataset, FailureKind, Job, JobState
+from daemon.run_dir import run_dir_of
 from daemon.store import BrokenStore, JobStore
 from guard.atomic import fsync_dir
 
@@ -116,5 +117,5 @@ def _from_version(settings: Settings, job_id: str, version: versions.Version) ->
         reason=f"known from version {version.name}",
         created_at=str(record.get("created_at", "")),
         finished_at=str(record.get("created_at", "")),
-        path=str(run_dir(settings.state_dir, job_id)),
+        path=str(run_dir_of(settings.state_dir, job_id)),
     )

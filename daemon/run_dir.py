@@ -1,31 +1,102 @@
-"""What a trainer tells through its run directory: `events.jsonl`, `progress.json` and, last, `result.json`.
+"""A run directory, `state/runs/JOB`: the only channel between the daemon and a trainer.
 
-Everything may be torn by a crash, missing, or unreadable for the moment; none of that is an error here. The result says
-what became of the run, and a run without one is lost.
+| file             | written by              | when                                  | durable | when it is missing                     |
+|------------------|-------------------------|---------------------------------------|---------|----------------------------------------|
+| `run.json`       | daemon, `write_spec`    | before the trainer is started         | yes     | no attempt was launched                |
+| `trainer.json`   | daemon, `write_identity`| once the trainer is started           | yes     | no trainer to adopt: the run is lost   |
+| `trainer.log`    | trainer's output        | appended, over all attempts           | no      | nothing was printed                    |
+| `events.jsonl`   | trainer, `RunWriter`    | appended as things happen             | no      | nothing has happened yet               |
+| `progress.json`  | trainer, `RunWriter`    | replaced, at most every 0.2 s         | no      | the trainer has not begun              |
+| `result.json`    | trainer, `RunWriter`    | last, once an attempt                 | yes     | it still runs, or it is lost           |
+| `process-N/`     | worker N of several     | as above: its result; events from 1 on| as above| the run has one process                |
+| `tensorboard/`   | trainer of rank 0       | at each logged step                   | no      | no step was logged                     |
+
+`launch` removes the result, progress and identity of the attempt before. A reader meets files that are torn by a crash,
+missing or unreadable for the moment; none of that is an error here. Torch-free.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from daemon.job import Progress, RunResult, from_json
+from daemon.job import RUN_SPEC_VERSION, Progress, RunResult, RunSpec, from_json, to_json, utc_now
+from daemon.processes import ProcessIdentity
+from guard.atomic import write_atomic
 
+RUNS_NAME = "runs"
+SPEC_NAME = "run.json"
+IDENTITY_NAME = "trainer.json"
+LOG_NAME = "trainer.log"
 EVENTS_NAME = "events.jsonl"
 PROGRESS_NAME = "progress.json"
 RESULT_NAME = "result.json"
+TENSORBOARD_NAME = "tensorboard"
+# What an attempt leaves behind and the next one must not read as its own.
+ATTEMPT_NAMES = (RESULT_NAME, PROGRESS_NAME, IDENTITY_NAME)
+PROGRESS_SECONDS = 0.2  # a step of the tiny model takes 10 ms; nobody reads faster than this
+
+T = TypeVar("T")
+RunEvent = tuple[str, dict[str, Any]]  # name and data
+
+
+def run_dir_of(state_dir: Path, job_id: str) -> Path:
+    """Return a job's run directory."""
+    return state_dir / RUNS_NAME / job_id
+
+
+def worker_dir(run_dir: Path, rank: int) -> Path:
+    """Return where one of several processes leaves its result."""
+    return run_dir / f"process-{rank}"
+
+
+# -- the daemon's side: launch and adopt
+
+
+def begin_attempt(spec: RunSpec) -> Path:
+    """Make the run directory ready for the attempt that `spec` describes; returns it. Raises OSError."""
+    run_dir = Path(spec.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name in ATTEMPT_NAMES:
+        (run_dir / name).unlink(missing_ok=True)
+    write_atomic(run_dir / SPEC_NAME, to_json(spec, indent=1))
+    return run_dir
+
+
+def write_identity(run_dir: Path, identity: ProcessIdentity) -> None:
+    """Note which process the trainer is, for the daemon's next life. Raises OSError."""
+    write_atomic(run_dir / IDENTITY_NAME, to_json(identity))
+
+
+def read_identity(run_dir: Path) -> ProcessIdentity | None:
+    """Return which process the latest trainer is or was, None when that is not known."""
+    return _read(run_dir / IDENTITY_NAME, ProcessIdentity)
+
+
+def latest_spec(state_dir: Path) -> RunSpec | None:
+    """Return the specification of the run that was launched last; None when there is none that can be read."""
+    paths = (state_dir / RUNS_NAME).glob(f"*/{SPEC_NAME}")
+    path = max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
+    try:
+        return None if path is None else read_spec(path.parent)
+    except (OSError, ValueError):
+        return None
 
 
 class RunReader:
-    """One run directory, read from where an earlier attempt's events end."""
+    """Reads one attempt: the events from where an earlier attempt's end, progress and result."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._bytes_read = _size(run_dir / EVENTS_NAME)
 
-    def read(self) -> list[tuple[str, dict[str, Any]]]:
-        """Name and facts of each event since the last call. Whole lines only: the trainer may be in the middle of one."""
+    def events(self) -> list[RunEvent]:
+        """Return the events since the last call. Whole lines only: the trainer may be in the middle of one."""
         try:
             with (self._run_dir / EVENTS_NAME).open("rb") as events:
                 events.seek(self._bytes_read)
@@ -34,46 +105,112 @@ class RunReader:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         self._bytes_read += len(whole)
-        return _parse(whole)
+        return list(_parse(whole))
 
     def progress(self) -> Progress | None:
-        """Where the trainer is."""
-        found: Progress | None = _read(self._run_dir / PROGRESS_NAME, Progress)
-        return found
+        """Return where the trainer is."""
+        return _read(self._run_dir / PROGRESS_NAME, Progress)
 
     def result(self) -> RunResult | None:
-        """What the attempt did; None while it runs, and when it was lost."""
-        found: RunResult | None = _read(self._run_dir / RESULT_NAME, RunResult)
-        return found
+        """Return what the attempt did; None while it runs, and when it was lost."""
+        return _read(self._run_dir / RESULT_NAME, RunResult)
+
+
+def read_events(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[RunEvent]:
+    """Iterate over the events of all attempts, or over those in the last `last_bytes` of the file."""
+    try:
+        with (run_dir / EVENTS_NAME).open("rb") as events:
+            if last_bytes is not None:
+                events.seek(max(0, events.seek(0, os.SEEK_END) - last_bytes))
+            text = events.read()
+    except OSError:
+        return
+    yield from _parse(text)
 
 
 def sealed_step(run_dir: Path) -> int:
-    """The last step that a run has told to be sealed; its checkpoints lie in the model directory. 0: none."""
+    """Return the last step that a run reported as sealed, 0 when there is none."""
     step = 0
-    try:
-        text = (run_dir / EVENTS_NAME).read_bytes()
-    except OSError:
-        return step
-    for name, facts in _parse(text):
-        if name in ("run.started", "checkpoint.sealed"):
-            step = int(facts.get("step", facts.get("start_step", 0)))
+    for name, data in read_events(run_dir):
+        if name == "run.started":  # it may begin below an earlier attempt, whose checkpoints were another run's
+            step = int(data.get("start_step", 0))
+        elif name == "checkpoint.sealed":
+            step = int(data.get("step", 0))
     return step
 
 
-def _parse(lines: bytes) -> list[tuple[str, dict[str, Any]]]:
-    told = []
+# -- the trainer's side
+
+
+def read_spec(run_dir: Path) -> RunSpec:
+    """Return the specification that the daemon wrote.
+
+    Raises ValueError when it is of another version or damaged, OSError when it cannot be read.
+    """
+    text = (run_dir / SPEC_NAME).read_bytes()
+    version = json.loads(text).get("schema_version")
+    if version != RUN_SPEC_VERSION:
+        raise ValueError(f"{SPEC_NAME} has version {version}, this trainer knows {RUN_SPEC_VERSION}")
+    return from_json(text, RunSpec)
+
+
+def read_result(run_dir: Path) -> tuple[int, RunResult] | None:
+    """Return when (nanoseconds) a result was written, and the result; None when there is none."""
+    result = _read(run_dir / RESULT_NAME, RunResult)
+    try:
+        return None if result is None else ((run_dir / RESULT_NAME).stat().st_mtime_ns, result)
+    except OSError:
+        return None
+
+
+class RunWriter:
+    """Writes events, progress and result of one attempt.
+
+    `result_dir` is where a worker of several leaves its own result; the result of an earlier attempt is removed there.
+    """
+
+    def __init__(self, run_dir: Path, *, result_dir: Path | None = None) -> None:
+        self._run_dir = run_dir
+        self._result_path = (result_dir or run_dir) / RESULT_NAME
+        self._result_path.unlink(missing_ok=True)
+        self._events = (run_dir / EVENTS_NAME).open("a", encoding="ascii", buffering=1)
+        self._progress = Progress(phase="starting")
+        self._written = 0.0
+
+    def event(self, name: str, **data: Any) -> None:
+        """Append one event; the daemon carries it into its log under the same name."""
+        self._events.write(json.dumps({"at": utc_now(), "event": name, **data}, default=str) + "\n")
+
+    def progress(self, **fields: Any) -> None:
+        """Change some fields of the progress; a new phase is written at once, steps at most every PROGRESS_SECONDS."""
+        before = self._progress
+        self._progress = replace(before, at=utc_now(), **fields)
+        now = time.monotonic()
+        if self._progress.phase == before.phase and now - self._written < PROGRESS_SECONDS:
+            return
+        self._written = now
+        # Not fsynced: after a crash of the machine it is of no use anyway.
+        beside = self._run_dir / f".{PROGRESS_NAME}.{os.getpid()}"
+        beside.write_text(to_json(self._progress), encoding="ascii")
+        beside.replace(self._run_dir / PROGRESS_NAME)
+
+    def result(self, result: RunResult) -> None:
+        """Write the result durably; it is the last word of the attempt."""
+        write_atomic(self._result_path, to_json(result, indent=1))
+
+
+def _parse(lines: bytes) -> Iterator[RunEvent]:
     for line in lines.splitlines():
         try:
             event = json.loads(line)
             name = str(event.pop("event"))
         except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # torn by a crash of the trainer
+            continue  # torn by a crash of the trainer, or cut by a seek
         event.pop("at", None)
-        told.append((name, event))
-    return told
+        yield name, event
 
 
-def _read(path: Path, kind: Any) -> Any:
+def _read(path: Path, kind: type[T]) -> T | None:
     try:
         return from_json(path.read_bytes(), kind)
     except (OSError, ValueError):

@@ -29,13 +29,12 @@ from daemon.job import (
     Progress,
     RunResult,
     RunSpec,
-    run_dir,
     utc_now,
 )
 from daemon.promotion import promote
 from daemon.recipe import Recipe
 from daemon.retry import Conclusion, StopReason, conclude, halved
-from daemon.run_dir import RunReader, sealed_step
+from daemon.run_dir import RunReader, run_dir_of, sealed_step
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -46,7 +45,7 @@ class Run:
 
     job: Job
     run_dir: Path
-    news: RunReader
+    reader: RunReader
     asked: StopReason | None = None  # why the trainer was asked to leave
     asked_at: float = 0.0  # monotonic
     ended: bool = False  # it was asked, did not leave, and was ended
@@ -105,10 +104,10 @@ class Scheduler:
     def recover(self) -> None:
         """Take up what an earlier daemon left running: adopt a living trainer (and ask it to leave), conclude a dead one."""
         for left in self._store.jobs({JobState.RUNNING}):
-            directory = run_dir(self.settings.state_dir, left.id)
+            directory = run_dir_of(self.settings.state_dir, left.id)
             # What it sealed while no daemon listened counts as progress all the same.
             job = self._store.update(left.id, max_step=max(left.max_step, sealed_step(directory)))
-            run = Run(job=job, run_dir=directory, news=RunReader(directory))
+            run = Run(job=job, run_dir=directory, reader=RunReader(directory))
             run.asked = StopReason.CANCEL if job.cancel_request else None
             self._run = run
             if self._executor.adopt(run.run_dir):
@@ -182,8 +181,8 @@ class Scheduler:
         if job is None:
             self._gpu.give()
             return
-        directory = run_dir(self.settings.state_dir, job.id)
-        run = Run(job=job, run_dir=directory, news=RunReader(directory))
+        directory = run_dir_of(self.settings.state_dir, job.id)
+        run = Run(job=job, run_dir=directory, reader=RunReader(directory))
         self._run = run
         try:
             self._executor.launch(self._specify(job, directory))
@@ -286,7 +285,7 @@ class Scheduler:
 
     def _relay(self, run: Run) -> None:
         """Carry what the trainer told since the last look into the log, and its sealed steps into the store."""
-        told, progress = run.news.read(), run.news.progress()
+        told, progress = run.reader.events(), run.reader.progress()
         if told or (progress is not None and progress != run.progress):
             run.moved_at = time.monotonic()
         run.progress = progress or run.progress
@@ -299,7 +298,7 @@ class Scheduler:
             self._log.info(name, **{**facts, "job": run.job.id})
 
     def _conclude(self, run: Run, ended: Exit) -> None:
-        result = run.news.result()
+        result = run.reader.result()
         conclusion = conclude(
             job=run.job,
             result=result,

@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 
-from daemon.children import environment
 from daemon.config import Settings
 from daemon.dataset import DatasetReport
 from daemon.dataset.requests import Request
@@ -25,10 +24,12 @@ from daemon.dataset.rows import Row, Rules, iter_rows
 from daemon.dataset.source import SourceError
 from daemon.dataset.strict_json import LineError
 from daemon.inbox.layout import NameKind, name_kind, sidecar_name
+from daemon.inbox.other_files import explain_other_file
 from daemon.inbox.report import remarks, rows_text
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.validation_pool import pass_once
 from daemon.job import Dataset, JobState, to_json
+from daemon.processes import child_environment
 from daemon.recipe import Recipe
 from daemon.store import JobStore
 from daemon.text import escape
@@ -108,9 +109,9 @@ def check_files(
 def _check(path: Path, settings: Settings, store: JobStore | None, lengths_command: Sequence[str]) -> CheckReport:
     if not os.path.lexists(path):
         return CheckReport(path=str(path), accepted=False, reason="there is no such file")
-    if name_kind(path.name) is not NameKind.DATA:
-        reason = "the daemon takes files named *.jsonl, *.jsonl.gz or *.jsonl.zst only"
-        return CheckReport(path=str(path), accepted=False, reason=reason, hint="rename it")
+    if name_kind(path.name) is not NameKind.DATA and path.is_file():
+        reason, hint = explain_other_file(path)
+        return CheckReport(path=str(path), accepted=False, reason=reason, hint=hint)
     sidecar, sidecar_path = Sidecar(), path.with_name(sidecar_name(path.name))
     beside = os.path.lexists(sidecar_path)
     if beside:
@@ -190,7 +191,7 @@ def _count_tokens(path: Path, format_: str, recipe: Recipe, command: Sequence[st
             arguments,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env=environment(),
+            env=child_environment(),
             timeout=LENGTHS_TIMEOUT_SECONDS,
             check=False,
         )

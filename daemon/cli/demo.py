@@ -28,7 +28,6 @@ from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.observability.status import read_status
-from daemon.processes import ProcessIdentity
 from daemon.store import JobStore
 from daemon.versions import current_version
 
@@ -274,10 +273,11 @@ def half_of(settings: Settings, file: Path) -> Path:
 
 def kill_trainer(console: Console, settings: Settings, job: Job) -> None:
     """SIGKILL to the trainer of a running job."""
-    from daemon.executors.local import IDENTITY_NAME
-    from daemon.job import from_json, run_dir
+    from daemon.run_dir import read_identity, run_dir_of
 
-    identity = from_json((run_dir(settings.state_dir, job.id) / IDENTITY_NAME).read_bytes(), ProcessIdentity)
+    identity = read_identity(run_dir_of(settings.state_dir, job.id))
+    if identity is None:
+        raise DropforgeError(operation="kill the trainer of", subject=job.id, cause="its trainer.json cannot be read")
     with suppress(ProcessLookupError):  # it was quicker than we: then the claims at the end do not hold
         os.kill(identity.pid, signal.SIGKILL)
     console.print(

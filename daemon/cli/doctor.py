@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,9 @@ def _python(settings: Settings | None) -> Iterator[Finding]:
 
 
 def _packages(settings: Settings) -> Iterator[Finding]:
+    for other in sorted(set(packages_distributions().get("daemon", ())) - {"dropforge"}):
+        told = f"{other} {_version(other)} has the import name `daemon` too: the one installed last overwrote a file of both"
+        yield _warn("packages", told, "install dropforge into a virtual environment of its own")
     ours = tuple(settings.executor.command) == tuple(config.ExecutorSettings().command)
     missing = [name for name in TRAINING_PACKAGES if _version(name) is None]
     told = ", ".join(f"{name} {_version(name)}" for name in TRAINING_PACKAGES if _version(name))

@@ -1,8 +1,13 @@
-"""When waiting jobs will be done, as far as the past tells: a pure estimate from values."""
+"""When waiting jobs will be done, as far as the past tells: pure estimates from values.
+
+A run costs a start (loading, tokenising, evaluating, saving) and its tokens. Both are learned from finished jobs, so that
+jobs of a few rows, which are nearly all start, say nothing wrong of a large one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from daemon.job import Job
@@ -10,17 +15,83 @@ from daemon.job import Job
 RECENT_JOBS = 10  # whose pace counts
 
 
-def seconds_per_row(finished: Sequence[Job]) -> float | None:
-    """Median pace of the newest jobs that trained; None when none did. `finished` is newest first."""
-    paces = [
-        job.result.wall_seconds / job.result.rows
-        for job in finished
-        if job.result is not None and job.result.rows and job.result.wall_seconds and job.attempt == 1
-    ]
-    return median(paces[:RECENT_JOBS]) if paces else None
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How long runs take here."""
+
+    start_seconds: float
+    tokens_per_second: float
+    tokens_per_byte: float  # of a dataset's content, one epoch
+
+    def seconds(self, job: Job) -> float:
+        """About how long a job that waits will run."""
+        if job.dataset is None:
+            return self.start_seconds
+        tokens = self.tokens_per_byte * _bytes_trained(job)
+        if (longest := _setting(job, "data", "max_length")) is not None:
+            tokens = min(tokens, job.dataset.rows * longest * _epochs(job))
+        return self.start_seconds + tokens / self.tokens_per_second
 
 
-def queue_etas(queue: Sequence[Job], pace: float | None, running_left: float | None) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What one finished run measured."""
+
+    tokens: int
+    tokens_per_second: float
+    wall_seconds: float
+    bytes_trained: float
+
+
+def measure_pace(finished: Sequence[Job]) -> Pace | None:
+    """Learn from the newest jobs that trained, `finished` being newest first; None when none did.
+
+    The largest of them gives the speed: short runs end before a device is as fast as it gets.
+    """
+    runs = list(_runs(finished))[:RECENT_JOBS]
+    if not runs:
+        return None
+    largest = max(runs, key=lambda run: run.tokens)
+    return Pace(
+        start_seconds=median(max(0.0, run.wall_seconds - run.tokens / run.tokens_per_second) for run in runs),
+        tokens_per_second=largest.tokens_per_second,
+        tokens_per_byte=sum(run.tokens for run in runs) / sum(run.bytes_trained for run in runs),
+    )
+
+
+def _runs(finished: Sequence[Job]) -> Iterator[_Run]:
+    for job in finished:
+        result = job.result
+        # Of a job with several attempts only the last one's part is known.
+        if result is None or job.attempt != 1 or not result.tokens_trained or not result.tokens_per_second:
+            continue
+        if bytes_trained := _bytes_trained(job):
+            yield _Run(
+                tokens=result.tokens_trained,
+                tokens_per_second=result.tokens_per_second,
+                wall_seconds=result.wall_seconds,
+                bytes_trained=bytes_trained,
+            )
+
+
+def _bytes_trained(job: Job) -> float:
+    """Bytes of content over all epochs."""
+    if job.dataset is None:
+        return 0.0
+    return (job.dataset.content_bytes or job.dataset.size_bytes) * _epochs(job)
+
+
+def _epochs(job: Job) -> float:
+    return _setting(job, "training", "num_train_epochs") or 1.0
+
+
+def _setting(job: Job, table: str, key: str) -> float | None:
+    """A number of the recipe that the job was queued with."""
+    value = ((job.recipe or {}).get(table) or {}).get(key)
+    return float(value) if isinstance(value, int | float) and value > 0 else None
+
+
+def queue_etas(queue: Sequence[Job], pace: Pace | None, running_left: float | None) -> dict[str, float]:
     """Seconds until each queued job is done, by its id; empty when the pace is not known.
 
     `queue` is in the order in which jobs will run; `running_left` are the running job's seconds to its end.
@@ -30,7 +101,7 @@ def queue_etas(queue: Sequence[Job], pace: float | None, running_left: float | N
     total = running_left or 0.0
     etas = {}
     for job in queue:
-        total += pace * (job.dataset.rows if job.dataset else 0)
+        total += pace.seconds(job)
         etas[job.id] = round(total, 1)
     return etas
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from daemon import control
 from daemon.cli import completion, render
 from daemon.cli.app import DATA, QUEUE, WATCH, JsonFlag, app, open_store, out, print_json
-from daemon.cli.estimates import queue_etas, seconds_per_row, spell
+from daemon.cli.estimates import measure_pace, queue_etas, spell
 from daemon.config import Settings
 from daemon.errors import ConfigError
 from daemon.job import JobState, Priority, to_json
@@ -57,7 +58,7 @@ def _etas(settings: Settings, store: JobStore) -> dict[str, float]:
     except (OSError, ValueError):
         running = {}
     left = running.get("eta_seconds")
-    pace = seconds_per_row([job for job in store.recent(50) if job.state is JobState.SUCCEEDED])
+    pace = measure_pace([job for job in store.recent(50) if job.state is JobState.SUCCEEDED])
     etas = queue_etas(store.queue(), pace, left)
     return {**etas, running["id"]: left} if running.get("id") and left is not None else etas
 
@@ -81,25 +82,49 @@ def show_job(
 @app.command(rich_help_panel=DATA)
 def submit(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="A .jsonl file; it is copied, not moved.")],
+    file: Annotated[Path, typer.Argument(help="JSON lines, or .json, .csv, .tsv, .parquet to convert; it is copied.")],
+    *,
     priority: Annotated[Priority, typer.Option(help="Order in the queue.")] = Priority.NORMAL,
     force: Annotated[
         bool, typer.Option("--force", help="Train it even if the same content was trained before.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the job; the exit code is its result.")] = False,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of a .json, .csv or .tsv file that is not UTF-8, as cp1252.")
+    ] = None,
 ) -> None:
-    """Copy a file into the inbox the safe way: written beside, then renamed."""
+    """Copy a file into the inbox the safe way: written (or converted) beside, then renamed."""
     from daemon.cli.submit import submit as copy_in
     from daemon.cli.submit import wait_for
 
     settings = context.obj.settings
-    placed = copy_in(settings, file, priority=priority, force=force)
+    placed = copy_in(settings, file, priority=priority, force=force, encoding=_known_encoding(encoding))
+    if placed.converted is not None:
+        notes = "".join(f"; {note}" for note in placed.converted.notes)
+        out.print(f"converted {placed.converted.rows:,} rows of {escape(str(file))}{notes}", markup=False)
     out.print(f"dropped {escape(str(placed.path))}", markup=False)
     if not wait:
         return
     job = wait_for(settings, placed)
     out.print(f"{job.id} {job.state}: {escape(job.reason)}", markup=False)
-    raise typer.Exit({JobState.SUCCEEDED: 0, JobState.REJECTED: 3}.get(job.state, 1))
+    trained = job.state is JobState.SUCCEEDED or job.duplicate_of is not None
+    raise typer.Exit(0 if trained else 3 if job.state is JobState.REJECTED else 1)
+
+
+def _known_encoding(name: str | None) -> str | None:
+    if name is None:
+        return None
+    try:
+        known = codecs.lookup(name).name
+        "".encode(known)  # not every codec is one of text
+    except LookupError as error:
+        raise ConfigError(
+            operation="use --encoding",
+            subject=escape(name),
+            cause="no such encoding is known",
+            hint="`iconv -l` lists them",
+        ) from error
+    return "utf-8-sig" if known == "utf-8" else known  # a byte order mark belongs to no text
 
 
 @app.command(rich_help_panel=DATA)

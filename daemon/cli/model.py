@@ -13,13 +13,13 @@ import typer
 
 import guard
 from daemon import versions
-from daemon.children import environment
 from daemon.cli import completion, render
 from daemon.cli.app import MODEL, JsonFlag, app, print_json
 from daemon.cli.app import out as out_console
 from daemon.config import Settings
 from daemon.errors import DropforgeError, TryLater
 from daemon.job import JobState
+from daemon.processes import child_environment
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -63,7 +63,7 @@ def merge(
         ],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=child_environment(),
         check=False,
     )
     try:

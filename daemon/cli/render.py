@@ -15,7 +15,8 @@ from daemon.cli.estimates import spell
 from daemon.config import Settings
 from daemon.inbox import layout
 from daemon.inbox.report import remarks
-from daemon.job import Job, JobState, JobTransition, Priority, run_dir, to_json
+from daemon.job import Job, JobState, JobTransition, Priority, to_json
+from daemon.run_dir import run_dir_of
 from daemon.text import escape, printable
 from daemon.versions import Version
 
@@ -174,7 +175,7 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
             *(("warning", Text(escape(warning), style="yellow")) for warning in result.warnings),
             ("hint", escape(result.hint) or None),
         ]
-    lies, directory = layout.locate(settings, item), run_dir(settings.state_dir, item.id)
+    lies, directory = layout.locate(settings, item), run_dir_of(settings.state_dir, item.id)
     rows.append(("file", escape(str(lies), most=2000) if lies else "no longer in the inbox"))
     rows.append(("run directory", str(directory) if directory.is_dir() else None))
     for name, value in rows:

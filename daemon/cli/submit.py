@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from daemon.config import Settings
-from daemon.errors import DropforgeError, NotFound, TryLater
+from daemon.dataset.convert import Converted, conversion_of, convert, converted_stem
+from daemon.dataset.rows import Rules
+from daemon.errors import ConfigError, DropforgeError, NotFound, RejectedData, TryLater
+from daemon.inbox.layout import ROW_SUFFIXES, NameKind, name_kind, numbered_name, sidecar_name, watched_folders
+from daemon.inbox.other_files import explain_other_file
+from daemon.inbox.sidecar import read_sidecar
 from daemon.job import FINAL_STATES, Job, Priority
 from daemon.observability.status import read_status
 from daemon.store import JobStore
@@ -26,24 +33,27 @@ PROGRESS_BYTES = 32 * 2**20  # a smaller file is copied before a bar is drawn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placed:
+class Submitted:
     """A file that was dropped; the claim's rename keeps its inode."""
 
     path: Path
     inode: int
-    earlier: frozenset[
-        str
-    ]  # jobs whose file had this inode before; file systems give the numbers of deleted files again
+    # Jobs whose file had this inode before; file systems give the numbers of deleted files again.
+    earlier: frozenset[str]
+    converted: Converted | None = None
 
 
-def submit(settings: Settings, file: Path, *, priority: Priority, force: bool) -> Placed:
-    """Copy `file` beside the inbox's files under a hidden name, then give it its own; an equal name gets a number.
+def submit(
+    settings: Settings, file: Path, *, priority: Priority, force: bool, encoding: str | None = None
+) -> Submitted:
+    """Copy or convert `file` beside the inbox's files under a hidden name, then give it its own, or a free one like it.
 
-    Raises NotFound when there is no such file, DropforgeError when the inbox cannot be written.
+    Its sidecar goes with it. `encoding` is of a text file that is to be converted. Raises NotFound when there is no such
+    file, RejectedData when it cannot be taken, DropforgeError when the inbox cannot be written.
     """
     if not file.is_file():
-        raise NotFound(operation="submit", subject=escape(str(file)), cause="there is no such file")
-    folder = settings.inbox_dir if priority is Priority.NORMAL else settings.inbox_dir / priority.value
+        cause = "it is not a regular file" if file.exists() else "there is no such file"
+        raise NotFound(operation="submit", subject=escape(str(file)), cause=cause)
     if not settings.inbox_dir.is_dir():
         raise NotFound(
             operation="submit to",
@@ -51,12 +61,24 @@ def submit(settings: Settings, file: Path, *, priority: Priority, force: bool) -
             cause="there is no inbox",
             hint="`dropforge init` makes one",
         )
-    folder.mkdir(exist_ok=True)
+    converting = conversion_of(file.name) is not None
+    if not converting:
+        _refuse_other_file(file, encoding)
+    name = f"{converted_stem(file.name)}{ROW_SUFFIXES[0]}" if converting else file.name
+    sidecar = _sidecar_text(settings, file.with_name(sidecar_name(name)), force=force)
+    folder = watched_folders(settings)[priority]
     hidden = folder / f".submit-{os.getpid()}-{time.monotonic_ns()}.part"
     try:
-        inode = _copy(file, hidden)
+        folder.mkdir(exist_ok=True)
+        converted = None
+        if converting:
+            converted = _convert(settings, file, hidden, encoding)
+        else:
+            _copy(file, hidden)
+        inode = hidden.stat().st_ino
         earlier = _jobs_with(settings, inode)
-        placed = _place(hidden, folder, file.name, force=force)
+        placed = _place(hidden, folder, name, sidecar)
+        fsync_dir(folder)
     except OSError as error:
         raise DropforgeError(
             operation="submit to",
@@ -67,9 +89,36 @@ def submit(settings: Settings, file: Path, *, priority: Priority, force: bool) -
             else "",
         ) from error
     finally:
-        hidden.unlink(missing_ok=True)
-    fsync_dir(folder)
-    return Placed(path=placed, inode=inode, earlier=earlier)
+        with suppress(OSError):
+            hidden.unlink(missing_ok=True)
+    return Submitted(path=placed, inode=inode, earlier=earlier, converted=converted)
+
+
+def _refuse_other_file(file: Path, encoding: str | None) -> None:
+    try:
+        if name_kind(file.name) is not NameKind.DATA:
+            reason, hint = explain_other_file(file)
+            raise RejectedData(operation="submit", subject=escape(str(file)), cause=reason, hint=hint)
+    except OSError as error:
+        raise NotFound(operation="read", subject=escape(str(file)), cause=error.strerror or str(error)) from error
+    if encoding is not None:
+        raise ConfigError(
+            operation="submit",
+            subject=escape(str(file)),
+            cause="--encoding is for files that are converted, and JSON lines are UTF-8",
+            hint=f"convert it: iconv -f {escape(encoding)} -t UTF-8 FILE > NEW.jsonl",
+        )
+
+
+def _sidecar_text(settings: Settings, path: Path, *, force: bool) -> str:
+    """What the file's sidecar shall say; empty when it needs none. Raises RejectedSidecar."""
+    if not os.path.lexists(path):
+        return "force = true\n" if force else ""
+    asked = read_sidecar(path, settings.recipe)
+    text = path.read_text(encoding="utf-8")
+    if not force or asked.force:
+        return text
+    return "force = true\n" + re.sub(r"(?m)^force\s*=.*$", "", text)
 
 
 def _jobs_with(settings: Settings, inode: int) -> frozenset[str]:
@@ -79,8 +128,8 @@ def _jobs_with(settings: Settings, inode: int) -> frozenset[str]:
         return frozenset(job.id for job in store.with_inode(inode))
 
 
-def _copy(file: Path, hidden: Path) -> int:
-    """Copy and fsync, with a progress bar on a terminal when it takes long; returns the copy's inode. Raises OSError."""
+def _copy(file: Path, hidden: Path) -> None:
+    """Copy and fsync, with a progress bar on a terminal when it takes long. Raises OSError."""
     size = file.stat().st_size
     shown = Progress(
         TextColumn("{task.description}"),
@@ -99,32 +148,54 @@ def _copy(file: Path, hidden: Path) -> int:
             shown.update(task, advance=len(block))
         target.flush()
         os.fsync(target.fileno())
-        return os.fstat(target.fileno()).st_ino
 
 
-def _place(hidden: Path, folder: Path, name: str, *, force: bool) -> Path:
+def _convert(settings: Settings, file: Path, hidden: Path, encoding: str | None) -> Converted:
+    """Write its rows as JSON lines, fsync, and count the lines that are there. Raises RejectedData, OSError."""
+    with hidden.open("x+b") as target:
+        converted = convert(file, target, Rules.of(settings.recipe.data), encoding=encoding)
+        target.flush()
+        os.fsync(target.fileno())
+        target.seek(0)
+        written = sum(block.count(b"\n") for block in iter(lambda: target.read(COPY_BYTES), b""))
+    if written != converted.rows:
+        raise OSError(f"{converted.rows} rows were read, but {written} lines were written")
+    return converted
+
+
+def _place(hidden: Path, folder: Path, name: str, sidecar: str) -> Path:
     """Give the copy the first free of NAME, NAME-2, ... by a link, which unlike a rename never replaces a file.
 
-    With `force`, its sidecar comes first: a file without one would be taken as it is.
+    Its sidecar comes first: a file without one would be taken as it is. A sidecar that waits there for its file is used
+    when this file brings none; one that belongs to another file of the folder is not.
     """
-    stem, suffix = (name[: -len(".jsonl")], ".jsonl") if name.endswith(".jsonl") else (name, "")
-    number = 1
-    while True:
-        target = folder / (name if number == 1 else f"{stem}-{number}{suffix}")
-        sidecar = target.with_name(f"{target.name.removesuffix('.jsonl')}.job.toml")
-        number += 1
-        if target.exists() or (force and sidecar.exists()):
+    for number in count(1):
+        target = folder / numbered_name(name, number)
+        beside = folder / sidecar_name(target.name)
+        waits = os.path.lexists(beside)
+        shared = any(_is_data(other.name) and sidecar_name(other.name) == beside.name for other in folder.iterdir())
+        if os.path.lexists(target) or (waits and sidecar) or (shared and (waits or sidecar)):
             continue
-        if force:
-            sidecar.write_text("force = true\n", encoding="ascii")
+        if sidecar:
+            with beside.open("x", encoding="utf-8") as written:
+                written.write(sidecar)
         try:
             os.link(hidden, target)
-        except FileExistsError:
+        except OSError as error:
+            if sidecar:
+                beside.unlink()
+            if not isinstance(error, FileExistsError):
+                raise
             continue
         return target
+    raise AssertionError  # the numbers have no end
 
 
-def wait_for(settings: Settings, placed: Placed) -> Job:
+def _is_data(name: str) -> bool:
+    return name_kind(name) is NameKind.DATA
+
+
+def wait_for(settings: Settings, placed: Submitted) -> Job:
     """Wait until the job over this file is in a final state. Raises TryLater when no daemon lives to run it."""
     store: JobStore | None = None
     try:

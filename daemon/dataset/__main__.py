@@ -8,9 +8,9 @@ from __future__ import annotations
 import resource
 import sys
 
-from daemon.children import die_with_parent
 from daemon.dataset.requests import Reply, Request, answer
 from daemon.job import from_json, to_json
+from daemon.processes import die_with_parent
 
 MEMORY_LIMIT_BYTES = 4 * 2**30  # of the address space: a row that needs more is an error, not a dead machine
 

@@ -75,6 +75,7 @@ class Recognised:
     hint: str
     certain: bool = True  # False: its later lines may be rows; told only when the file is refused
     first_row: Mapping[str, Any] | None = None  # what the hint makes the first row of, where it can be seen
+    converts: str = ""  # the suffix under which `dropforge submit` makes rows of it
 
     @property
     def reason(self) -> str:
@@ -167,9 +168,7 @@ def _first_bytes(sample: bytes, decompress: Callable[[bytes], bytes]) -> bytes:
 
 def _encoded(sample: bytes, whole: bool, depth: int) -> Recognised | None:
     """UTF-16 and UTF-32, with a byte order mark or by where the zero bytes stand; UTF-7 with its mark."""
-    encoding = next((name for mark, name in BOM_ENCODINGS if sample.startswith(mark)), None)
-    if encoding is None:
-        encoding = _encoding_of_zeros(sample)
+    encoding = marked_encoding(sample)
     if encoding is None:
         return None
     text = sample.decode(encoding, "ignore").removeprefix("\ufeff")
@@ -183,7 +182,13 @@ def _encoded(sample: bytes, whole: bool, depth: int) -> Recognised | None:
     )
 
 
-def _encoding_of_zeros(sample: bytes) -> str | None:
+def marked_encoding(sample: bytes) -> str | None:
+    """The encoding other than UTF-8 that a text shows by a byte order mark, or by where its zero bytes stand."""
+    marked = next((name for mark, name in BOM_ENCODINGS if sample.startswith(mark)), None)
+    return marked or _encoding_by_zeros(sample)
+
+
+def _encoding_by_zeros(sample: bytes) -> str | None:
     zeros = "".join("0" if byte == 0 else "x" for byte in sample[:4])
     encoding = {"x000": "utf-32le", "000x": "utf-32be"}.get(zeros) or {"x0": "utf-16le", "0x": "utf-16be"}.get(
         zeros[:2]
@@ -294,7 +299,7 @@ def _array(text: str, whole: bool) -> Recognised | None:
     """`text` begins with a bracket."""
     array, end = _decode(text)
     rest = text[end:].strip() if array is not None else ""
-    if array is not None and rest and not (rest.startswith(("]", ",")) and not whole):
+    if array is not None and rest:
         if not rest.startswith("["):
             return None  # one odd line before others
         return _of_values(array, "an array on each line, not an object", ".", certain=False)
@@ -306,17 +311,19 @@ def _array(text: str, whole: bool) -> Recognised | None:
     elements = array if array is not None else [_decode(text[1:].lstrip())[0]]
     if elements and _is_turn(elements[0]):
         return _of_values(elements, "one conversation, not one JSON object a line", ".")
-    return _of_values(elements[0] if elements else None, "one JSON array, not one object a line", ".[]")
+    if array is None and elements == [None] and re.match(r"\[\s*\{", text):
+        elements = [{}]  # an object that is longer than the sample
+    if not elements:
+        return Recognised(what="an empty JSON array", hint=EXPORT)
+    return _of_values(elements[0], "one JSON array, not one object a line", ".[]")
 
 
 def _of_values(value: Any, what: str, path: str, *, certain: bool = True) -> Recognised:
     """What to do with an array's element, or with a line that is one, at the jq `path`."""
     head = value[0] if isinstance(value, list) and value else None
     if isinstance(value, dict):
-        hint = (
-            f"{SUBMIT_JSON}, or: jq -c '.[]' FILE > NEW.jsonl" if path == ".[]" else f"jq -c '{path}' FILE > NEW.jsonl"
-        )
-        return Recognised(what=what, hint=hint, first_row=value, certain=certain)
+        hint = f"{SUBMIT_JSON}, or: jq -c '{path}' FILE > NEW.jsonl"
+        return Recognised(what=what, hint=hint, first_row=value or None, certain=certain, converts=".json")
     pipe = "" if path == "." else f"{path} | "
     if _is_turn(head):
         key = "messages" if "role" in value[0] else "conversations"
@@ -344,10 +351,10 @@ def _object(text: str, whole: bool) -> Recognised | None:
     if "\n" in text[:end]:
         held = _container(value) if whole and not rest.strip() else None
         what = "JSON that spans lines; one object a line is needed"
-        return held or Recognised(what=what, hint=f"convert it: {PER_LINE}", first_row=value)
+        return held or Recognised(what=what, hint=f"convert it: {PER_LINE}", first_row=value, converts=".json")
     if rest.startswith("{"):
         what = "JSON with several objects a line; one object a line is needed"
-        return Recognised(what=what, hint=f"convert it: {PER_LINE}", first_row=value, certain=False)
+        return Recognised(what=what, hint=f"convert it: {PER_LINE}", first_row=value, certain=False, converts=".json")
     if rest.startswith(",") and (not rest[1:].strip() or rest[1:].lstrip(" \t\r").startswith("\n")):
         hint = "take the commas away: sed 's/,[[:space:]]*$//' FILE > NEW.jsonl"
         return Recognised(what="JSON with a comma after each line", hint=hint, first_row=value, certain=False)
@@ -377,7 +384,9 @@ def _no_object(text: str, line: str, whole: bool) -> Recognised | None:
         return None  # the fault is in the first line: it is told with its column
     if whole:
         return Recognised(what=f"JSON that spans lines, and not sound ({_place_of_fault(text)})", hint=ANEW)
-    return Recognised(what="JSON that spans lines; one object a line is needed", hint=f"convert it: {PER_LINE}")
+    return Recognised(
+        what="JSON that spans lines; one object a line is needed", hint=f"convert it: {PER_LINE}", converts=".json"
+    )
 
 
 def _container(value: Mapping[str, Any]) -> Recognised | None:
@@ -455,21 +464,34 @@ def _other_text(text: str, whole: bool) -> Recognised | None:
 def _table(text: str, whole: bool) -> Recognised | None:
     """CSV or its like: a header of names, and records with as many fields."""
     for delimiter in DELIMITERS:
-        records: list[list[str]] = []
-        with suppress(csv.Error):
-            reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-            records = [record for record in islice(reader, TABLE_RECORDS) if record]
-        if not whole and len(records) < TABLE_RECORDS:
-            records = records[:-1]
-        if len(records) > 1 and _is_header(records[0]) and all(len(record) == len(records[0]) for record in records):
-            ending = ".tsv" if delimiter == "\t" else ".csv"
+        records = _records(text, delimiter, whole)
+        if len(records) > 1 and _is_header(records[0]) and {len(record) for record in records} == {len(records[0])}:
+            kind, ending = ("TSV", ".tsv") if delimiter == "\t" else ("CSV", ".csv")
             return Recognised(
-                what="a table (TSV), not JSON" if delimiter == "\t" else "a table (CSV), not JSON",
+                what=f"a table ({kind}), not JSON",
                 hint=SUBMIT_TABLE.format(ending),
                 certain=False,
                 first_row=dict(zip(records[0], records[1], strict=True)),
+                converts=ending,
             )
     return None
+
+
+def table_delimiter(text: str, *, whole: bool) -> str:
+    """What separates the fields of a table: the one that gives every record as many fields, and the most of them."""
+    widths = {delimiter: {len(record) for record in _records(text, delimiter, whole)} for delimiter in DELIMITERS}
+    fields = {delimiter: max(found) for delimiter, found in widths.items() if len(found) == 1 and max(found) > 1}
+    return max(fields, key=lambda delimiter: fields[delimiter], default=",")
+
+
+def _records(text: str, delimiter: str, whole: bool) -> list[list[str]]:
+    """The first records, without the one that the sample cuts; none when quotation marks stand where none can be."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        records = [record for record in islice(reader, TABLE_RECORDS) if record]
+    except csv.Error:
+        return []
+    return records if whole or len(records) >= TABLE_RECORDS else records[:-1]
 
 
 def _is_header(names: Sequence[str]) -> bool:

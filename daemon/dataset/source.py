@@ -22,6 +22,7 @@ BLOCK_BYTES = 256 * 1024  # fits the second-level cache with what is made from i
 BOM = b"\xef\xbb\xbf"
 MAX_WINDOW_BYTES = 2**27  # of zstd, as its own command line accepts without --long
 ZSTD_STEP_BYTES = 512  # 4 bytes may stand for a block of 128 KiB: this bounds one step's output at 16 MiB
+COMPRESSIONS = {".gz": "gz", ".zst": "zst"}  # by the name's last suffix
 FREE_EXPANSION_BYTES = 64 * 2**20  # a file may always expand to this much
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
@@ -110,6 +111,7 @@ class DatasetSource:
         self._max_expansion = max_expansion
         self.on_raw: Callable[[bytes], object] | None = None
         self.raw_bytes_read = 0
+        self.expanded_bytes = 0  # decompressed so far
 
     def __enter__(self) -> DatasetSource:
         return self
@@ -183,6 +185,7 @@ class DatasetSource:
         held: list[bytes] = []
         for block in blocks:
             total += len(block)
+            self.expanded_bytes = total
             if total > limit:
                 raise SourceError(
                     f"it expands to more than {limit} bytes, {self._max_expansion:g} times its size",
@@ -199,9 +202,9 @@ class DatasetSource:
 
 def open_dataset(path: Path, *, max_expansion: float) -> DatasetSource:
     """Open a dropped file; `.gz` and `.zst` are decompressed. Raises SourceError, OSError."""
-    name = path.name.lower()
-    compression = "gz" if name.endswith(".gz") else "zst" if name.endswith(".zst") else None
-    return DatasetSource(open_regular(path), compression=compression, max_expansion=max_expansion)
+    return DatasetSource(
+        open_regular(path), compression=COMPRESSIONS.get(path.suffix.lower()), max_expansion=max_expansion
+    )
 
 
 def whole_lines(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[Lines | TooLong]:

@@ -116,6 +116,7 @@ def scan_dataset(
         name=target.name,
         path=str(target),
         size_bytes=size,
+        content_bytes=source.expanded_bytes or size,
         rows=report.rows,
         digest=digest,
         format=format_.value,

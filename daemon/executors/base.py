@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from daemon.job import RunSpec
+from daemon.processes import signal_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +22,7 @@ class Exit:
         if self.out_of_memory:
             return "killed by the kernel, which was out of memory"
         if self.signal is not None:
-            try:
-                return f"killed by {signal.Signals(self.signal).name}"
-            except ValueError:
-                return f"killed by signal {self.signal}"
+            return f"killed by {signal_name(self.signal)}"
         return "gone" if self.code is None else f"exit code {self.code}"
 
 

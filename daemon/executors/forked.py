@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from daemon.executors.base import Exit
-from daemon.executors.local import LOG_NAME, LocalExecutor
+from daemon.executors.local import LocalExecutor
 from daemon.job import RunSpec
+from daemon.run_dir import LOG_NAME
 from daemon.trainer.fork_server import QUIET
 
 _PR_SET_CHILD_SUBREAPER = 36

@@ -10,15 +10,9 @@ from pathlib import Path
 
 from daemon.executors.base import Exit
 from daemon.gpu.lock import GpuLock
-from daemon.job import RunSpec, from_json, to_json
-from daemon.processes import ProcessIdentity, identify
-from guard.atomic import write_atomic
-
-SPEC_NAME = "run.json"
-IDENTITY_NAME = "trainer.json"
-LOG_NAME = "trainer.log"
-# What an attempt leaves behind and the next one must not read as its own.
-ATTEMPT_FILES = ("result.json", "progress.json", IDENTITY_NAME)
+from daemon.job import RunSpec
+from daemon.processes import ProcessIdentity, identify, oom_kills
+from daemon.run_dir import LOG_NAME, begin_attempt, read_identity, write_identity
 
 
 class LocalExecutor:
@@ -35,11 +29,7 @@ class LocalExecutor:
 
     def launch(self, spec: RunSpec) -> None:
         """Write the specification, start the process, note who it is."""
-        run_dir = Path(spec.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for name in ATTEMPT_FILES:
-            (run_dir / name).unlink(missing_ok=True)
-        write_atomic(run_dir / SPEC_NAME, to_json(spec, indent=1))
+        run_dir = begin_attempt(spec)
         self._environment = {"CUDA_VISIBLE_DEVICES": spec.gpu} if spec.gpu else {}
         self._oom_kills = oom_kills()
         self._ended.discard(run_dir)
@@ -50,7 +40,7 @@ class LocalExecutor:
         # the model lock keeps a second one from doing harm.
         if identity is not None:
             try:
-                write_atomic(run_dir / IDENTITY_NAME, to_json(identity))
+                write_identity(run_dir, identity)
             except BaseException:  # a trainer that the next daemon could not recognise must not run
                 self._signal(run_dir, signal.SIGKILL)
                 self._children.pop(run_dir).wait()
@@ -75,11 +65,8 @@ class LocalExecutor:
 
     def adopt(self, run_dir: Path) -> bool:
         """Recognise a living trainer of an earlier daemon by pid, start time and boot."""
-        try:
-            identity = from_json((run_dir / IDENTITY_NAME).read_bytes(), ProcessIdentity)
-        except (OSError, ValueError):
-            return False
-        if not identity.alive:
+        identity = read_identity(run_dir)
+        if identity is None or not identity.alive:
             return False
         self._adopted[run_dir] = identity
         return True
@@ -127,12 +114,3 @@ class LocalExecutor:
                 os.killpg(group, number)
             except ProcessLookupError:
                 return  # the group is empty already
-
-
-def oom_kills(path: Path = Path("/proc/vmstat")) -> int:
-    """How many processes the kernel has killed for want of memory since the machine started; 0 when it does not say."""
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -20,7 +20,8 @@ from daemon.dataset import DatasetReport
 from daemon.errors import NotFound
 from daemon.inbox import layout
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
-from daemon.job import FINAL_STATES, Job, JobState, from_json, run_dir, to_json
+from daemon.job import FINAL_STATES, Job, JobState, from_json, to_json
+from daemon.run_dir import LOG_NAME, run_dir_of
 from daemon.text import escape
 from guard.atomic import fsync_dir, rename_durable, write_atomic
 
@@ -79,7 +80,7 @@ def settle_files(settings: Settings, job: Job, report: DatasetReport | None = No
                 return_to_inbox(source / name, layout.watched_folders(settings)[job.priority])
     found = report if report is not None else read_rows_report(source)
     deleted = job.state is JobState.SUCCEEDED and settings.inbox.on_success == "delete"
-    log = run_dir(settings.state_dir, job.id) / "trainer.log"
+    log = run_dir_of(settings.state_dir, job.id) / LOG_NAME
     trainer = TrainerLog.read(log) if job.state is JobState.FAILED else None
     write_atomic(source / REPORT_JSON, report_json(job, found, file_deleted=deleted, trainer=trainer))
     write_atomic(source / REPORT_TEXT, report_text(job, found, file_deleted=deleted, trainer=trainer))

@@ -18,6 +18,7 @@ from daemon.config import InboxSettings
 from daemon.dataset.source import SourceError, kind_of_mode, open_regular
 from daemon.inbox.archive import gone
 from daemon.inbox.layout import OWN_FOLDERS, NameKind, name_kind, sidecar_name
+from daemon.inbox.other_files import explain_other_name
 from daemon.inbox.settle import Candidate, FileStat, Settled, Wait, decide
 from daemon.inbox.watcher import Heard
 from daemon.inbox.writers import Writing, find_writer, writing
@@ -43,6 +44,7 @@ class Found:
     name: str
     reason: str
     since: str
+    meant: bool  # as a dataset, it seems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,9 @@ class CandidateTracker:
         for sidecar in old:
             if sidecar.key not in wanted and sidecar.key not in self.left_alone:
                 reason = "a sidecar whose file has not come, or was taken before the sidecar came"
-                yield Found(priority=sidecar.priority, name=sidecar.name, reason=reason, since=sidecar.since)
+                yield Found(
+                    priority=sidecar.priority, name=sidecar.name, reason=reason, since=sidecar.since, meant=True
+                )
 
     def _know(self, priority: Priority, name: str, kind: NameKind, now: float) -> Candidate:
         table = self._candidates if kind is NameKind.DATA else self._sidecars
@@ -247,12 +251,16 @@ class CandidateTracker:
         except OSError:
             return
         kind = kind_of_mode(found.st_mode)
-        self._leave(key, "not a .jsonl, .jsonl.gz or .jsonl.zst file" if kind is None else f"left alone: it is {kind}")
+        other = explain_other_name(name)
+        if kind is None:
+            self._leave(key, other.reason, meant=other.meant)
+        else:
+            self._leave(key, f"left alone: it is {kind}", meant=False)
 
-    def _leave(self, key: tuple[Priority, str], reason: str) -> None:
+    def _leave(self, key: tuple[Priority, str], reason: str, *, meant: bool) -> None:
         known = self.left_alone.get(key)
         if known is None or known.reason != reason:
-            self.left_alone[key] = Found(priority=key[0], name=key[1], reason=reason, since=utc_now())
+            self.left_alone[key] = Found(priority=key[0], name=key[1], reason=reason, since=utc_now(), meant=meant)
 
     def _look_at(self, candidate: Candidate, now: float) -> None:
         if candidate.settled:
@@ -289,7 +297,7 @@ class CandidateTracker:
             return None
         if look.kind is not None:
             self._drop(candidate)
-            self._leave(candidate.key, f"refused: it is {look.kind}, only regular files are trained")
+            self._leave(candidate.key, f"refused: it is {look.kind}, only regular files are trained", meant=True)
             return None
         self.left_alone.pop(candidate.key, None)
         candidate.see(look, now)

@@ -147,14 +147,14 @@ class Intake:
             )
         for name, since in self._checking.unsteady():
             waiting.append(Waiting(name=name, reason="claimed, but still being written", since=since))
+        refused_first = sorted(self._drops.alone(now), key=lambda found: not found.meant)
         alone = tuple(
             Waiting(name=_shown(found.priority, found.name), reason=found.reason, since=found.since)
-            for found, _ in zip(self._drops.alone(now), range(SHOWN), strict=False)
+            for found in refused_first[:SHOWN]
         )
         warnings = [
             *self._warnings.values(),
             *self.filing.warnings(),
-            *(f"{found.name}: {found.reason}" for found in alone),
         ]
         if self._watch.polling:
             warnings.append(f"the inbox is polled: {self._watch.polling_reason}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from daemon.access import closed
 from daemon.config import Settings
+from daemon.dataset.source import COMPRESSIONS
 from daemon.job import Job, JobState, Priority
 from guard.atomic import fsync_dir
 
@@ -20,7 +21,8 @@ PROCESSING, DONE, FAILED = "processing", "done", "failed"
 JOB_FOLDERS = (PROCESSING, DONE, FAILED)
 OWN_FOLDERS = frozenset({*JOB_FOLDERS, Priority.HIGH, Priority.LOW})
 
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+ROW_SUFFIXES = (".jsonl", ".ndjson")  # one format under two names
+DATA_SUFFIXES = tuple(row + packed for row in ROW_SUFFIXES for packed in ("", *COMPRESSIONS))
 SIDECAR_SUFFIX = ".job.toml"
 UNFINISHED_SUFFIXES = (".part", ".tmp", ".partial", ".crdownload", "~")
 MAX_STEM_CHARACTERS = 200  # of a numbered name, which must fit the 255 bytes of a file name
@@ -54,7 +56,7 @@ def split_data_name(name: str) -> tuple[str, str]:
 
 
 def sidecar_name(name: str) -> str:
-    """Name the sidecar of a dataset: `x.job.toml` for `x.jsonl`, `x.jsonl.gz` and `x.jsonl.zst`."""
+    """Name the sidecar of a dataset: `x.job.toml` for `x.jsonl`, `x.ndjson`, `x.jsonl.gz`."""
     return split_data_name(name)[0] + SIDECAR_SUFFIX
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from daemon.config import Settings
 from daemon.errors import NotFound
-from daemon.executors.local import SPEC_NAME
 from daemon.inbox import archive, layout
 from daemon.inbox.layout import NameKind, name_kind, sidecar_name
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT
@@ -24,16 +23,13 @@ from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.job import (
     FINAL_STATES,
     OPEN_STATES,
-    RUN_SPEC_VERSION,
     Job,
     JobState,
     Priority,
     RunSpec,
-    from_json,
-    run_dir,
     utc_now,
 )
-from daemon.run_dir import sealed_step
+from daemon.run_dir import latest_spec, run_dir_of, sealed_step
 from daemon.store import JobStore
 from daemon.text import escape
 
@@ -46,7 +42,7 @@ def repair(settings: Settings, store: JobStore, log: Any) -> Iterator[str]:
     for job in store.jobs({JobState.CLAIMED}):
         _finish_claim(settings, store, job, log)
     folder = settings.inbox_dir / layout.PROCESSING
-    latest = _latest_run(settings)
+    latest = latest_spec(settings.state_dir)
     for path in sorted(folder.iterdir()):
         try:
             job = store.get(path.name)
@@ -91,17 +87,6 @@ def _finish_claim(settings: Settings, store: JobStore, job: Job, log: Any) -> No
     archive.settle_files(settings, moved)
 
 
-def _latest_run(settings: Settings) -> RunSpec | None:
-    """The run that was launched last; None when there is none that this version can read."""
-    paths = (settings.state_dir / "runs").glob(f"*/{SPEC_NAME}")
-    path = max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
-    try:
-        spec = from_json(path.read_bytes(), RunSpec) if path is not None else None
-    except (OSError, ValueError):
-        return None
-    return spec if spec is not None and spec.schema_version == RUN_SPEC_VERSION else None
-
-
 def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any, *, run: RunSpec | None) -> Iterator[str]:
     """A folder without a row (the store was lost or set aside): its file becomes a job again, under the same id.
 
@@ -140,7 +125,7 @@ def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any, *, run: 
         reason="found in processing/ without a record",
     )
     if run is not None:
-        step = sealed_step(run_dir(settings.state_dir, job.id))
+        step = sealed_step(run_dir_of(settings.state_dir, job.id))
         job = replace(
             job, state=JobState.RUNNING, dataset=run.dataset, recipe=run.recipe, attempt=run.attempt, max_step=step
         )

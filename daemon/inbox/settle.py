@@ -10,8 +10,7 @@ import stat
 from dataclasses import dataclass, field
 
 from daemon.config import InboxSettings
-from daemon.dataset.source import kind_of_mode
-from daemon.inbox.layout import SIDECAR_SUFFIX
+from daemon.dataset.source import COMPRESSIONS, kind_of_mode
 from daemon.inbox.watcher import Note
 from daemon.job import Priority
 
@@ -129,6 +128,6 @@ def decide(candidate: Candidate, now: float, settings: InboxSettings) -> Wait | 
 def _may_be_quick(candidate: Candidate, settings: InboxSettings) -> bool:
     if candidate.heard_at is None or candidate.must_settle:
         return False  # found by a scan: nobody knows what its writer is about
-    if not candidate.name.lower().endswith((".jsonl", SIDECAR_SUFFIX)):
+    if candidate.name.lower().endswith(tuple(COMPRESSIONS)):
         return False  # the end of a compressed file does not show that it is whole
     return candidate.renamed_in or settings.take_on_close

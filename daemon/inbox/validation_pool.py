@@ -18,10 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from daemon.children import describe_exit, environment
 from daemon.dataset.requests import Reply, Request
 from daemon.inbox.watcher import Rings
 from daemon.job import from_json, to_json
+from daemon.processes import child_environment, describe_exit
 
 # -P: the working directory is no place to import from.
 SERVE = (sys.executable, "-P", "-m", "daemon.dataset", "serve")
@@ -49,7 +49,7 @@ class _Child:
             stdout=subprocess.PIPE,
             start_new_session=True,
             cwd="/",
-            env=environment(),
+            env=child_environment(),
         )
         self.replies: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
         self.owed: deque[_Asked] = deque()
@@ -202,7 +202,7 @@ def pass_once(request: Request) -> Reply:
         [*SERVE, str(os.getpid())],
         input=to_json(request).encode() + b"\n",
         stdout=subprocess.PIPE,
-        env=environment(),
+        env=child_environment(),
         cwd="/",
         check=False,
     )

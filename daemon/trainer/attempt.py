@@ -7,8 +7,6 @@ quick one) is conducted by the same code.
 from __future__ import annotations
 
 import atexit
-import ctypes
-import json
 import os
 import signal
 import sys
@@ -20,15 +18,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from daemon.errors import is_no_space
-from daemon.job import RUN_SPEC_VERSION, FailureKind, Outcome, RunResult, RunSpec, from_json
-from daemon.run_dir import RESULT_NAME
+from daemon.job import FailureKind, Outcome, RunResult, RunSpec
+from daemon.processes import die_with_parent, prefer_oom_kill
+from daemon.run_dir import RunWriter, read_spec
 from daemon.trainer.errors import Interrupted, RunFailure
-from daemon.trainer.report import RunWriter
 from guard import FileChanged, GuardError, ModelLocked, UsageError, WeightsNotFinite, digest_file
 
-SPEC_NAME = "run.json"
 EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 75
-_PR_SET_PDEATHSIG = 1
 
 
 class StopFlag:
@@ -65,14 +61,14 @@ def conduct(
     interpreter) is told apart by that: the daemon calls it lost.
     """
     stop = StopFlag()
-    # One of several has nothing to save by itself: it goes when the process that speaks for all of them does.
-    die_with_parent(hard=member is not None)
-    become_the_victim()
+    # SIGTERM: the run seals a checkpoint and leaves, never an orphan. One of several has nothing to save by itself: it goes
+    # when the process that speaks for all of them does.
+    die_with_parent(by=signal.SIGTERM if member is None else signal.SIGKILL)
+    prefer_oom_kill()
     home = member or run_dir
-    (home / RESULT_NAME).unlink(missing_ok=True)
     report = RunWriter(home if member and os.environ.get("RANK") != "0" else run_dir, result_dir=home)
     try:
-        spec = read_spec(run_dir)
+        spec = require_spec(run_dir)
         if spec.daemon_pid and member is None and os.getppid() != spec.daemon_pid:
             raise Interrupted  # the daemon died before the death signal was set
         if spec.gpu:  # also for a fork of a warm process, which has started no CUDA yet
@@ -139,17 +135,16 @@ def failed(kind: FailureKind, message: str, hint: str = "") -> RunResult:
     return RunResult(outcome=Outcome.FAILED, failure=kind, message=message, hint=hint)
 
 
-def read_spec(run_dir: Path) -> RunSpec:
+def require_spec(run_dir: Path) -> RunSpec:
     """The specification that the daemon wrote. Raises RunFailure(INTERNAL) when it is of another version."""
-    text = (run_dir / SPEC_NAME).read_bytes()
-    found = json.loads(text).get("schema_version")
-    if found != RUN_SPEC_VERSION:
+    try:
+        return read_spec(run_dir)
+    except ValueError as error:
         raise RunFailure(
             FailureKind.INTERNAL,
-            f"{SPEC_NAME} has version {found}, this trainer knows {RUN_SPEC_VERSION}",
+            str(error),
             hint="daemon and trainer must be of one installation; restart the daemon",
-        )
-    return from_json(text, RunSpec)
+        ) from error
 
 
 def check_unchanged(spec: RunSpec) -> None:
@@ -160,22 +155,6 @@ def check_unchanged(spec: RunSpec) -> None:
             f"{spec.dataset.name} changed after it was checked",
             hint="a program still writes to it; drop a finished copy",
         )
-
-
-def die_with_parent(*, hard: bool = False) -> None:
-    """Ask the kernel for SIGTERM when the daemon dies: the run then seals a checkpoint and leaves, never an orphan.
-
-    `hard`: for SIGKILL, in a process that has nothing to save.
-    """
-    if sys.platform == "linux":
-        number = signal.SIGKILL if hard else signal.SIGTERM
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-
-
-def become_the_victim() -> None:
-    """When the machine runs out of memory, the kernel had better end this process than the daemon."""
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
 
 
 def _classify(error: Exception) -> tuple[FailureKind, str, str]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from daemon.job import FailureKind, Plan
+from daemon.run_dir import RunWriter
 from daemon.trainer.attempt import StopFlag
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.report import RunWriter
 from daemon.trainer.tensorboard import ScalarWriter
 from guard import Checkpoint
 

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from daemon.trainer.attempt import die_with_parent, end
+from daemon.processes import die_with_parent
+from daemon.trainer.attempt import end
 from daemon.trainer.bootstrap import collector_paused, import_peft
 
 MOST_DESCRIPTORS = 8
@@ -150,7 +151,7 @@ def _send(channel: socket.socket, **message: object) -> None:
 def main(run: Callable[[Path], int], load: Callable[[str], None]) -> None:
     """The process itself: end with the daemon, import, serve."""
     channel = socket.socket(fileno=int(sys.argv[1]))
-    die_with_parent(hard=True)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the daemon's to hear
     load(sys.argv[3])
     signal.signal(signal.SIGINT, signal.default_int_handler)

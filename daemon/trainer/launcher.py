@@ -10,20 +10,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from daemon.executors.local import oom_kills
-from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json
-from daemon.run_dir import RESULT_NAME
-from daemon.trainer.attempt import StopFlag, die_with_parent
+from daemon.job import FailureKind, Outcome, RunResult, RunSpec
+from daemon.processes import die_with_parent, oom_kills
+from daemon.run_dir import RESULT_NAME, RunWriter, read_result, worker_dir
+from daemon.trainer.attempt import StopFlag
 from daemon.trainer.errors import Interrupted, RunFailure
-from daemon.trainer.report import RunWriter
 from daemon.trainer.torchrun import killing_signal
 
 LOOK_SECONDS = 0.2
-
-
-def member_dir(run_dir: Path, process: int) -> Path:
-    """Where one of the processes leaves its result."""
-    return run_dir / f"process-{process}"
 
 
 def run_several(spec: RunSpec, report: RunWriter, stop: StopFlag) -> RunResult:
@@ -31,7 +25,7 @@ def run_several(spec: RunSpec, report: RunWriter, stop: StopFlag) -> RunResult:
     run_dir = Path(spec.run_dir)
     count = int(spec.recipe["training"]["num_processes"])
     for process in range(count):
-        folder = member_dir(run_dir, process)
+        folder = worker_dir(run_dir, process)
         folder.mkdir(exist_ok=True)
         (folder / RESULT_NAME).unlink(missing_ok=True)
     killed_before = oom_kills()
@@ -45,7 +39,7 @@ def run_several(spec: RunSpec, report: RunWriter, stop: StopFlag) -> RunResult:
         stdin=subprocess.DEVNULL,
         # torchrun starts its processes without -P: what lies in the current folder must not be imported.
         env={"OMP_NUM_THREADS": threads, **os.environ, "PYTHONSAFEPATH": "1"},
-        preexec_fn=lambda: die_with_parent(hard=True),  # noqa: PLW1509  no threads here
+        preexec_fn=die_with_parent,  # noqa: PLW1509  no threads here
     )
     passed_on = False
     while torchrun.poll() is None:
@@ -94,9 +88,5 @@ def _ask_one(pid: int) -> bool:
 
 def _results(run_dir: Path, count: int) -> list[tuple[int, RunResult]]:
     """(time of writing, result) of the processes that have one."""
-    found = []
-    for process in range(count):
-        path = member_dir(run_dir, process) / RESULT_NAME
-        with suppress(OSError, ValueError):
-            found.append((path.stat().st_mtime_ns, from_json(path.read_bytes(), RunResult)))
-    return found
+    found = (read_result(worker_dir(run_dir, process)) for process in range(count))
+    return [result for result in found if result is not None]

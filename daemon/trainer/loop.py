@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from daemon.job import FailureKind, Plan
+from daemon.run_dir import RunWriter
 from daemon.trainer import distributed
 from daemon.trainer.attempt import StopFlag
 from daemon.trainer.attention import computing
@@ -25,7 +26,6 @@ from daemon.trainer.batches import StepBatches
 from daemon.trainer.collate import IGNORE, Collator, Example
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.loss import Objective
-from daemon.trainer.report import RunWriter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,9 @@ import torch
 from blake3 import blake3
 
 from daemon.dataset.rows import Row
-from daemon.executors.local import oom_kills
 from daemon.job import FailureKind
+from daemon.processes import die_with_parent, oom_kills
 from daemon.recipe import DataSettings
-from daemon.trainer.attempt import die_with_parent
 from daemon.trainer.chat import Span
 from daemon.trainer.collate import Example, Examples
 from daemon.trainer.encode import Encoder, Item, chunks, trained_tokens, truncate
@@ -182,7 +181,7 @@ _work: _Work | None = None  # of a process that tokenises
 
 def _begin_worker(work: _Work) -> None:
     global _work  # noqa: PLW0603  a pool hands its workers their state in no other way
-    die_with_parent(hard=True)
+    die_with_parent()
     _work = work
 
 

@@ -24,6 +24,7 @@ from daemon.dataset.rows import Format, RowReader
 from daemon.fingerprint import fingerprint_run, minor_version
 from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec, claimed_on
 from daemon.recipe import Recipe
+from daemon.run_dir import TENSORBOARD_NAME, RunWriter
 from daemon.trainer import distributed
 from daemon.trainer.attempt import StopFlag, check_unchanged
 from daemon.trainer.attention import use_packed
@@ -44,7 +45,6 @@ from daemon.trainer.model import (
     lora_config,
     precision_of,
 )
-from daemon.trainer.report import RunWriter
 from daemon.trainer.room import full_disk_is_told
 from daemon.trainer.summary import arithmetic, timing, warnings_of
 from daemon.trainer.tensorboard import ScalarWriter
@@ -148,7 +148,7 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag) -> RunResult:
             checkpoint_when_full=recipe.training.gradient_checkpointing == "auto",
             report=report,
         )
-        scalars = ScalarWriter(Path(spec.run_dir) / "tensorboard") if first else None
+        scalars = ScalarWriter(Path(spec.run_dir) / TENSORBOARD_NAME) if first else None
         watch = MonitorCallback(report=report, stop=stop, plan=planned, trainer=trainer, scalars=scalars)
         trainer.add_callback(watch)
         trainer.add_callback(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from daemon.run_dir import worker_dir
 from daemon.trainer import distributed
 from daemon.trainer.__main__ import load
 from daemon.trainer.attempt import conduct, end
-from daemon.trainer.launcher import member_dir
 
 
 def run_share(run_dir: Path) -> int:
     """This process's share of the run; returns the exit code."""
-    code = conduct(run_dir, load, member=member_dir(run_dir, distributed.process()))
+    code = conduct(run_dir, load, member=worker_dir(run_dir, distributed.process()))
     distributed.leave()
     return code
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from daemon.executors.base import Exit
-from daemon.executors.local import IDENTITY_NAME, LocalExecutor
+from daemon.executors.local import LocalExecutor
 from daemon.job import FailureKind, RunSpec
+from daemon.run_dir import IDENTITY_NAME
 from daemon.trainer.attempt import _classify
 from tests.support.inprocess import events, rows, specify
 from tests.support.root import environment, wait_until

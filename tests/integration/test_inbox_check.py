@@ -111,7 +111,8 @@ def test_what_the_daemon_would_not_take_is_not_accepted(tmp_path: Path) -> None:
     link.symlink_to(real)
     reports = check_files([drop(tmp_path / "x.json", ROWS), link, tmp_path / "no.jsonl"], Settings(root=tmp_path), None)
     assert [report.accepted for report in reports] == [False, False, False]
-    assert "named *.jsonl" in reports[0].reason
+    assert "it is a .json file" in reports[0].reason
+    assert "dropforge submit" in reports[0].hint
     assert "symbolic link" in reports[1].reason
     assert "no such file" in reports[2].reason
 

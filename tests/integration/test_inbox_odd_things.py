@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import socket
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def test_what_is_not_a_regular_file_is_refused_where_it_lies(root: Root, kind: s
     assert [(item.name, item.reason) for item in view.left_alone] == [
         ("x.jsonl", f"refused: it is {kind}, only regular files are trained")
     ]
-    assert any(kind in line for line in view.warnings)
+    assert not view.warnings  # each name is told once
     assert not view.waiting
     assert len(root.log.events("file.left_alone")) == 1
     assert os.path.lexists(root.inbox / "x.jsonl")
@@ -76,7 +77,7 @@ def test_other_folders_and_other_files_are_left_alone_and_reported_once(root: Ro
         root.tick()
     assert {item.name: item.reason for item in root.intake.view().left_alone} == {
         "archive": "left alone: it is a directory",
-        "notes.txt": "not a .jsonl, .jsonl.gz or .jsonl.zst file",
+        "notes.txt": "not a .jsonl or .ndjson file",
     }
     assert len(root.log.events("file.left_alone")) == 2
     assert (root.inbox / "archive" / "x.jsonl").exists()
@@ -147,3 +148,45 @@ def test_a_file_that_is_removed_while_it_settles_is_forgotten(root: Root) -> Non
     (root.inbox / "x.jsonl").unlink()
     root.pump(lambda: not root.intake.view().waiting)
     assert not root.jobs()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("x.json", "`dropforge submit FILE` converts"),
+        ("X.CSV", "`dropforge submit FILE` converts"),
+        ("x.tsv.gz", "`dropforge submit FILE` converts"),
+        ("x.parquet", "`dropforge submit FILE` converts"),
+        ("x.jsonl (1)", "rename it so that it ends in .jsonl"),
+        ("x.jsonl.1", "rename it so that it ends in .jsonl"),
+        ("x.jsonl.txt", "rename it so that it ends in .jsonl"),
+        ("x.jsonlines", "rename it so that it ends in .jsonl"),
+        ("x.jsonl.bz2", "use gzip or zstd"),
+        ("x.tar.gz", "unpack it"),
+        ("x.xlsx", "save it as CSV"),
+    ],
+)
+def test_a_dataset_under_another_name_is_told_what_to_do_before_anything_else(
+    root: Root, name: str, reason: str
+) -> None:
+    """By its name alone; it lies where it was dropped, and what is no dataset comes after it."""
+    for number in range(20):
+        (root.inbox / f"Thumbs-{number}.db").touch()
+    (root.inbox / name).write_bytes(b"")
+    root.pump(lambda: len(root.intake.view().left_alone) == 21)
+    first, *others = root.intake.view().left_alone
+    assert first.name == name
+    assert reason in first.reason
+    assert {item.reason for item in others} == {"not a .jsonl or .ndjson file"}
+    assert (root.inbox / name).exists()
+
+
+@pytest.mark.parametrize("name", ["x.ndjson", "X.NDJSON", "x.ndjson.gz", "X.JSONL", "x (1).jsonl"])
+def test_json_lines_are_taken_under_all_their_names(root: Root, name: str) -> None:
+    """With the sidecar of their stem, and at once when they are renamed in plain."""
+    content = ROW.encode()
+    root.drop(f"{name.partition('.')[0]}.job.toml", "[training]\nlearning_rate = 1e-5\n")
+    root.drop(name, gzip.compress(content) if name.endswith(".gz") else content)
+    (job,) = root.wait_for(1)
+    assert job.name == name
+    assert job.overrides == {"training": {"learning_rate": 1e-5}}

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from daemon.cli.init import examples_dir
-from daemon.job import Job, JobState, run_dir
+from daemon.job import Job, JobState
+from daemon.run_dir import run_dir_of
 from daemon.versions import list_versions
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
@@ -209,7 +210,7 @@ def allow(root: Root, steps: int) -> None:
 
 def seen(root: Root, job: Job) -> list[tuple[int, list[int]]]:
     """(step, line numbers of its rows) in the order in which the attempts took them."""
-    path = run_dir(root.settings.state_dir, job.id) / "seen.jsonl"
+    path = run_dir_of(root.settings.state_dir, job.id) / "seen.jsonl"
     if not path.exists():
         return []
     return [(entry["step"], entry["lines"]) for entry in map(json.loads, path.read_text().splitlines())]

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from daemon.job import FailureKind, Job, JobState, run_dir
+from daemon.job import FailureKind, Job, JobState
 from daemon.processes import identify
+from daemon.run_dir import run_dir_of
 from tests.support.root import Root, children_of, wait_until
 from tests.support.sound import assert_sound
 
@@ -316,7 +317,7 @@ def test_a_second_signal_ends_the_trainer_at_once_and_nothing_is_lost(make_root:
     assert job is not None
     assert (job.state, job.attempts_without_progress) == (JobState.QUEUED, 0)
     assert job.max_step >= 10
-    assert run_dir(root.settings.state_dir, job.id).is_dir()
+    assert run_dir_of(root.settings.state_dir, job.id).is_dir()
     assert_sound(root)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from daemon.job import FailureKind, JobState, run_dir
+from daemon.job import FailureKind, JobState
+from daemon.run_dir import run_dir_of
 from daemon.versions import list_versions
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
@@ -122,7 +123,7 @@ def test_what_would_fail_again_is_tried_once_and_reported(make_root: MakeRoot, k
     assert "told why" in report
     assert "a hint" in report
     assert kind in report
-    assert str(run_dir(root.settings.state_dir, job.id) / "trainer.log") in report
+    assert str(run_dir_of(root.settings.state_dir, job.id) / "trainer.log") in report
     assert f"dropforge retry {job.id}" in report
     assert_sound(root)
 

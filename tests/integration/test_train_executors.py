@@ -17,9 +17,10 @@ from daemon.config import ExecutorSettings
 from daemon.executors import make_executor
 from daemon.executors.base import Exit
 from daemon.executors.forked import WarmExecutor
-from daemon.executors.local import IDENTITY_NAME, LocalExecutor, oom_kills
+from daemon.executors.local import LocalExecutor
 from daemon.job import RUN_SPEC_VERSION, Dataset, RunSpec, from_json
-from daemon.processes import ProcessIdentity, identify
+from daemon.processes import ProcessIdentity, identify, oom_kills
+from daemon.run_dir import IDENTITY_NAME
 from daemon.trainer.fork_server import QUIET
 from tests.support.root import wait_until
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec, from_json, to_json
 from daemon.recipe import Recipe
+from daemon.run_dir import RunWriter
 from daemon.trainer import launcher
 from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.report import RunWriter
 from daemon.trainer.torchrun import KILLED, exit_code
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 from tests.support.root import environment

@@ -33,10 +33,11 @@ from daemon.dataset.rows import iter_rows
 from daemon.fingerprint import fingerprint_run
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec
 from daemon.recipe import Recipe
+from daemon.run_dir import RunWriter
 from daemon.trainer.attempt import StopFlag, check_unchanged, conduct
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.report import RunWriter
 
+TOKENS_A_ROW = 10
 STATE_NAME = "trainer_state.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -79,6 +80,7 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
             state = json.loads((prepared.resume_from / STATE_NAME).read_bytes())
             start, weights = state["global_step"], state["weights"]
         report.event("run.started", start_step=start, total_steps=total, resumed_from=str(prepared.resume_from))
+        training_began = time.monotonic()
         last = total - behaviour.get("lie_about_steps", 0)
         step = start
         for step in range(start + 1, last + 1):
@@ -109,6 +111,8 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
             held_out_before=2.0,
             held_out_after=1.0,
             rows=rows,
+            tokens_trained=rows * TOKENS_A_ROW,
+            tokens_per_second=rows * TOKENS_A_ROW / (time.monotonic() - training_began),
             wall_seconds=time.monotonic() - began,
             message=f"stopped at step {step}" if step < last else "",
         )

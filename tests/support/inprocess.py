@@ -10,8 +10,8 @@ from typing import Any
 from daemon.cli.init import examples_dir
 from daemon.job import RUN_SPEC_VERSION, Dataset, RunResult, RunSpec
 from daemon.recipe import Recipe
+from daemon.run_dir import RunWriter
 from daemon.trainer.errors import Interrupted
-from daemon.trainer.report import RunWriter
 from guard import digest_file
 
 QUICK: Mapping[str, Mapping[str, Any]] = {

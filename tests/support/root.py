@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from daemon import config
 from daemon.cli.init import render_config
 from daemon.config import Settings
-from daemon.executors.local import IDENTITY_NAME
-from daemon.job import FINAL_STATES, Job, JobState, from_json, run_dir
+from daemon.job import FINAL_STATES, Job, JobState
 from daemon.observability.status import read_status
 from daemon.processes import ProcessIdentity
+from daemon.run_dir import read_identity, run_dir_of
 from daemon.store import JobStore
 
 T = TypeVar("T")
@@ -152,7 +152,7 @@ class Root:
             except subprocess.TimeoutExpired:
                 self._daemon.kill()
         for folder in (self.settings.state_dir / "runs").glob("*"):
-            identity = trainer_identity(folder)
+            identity = read_identity(folder)
             if identity is not None and identity.alive:
                 os.kill(identity.pid, signal.SIGKILL)
 
@@ -232,7 +232,7 @@ class Root:
         """The living trainer of a job."""
 
         def identity() -> ProcessIdentity | None:
-            return trainer_identity(run_dir(self.settings.state_dir, job.id))
+            return read_identity(run_dir_of(self.settings.state_dir, job.id))
 
         found = wait_until(identity, what="a trainer")
         assert found is not None
@@ -240,7 +240,7 @@ class Root:
 
     def trainer_alive(self, folder: Path) -> bool:
         """Whether the trainer of a run directory lives."""
-        identity = trainer_identity(folder)
+        identity = read_identity(folder)
         return identity is not None and identity.alive
 
     def log(self) -> list[dict[str, Any]]:
@@ -257,13 +257,6 @@ class Root:
         return "\n".join(
             f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in texts if path.exists()
         )
-
-
-def trainer_identity(folder: Path) -> ProcessIdentity | None:
-    try:
-        return from_json((folder / IDENTITY_NAME).read_bytes(), ProcessIdentity)
-    except (OSError, ValueError):
-        return None
 
 
 def children_of(pid: int) -> Iterator[tuple[int, str]]:

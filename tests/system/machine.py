@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from daemon.children import die_with_parent
+from daemon.processes import die_with_parent
 from tests.support.documents import OPERATIONS, commands_of
 from tests.support.root import REPOSITORY, wait_until
 

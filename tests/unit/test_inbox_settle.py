@@ -114,6 +114,10 @@ def test_a_waiting_file_is_looked_at_again_when_it_may_have_settled(when: float)
         ("x.jsonl", NameKind.DATA),
         ("X.JSONL.GZ", NameKind.DATA),
         ("x.jsonl.zst", NameKind.DATA),
+        ("x.ndjson", NameKind.DATA),
+        ("X.NDJSON.zst", NameKind.DATA),
+        ("x (1).jsonl", NameKind.DATA),
+        ("x.jsonl (1)", NameKind.OTHER),
         ("x.job.toml", NameKind.SIDECAR),
         (".x.jsonl.Ab12", NameKind.UNFINISHED),
         (".x.jsonl", NameKind.UNFINISHED),
@@ -131,7 +135,7 @@ def test_what_a_name_stands_for(name: str, kind: NameKind) -> None:
     assert name_kind(name) is kind
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.JSONL.zst"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.JSONL.zst", "x.ndjson", "x.NDJSON.gz"])
 def test_a_sidecar_is_named_after_its_file(name: str) -> None:
     """Whatever it is compressed with."""
     assert sidecar_name(name) == "x.job.toml"

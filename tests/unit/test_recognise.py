@@ -125,7 +125,7 @@ KINDS = {
     "array_leading_commas": ('[{"text": "a"}\n,{"text": "b"}\n]\n', "one JSON array", "jq -c '.[]' FILE"),
     "array_after_space": ("\n  " + ARRAY, "one JSON array", "jq -c '.[]' FILE"),
     "array_large": (json.dumps(OBJECTS * 5000), "one JSON array", "jq -c '.[]' FILE"),
-    "array_of_one_large": (json.dumps([{"text": "x" * 90_000}]), "one JSON array", "write each row"),
+    "array_of_one_large": (json.dumps([{"text": "x" * 90_000}]), "one JSON array", "jq -c '.[]' FILE"),
     "array_of_columns": ('[{"q": "a", "a": "b"}]', "one JSON array", 'prompt = "q", completion = "a"'),
     "array_of_strings": ('["a", "b"]', "one JSON array", "jq -c '.[] | {text: .}' FILE"),
     "array_of_conversations": (json.dumps([TURNS, TURNS]), "one JSON array", "jq -c '.[] | {messages: .}' FILE"),

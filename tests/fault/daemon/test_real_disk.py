@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_while_training_is_told_as_that_and_the_run_goes_on
     inprocess = pytest.importorskip("tests.support.inprocess")
     tables = {"training": {"save_steps": 1}, "data": {"held_out_fraction": 0.0}}
     spec = inprocess.specify(tmp_path, inprocess.rows(32), tiny_base, tables)
-    for effect in ("die_with_parent", "become_the_victim"):  # they are for a process of its own
+    for effect in ("die_with_parent", "prefer_oom_kill"):  # they are for a process of its own
         monkeypatch.setattr(attempt, effect, lambda **_: None)
     model_dir = Path(spec.model_dir)
     with mounted(model_dir, size):
