@@ -23,11 +23,20 @@ from .checkpoints import (
     newest_intact,
     rotate,
     scan_checkpoints,
+    scan_until_resumable,
     seal_checkpoint,
-    survey,
     verify_checkpoint,
 )
 from .clear import ClearPlan, ClearResult, plan_clear
+from .cleared_sets import (
+    PurgePlan,
+    PurgeResult,
+    RestoreResult,
+    list_cleared_sets,
+    plan_purge,
+    purge_cleared,
+    restore_set,
+)
 from .compat import (
     clear_checkpoints,
     compute_dataset_hash,
@@ -43,13 +52,14 @@ from .errors import (
     FileChanged,
     FileUnreadable,
     GuardError,
+    MetadataTooNew,
+    MetadataUnusable,
     ModelLocked,
     NotFound,
     NotLocked,
     RunRefused,
     SealBroken,
-    StampTooNew,
-    StampUnusable,
+    SealKeyMissing,
     StorageError,
     UsageError,
     WeightsNotFinite,
@@ -57,12 +67,10 @@ from .errors import (
 from .fingerprint import JSON, DatasetFingerprint, Difference, Fingerprint, fingerprint_dataset
 from .hf_trainer import fingerprint_trainer
 from .lock import ModelLock
-from .metadata import Stamp, StampKind, StampReading, mark_finished, read_stamp, write_stamp
+from .metadata import MetadataKind, MetadataReading, RunMetadata, mark_finished, read_metadata, write_metadata
 from .prepare import PreparedRun, assess, prepare_run
-from .purge import PurgePlan, PurgeResult, plan_purge, purge_cleared
-from .restore import RestoreResult, cleared_sets, restore_set
 from .seal import load_key
-from .verdict import Verdict, VerdictKind, decide
+from .verdict import Verdict, VerdictCause, VerdictKind, decide
 
 if TYPE_CHECKING:
     from .callback import SealCallback
@@ -86,6 +94,10 @@ __all__ = [
     "FileUnreadable",
     "Fingerprint",
     "GuardError",
+    "MetadataKind",
+    "MetadataReading",
+    "MetadataTooNew",
+    "MetadataUnusable",
     "ModelLock",
     "ModelLocked",
     "NotFound",
@@ -94,24 +106,21 @@ __all__ = [
     "PurgePlan",
     "PurgeResult",
     "RestoreResult",
+    "RunMetadata",
     "RunRefused",
     "SealBroken",
     "SealCallback",
-    "Stamp",
-    "StampKind",
-    "StampReading",
-    "StampTooNew",
-    "StampUnusable",
+    "SealKeyMissing",
     "StorageError",
     "Stray",
     "UsageError",
     "Verdict",
+    "VerdictCause",
     "VerdictKind",
     "WeightsNotFinite",
     "append_line_durable",
     "assess",
     "clear_checkpoints",
-    "cleared_sets",
     "compute_dataset_hash",
     "decide",
     "digest_file",
@@ -122,6 +131,7 @@ __all__ = [
     "fsync_dir",
     "fsync_tree",
     "list_checkpoints",
+    "list_cleared_sets",
     "load_dataset_metadata",
     "load_key",
     "mark_finished",
@@ -130,18 +140,18 @@ __all__ = [
     "plan_purge",
     "prepare_run",
     "purge_cleared",
-    "read_stamp",
+    "read_metadata",
     "rename_durable",
     "restore_set",
     "rotate",
     "save_dataset_metadata",
     "scan_checkpoints",
+    "scan_until_resumable",
     "seal_checkpoint",
-    "survey",
     "validate_checkpoint_compatibility",
     "verify_checkpoint",
     "write_atomic",
-    "write_stamp",
+    "write_metadata",
 ]
 
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,7 @@ from typing import Final
 from .atomic import PathLike, rename_durable
 from .completeness import why_incomplete
 from .digest import digest_file
-from .errors import GuardError, NotFound, SealBroken, StorageError, explain_os_error, storage_errors
+from .errors import GuardError, NotFound, SealBroken, SealKeyMissing, StorageError, explain_os_error, storage_errors
 from .fingerprint import Fingerprint
 from .layout import TRASH_PREFIX, ensure_staging, unused_name
 from .seal import SEAL_NAME, Seal, Tree, list_tree, read_seal, write_seal
@@ -37,7 +37,11 @@ class CheckpointState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """`reason` says why it is not intact; `fingerprint` is the sealed one, None when no seal verifies."""
+    """One checkpoint folder and what its seal proves.
+
+    `reason` says why it is not intact; `needs_key`, that only a key could tell; `fingerprint` is the sealed one, None when
+    no seal verifies.
+    """
 
     path: Path
     step: int
@@ -45,6 +49,7 @@ class Checkpoint:
     reason: str = ""
     size_bytes: int = 0
     fingerprint: Fingerprint | None = None
+    needs_key: bool = False
 
     @property
     def is_intact(self) -> bool:
@@ -101,7 +106,7 @@ def _verify_listed(path: Path, *, key: bytes | None, digests: bool) -> Checkpoin
         return None
 
 
-def survey(
+def scan_until_resumable(
     model_dir: PathLike, *, fingerprint: Fingerprint, key: bytes | None = None, digests: bool = True
 ) -> tuple[Checkpoint, ...]:
     """From the newest down to the first that `fingerprint` can resume from; ascending by step.
@@ -168,6 +173,8 @@ def verify_checkpoint(path: PathLike, *, key: bytes | None = None, digests: bool
             if incomplete is None:
                 return result(CheckpointState.UNSEALED, f"{SEAL_NAME} is missing; it is complete otherwise")
             return result(CheckpointState.TORN, f"{SEAL_NAME} is missing, and {incomplete}")
+        except SealKeyMissing as exc:
+            return replace(result(CheckpointState.ALTERED, exc.cause), needs_key=True)
         except SealBroken as exc:
             return result(CheckpointState.ALTERED, exc.cause)
         problem = _structural_problem(tree, seal, named_step)

@@ -1,7 +1,7 @@
 """Clearing: stale checkpoints are moved out of the way, into `.cleared/<time>-<reason>/`, never deleted.
 
 First a plan, which changes nothing and prints itself; then `execute`, once. What may be planned follows from
-the verdict: of a run that can be resumed only what it passed over, everything when nothing can be resumed.
+the verdict: of a run that can be resumed only what it skipped, everything when nothing can be resumed.
 Only folders named `checkpoint-<number>` and what is left in `.staging/` are ever planned, so a promoted
 version is out of reach.
 """
@@ -26,9 +26,9 @@ from .checkpoints import Stray, list_checkpoints, scan_checkpoints, verify_check
 from .errors import ClearRefused, GuardError, NotFound, UsageError, explain_os_error, hint_for, storage_errors
 from .layout import CLEARED_NAME, STAGING_NAME, TRASH_PREFIX, ensure_own_folder, ensure_staging, unused_name
 from .lock import require_lock
-from .metadata import load_raw_stamp, read_stamp, require_known_form
-from .seal import KEY_MISSING, list_tree
-from .verdict import Verdict, VerdictKind, decide, explain_passed_over
+from .metadata import load_raw_metadata, read_metadata, require_known_form
+from .seal import list_tree
+from .verdict import Verdict, VerdictCause, VerdictKind, decide, explain_skipped
 
 SET_NAME: Final = re.compile(r"\d{8}T\d{6}Z-[a-z0-9-]+")
 SET_RECORD: Final = "clear.json"
@@ -82,7 +82,7 @@ class ClearPlan:
     reason: str
     why: tuple[str, ...]
     moves: tuple[Move, ...]
-    left_alone: tuple[Stray, ...]
+    ignored: tuple[Stray, ...]
     trash: tuple[Path, ...]
     protected: Path | None
     cleared_at: str
@@ -107,7 +107,7 @@ class ClearPlan:
         lines += [f"because {why}" for why in self.why]
         if self.protected is not None:
             lines.append(f"kept: {self.protected.name}, the newest intact checkpoint of the run in progress")
-        lines += [f"left alone: {stray.path.name}: {stray.reason}" for stray in self.left_alone]
+        lines += [f"left alone: {stray.path.name}: {stray.reason}" for stray in self.ignored]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class ClearPlan:
             "cleared": self.cleared,
             "size_bytes": self.size_bytes,
             "kept": str(self.protected) if self.protected is not None else None,
-            "left_alone": [{"path": str(stray.path), "reason": stray.reason} for stray in self.left_alone],
+            "left_alone": [{"path": str(stray.path), "reason": stray.reason} for stray in self.ignored],
         }
 
     def execute(self, logger: Logger | None = None) -> ClearResult:
@@ -142,8 +142,8 @@ class ClearPlan:
             self._require_movable(move)
         self._move_all()
         if logger is not None:
-            told = f"cleared {self.cleared} checkpoints ({self.size_bytes:,} bytes) to {self.set_path}"
-            logger.info(told)
+            summary = f"cleared {self.cleared} checkpoints ({self.size_bytes:,} bytes) to {self.set_path}"
+            logger.info(summary)
         return ClearResult(set_path=self.set_path, cleared=self.cleared, size_bytes=self.size_bytes)
 
     def _refusal(self, cause: str, hint: str = "") -> ClearRefused:
@@ -181,7 +181,7 @@ class ClearPlan:
             record = {
                 **self.to_json(),
                 "cleared_at": self.cleared_at,
-                "stamp": load_raw_stamp(self.model_dir),
+                "stamp": load_raw_metadata(self.model_dir),
             }
             # A crash must leave no temporary file in the set: those have a place of their own.
             staging = ensure_staging(self.model_dir)
@@ -258,15 +258,15 @@ def plan_clear(
 ) -> ClearPlan:
     """Plan what to move out of the way; changes nothing.
 
-    STALE: every checkpoint. RESUME: what was passed over. FRESH: none. Leftovers of `.staging/` in any case.
-    Without a `verdict` the stamp speaks for the run in progress: if that can be resumed, whatever is not
-    intact and its own is planned; otherwise everything. Raises NotFound, StampTooNew, StorageError, and
+    STALE: every checkpoint. RESUME: what was skipped. FRESH: none. Leftovers of `.staging/` in any case.
+    Without a `verdict` the metadata speaks for the run in progress: if that can be resumed, whatever is not
+    intact and its own is planned; otherwise everything. Raises NotFound, MetadataTooNew, StorageError, and
     UsageError when that cannot be judged without the key that the seals were made with.
     """
     folder = Path(model_dir)
     if not folder.is_dir():
         raise NotFound(operation="clear", path=folder, cause="there is no such folder")
-    require_known_form(folder, read_stamp(folder))
+    require_known_form(folder, read_metadata(folder))
     listed, strays = list_checkpoints(folder)
     why: tuple[str, ...] = verdict.reasons if verdict is not None else ()
     if verdict is None:
@@ -274,7 +274,7 @@ def plan_clear(
     elif verdict.kind is VerdictKind.STALE:
         sources = [path for _, path in listed]
     else:
-        sources = [checkpoint.path for checkpoint in verdict.passed_over]
+        sources = [checkpoint.path for checkpoint in verdict.skipped]
     protected = verdict.checkpoint.path if verdict.checkpoint is not None else None
     moment = now if now is not None else datetime.now(UTC)
     reason = reason if reason is not None else reason_of(verdict)
@@ -290,7 +290,7 @@ def plan_clear(
         reason=reason,
         why=why if moves else (),
         moves=tuple(moves),
-        left_alone=tuple(strays),
+        ignored=tuple(strays),
         trash=tuple(trash),
         protected=protected,
         cleared_at=moment.astimezone(UTC).isoformat(timespec="seconds"),
@@ -298,27 +298,27 @@ def plan_clear(
 
 
 def _judge_run_in_progress(folder: Path, key: bytes | None) -> tuple[Verdict, list[Path], tuple[str, ...]]:
-    """The verdict for the run of the stamp itself, what to clear beside it, and why."""
-    reading = read_stamp(folder)
+    """The verdict for the run of the metadata itself, what to clear beside it, and why."""
+    reading = read_metadata(folder)
     checkpoints = scan_checkpoints(folder, key=key)
-    if keyed := [item.path.name for item in checkpoints if item.reason == KEY_MISSING]:
+    if keyed := [item.path.name for item in checkpoints if item.needs_key]:
         cause = f"{keyed[-1]} is sealed with a key, and none was given"
         raise UsageError(operation="clear", path=folder, cause=cause, hint="name the key file that sealed it")
-    recorded = reading.stamp.fingerprint if reading.stamp is not None else None
+    recorded = reading.run.fingerprint if reading.run is not None else None
     if recorded is None:
         reasons = (f"whose checkpoints these are is not known: {reading.reason}",) if checkpoints else ()
-        kind = VerdictKind.STALE if checkpoints else VerdictKind.FRESH
-        return Verdict(kind=kind, reasons=reasons), [item.path for item in checkpoints], reasons
+        cause = VerdictCause.METADATA_UNKNOWN if checkpoints else VerdictCause.NO_CHECKPOINTS
+        return Verdict(cause=cause, reasons=reasons), [item.path for item in checkpoints], reasons
     # What is protected must be worth it: of this run's own, the digests are taken as well.
     checked = [verify_checkpoint(item.path, key=key) if item.belongs_to(recorded) else item for item in checkpoints]
-    verdict = decide(stamp=reading, fingerprint=recorded, checkpoints=checked)
+    verdict = decide(metadata=reading, fingerprint=recorded, checkpoints=checked)
     if verdict.kind is not VerdictKind.RESUME:
         return verdict, [item.path for item in checked], verdict.reasons
     others = [item for item in checked if not item.belongs_to(recorded)]
     return (
         verdict,
         [item.path for item in others],
-        tuple(explain_passed_over(item, recorded) for item in others),
+        tuple(explain_skipped(item, recorded) for item in others),
     )
 
 
@@ -352,14 +352,10 @@ def reason_of(verdict: Verdict) -> str:
         return "not of this run"
     if verdict.kind is VerdictKind.FRESH:
         return "torn staging"
-    changed = [difference.name for difference in verdict.differences if difference.is_identity]
-    if changed:
-        return "dataset changed" if changed[0].startswith("dataset.") else f"{changed[0]} changed"
-    if verdict.differences or not verdict.reasons:
-        return "stale"
-    if "finished as version" in verdict.reasons[0]:
-        return "run finished"
-    return "metadata unknown" if "is not known" in verdict.reasons[0] else "none intact"
+    if verdict.changed:
+        name = verdict.changed[0]
+        return "dataset changed" if name.startswith("dataset.") else f"{name} changed"
+    return verdict.cause.value
 
 
 def _slug(text: str) -> str:

@@ -27,6 +27,7 @@ from .checkpoints import (
     verify_checkpoint,
 )
 from .clear import ClearPlan, plan_clear
+from .cleared_sets import plan_purge, restore_set
 from .completeness import recorded_step, why_incomplete
 from .errors import (
     EXIT_FAILED,
@@ -41,11 +42,9 @@ from .errors import (
 )
 from .fingerprint import Fingerprint, fingerprint_dataset
 from .lock import ModelLock
-from .metadata import StampKind, read_stamp, require_known_form, write_stamp
-from .prepare import assess, make_stamp
-from .purge import plan_purge
+from .metadata import MetadataKind, read_metadata, require_known_form, write_metadata
+from .prepare import assess, make_metadata
 from .recipe import proposed_run
-from .restore import restore_set
 from .seal import load_key
 from .verdict import VerdictKind
 
@@ -134,7 +133,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     choice = sub.add_mutually_exclusive_group()
     choice.add_argument("--dry-run", action="store_true", help="show the plan and change nothing")
     choice.add_argument("--restore", metavar="SET", help="bring back what was cleared into this set")
-    sub.add_argument("--dataset", type=Path, metavar="FILE", help="clear for a run over this (default: as stamped)")
+    sub.add_argument("--dataset", type=Path, metavar="FILE", help="clear for a run over this (default: as recorded)")
     _add_recipe(sub)
     _add_key(sub)
 
@@ -147,14 +146,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
     sub = add("seal", _seal, "seal a checkpoint that a script left, so that it can be verified and resumed from")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    sub.add_argument("--dataset", type=Path, metavar="FILE", help="what it was trained on (default: as stamped)")
+    sub.add_argument("--dataset", type=Path, metavar="FILE", help="what it was trained on (default: as recorded)")
     _add_recipe(sub)
     _add_key(sub)
     return parser
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    text = "components in JSON or TOML (default: as stamped)"
+    text = "components in JSON or TOML (default: as recorded)"
     parser.add_argument("--recipe", type=Path, metavar="FILE", help=text)
 
 
@@ -203,14 +202,14 @@ def _checksum_line(digest: str, name: str) -> str:
 
 def _check(options: argparse.Namespace) -> int:
     folder = _require_folder(options.model_dir, "check")
-    reading = read_stamp(folder)
+    reading = read_metadata(folder)
     require_known_form(folder, reading)
-    run = proposed_run(dataset=options.dataset, recipe=options.recipe, stamp=reading)
+    run = proposed_run(dataset=options.dataset, recipe=options.recipe, metadata=reading)
     verdict = assess(folder, fingerprint=run, key=_key(options, folder), digests=not options.no_digests)
     strays = list_checkpoints(folder)[1]
     if options.json:
-        left_alone = [{"path": str(stray.path), "reason": stray.reason} for stray in strays]
-        _print_json({**verdict.to_json(), "left_alone": left_alone})
+        ignored = [{"path": str(stray.path), "reason": stray.reason} for stray in strays]
+        _print_json({**verdict.to_json(), "left_alone": ignored})
     else:
         print(verdict)
         for stray in strays:
@@ -241,8 +240,8 @@ def _verify(options: argparse.Namespace) -> int:
             }
             for c in checkpoints
         ]
-        left_alone = [{"path": str(stray.path), "reason": stray.reason} for stray in strays]
-        _print_json({"checkpoints": rows, "left_alone": left_alone, "damaged": len(damaged)})
+        ignored = [{"path": str(stray.path), "reason": stray.reason} for stray in strays]
+        _print_json({"checkpoints": rows, "left_alone": ignored, "damaged": len(damaged)})
     elif not checkpoints and not strays:
         print(f"no checkpoints in {folder}")
     else:
@@ -269,10 +268,10 @@ def _clear(options: argparse.Namespace) -> int:
             result = restore_set(folder, options.restore)
             if options.json:
                 paths = [str(path) for path in result.restored]
-                _print_json({"restored": paths, "stamp_restored": result.stamp_restored})
+                _print_json({"restored": paths, "stamp_restored": result.metadata_restored})
             else:
-                stamp = " and their metadata" if result.stamp_restored else ""
-                print(f"restored {len(result.restored)} checkpoints{stamp} to {folder}")
+                metadata = " and their metadata" if result.metadata_restored else ""
+                print(f"restored {len(result.restored)} checkpoints{metadata} to {folder}")
             return 0
         plan = _plan(folder, options, key)
         if not options.json:
@@ -288,9 +287,9 @@ def _clear(options: argparse.Namespace) -> int:
 def _plan(folder: Path, options: argparse.Namespace, key: bytes | None) -> ClearPlan:
     if options.dataset is None:
         return plan_clear(folder, key=key)
-    reading = read_stamp(folder)
+    reading = read_metadata(folder)
     require_known_form(folder, reading)
-    run = proposed_run(dataset=options.dataset, recipe=options.recipe, stamp=reading)
+    run = proposed_run(dataset=options.dataset, recipe=options.recipe, metadata=reading)
     return plan_clear(folder, verdict=assess(folder, fingerprint=run, key=key), key=key)
 
 
@@ -340,10 +339,10 @@ def _seal(options: argparse.Namespace) -> int:
             )
         run = _run_to_seal(model_dir, options)
         sealed = seal_checkpoint(folder, step=step, fingerprint=run, key=key)
-        if match and read_stamp(model_dir).kind is StampKind.MISSING and options.dataset is not None:
+        if match and read_metadata(model_dir).kind is MetadataKind.MISSING and options.dataset is not None:
             lora = {n.removeprefix("lora."): v for n, v in run.components.items() if n.startswith("lora.")}
-            stamp = make_stamp(fingerprint=run, dataset_path=options.dataset, lora_config=lora)
-            write_stamp(model_dir, stamp)
+            metadata = make_metadata(fingerprint=run, dataset_path=options.dataset, lora_config=lora)
+            write_metadata(model_dir, metadata)
     if options.json:
         _print_json(
             {
@@ -359,22 +358,22 @@ def _seal(options: argparse.Namespace) -> int:
 
 
 def _run_to_seal(model_dir: Path, options: argparse.Namespace) -> Fingerprint:
-    """Whose checkpoint this is: as told, in agreement with the stamp, or else as stamped."""
-    reading = read_stamp(model_dir)
+    """Whose checkpoint this is: as told, in agreement with the metadata, or else as recorded."""
+    reading = read_metadata(model_dir)
     require_known_form(model_dir, reading)
-    stamped = reading.stamp.fingerprint if reading.stamp is not None else None
+    recorded = reading.run.fingerprint if reading.run is not None else None
     if options.dataset is None:
-        if stamped is None or options.recipe is not None:
+        if recorded is None or options.recipe is not None:
             raise UsageError(
                 operation="seal",
                 path=options.checkpoint,
                 cause="what it was trained on is not known",
                 hint="name the dataset: --dataset FILE [--recipe FILE]",
             )
-        return stamped
-    run = proposed_run(dataset=options.dataset, recipe=options.recipe, stamp=reading)
-    if stamped is not None and not stamped.same_run(run):
-        changes = "; ".join(str(change) for change in stamped.differences(run) if change.is_identity)
+        return recorded
+    run = proposed_run(dataset=options.dataset, recipe=options.recipe, metadata=reading)
+    if recorded is not None and not recorded.same_run(run):
+        changes = "; ".join(str(change) for change in recorded.differences(run) if change.is_identity)
         raise SealBroken(
             operation="seal",
             path=options.checkpoint,

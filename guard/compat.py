@@ -13,9 +13,9 @@ from .clear import Logger, plan_clear
 from .errors import GuardError
 from .fingerprint import Fingerprint, fingerprint_dataset, name_size_hash
 from .lock import locked
-from .metadata import StampKind, load_raw_stamp, read_stamp, write_stamp
-from .prepare import make_stamp, plain_lora_config
-from .verdict import Verdict, VerdictKind
+from .metadata import MetadataKind, load_raw_metadata, read_metadata, write_metadata
+from .prepare import make_metadata, plain_lora_config
+from .verdict import Verdict, VerdictCause
 
 _PEFT_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
 
@@ -33,14 +33,14 @@ def save_dataset_metadata(output_dir: PathLike, dataset_path: PathLike, lora_con
     lora = _lora_components(lora_config)
     content = fingerprint_dataset(dataset_path)
     fingerprint = Fingerprint({**content.components(), "dataset.path": str(Path(dataset_path).absolute()), **lora})
-    stamp = make_stamp(fingerprint=fingerprint, dataset_path=dataset_path, lora_config=lora_config)
+    metadata = make_metadata(fingerprint=fingerprint, dataset_path=dataset_path, lora_config=lora_config)
     with locked(output_dir, owner="save_dataset_metadata"):
-        write_stamp(output_dir, stamp)
+        write_metadata(output_dir, metadata)
 
 
 def load_dataset_metadata(output_dir: PathLike) -> dict[str, Any] | None:
     """The metadata as it stands in the file; None when missing, unreadable or not an object."""
-    return load_raw_stamp(output_dir)
+    return load_raw_metadata(output_dir)
 
 
 def validate_checkpoint_compatibility(
@@ -50,15 +50,13 @@ def validate_checkpoint_compatibility(
 
     Missing or broken metadata is incompatible. Metadata of the old form is judged by name and size alone.
     """
-    reading = read_stamp(output_dir)
-    if reading.stamp is None:
+    reading = read_metadata(output_dir)
+    if reading.run is None:
         return False, f"the metadata is {reading.kind.value}: {reading.reason}"
-    recorded = reading.stamp.fingerprint
+    recorded = reading.run.fingerprint
     try:
-        if reading.kind is StampKind.LEGACY or recorded is None:
-            old = Fingerprint(
-                {"dataset.digest": reading.stamp.dataset_hash, **_lora_components(reading.stamp.lora_config)}
-            )
+        if reading.kind is MetadataKind.LEGACY or recorded is None:
+            old = Fingerprint({"dataset.digest": reading.run.dataset_hash, **_lora_components(reading.run.lora_config)})
             known: dict[str, Any] = {"dataset.digest": compute_dataset_hash(dataset_path)}
         else:
             old = recorded
@@ -69,8 +67,8 @@ def validate_checkpoint_compatibility(
         return False, str(exc).splitlines()[0]
     new = Fingerprint({**old.components, **known, **_lora_components(lora_config)})
     reasons = [str(change) for change in old.differences(new) if change.is_identity]
-    if reading.stamp.finished is not None:
-        reasons.insert(0, f"the run that wrote it finished as version {reading.stamp.finished}")
+    if reading.run.finished is not None:
+        reasons.insert(0, f"the run that wrote it finished as version {reading.run.finished}")
     return (False, "; ".join(reasons)) if reasons else (True, None)
 
 
@@ -78,9 +76,9 @@ def clear_checkpoints(output_dir: PathLike, logger: Logger | None = None) -> int
     """Move every checkpoint folder into `.cleared/`; returns how many. Nothing is deleted."""
     if not Path(output_dir).is_dir():
         return 0
-    everything = Verdict(kind=VerdictKind.STALE, reasons=("the caller asked for it",))
+    everything = Verdict(cause=VerdictCause.REQUESTED, reasons=("the caller asked for it",))
     with locked(output_dir, owner="clear_checkpoints"):
-        return plan_clear(output_dir, verdict=everything, reason="requested").execute(logger).cleared
+        return plan_clear(output_dir, verdict=everything).execute(logger).cleared
 
 
 def _lora_components(lora_config: Any) -> dict[str, Any]:

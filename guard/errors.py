@@ -72,11 +72,11 @@ class FileChanged(GuardError):
     """A file changed while it was read, so that no digest describes it."""
 
 
-class StampTooNew(GuardError):
+class MetadataTooNew(GuardError):
     """The metadata was written by a later version of this program; it is neither judged nor overwritten."""
 
 
-class StampUnusable(GuardError):
+class MetadataUnusable(GuardError):
     """The metadata is not there, or not in a form that can be changed."""
 
 
@@ -103,6 +103,10 @@ class ClearRefused(GuardError):
 
 class SealBroken(GuardError):
     """A checkpoint could not be sealed, or its seal does not verify."""
+
+
+class SealKeyMissing(SealBroken):
+    """A seal was made with a key, and none was given to verify it."""
 
 
 class WeightsNotFinite(GuardError):

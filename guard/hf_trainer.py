@@ -1,4 +1,4 @@
-"""The fingerprint of somebody's Trainer, read off the object; needs no import of transformers or peft."""
+"""Fingerprint a transformers Trainer from its attributes, without importing transformers or peft."""
 
 from __future__ import annotations
 

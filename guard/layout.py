@@ -9,7 +9,7 @@ from typing import Final
 from .atomic import PathLike, fsync_dir
 from .errors import StorageError, storage_errors
 
-STAMP_NAME: Final = ".dataset_metadata.json"
+METADATA_NAME: Final = ".dataset_metadata.json"
 STAGING_NAME: Final = ".staging"
 CLEARED_NAME: Final = ".cleared"
 LOCK_NAME: Final = ".lock"

@@ -1,4 +1,4 @@
-"""The stamp: whose checkpoints a model directory holds, in `.dataset_metadata.json`.
+"""Run metadata: whose checkpoints a model directory holds, in `.dataset_metadata.json`.
 
 Three forms are told apart: the old one with four keys at most and no version, the present one, and later
 ones, which are neither judged nor overwritten.
@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from .atomic import PathLike, rename_durable, write_atomic
-from .errors import StampTooNew, StampUnusable, explain_os_error, storage_errors
+from .errors import MetadataTooNew, MetadataUnusable, explain_os_error, storage_errors
 from .fingerprint import Fingerprint, to_json_value
-from .layout import STAMP_NAME, ensure_staging, unused_name
+from .layout import METADATA_NAME, ensure_staging, unused_name
 
 SCHEMA_VERSION: Final = 2  # the old form, which had no version, counts as 1
 
-# A stamp is a few kB; with a long chat template tens of them. Anything this large is something else.
+# Metadata is a few kB; with a long chat template tens of them. Anything this large is something else.
 _MAX_BYTES = 16 * 1024 * 1024
 
 
-class StampKind(StrEnum):
+class MetadataKind(StrEnum):
     MISSING = "missing"
     UNREADABLE = "unreadable"
     LEGACY = "legacy"
@@ -37,7 +37,7 @@ class StampKind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stamp:
+class RunMetadata:
     """Whose checkpoints these are.
 
     `dataset_hash` is md5 of `name:size`, for old readers; the content is in the fingerprint (None in the old
@@ -65,17 +65,17 @@ class Stamp:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StampReading:
-    """`stamp` for LEGACY and CURRENT; `reason` says in words what is wrong with the other kinds."""
+class MetadataReading:
+    """`run` for LEGACY and CURRENT; `reason` says in words what is wrong with the other kinds."""
 
-    kind: StampKind
-    stamp: Stamp | None = None
+    kind: MetadataKind
+    run: RunMetadata | None = None
     reason: str = ""
 
 
-def read_stamp(model_dir: PathLike) -> StampReading:
-    """Read the stamp; whatever is in its place, this returns and never raises."""
-    raw, problem = _read_raw(Path(model_dir, STAMP_NAME))
+def read_metadata(model_dir: PathLike) -> MetadataReading:
+    """Read the metadata; whatever is in its place, this returns and never raises."""
+    raw, problem = _read_raw(Path(model_dir, METADATA_NAME))
     if raw is None:
         return problem
     if raw.startswith(b"\xef\xbb\xbf"):
@@ -90,12 +90,12 @@ def read_stamp(model_dir: PathLike) -> StampReading:
         return _unreadable("it is empty" if not raw.strip() else f"it is not JSON ({exc})")
     if not isinstance(value, dict):
         return _unreadable("it is not a JSON object")
-    return interpret_stamp(value)
+    return parse_metadata(value)
 
 
-def load_raw_stamp(model_dir: PathLike) -> dict[str, Any] | None:
+def load_raw_metadata(model_dir: PathLike) -> dict[str, Any] | None:
     """The metadata as it stands in the file; None when missing, unreadable or not an object."""
-    raw, _ = _read_raw(Path(model_dir, STAMP_NAME))
+    raw, _ = _read_raw(Path(model_dir, METADATA_NAME))
     try:
         value = json.loads(raw.decode()) if raw is not None else None
     except (ValueError, RecursionError):
@@ -103,11 +103,11 @@ def load_raw_stamp(model_dir: PathLike) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_raw(path: Path) -> tuple[bytes | None, StampReading]:
+def _read_raw(path: Path) -> tuple[bytes | None, MetadataReading]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
-        return None, StampReading(kind=StampKind.MISSING, reason="there is no metadata")
+        return None, MetadataReading(kind=MetadataKind.MISSING, reason="there is no metadata")
     except OSError as exc:
         is_link = exc.errno == errno.ELOOP
         return None, _unreadable("it is a symbolic link" if is_link else explain_os_error(exc))
@@ -118,35 +118,37 @@ def _read_raw(path: Path) -> tuple[bytes | None, StampReading]:
         if status.st_size > _MAX_BYTES:
             return None, _unreadable(f"it has {status.st_size:,} bytes, more than metadata can have")
         with os.fdopen(fd, "rb", closefd=False) as file:
-            return file.read(status.st_size), StampReading(kind=StampKind.MISSING)
+            return file.read(status.st_size), MetadataReading(kind=MetadataKind.MISSING)
     except OSError as exc:
         return None, _unreadable(explain_os_error(exc))
     finally:
         os.close(fd)
 
 
-def _unreadable(reason: str) -> StampReading:
-    return StampReading(kind=StampKind.UNREADABLE, reason=reason)
+def _unreadable(reason: str) -> MetadataReading:
+    return MetadataReading(kind=MetadataKind.UNREADABLE, reason=reason)
 
 
-def interpret_stamp(value: dict[str, Any]) -> StampReading:
+def parse_metadata(value: dict[str, Any]) -> MetadataReading:
     version = value.get("schema_version", 1)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         return _unreadable(f"its schema_version is {version!r}")
     if version > SCHEMA_VERSION:
         reason = f"its schema_version is {version}; this program knows {SCHEMA_VERSION} and earlier"
-        return StampReading(kind=StampKind.NEWER, reason=reason)
+        return MetadataReading(kind=MetadataKind.NEWER, reason=reason)
     name, digest = value.get("dataset_name"), value.get("dataset_hash")
     path, lora_config = value.get("dataset_path", ""), value.get("lora_config", {})
     if not (isinstance(name, str) and isinstance(digest, str) and isinstance(path, str)):
         return _unreadable("it names no dataset")
     if not isinstance(lora_config, dict):
         return _unreadable("its lora_config is not an object")
-    stamp = Stamp(dataset_name=name, dataset_hash=digest, dataset_path=path, lora_config=lora_config, fingerprint=None)
+    metadata = RunMetadata(
+        dataset_name=name, dataset_hash=digest, dataset_path=path, lora_config=lora_config, fingerprint=None
+    )
     if version == 1:
-        return StampReading(
-            kind=StampKind.LEGACY,
-            stamp=replace(stamp, schema_version=1),
+        return MetadataReading(
+            kind=MetadataKind.LEGACY,
+            run=replace(metadata, schema_version=1),
             reason="it has the old form, which does not say what the dataset held",
         )
     finished = value.get("finished")
@@ -156,51 +158,51 @@ def interpret_stamp(value: dict[str, Any]) -> StampReading:
         fingerprint = Fingerprint.from_json(value.get("components"))
     except (ValueError, TypeError, RecursionError) as exc:
         return _unreadable(f"its components cannot be read ({exc})")
-    current = replace(stamp, fingerprint=fingerprint, finished=finished)
-    return StampReading(kind=StampKind.CURRENT, stamp=current)
+    current = replace(metadata, fingerprint=fingerprint, finished=finished)
+    return MetadataReading(kind=MetadataKind.CURRENT, run=current)
 
 
-def write_stamp(model_dir: PathLike, stamp: Stamp) -> None:
-    """Write the stamp, durably. Under the model directory's lock.
+def write_metadata(model_dir: PathLike, metadata: RunMetadata) -> None:
+    """Write the metadata, durably. Under the model directory's lock.
 
-    Raises StampTooNew over a later form. What cannot be read is renamed to
+    Raises MetadataTooNew over a later form. What cannot be read is renamed to
     `.dataset_metadata.json.unreadable-<time>` first, never overwritten.
     """
-    path = Path(model_dir, STAMP_NAME)
-    reading = read_stamp(model_dir)
+    path = Path(model_dir, METADATA_NAME)
+    reading = read_metadata(model_dir)
     require_known_form(model_dir, reading)
     with storage_errors("write", path):
-        if reading.kind is StampKind.UNREADABLE:
+        if reading.kind is MetadataKind.UNREADABLE:
             moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
             aside = unused_name(path.parent, f"{path.name}.unreadable-{moment}")
             rename_durable(path, path.with_name(aside))
         # The temporary file goes where leftovers are looked for, not among the model's own files.
         staging = ensure_staging(model_dir)
-        write_atomic(path, json.dumps(stamp.to_json(), indent=2) + "\n", temp_dir=staging)
+        write_atomic(path, json.dumps(metadata.to_json(), indent=2) + "\n", temp_dir=staging)
 
 
-def require_known_form(model_dir: PathLike, reading: StampReading) -> None:
-    if reading.kind is StampKind.NEWER:
-        raise StampTooNew(
+def require_known_form(model_dir: PathLike, reading: MetadataReading) -> None:
+    if reading.kind is MetadataKind.NEWER:
+        raise MetadataTooNew(
             operation="use the metadata in",
-            path=Path(model_dir, STAMP_NAME),
+            path=Path(model_dir, METADATA_NAME),
             cause=reading.reason,
             hint="run the version of this program that wrote it, or move the model directory aside",
         )
 
 
 def mark_finished(model_dir: PathLike, version: str) -> None:
-    """Record that the run of the stamp was promoted as `version`.
+    """Record that the run of the metadata was promoted as `version`.
 
-    What that run left behind is no longer resumed from. Raises StampUnusable when there is no stamp of the
-    present form, StampTooNew for a later one.
+    What that run left behind is no longer resumed from. Raises MetadataUnusable when there is no metadata of the
+    present form, MetadataTooNew for a later one.
     """
-    reading = read_stamp(model_dir)
+    reading = read_metadata(model_dir)
     require_known_form(model_dir, reading)
-    if reading.kind is not StampKind.CURRENT or reading.stamp is None:
-        raise StampUnusable(
+    if reading.kind is not MetadataKind.CURRENT or reading.run is None:
+        raise MetadataUnusable(
             operation="mark as finished",
-            path=Path(model_dir, STAMP_NAME),
+            path=Path(model_dir, METADATA_NAME),
             cause=reading.reason or "it is missing",
         )
-    write_stamp(model_dir, replace(reading.stamp, finished=version))
+    write_metadata(model_dir, replace(reading.run, finished=version))

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import PathLike
-from .checkpoints import list_checkpoints, survey, verify_checkpoint
+from .checkpoints import list_checkpoints, scan_until_resumable, verify_checkpoint
 from .clear import ClearResult, plan_clear
 from .fingerprint import Fingerprint, name_size_hash, to_json_value
 from .layout import ensure_staging
 from .lock import require_lock
-from .metadata import Stamp, read_stamp, require_known_form, write_stamp
-from .verdict import Verdict, VerdictKind, decide, explain_passed_over
+from .metadata import RunMetadata, read_metadata, require_known_form, write_metadata
+from .verdict import Verdict, VerdictKind, decide, explain_skipped
 
 Log = Callable[[str, dict[str, Any]], None]
 
@@ -40,24 +40,24 @@ def assess(model_dir: PathLike, *, fingerprint: Fingerprint, key: bytes | None =
     """The verdict for a run, from what is on the disk; changes nothing.
 
     Looks at no more checkpoints than it needs. `digests` are taken of what could be resumed from. Raises
-    StampTooNew.
+    MetadataTooNew.
     """
-    reading = read_stamp(model_dir)
+    reading = read_metadata(model_dir)
     require_known_form(model_dir, reading)
-    stamp = reading.stamp
+    metadata = reading.run
     agrees = (
-        stamp is not None
-        and stamp.finished is None
-        and stamp.fingerprint is not None
-        and stamp.fingerprint.same_run(fingerprint)
+        metadata is not None
+        and metadata.finished is None
+        and metadata.fingerprint is not None
+        and metadata.fingerprint.same_run(fingerprint)
     )
     if agrees:
-        checkpoints = survey(model_dir, fingerprint=fingerprint, key=key, digests=digests)
+        checkpoints = scan_until_resumable(model_dir, fingerprint=fingerprint, key=key, digests=digests)
     else:
-        # The stamp has decided; that there is a checkpoint at all is what still matters.
+        # The metadata has decided; that there is a checkpoint at all is what still matters.
         newest = list_checkpoints(model_dir)[0][-1:]
         checkpoints = tuple(verify_checkpoint(path, key=key, digests=False) for _, path in newest)
-    return decide(stamp=reading, fingerprint=fingerprint, checkpoints=checkpoints)
+    return decide(metadata=reading, fingerprint=fingerprint, checkpoints=checkpoints)
 
 
 def prepare_run(
@@ -69,40 +69,40 @@ def prepare_run(
     key: bytes | None = None,
     log: Log | None = None,
 ) -> PreparedRun:
-    """Decide, clear what does not belong, stamp, and say where to resume from.
+    """Decide, clear what does not belong, record the run, and say where to resume from.
 
-    `lora_config` (a mapping, or peft's LoraConfig) is written into the stamp for readers of old; what decides
+    `lora_config` (a mapping, or peft's LoraConfig) is written into the metadata for readers of old; what decides
     is in the fingerprint.
 
-    Under the model directory's lock. Raises NotLocked, StampTooNew, ClearRefused, StorageError, NotFound (no
-    such dataset); a run that was not prepared leaves checkpoints and stamp as they were.
+    Under the model directory's lock. Raises NotLocked, MetadataTooNew, ClearRefused, StorageError, NotFound (no
+    such dataset); a run that was not prepared leaves checkpoints and metadata as they were.
     """
     folder = Path(model_dir)
     require_lock(folder, "prepare a run in")
-    tell = log if log is not None else _silent
+    publish = log if log is not None else _silent
     # Whatever can fail without touching anything comes first.
-    stamp = make_stamp(fingerprint=fingerprint, dataset_path=dataset_path, lora_config=lora_config)
+    metadata = make_metadata(fingerprint=fingerprint, dataset_path=dataset_path, lora_config=lora_config)
     verdict = assess(folder, fingerprint=fingerprint, key=key)
-    tell("guard.run_decided", verdict.to_json())
-    for checkpoint in verdict.passed_over:
-        tell(
+    publish("guard.run_decided", verdict.to_json())
+    for checkpoint in verdict.skipped:
+        publish(
             "guard.checkpoint_passed_over",
             {
                 "path": str(checkpoint.path),
                 "step": checkpoint.step,
                 "state": checkpoint.state.value,
-                "reason": explain_passed_over(checkpoint, fingerprint),
+                "reason": explain_skipped(checkpoint, fingerprint),
                 "resume_from": str(verdict.checkpoint.path) if verdict.checkpoint is not None else None,
             },
         )
     plan = plan_clear(folder, verdict=verdict, key=key)
-    for stray in plan.left_alone:
-        tell("guard.entry_left_alone", {"path": str(stray.path), "reason": stray.reason})
-    # Clear before stamping: a crash here leaves no checkpoints, which reads as FRESH. The other way round,
-    # old checkpoints would stand beside a stamp that calls them the new run's.
+    for stray in plan.ignored:
+        publish("guard.entry_left_alone", {"path": str(stray.path), "reason": stray.reason})
+    # Clear before writing the metadata: a crash here leaves no checkpoints, which reads as FRESH. The other way round,
+    # old checkpoints would stand beside metadata that calls them the new run's.
     cleared: ClearResult | None = plan.execute()
     if cleared is not None and cleared.set_path is not None:
-        tell(
+        publish(
             "guard.checkpoints_cleared",
             {
                 "set": str(cleared.set_path),
@@ -114,8 +114,8 @@ def prepare_run(
     else:
         cleared = None
     if verdict.kind is not VerdictKind.RESUME:
-        write_stamp(folder, stamp)
-        tell("guard.run_stamped", {"identity": fingerprint.identity_digest, "dataset": stamp.dataset_name})
+        write_metadata(folder, metadata)
+        publish("guard.run_stamped", {"identity": fingerprint.identity_digest, "dataset": metadata.dataset_name})
     return PreparedRun(
         model_dir=folder,
         fingerprint=fingerprint,
@@ -142,11 +142,11 @@ def _silent(_event: str, _data: dict[str, Any]) -> None:
     pass
 
 
-def make_stamp(*, fingerprint: Fingerprint, dataset_path: PathLike, lora_config: Any) -> Stamp:
-    """The stamp of a run; `lora_config` as for prepare_run. Raises NotFound when there is no such dataset."""
+def make_metadata(*, fingerprint: Fingerprint, dataset_path: PathLike, lora_config: Any) -> RunMetadata:
+    """The metadata of a run; `lora_config` as for prepare_run. Raises NotFound when there is no such dataset."""
     path = Path(dataset_path)
     _, name_size = name_size_hash(path)
-    return Stamp(
+    return RunMetadata(
         dataset_name=path.name,
         dataset_hash=name_size,
         dataset_path=str(path.absolute()),

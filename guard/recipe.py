@@ -1,4 +1,4 @@
-"""Fingerprints for the command line: from a dataset file, a recipe file, and what the stamp recorded."""
+"""Fingerprints for the command line: from a dataset file, a recipe file, and what the metadata recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from .atomic import PathLike
 from .errors import UsageError, explain_os_error
 from .fingerprint import DatasetMode, Fingerprint, fingerprint_dataset
-from .metadata import StampReading
+from .metadata import MetadataReading
 
 
 def read_recipe(path: PathLike) -> dict[str, Any]:
@@ -46,13 +46,13 @@ def _unusable(path: PathLike, cause: str) -> UsageError:
 
 
 def proposed_run(
-    *, dataset: PathLike, recipe: PathLike | None, stamp: StampReading, mode: DatasetMode = "content"
+    *, dataset: PathLike, recipe: PathLike | None, metadata: MetadataReading, mode: DatasetMode = "content"
 ) -> Fingerprint:
-    """The fingerprint of a run over `dataset` with `recipe`, or else with the recipe that was stamped.
+    """The fingerprint of a run over `dataset` with `recipe`, or else with the recipe that was recorded.
 
-    What a file cannot tell (how many rows were kept) is taken from the stamp when the dataset is the same.
+    What a file cannot tell (how many rows were kept) is taken from the metadata when the dataset is the same.
     """
-    recorded = stamp.stamp.fingerprint.components if stamp.stamp and stamp.stamp.fingerprint else {}
+    recorded = metadata.run.fingerprint.components if metadata.run and metadata.run.fingerprint else {}
     known = fingerprint_dataset(dataset, mode=mode).components()
     components: dict[str, Any] = {**known, "dataset.path": str(Path(dataset).absolute())}
     if recorded.get("dataset.digest") == known["dataset.digest"]:

@@ -24,12 +24,11 @@ from blake3 import blake3
 from .atomic import PathLike, fsync_dir, fsync_file, write_atomic
 from .completeness import recorded_step
 from .digest import digest_file
-from .errors import NotFound, SealBroken, UsageError, explain_os_error, storage_errors
+from .errors import NotFound, SealBroken, SealKeyMissing, UsageError, explain_os_error, storage_errors
 from .fingerprint import Fingerprint, canonical_json
 
 SEAL_NAME: Final = "seal.json"
 SEAL_VERSION: Final = 1
-KEY_MISSING: Final = "it is sealed with a key, and none was given"
 _MAX_SEAL_BYTES = 64 * 1024 * 1024
 _MIN_KEY_BYTES = 16
 # What write_atomic leaves beside the seal when its process is killed in the middle.
@@ -163,7 +162,12 @@ def read_seal(directory: PathLike, *, key: bytes | None = None) -> Seal:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise _broken(path, "seal.json cannot be read as a seal") from exc
     if algorithm == "hmac-sha256" and key is None:
-        raise _broken(path, KEY_MISSING, "name the key file that sealed it")
+        raise SealKeyMissing(
+            operation="verify",
+            path=path.parent,
+            cause="it is sealed with a key, and none was given",
+            hint="name the key file that sealed it",
+        )
     if algorithm == "blake3" and key is not None:
         raise _broken(path, "it is sealed without a key, and one is required", "seal it again with the key")
     expected = render_seal(seal, key)

@@ -8,10 +8,8 @@ from enum import StrEnum
 from typing import Any
 
 from .checkpoints import Checkpoint
-from .errors import StampTooNew
 from .fingerprint import Difference, Fingerprint
-from .layout import STAMP_NAME
-from .metadata import StampKind, StampReading
+from .metadata import MetadataReading, require_known_form
 
 
 class VerdictKind(StrEnum):
@@ -20,18 +18,43 @@ class VerdictKind(StrEnum):
     STALE = "stale"
 
 
+class VerdictCause(StrEnum):
+    """Why a verdict is what it is, in a few words; `reasons` has the sentences."""
+
+    NO_CHECKPOINTS = "no checkpoints"
+    SAME_RUN = "same run"
+    METADATA_UNKNOWN = "metadata unknown"
+    RUN_FINISHED = "run finished"
+    COMPONENTS_CHANGED = "components changed"
+    NONE_INTACT = "none intact"
+    REQUESTED = "requested"  # by a caller, whatever the checkpoints are
+
+
+_KINDS = {VerdictCause.NO_CHECKPOINTS: VerdictKind.FRESH, VerdictCause.SAME_RUN: VerdictKind.RESUME}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`checkpoint` is set for RESUME alone. `differences` holds every component that changed, notes included.
+    """What a run may start from, and why.
 
-    `passed_over` are the checkpoints newer than the one to resume from, each with its reason.
+    `checkpoint` is set for RESUME alone. `differences` holds every component that changed, notes included. `skipped` are the checkpoints newer than the one to resume from, each with its reason.
     """
 
-    kind: VerdictKind
+    cause: VerdictCause
     checkpoint: Checkpoint | None = None
     reasons: tuple[str, ...] = ()
     differences: tuple[Difference, ...] = ()
-    passed_over: tuple[Checkpoint, ...] = ()
+    skipped: tuple[Checkpoint, ...] = ()
+
+    @property
+    def kind(self) -> VerdictKind:
+        """Follows from the cause."""
+        return _KINDS.get(self.cause, VerdictKind.STALE)
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the components whose change makes checkpoints stale."""
+        return tuple(difference.name for difference in self.differences if difference.is_identity)
 
     def __str__(self) -> str:
         where = f" from {self.checkpoint.path.name}" if self.checkpoint is not None else ""
@@ -49,55 +72,51 @@ class Verdict:
             ],
             "passed_over": [
                 {"path": str(item.path), "step": item.step, "state": item.state.value, "reason": item.reason}
-                for item in self.passed_over
+                for item in self.skipped
             ],
         }
 
 
-def decide(*, stamp: StampReading, fingerprint: Fingerprint, checkpoints: Sequence[Checkpoint]) -> Verdict:
-    """FRESH without checkpoints; RESUME when stamp and seal both are of this very run; STALE otherwise.
+def decide(*, metadata: MetadataReading, fingerprint: Fingerprint, checkpoints: Sequence[Checkpoint]) -> Verdict:
+    """FRESH without checkpoints; RESUME when metadata and seal both are of this very run; STALE otherwise.
 
     `checkpoints` ascend by step; those older than the newest that can be resumed from may be left out. Raises
-    StampTooNew: metadata of a later form is not judged.
+    MetadataTooNew: metadata of a later form is not judged.
     """
-    if stamp.kind is StampKind.NEWER:
-        raise StampTooNew(
-            operation="use the metadata in",
-            path=STAMP_NAME,
-            cause=stamp.reason,
-            hint="run the version of this program that wrote it, or move the model directory aside",
-        )
+    require_known_form("", metadata)
     if not checkpoints:
-        return Verdict(kind=VerdictKind.FRESH, reasons=("there are no checkpoints",))
-    recorded = stamp.stamp.fingerprint if stamp.stamp is not None else None
-    if stamp.stamp is None or recorded is None:
-        return Verdict(kind=VerdictKind.STALE, reasons=(f"whose checkpoints these are is not known: {stamp.reason}",))
+        return Verdict(cause=VerdictCause.NO_CHECKPOINTS, reasons=("there are no checkpoints",))
+    recorded = metadata.run.fingerprint if metadata.run is not None else None
+    if metadata.run is None or recorded is None:
+        unknown = f"whose checkpoints these are is not known: {metadata.reason}"
+        return Verdict(cause=VerdictCause.METADATA_UNKNOWN, reasons=(unknown,))
     differences = recorded.differences(fingerprint)
-    reasons = [str(change) for change in differences if change.is_identity]
-    if stamp.stamp.finished is not None:
-        reasons.insert(0, f"the run that wrote them finished as version {stamp.stamp.finished}")
-    if reasons:
-        return Verdict(kind=VerdictKind.STALE, reasons=tuple(reasons), differences=differences)
+    changes = [str(change) for change in differences if change.is_identity]
+    if changes or metadata.run.finished is not None:
+        finished = metadata.run.finished
+        ended = [f"the run that wrote them finished as version {finished}"] if finished is not None else []
+        cause = VerdictCause.COMPONENTS_CHANGED if changes else VerdictCause.RUN_FINISHED
+        return Verdict(cause=cause, reasons=(*ended, *changes), differences=differences)
 
-    passed_over: list[Checkpoint] = []
+    skipped: list[Checkpoint] = []
     for checkpoint in reversed(checkpoints):
         if checkpoint.belongs_to(fingerprint):
             notes = tuple(f"{change} (noted, does not matter)" for change in differences)
-            told = tuple(explain_passed_over(item, fingerprint) for item in reversed(passed_over))
+            explained = tuple(explain_skipped(item, fingerprint) for item in reversed(skipped))
             return Verdict(
-                kind=VerdictKind.RESUME,
+                cause=VerdictCause.SAME_RUN,
                 checkpoint=checkpoint,
-                reasons=(*told, *notes),
+                reasons=(*explained, *notes),
                 differences=differences,
-                passed_over=tuple(reversed(passed_over)),
+                skipped=tuple(reversed(skipped)),
             )
-        passed_over.append(checkpoint)
-    reasons = ["no checkpoint is intact and of this run"]
-    reasons += [explain_passed_over(checkpoint, fingerprint) for checkpoint in checkpoints]
-    return Verdict(kind=VerdictKind.STALE, reasons=tuple(reasons), differences=differences)
+        skipped.append(checkpoint)
+    explained = tuple(explain_skipped(checkpoint, fingerprint) for checkpoint in checkpoints)
+    reasons = ("no checkpoint is intact and of this run", *explained)
+    return Verdict(cause=VerdictCause.NONE_INTACT, reasons=reasons, differences=differences)
 
 
-def explain_passed_over(checkpoint: Checkpoint, fingerprint: Fingerprint) -> str:
+def explain_skipped(checkpoint: Checkpoint, fingerprint: Fingerprint) -> str:
     """`checkpoint-30 is torn: ...`, or, for an intact one of another run, in what that run differs."""
     name = checkpoint.path.name
     if checkpoint.is_intact and checkpoint.fingerprint is not None:

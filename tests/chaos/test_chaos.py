@@ -196,4 +196,4 @@ def test_every_job_ends_right_once_whatever_is_killed(
     print(dict(chaos.kills), dict(Counter(job.state.value for job in root.jobs())))
     succeeded = [job for job in root.jobs() if job.state is JobState.SUCCEEDED]
     assert len(succeeded) >= (1 if real else 5)
-    assert guard.read_stamp(root.settings.model_dir).stamp is not None
+    assert guard.read_metadata(root.settings.model_dir).run is not None

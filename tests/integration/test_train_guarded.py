@@ -32,21 +32,21 @@ PLAN = Plan(
 )  # fmt: skip
 
 
-def stamped(model_dir: str) -> dict[str, Any]:
-    stamp = guard.read_stamp(model_dir).stamp
-    assert stamp is not None
-    assert stamp.fingerprint is not None
-    return stamp.fingerprint.to_json()
+def recorded(model_dir: str) -> dict[str, Any]:
+    metadata = guard.read_metadata(model_dir).run
+    assert metadata is not None
+    assert metadata.fingerprint is not None
+    return metadata.fingerprint.to_json()
 
 
-def test_the_stamp_of_a_run_names_everything_that_decides_what_it_computes(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_metadata_of_a_run_names_everything_that_decides_what_it_computes(tiny_base: Path, tmp_path: Path) -> None:
     """Every field of peft's class as the trainer uses it, the rows that are left, the length, the versions; all of them
     in the guard's table."""
     content = rows(24)
     content[5]["messages"] = content[5]["messages"][:-1]  # nothing to learn in this one
     spec = specify(tmp_path, content, tiny_base, {"lora": {"r": 4}, "data": {"held_out_fraction": 0.2}})
     result = train(spec)
-    found = stamped(spec.model_dir)
+    found = recorded(spec.model_dir)
     assert {f"lora.{name}" for name in LoraConfig().to_dict()} <= found.keys()
     assert (found["lora.r"], found["lora.init_lora_weights"], found["lora.target_modules"]) == (4, True, "all-linear")
     assert found["dataset.rows"] == 24
@@ -81,7 +81,7 @@ def test_a_dataset_that_changes_after_it_was_checked_is_not_trained(
     with pytest.raises(RunFailure, match="changed after it was checked") as caught:
         train(spec)
     assert caught.value.kind is FailureKind.BAD_DATA
-    assert guard.read_stamp(spec.model_dir).kind is guard.StampKind.MISSING
+    assert guard.read_metadata(spec.model_dir).kind is guard.MetadataKind.MISSING
 
 
 def test_with_a_key_only_what_that_key_sealed_is_resumed(tiny_base: Path, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_base_from_the_hub_is_known_by_its_commit_and_its_files_are_digested_o
     first = train(spec)
     merge(Path(first.candidate or ""), tmp_path / "merged", ModelSettings(model_name_or_path="some/tiny"))
     assert asked == []  # downloads are not allowed, and peft would look for a configuration at every checkpoint
-    found = stamped(spec.model_dir)
+    found = recorded(spec.model_dir)
     assert (first.outcome, found["model.name"], found["model.revision"]) == (Outcome.SUCCEEDED, "some/tiny", commits[0])
     assert found["model.digest"] == guard.digest_model_files(tiny_base)
     adapter = json.loads((Path(first.candidate or "") / "adapter_config.json").read_text())

@@ -26,7 +26,7 @@ def assert_model_dir_sound(
     """
     assert model_dir.is_dir(), f"{model_dir} is gone"
     _check_checkpoints(model_dir, key, allow_unsealed)
-    _check_stamp(model_dir)
+    _check_metadata(model_dir)
     _check_temporary_files(model_dir)
     _check_cleared(model_dir)
     _check_versions(model_dir, settled)
@@ -40,9 +40,11 @@ def _check_checkpoints(model_dir: Path, key: bytes | None, allow_unsealed: bool)
         assert checkpoint.state in allowed, f"{checkpoint.path} is {checkpoint.state}: {checkpoint.reason}"
 
 
-def _check_stamp(model_dir: Path) -> None:
-    reading = guard.read_stamp(model_dir)
-    assert reading.kind in (guard.StampKind.MISSING, guard.StampKind.LEGACY, guard.StampKind.CURRENT), reading.reason
+def _check_metadata(model_dir: Path) -> None:
+    reading = guard.read_metadata(model_dir)
+    assert reading.kind in (guard.MetadataKind.MISSING, guard.MetadataKind.LEGACY, guard.MetadataKind.CURRENT), (
+        reading.reason
+    )
 
 
 def _check_temporary_files(model_dir: Path) -> None:

@@ -39,7 +39,7 @@ def test_it_uses_the_key_and_the_policy_of_its_own_root(tmp_path: Path) -> None:
     purged = dropforge(tmp_path, "purge", model_dir, "--json")
     assert purged.returncode == 0, purged.stdout
     assert len(json.loads(purged.stdout)["sets"]) == 2
-    assert len(guard.cleared_sets(model_dir)) == 1
+    assert len(guard.list_cleared_sets(model_dir)) == 1
     asked = dropforge(tmp_path, "--help")
     assert asked.returncode == 0
     assert "usage: dropforge guard" in asked.stdout

@@ -64,7 +64,7 @@ def test_a_reader_always_meets_one_whole_adapter_and_the_next_call_finishes(tmp_
         assert [version.name for version in versions.list_versions(folder)] == ["0001", "0002"], str(run)
         lineage = [json.loads(line) for line in (folder / "lineage.jsonl").read_text().splitlines()]
         assert [line["version"] for line in lineage] == ["0001", "0002"], str(run)
-        assert guard.read_stamp(folder).stamp.finished == "0002", str(run)  # type: ignore[union-attr]
+        assert guard.read_metadata(folder).run.finished == "0002", str(run)  # type: ignore[union-attr]
         assert_model_dir_sound(folder)
         # The next run over the same rows continues the new version from step 0, not the finished run from its end.
         with guard.ModelLock(folder, owner="the next run"):

@@ -102,7 +102,7 @@ def test_a_state_directory_that_is_full_stops_the_daemon_with_a_sentence(make_ro
 def test_a_disk_that_fills_up_while_training_is_told_as_that_and_the_run_goes_on_with_room(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
-    """Full at the stamp, at weights, at torch's archives, at the third checkpoint: no error of a library in its place."""
+    """Full at the metadata, at weights, at torch's archives, at the third checkpoint: no error of a library in its place."""
     inprocess = pytest.importorskip("tests.support.inprocess")
     tables = {"training": {"save_steps": 1}, "data": {"held_out_fraction": 0.0}}
     spec = inprocess.specify(tmp_path, inprocess.rows(32), tiny_base, tables)

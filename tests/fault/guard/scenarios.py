@@ -11,7 +11,7 @@ from tests.unit.guard.conftest import make_fingerprint
 
 
 def prepare(model_dir: str, dataset: str, changes: dict[str, Any]) -> str:
-    """Start a run: decide, clear, stamp."""
+    """Start a run: decide, clear, record."""
     with guard.ModelLock(model_dir, owner="scenario"):
         prepared = guard.prepare_run(
             model_dir, fingerprint=make_fingerprint(**changes), dataset_path=dataset, lora_config={"r": 8}
@@ -33,12 +33,12 @@ def seal(model_dir: str, step: int, staged: bool) -> None:
         guard.rotate(model_dir, keep=2)
 
 
-def stamp(model_dir: str, dataset: str) -> None:
-    """Write a stamp, and then mark its run as finished."""
+def metadata(model_dir: str, dataset: str) -> None:
+    """Write metadata, and then mark its run as finished."""
     with guard.ModelLock(model_dir, owner="scenario"):
-        guard.write_stamp(
+        guard.write_metadata(
             model_dir,
-            guard.Stamp(
+            guard.RunMetadata(
                 dataset_name=Path(dataset).name,
                 dataset_hash=guard.compute_dataset_hash(dataset),
                 dataset_path=dataset,
@@ -51,7 +51,7 @@ def stamp(model_dir: str, dataset: str) -> None:
 
 def clear(model_dir: str) -> list[str] | None:
     """Plan and execute a clear of everything; on failure return the class, the message and the hint."""
-    everything = guard.Verdict(kind=guard.VerdictKind.STALE, reasons=("for the test",))
+    everything = guard.Verdict(cause=guard.VerdictCause.REQUESTED, reasons=("for the test",))
     try:
         with guard.ModelLock(model_dir, owner="scenario"):
             guard.plan_clear(model_dir, verdict=everything).execute()

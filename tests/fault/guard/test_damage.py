@@ -84,7 +84,7 @@ class Run:
         verdict = guard.assess(self.model_dir, fingerprint=self.fingerprint)
         assert verdict.checkpoint is not None, what
         assert verdict.checkpoint.path == self.model_dir / "checkpoint-2", what
-        assert [item.path for item in verdict.passed_over] == [self.newest], what
+        assert [item.path for item in verdict.skipped] == [self.newest], what
         assert found.reason in verdict.reasons[0], what
 
 

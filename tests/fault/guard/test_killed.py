@@ -69,7 +69,7 @@ def whereabouts(model_dir: Path) -> dict[str, list[Path]]:
 
 
 def test_clearing_for_another_run_loses_nothing_and_never_mixes_runs(template: Path, tmp_path: Path) -> None:
-    """Killed at any call of decide, clear and stamp: each old checkpoint is whole and there exactly once, and
+    """Killed at any call of decide, clear and record: each old checkpoint is whole and there exactly once, and
     neither the new run nor the old one continues from a checkpoint that is not its own."""
     prepare = lambda root: {**copy_of(template, root), "changes": OTHER}
     for model_dir, run in run_all("prepare", prepare, tmp_path):
@@ -84,7 +84,7 @@ def test_clearing_for_another_run_loses_nothing_and_never_mixes_runs(template: P
         again = start_again(model_dir, OTHER)
         assert again.resume_from is None, run
         assert guard.scan_checkpoints(model_dir) == (), run
-        assert guard.read_stamp(model_dir).stamp.fingerprint.same_run(make_fingerprint(**OTHER))  # type: ignore[union-attr]
+        assert guard.read_metadata(model_dir).run.fingerprint.same_run(make_fingerprint(**OTHER))  # type: ignore[union-attr]
         assert_model_dir_sound(model_dir)
         # The old data comes back instead: from what is still in place, or from the start.
         back = start_again(old_way / "model")
@@ -156,7 +156,7 @@ def test_a_resume_that_sweeps_is_killed_and_still_resumes(template: Path, tmp_pa
 
 
 @pytest.mark.parametrize("before", ["missing", "unreadable", "current"])
-def test_the_stamp_is_the_old_one_or_the_new_one(template: Path, tmp_path: Path, before: str) -> None:
+def test_the_metadata_is_the_old_one_or_the_new_one(template: Path, tmp_path: Path, before: str) -> None:
     def prepare(root: Path) -> dict[str, Any]:
         arguments = copy_of(template, root)
         path = Path(arguments["model_dir"], ".dataset_metadata.json")
@@ -167,15 +167,15 @@ def test_the_stamp_is_the_old_one_or_the_new_one(template: Path, tmp_path: Path,
         return arguments
 
     kinds = set()
-    for model_dir, run in run_all("stamp", prepare, tmp_path):
-        reading = guard.read_stamp(model_dir)
+    for model_dir, run in run_all("metadata", prepare, tmp_path):
+        reading = guard.read_metadata(model_dir)
         kinds.add(reading.kind)
         if before == "unreadable":  # set aside whole, or still in its place
             texts = [path.read_text() for path in model_dir.glob(".dataset_metadata.json*")]
             assert "{ not json" in texts, run
         again = start_again(model_dir)
-        finished = reading.stamp is not None and reading.stamp.finished is not None
-        known = reading.kind is guard.StampKind.CURRENT and not finished
+        finished = reading.run is not None and reading.run.finished is not None
+        known = reading.kind is guard.MetadataKind.CURRENT and not finished
         assert again.verdict.kind is (VerdictKind.RESUME if known else VerdictKind.STALE), run
         assert_model_dir_sound(model_dir)
     expected = {"missing": {"missing", "current"}, "unreadable": {"unreadable", "missing", "current"}}
@@ -205,7 +205,7 @@ def test_a_full_disk_gives_one_clear_error_and_a_clear_leaves_everything_as_it_w
             20,
             30,
         ], run
-        assert guard.cleared_sets(model_dir) == [], run
+        assert guard.list_cleared_sets(model_dir) == [], run
         assert not list(model_dir.rglob("*.tmp")), run
         assert_model_dir_sound(model_dir)
         assert start_again(model_dir).resume_from == model_dir / "checkpoint-30", run
@@ -240,29 +240,29 @@ def cleared_three_times(template: Path, root: Path) -> list[str]:
         make_checkpoint(model_dir / name, number + 1)
         guard.seal_checkpoint(model_dir / name, step=number + 1, fingerprint=run)
     start_again(model_dir, {"lora__r": 99})
-    return [path.name for path in guard.cleared_sets(model_dir)]
+    return [path.name for path in guard.list_cleared_sets(model_dir)]
 
 
 def test_a_purge_deletes_whole_sets_and_never_the_newest(template: Path, tmp_path: Path) -> None:
     three = tmp_path / "three"
     three.mkdir()
     sets = cleared_three_times(template, three)
-    newest = max(guard.cleared_sets(three / "model"), key=lambda path: path.name).name
+    newest = max(guard.list_cleared_sets(three / "model"), key=lambda path: path.name).name
 
     def prepare(root: Path) -> dict[str, Any]:
         return {"model_dir": copy_of(three, root)["model_dir"]}
 
     for model_dir, run in run_all("purge", prepare, tmp_path / "runs"):
         assert_model_dir_sound(model_dir)
-        left = {path.name for path in guard.cleared_sets(model_dir)}
+        left = {path.name for path in guard.list_cleared_sets(model_dir)}
         assert newest in left, run
         assert left <= set(sets)
-        for path in guard.cleared_sets(model_dir):  # a set that can be seen can be restored
+        for path in guard.list_cleared_sets(model_dir):  # a set that can be seen can be restored
             for checkpoint in path.glob("checkpoint-*"):
                 assert guard.verify_checkpoint(checkpoint).is_intact, run
         with guard.ModelLock(model_dir, owner="the next purge"):
             guard.purge_cleared(model_dir, keep_sets=1)
-        assert [path.name for path in guard.cleared_sets(model_dir)] == [newest], run
+        assert [path.name for path in guard.list_cleared_sets(model_dir)] == [newest], run
         assert not list(model_dir.glob(".cleared/.purging-*")), run
 
 
@@ -270,7 +270,7 @@ def test_a_restore_that_was_cut_off_is_finished_by_the_next(template: Path, tmp_
     cleared = tmp_path / "cleared"
     cleared.mkdir()
     cleared_three_times(template, cleared)
-    first = next(path.name for path in guard.cleared_sets(cleared / "model") if (path / "checkpoint-30").is_dir())
+    first = next(path.name for path in guard.list_cleared_sets(cleared / "model") if (path / "checkpoint-30").is_dir())
 
     def prepare(root: Path) -> dict[str, Any]:
         return {"model_dir": copy_of(cleared, root)["model_dir"], "set_name": first}

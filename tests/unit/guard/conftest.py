@@ -61,7 +61,7 @@ def fingerprint(dataset: Path) -> guard.Fingerprint:
 
 @pytest.fixture
 def model_dir(tmp_path: Path, dataset: Path, fingerprint: guard.Fingerprint) -> Path:
-    """A run in progress: stamped, with sealed checkpoints at steps 10, 20 and 30."""
+    """A run in progress: recorded, with sealed checkpoints at steps 10, 20 and 30."""
     folder = tmp_path / "model"
     with guard.ModelLock(folder, owner="fixture"):
         prepared = guard.prepare_run(

@@ -258,14 +258,14 @@ def test_rotation_does_not_follow_symlinks_out_of_a_checkpoint(tmp_path: Path) -
     assert (tmp_path / "precious" / "file").exists()
 
 
-def test_a_survey_looks_no_further_than_it_has_to(tmp_path: Path) -> None:
+def test_a_scan_for_what_can_be_resumed_looks_no_further_than_it_has_to(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         sealed(tmp_path, step)
     (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
-    seen = guard.survey(tmp_path, fingerprint=make_fingerprint())
+    seen = guard.scan_until_resumable(tmp_path, fingerprint=make_fingerprint())
     assert [(checkpoint.step, checkpoint.state.value) for checkpoint in seen] == [
         (3, "intact"),
         (4, "altered"),
     ]
-    assert len(guard.survey(tmp_path, fingerprint=make_fingerprint(lora__r=99))) == 4
+    assert len(guard.scan_until_resumable(tmp_path, fingerprint=make_fingerprint(lora__r=99))) == 4
     assert guard.newest_intact(tmp_path / "nothing") is None

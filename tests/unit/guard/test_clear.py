@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 import guard
-from guard import Verdict, VerdictKind
+from guard import Verdict, VerdictCause
 from tests.support.sound_model import assert_model_dir_sound
 from tests.unit.guard.conftest import as_user, make_checkpoint, make_fingerprint
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
-EVERYTHING = Verdict(kind=VerdictKind.STALE, reasons=("dataset.digest: a -> b",))
+EVERYTHING = Verdict(cause=VerdictCause.REQUESTED, reasons=("dataset.digest: a -> b",))
 
 
 def lock(folder: Path) -> guard.ModelLock:
@@ -83,7 +83,7 @@ def test_it_is_executed_once_under_the_lock(model_dir: Path) -> None:
 
 
 def test_a_run_that_can_be_resumed_keeps_its_checkpoints(model_dir: Path) -> None:
-    """Without a verdict the stamp speaks: only what is not the run's own is planned."""
+    """Without a verdict the metadata speaks: only what is not the run's own is planned."""
     make_checkpoint(model_dir / "checkpoint-25", 25)
     (model_dir / "checkpoint-30" / "optimizer.pt").unlink()
     plan = guard.plan_clear(model_dir)
@@ -169,6 +169,17 @@ def test_a_directory_that_changed_since_the_plan_is_not_cleared(
     assert content(model_dir) == before
 
 
+@pytest.mark.parametrize("note", [{}, {"training.save_steps": 99}], ids=["same", "with another note"])
+def test_the_set_of_a_finished_run_says_that_it_finished(model_dir: Path, note: dict[str, Any]) -> None:
+    """Also when something differs that does not matter."""
+    with lock(model_dir):
+        guard.mark_finished(model_dir, "0007")
+    recorded = guard.read_metadata(model_dir).run.fingerprint  # type: ignore[union-attr]
+    again = guard.Fingerprint({**recorded.components, **note})
+    verdict = guard.assess(model_dir, fingerprint=again)
+    assert guard.plan_clear(model_dir, verdict=verdict, now=NOW).set_path.name == "20261123T120000Z-run-finished"
+
+
 def test_a_failure_half_way_puts_everything_back(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content(model_dir)
     plan = guard.plan_clear(model_dir, verdict=EVERYTHING)
@@ -245,7 +256,7 @@ def test_two_clears_within_a_second_are_two_sets(model_dir: Path) -> None:
     clear_all(model_dir, now=NOW)
     make_checkpoint(model_dir / "checkpoint-10", 10)
     clear_all(model_dir, now=NOW)
-    assert [path.name for path in guard.cleared_sets(model_dir)] == [
+    assert [path.name for path in guard.list_cleared_sets(model_dir)] == [
         "20261123T120000Z-test",
         "20261123T120000Z-test-2",
     ]
@@ -255,7 +266,7 @@ def test_two_clears_within_a_second_are_two_sets(model_dir: Path) -> None:
 
 
 def test_a_restored_set_can_be_resumed_from(model_dir: Path, dataset: Path, fingerprint: guard.Fingerprint) -> None:
-    """Cleared for another run by mistake, which then left nothing: everything comes back, the stamp too."""
+    """Cleared for another run by mistake, which then left nothing: everything comes back, the metadata too."""
     before = content(model_dir)
     with lock(model_dir):
         prepared = guard.prepare_run(
@@ -265,7 +276,7 @@ def test_a_restored_set_can_be_resumed_from(model_dir: Path, dataset: Path, fing
         assert prepared.cleared.set_path is not None
         result = guard.restore_set(model_dir, prepared.cleared.set_path.name)
     assert len(result.restored) == 3
-    assert result.stamp_restored
+    assert result.metadata_restored
     after = content(model_dir)
     journal = after.pop(".cleared/journal.jsonl")
     assert b"clear.restored" in journal  # type: ignore[operator]
@@ -279,7 +290,7 @@ def test_a_restore_never_mixes_two_runs(model_dir: Path, dataset: Path) -> None:
         guard.prepare_run(model_dir, fingerprint=other, dataset_path=dataset, lora_config={})
         make_checkpoint(model_dir / "checkpoint-5", 5)
         guard.seal_checkpoint(model_dir / "checkpoint-5", step=5, fingerprint=other)
-        (name,) = (path.name for path in guard.cleared_sets(model_dir))
+        (name,) = (path.name for path in guard.list_cleared_sets(model_dir))
         before = content(model_dir)
         with pytest.raises(guard.ClearRefused, match="checkpoints of another run"):
             guard.restore_set(model_dir, name)
@@ -310,7 +321,7 @@ def three_sets(folder: Path) -> list[str]:
     for days in (3, 2, 1):
         make_checkpoint(folder / "checkpoint-10", 10)
         clear_all(folder, now=NOW - timedelta(days=days))
-    return [path.name for path in guard.cleared_sets(folder)]
+    return [path.name for path in guard.list_cleared_sets(folder)]
 
 
 @pytest.mark.parametrize(
@@ -330,20 +341,20 @@ def test_a_purge_keeps_what_every_limit_allows_and_always_the_newest(
 ) -> None:
     names = three_sets(tmp_path)
     plan = guard.plan_purge(tmp_path, **limits, now=NOW)
-    assert [path.name for path in guard.cleared_sets(tmp_path)] == names
+    assert [path.name for path in guard.list_cleared_sets(tmp_path)] == names
     with lock(tmp_path):
         result = plan.execute()
         with pytest.raises(guard.ClearRefused):
             plan.execute()
     assert list(result.purged) == names[: 3 - kept]
-    assert [path.name for path in guard.cleared_sets(tmp_path)] == names[3 - kept :]
+    assert [path.name for path in guard.list_cleared_sets(tmp_path)] == names[3 - kept :]
     assert all(name in str(plan) for name in result.purged)
     assert_model_dir_sound(tmp_path)
 
 
 def test_a_purge_counts_bytes_from_the_newest_on(tmp_path: Path) -> None:
     names = three_sets(tmp_path)
-    newest = guard.cleared_sets(tmp_path)[-1]
+    newest = guard.list_cleared_sets(tmp_path)[-1]
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     with lock(tmp_path):
         assert list(guard.purge_cleared(tmp_path, keep_bytes=2 * size + 5, now=NOW).purged) == names[:1]

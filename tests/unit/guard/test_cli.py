@@ -51,7 +51,7 @@ def test_the_way_of_a_plain_script_s_directory(
     assert code == 1
     assert "optimizer.pt is missing" in err
     assert run(capsys, "seal", plain / "checkpoint-2600", "--dataset", dataset, "--recipe", recipe)[0] == 0
-    assert run(capsys, "seal", plain / "checkpoint-900")[0] == 0  # as stamped by the first
+    assert run(capsys, "seal", plain / "checkpoint-900")[0] == 0  # as recorded by the first
 
     code, out, _ = run(capsys, "verify", plain)
     assert code == 1  # there is damage
@@ -195,7 +195,7 @@ def test_purge_shows_its_plan_deletes_by_the_limits_and_always_keeps_the_newest(
     for number in range(3):
         make_checkpoint(model_dir / "checkpoint-1", 1, seed=number)
         assert run(capsys, "clear", model_dir)[0] == 0
-    sets = [path.name for path in guard.cleared_sets(model_dir)]
+    sets = [path.name for path in guard.list_cleared_sets(model_dir)]
     assert len(sets) == 3
     limits = ("--keep-sets", "1")
     code, out, _ = run(capsys, "purge", model_dir, *limits, "--dry-run")
@@ -203,7 +203,7 @@ def test_purge_shows_its_plan_deletes_by_the_limits_and_always_keeps_the_newest(
     assert all(name in out for name in sets[:2])
     assert "more than 1 sets" in out
     assert "kept: 1 sets" in out
-    assert guard.cleared_sets(model_dir) == [model_dir / ".cleared" / name for name in sets]
+    assert guard.list_cleared_sets(model_dir) == [model_dir / ".cleared" / name for name in sets]
     with guard.ModelLock(model_dir, owner="the trainer"):
         assert run(capsys, "purge", model_dir, *limits)[0] == 5
         assert run(capsys, "purge", model_dir, *limits, "--dry-run")[0] == 0
@@ -214,7 +214,7 @@ def test_purge_shows_its_plan_deletes_by_the_limits_and_always_keeps_the_newest(
         sets[:2],
         sets[2:],
     )
-    assert [path.name for path in guard.cleared_sets(model_dir)] == sets[2:]
+    assert [path.name for path in guard.list_cleared_sets(model_dir)] == sets[2:]
     assert run(capsys, "purge", model_dir, "--keep-days", "0")[1].startswith("nothing to purge")
 
 

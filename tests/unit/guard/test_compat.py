@@ -131,7 +131,7 @@ def test_metadata_of_the_old_form_is_judged_by_name_size_and_adapter(folder: Pat
     assert guard.validate_checkpoint_compatibility(folder, dataset, LORA)[0] is False
 
 
-def test_a_stamp_of_the_core_is_judged_by_what_these_functions_know(
+def test_metadata_of_the_core_is_judged_by_what_these_functions_know(
     model_dir: Path, dataset: Path, fingerprint: guard.Fingerprint
 ) -> None:
     assert guard.validate_checkpoint_compatibility(model_dir, dataset, {"r": 8, "alpha": 16}) == (True, None)

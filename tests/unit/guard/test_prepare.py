@@ -1,4 +1,4 @@
-"""prepare_run: decide, clear, stamp, in this order, and never from a checkpoint that is not the run's own."""
+"""prepare_run: decide, clear, record, in this order, and never from a checkpoint that is not the run's own."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name.startswith("checkpoint-")}
 
 
-def test_an_empty_directory_starts_fresh_and_is_stamped(tmp_path: Path, dataset: Path) -> None:
+def test_an_empty_directory_starts_fresh_and_is_recorded(tmp_path: Path, dataset: Path) -> None:
     fingerprint = make_fingerprint()
     prepared = prepare(tmp_path / "new", fingerprint, dataset)
     assert prepared.verdict.kind is VerdictKind.FRESH
     assert prepared.resume_from is None
     assert prepared.cleared is None
     assert prepared.staging_dir.is_dir()
-    stamp = guard.read_stamp(tmp_path / "new").stamp
-    assert stamp is not None
-    assert stamp.fingerprint == fingerprint
+    metadata = guard.read_metadata(tmp_path / "new").run
+    assert metadata is not None
+    assert metadata.fingerprint == fingerprint
 
 
 def test_the_same_run_resumes_from_its_newest_checkpoint_and_changes_nothing(
@@ -47,7 +47,7 @@ def test_the_same_run_resumes_from_its_newest_checkpoint_and_changes_nothing(
     assert (model_dir / ".dataset_metadata.json").read_bytes() == before
 
 
-def test_a_resume_with_other_notes_keeps_the_stamp_of_the_run_s_first_start(
+def test_a_resume_with_other_notes_keeps_the_metadata_of_the_run_s_first_start(
     model_dir: Path, dataset: Path, fingerprint: guard.Fingerprint
 ) -> None:
     before = (model_dir / ".dataset_metadata.json").read_bytes()
@@ -79,14 +79,14 @@ def test_another_run_clears_everything_and_names_every_difference(model_dir: Pat
     assert names(prepared.cleared.set_path) == {"checkpoint-10", "checkpoint-20", "checkpoint-30"}
 
 
-def test_a_torn_newest_checkpoint_is_passed_over_cleared_and_told(
+def test_a_torn_newest_checkpoint_is_skipped_cleared_and_reported(
     model_dir: Path, fingerprint: guard.Fingerprint, dataset: Path
 ) -> None:
     (model_dir / "checkpoint-30" / "optimizer.pt").write_bytes(b"")
     events: list[tuple[str, dict[str, Any]]] = []
     prepared = prepare(model_dir, fingerprint, dataset, log=lambda event, data: events.append((event, data)))
     assert prepared.resume_from == model_dir / "checkpoint-20"
-    assert [checkpoint.step for checkpoint in prepared.verdict.passed_over] == [30]
+    assert [checkpoint.step for checkpoint in prepared.verdict.skipped] == [30]
     told = dict(events)["guard.checkpoint_passed_over"]
     assert told["step"] == 30
     assert "optimizer.pt" in told["reason"]
@@ -116,11 +116,11 @@ def test_a_finished_run_is_never_resumed(model_dir: Path, fingerprint: guard.Fin
 def test_metadata_of_a_later_form_is_neither_judged_nor_overwritten(
     model_dir: Path, fingerprint: guard.Fingerprint, dataset: Path
 ) -> None:
-    stamp = model_dir / ".dataset_metadata.json"
-    stamp.write_text('{"schema_version": 99}')
-    with pytest.raises(guard.StampTooNew):
+    metadata = model_dir / ".dataset_metadata.json"
+    metadata.write_text('{"schema_version": 99}')
+    with pytest.raises(guard.MetadataTooNew):
         prepare(model_dir, fingerprint, dataset)
-    assert stamp.read_text() == '{"schema_version": 99}'
+    assert metadata.read_text() == '{"schema_version": 99}'
     assert names(model_dir) == {"checkpoint-10", "checkpoint-20", "checkpoint-30"}
 
 

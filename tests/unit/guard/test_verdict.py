@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import guard
-from guard import Checkpoint, CheckpointState, Stamp, StampKind, StampReading, VerdictKind
+from guard import Checkpoint, CheckpointState, MetadataKind, MetadataReading, RunMetadata, VerdictCause, VerdictKind
 from tests.unit.guard.conftest import make_fingerprint
 
 OURS = make_fingerprint()
 OTHER = make_fingerprint(lora__r=99)
 
 
-def stamped(fingerprint: guard.Fingerprint | None = OURS, **changes: Any) -> StampReading:
-    stamp = Stamp(
+def metadata_of(fingerprint: guard.Fingerprint | None = OURS, **changes: Any) -> MetadataReading:
+    metadata = RunMetadata(
         dataset_name="rows.jsonl",
         dataset_hash="0" * 32,
         dataset_path="/rows.jsonl",
@@ -26,7 +26,7 @@ def stamped(fingerprint: guard.Fingerprint | None = OURS, **changes: Any) -> Sta
         fingerprint=fingerprint,
         **changes,
     )
-    return StampReading(kind=StampKind.CURRENT, stamp=stamp)
+    return MetadataReading(kind=MetadataKind.CURRENT, run=metadata)
 
 
 def checkpoint(
@@ -41,18 +41,18 @@ def checkpoint(
     )
 
 
-def test_no_checkpoints_is_fresh_whatever_the_stamp_says() -> None:
-    for stamp in (
-        stamped(),
-        stamped(OTHER),
-        StampReading(kind=StampKind.MISSING, reason="there is no metadata"),
+def test_no_checkpoints_is_fresh_whatever_the_metadata_says() -> None:
+    for metadata in (
+        metadata_of(),
+        metadata_of(OTHER),
+        MetadataReading(kind=MetadataKind.MISSING, reason="there is no metadata"),
     ):
-        assert guard.decide(stamp=stamp, fingerprint=OURS, checkpoints=[]).kind is VerdictKind.FRESH
+        assert guard.decide(metadata=metadata, fingerprint=OURS, checkpoints=[]).kind is VerdictKind.FRESH
 
 
 def test_the_same_run_resumes_from_the_newest_intact_of_its_own() -> None:
     verdict = guard.decide(
-        stamp=stamped(),
+        metadata=metadata_of(),
         fingerprint=OURS,
         checkpoints=[
             checkpoint(10),
@@ -65,7 +65,7 @@ def test_the_same_run_resumes_from_the_newest_intact_of_its_own() -> None:
     )
     assert verdict.kind is VerdictKind.RESUME
     assert verdict.checkpoint == checkpoint(20)
-    assert [item.step for item in verdict.passed_over] == [30, 40, 50, 60]
+    assert [item.step for item in verdict.skipped] == [30, 40, 50, 60]
     assert verdict.reasons == (
         "checkpoint-30 is of another run: lora.r: 99 -> 8",
         "checkpoint-40 is torn: it was damaged",
@@ -77,40 +77,54 @@ def test_the_same_run_resumes_from_the_newest_intact_of_its_own() -> None:
 
 def test_a_note_that_changed_is_told_and_does_not_matter() -> None:
     verdict = guard.decide(
-        stamp=stamped(), fingerprint=make_fingerprint(training__save_steps=99), checkpoints=[checkpoint(10)]
+        metadata=metadata_of(), fingerprint=make_fingerprint(training__save_steps=99), checkpoints=[checkpoint(10)]
     )
     assert verdict.kind is VerdictKind.RESUME
     assert verdict.reasons == ("training.save_steps: 10 -> 99 (noted, does not matter)",)
 
 
 @pytest.mark.parametrize(
-    ("stamp", "reason"),
+    ("metadata", "cause", "reason"),
     [
-        (StampReading(kind=StampKind.MISSING, reason="there is no metadata"), "there is no metadata"),
-        (StampReading(kind=StampKind.UNREADABLE, reason="it is empty"), "it is empty"),
         (
-            StampReading(kind=StampKind.LEGACY, stamp=stamped(None).stamp, reason="it has the old form"),
-            "old form",
+            MetadataReading(kind=MetadataKind.MISSING, reason="there is no metadata"),
+            VerdictCause.METADATA_UNKNOWN, "there is no metadata",
         ),
-        (stamped(OTHER), "lora.r: 99 -> 8"),
-        (stamped(finished="0003"), "the run that wrote them finished as version 0003"),
+        (MetadataReading(kind=MetadataKind.UNREADABLE, reason="it is empty"), VerdictCause.METADATA_UNKNOWN, "it is empty"),
+        (
+            MetadataReading(kind=MetadataKind.LEGACY, run=metadata_of(None).run, reason="it has the old form"),
+            VerdictCause.METADATA_UNKNOWN, "old form",
+        ),
+        (metadata_of(OTHER), VerdictCause.COMPONENTS_CHANGED, "lora.r: 99 -> 8"),
+        (
+            metadata_of(finished="0003"),
+            VerdictCause.RUN_FINISHED, "the run that wrote them finished as version 0003",
+        ),
+        (
+            metadata_of(OTHER, finished="0003"),
+            VerdictCause.COMPONENTS_CHANGED, "the run that wrote them finished as version 0003",
+        ),
     ],
-)
-def test_checkpoints_that_the_stamp_does_not_vouch_for_are_stale(stamp: StampReading, reason: str) -> None:
+)  # fmt: skip
+def test_checkpoints_that_the_metadata_does_not_vouch_for_are_stale(
+    metadata: MetadataReading, cause: VerdictCause, reason: str
+) -> None:
     """Even when their own seals are of this run: both have to agree."""
-    verdict = guard.decide(stamp=stamp, fingerprint=OURS, checkpoints=[checkpoint(10)])
+    verdict = guard.decide(metadata=metadata, fingerprint=OURS, checkpoints=[checkpoint(10)])
     assert verdict.kind is VerdictKind.STALE
+    assert verdict.cause is cause
     assert verdict.checkpoint is None
     assert reason in verdict.reasons[0]
 
 
 def test_checkpoints_that_do_not_vouch_for_themselves_are_stale() -> None:
-    """The stamp alone is not enough either."""
+    """The metadata alone is not enough either."""
     verdict = guard.decide(
-        stamp=stamped(),
+        metadata=metadata_of(),
         fingerprint=OURS,
         checkpoints=[checkpoint(10, fingerprint=OTHER), checkpoint(20, CheckpointState.TORN)],
     )
+    assert verdict.cause is VerdictCause.NONE_INTACT
     assert verdict.kind is VerdictKind.STALE
     assert verdict.reasons == (
         "no checkpoint is intact and of this run",
@@ -121,9 +135,9 @@ def test_checkpoints_that_do_not_vouch_for_themselves_are_stale() -> None:
 
 def test_a_later_form_of_metadata_is_not_judged() -> None:
     for checkpoints in ([], [checkpoint(10)]):
-        with pytest.raises(guard.StampTooNew):
+        with pytest.raises(guard.MetadataTooNew):
             guard.decide(
-                stamp=StampReading(kind=StampKind.NEWER, reason="it is newer"),
+                metadata=MetadataReading(kind=MetadataKind.NEWER, reason="it is newer"),
                 fingerprint=OURS,
                 checkpoints=checkpoints,
             )
@@ -143,16 +157,16 @@ def test_a_resume_is_always_from_the_run_s_own_and_never_older_than_it_must_be(
     finished: str | None,
     wanted: guard.Fingerprint,
 ) -> None:
-    stamp = stamped(recorded, finished=finished)
-    verdict = guard.decide(stamp=stamp, fingerprint=wanted, checkpoints=checkpoints)
+    metadata = metadata_of(recorded, finished=finished)
+    verdict = guard.decide(metadata=metadata, fingerprint=wanted, checkpoints=checkpoints)
     own = [item for item in checkpoints if item.belongs_to(wanted)]
     if verdict.kind is VerdictKind.RESUME:
         assert recorded.same_run(wanted)
         assert finished is None
         assert verdict.checkpoint == own[-1]
-        # Leaving out the older ones, as a survey does, changes nothing.
+        # Leaving out the older ones, as scan_until_resumable does, changes nothing.
         tail = checkpoints[checkpoints.index(own[-1]) :]
-        assert guard.decide(stamp=stamp, fingerprint=wanted, checkpoints=tail) == verdict
+        assert guard.decide(metadata=metadata, fingerprint=wanted, checkpoints=tail) == verdict
     elif verdict.kind is VerdictKind.STALE:
         assert verdict.reasons
         assert not (own and recorded.same_run(wanted) and finished is None)

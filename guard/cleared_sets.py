@@ -1,23 +1,26 @@
-"""Purging: the only place where cleared checkpoints are deleted.
+"""What was cleared: list the sets under `.cleared/`, bring one back, delete old ones.
 
-By count, age and size; the newest set is always kept.
+Purging is the only place where cleared checkpoints are deleted: by count, age and size. The newest set is always kept.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .atomic import PathLike, append_line_durable, rename_durable
-from .clear import JOURNAL_NAME, cleared_at
-from .errors import ClearRefused, storage_errors
+from .atomic import PathLike, append_line_durable, fsync_dir, rename_durable
+from .checkpoints import CHECKPOINT_NAME, list_checkpoints
+from .clear import JOURNAL_NAME, SET_RECORD, cleared_at, sync_folders
+from .errors import ClearRefused, NotFound, storage_errors
 from .layout import CLEARED_NAME, unused_name
 from .lock import require_lock
-from .restore import cleared_sets
+from .metadata import RunMetadata, parse_metadata, read_metadata, require_known_form, write_metadata
 from .seal import list_tree
 
 # A set is renamed before it is deleted: a half-deleted one must not be offered for restoring.
@@ -25,7 +28,78 @@ _PURGING_PREFIX = ".purging-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CondemnedSet:
+class RestoreResult:
+    restored: tuple[Path, ...]
+    metadata_restored: bool
+
+
+def list_cleared_sets(model_dir: PathLike) -> list[Path]:
+    """The sets under `.cleared/`, oldest first; anything that is not named like a set is not one."""
+    root = Path(model_dir, CLEARED_NAME)
+    if root.is_symlink() or not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if cleared_at(path.name) and path.is_dir() and not path.is_symlink())
+
+
+def restore_set(model_dir: PathLike, set_name: str) -> RestoreResult:
+    """Move the checkpoints of a set back, with the metadata that they had; under the model directory's lock.
+
+    Raises NotFound, and ClearRefused, with everything as it was, when a name is taken or checkpoints of
+    another run are there. A crash half way is finished by calling it again.
+    """
+    folder = Path(model_dir)
+    require_lock(folder, "restore")
+    sets = list_cleared_sets(folder)
+    source = Path(folder, CLEARED_NAME, set_name)
+    if source not in sets:
+        known = ", ".join(path.name for path in sets) or "none"
+        raise NotFound(operation="restore", path=source, cause="there is no such set", hint=f"there are: {known}")
+
+    with storage_errors("restore", source):
+        members = [path for path in sorted(source.iterdir()) if CHECKPOINT_NAME.fullmatch(path.name)]
+        metadata = _metadata_of(source)
+        present = read_metadata(folder)
+        require_known_form(folder, present)
+        same_run = present.run is not None and metadata is not None and present.run.to_json() == metadata.to_json()
+        # Without members a crash came right before the end, and only the empty set is left to remove.
+        if members and list_checkpoints(folder)[0] and not same_run:
+            raise _refusal(source, "the model directory holds checkpoints of another run", "clear those first")
+        for path in members:
+            if os.path.lexists(folder / path.name):
+                raise _refusal(source, f"{path.name} exists", "clear it first")
+        # The metadata first: a crash in between leaves metadata without checkpoints, which reads as FRESH.
+        if members and metadata is not None and not same_run:
+            write_metadata(folder, metadata)
+        for path in members:
+            path.rename(folder / path.name)
+        sync_folders([folder, source])
+        entry = {"event": "clear.restored", "set": set_name, "restored": [path.name for path in members]}
+        append_line_durable(source.parent / JOURNAL_NAME, json.dumps(entry))
+        if {path.name for path in source.iterdir()} <= {SET_RECORD}:
+            (source / SET_RECORD).unlink(missing_ok=True)
+            source.rmdir()
+            fsync_dir(source.parent)
+    return RestoreResult(
+        restored=tuple(folder / path.name for path in members),
+        metadata_restored=bool(members) and metadata is not None and not same_run,
+    )
+
+
+def _metadata_of(set_path: Path) -> RunMetadata | None:
+    """The metadata that the set's checkpoints had; None when it was missing or could not be read."""
+    record: Any = None
+    with suppress(OSError, ValueError, RecursionError):
+        record = json.loads((set_path / SET_RECORD).read_bytes())
+    raw = record.get("stamp") if isinstance(record, dict) else None
+    return parse_metadata(raw).run if isinstance(raw, dict) else None
+
+
+def _refusal(path: Path, cause: str, hint: str) -> ClearRefused:
+    return ClearRefused(operation="restore", path=path, cause=cause, hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetToPurge:
     path: Path
     size_bytes: int
     reason: str
@@ -42,7 +116,7 @@ class PurgePlan:
     """What would be deleted for good, and why. `execute` runs it once."""
 
     model_dir: Path
-    sets: tuple[CondemnedSet, ...]
+    sets: tuple[SetToPurge, ...]
     kept: tuple[Path, ...]
     leftovers: tuple[Path, ...]
     _executed: bool = field(default=False, init=False)
@@ -105,11 +179,11 @@ def plan_purge(
     from the newest on. None is no limit. The newest set is always kept.
     """
     moment = (now if now is not None else datetime.now(UTC)).astimezone(UTC)
-    condemned: list[CondemnedSet] = []
+    to_purge: list[SetToPurge] = []
     kept: list[Path] = []
     kept_bytes = 0
     with storage_errors("plan a purge of", model_dir):
-        for path in reversed(cleared_sets(model_dir)):
+        for path in reversed(list_cleared_sets(model_dir)):
             size_bytes = list_tree(path).size_bytes
             days = (moment - (cleared_at(path.name) or moment)).total_seconds() / 86_400
             reason = None
@@ -123,12 +197,12 @@ def plan_purge(
                 kept.append(path)
                 kept_bytes += size_bytes
             else:
-                condemned.append(CondemnedSet(path=path, size_bytes=size_bytes, reason=reason))
+                to_purge.append(SetToPurge(path=path, size_bytes=size_bytes, reason=reason))
         root = Path(model_dir, CLEARED_NAME)
         leftovers = sorted(root.glob(_PURGING_PREFIX + "*")) if root.is_dir() and not root.is_symlink() else []
     return PurgePlan(
         model_dir=Path(model_dir),
-        sets=tuple(reversed(condemned)),
+        sets=tuple(reversed(to_purge)),
         kept=tuple(kept),
         leftovers=tuple(leftovers),
     )

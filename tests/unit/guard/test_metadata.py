@@ -1,4 +1,4 @@
-"""The stamp: whatever stands in its place is told apart, and nothing that cannot be read is overwritten."""
+"""The metadata: whatever stands in its place is told apart, and nothing that cannot be read is overwritten."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import guard
-from guard import StampKind
-from guard.metadata import Stamp
+from guard import MetadataKind
+from guard.metadata import RunMetadata
 from tests.unit.guard.conftest import as_user, make_checkpoint, make_fingerprint
 
 NAME = ".dataset_metadata.json"
@@ -23,8 +23,8 @@ OLD_FORM = {
 }
 
 
-def make_stamp() -> Stamp:
-    return Stamp(
+def make_metadata() -> RunMetadata:
+    return RunMetadata(
         dataset_name="rows.jsonl",
         dataset_hash="0" * 32,
         dataset_path="/data/rows.jsonl",
@@ -38,7 +38,7 @@ def put(content: bytes) -> Callable[[Path], None]:
 
 
 def put_json(**changes: object) -> Callable[[Path], None]:
-    current = {**make_stamp().to_json(), **changes}
+    current = {**make_metadata().to_json(), **changes}
     return put(json.dumps({name: value for name, value in current.items() if value != "absent"}).encode())
 
 
@@ -54,7 +54,7 @@ UNREADABLE: dict[str, Callable[[Path], None]] = {
     "[]": put(b"[]"),
     "null": put(b"null"),
     "a string": put(b'"rows.jsonl"'),
-    "cut short": put(json.dumps(make_stamp().to_json()).encode()[:-9]),
+    "cut short": put(json.dumps(make_metadata().to_json()).encode()[:-9]),
     "not UTF-8": put(b'{"dataset_name": "\xff"}'),
     "UTF-16": put(json.dumps(OLD_FORM).encode("utf-16")),
     "BOM": put(b"\xef\xbb\xbf" + json.dumps(OLD_FORM).encode()),
@@ -85,8 +85,8 @@ def test_what_cannot_be_read_is_stale_and_set_aside_whole(tmp_path: Path, datase
     UNREADABLE[name](folder / NAME)
     before = (folder / NAME).lstat()
 
-    reading = guard.read_stamp(folder)
-    assert reading.kind is StampKind.UNREADABLE
+    reading = guard.read_metadata(folder)
+    assert reading.kind is MetadataKind.UNREADABLE
     assert reading.reason.startswith("it")
     assert {"BOM": "byte order mark", "100 MB": "100,000,000 bytes"}.get(name, "") in reading.reason
     with guard.ModelLock(folder, owner="test"):
@@ -96,21 +96,21 @@ def test_what_cannot_be_read_is_stale_and_set_aside_whole(tmp_path: Path, datase
     (aside,) = folder.glob(NAME + ".unreadable-*")
     after = aside.lstat()
     assert (after.st_ino, after.st_size, after.st_mode) == (before.st_ino, before.st_size, before.st_mode)
-    assert guard.read_stamp(folder).kind is StampKind.CURRENT
+    assert guard.read_metadata(folder).kind is MetadataKind.CURRENT
 
 
-def test_a_directory_without_a_stamp_is_missing_one(tmp_path: Path) -> None:
-    assert guard.read_stamp(tmp_path).kind is StampKind.MISSING
-    assert guard.read_stamp(tmp_path / "nothing").kind is StampKind.MISSING
+def test_a_directory_without_metadata_is_missing_one(tmp_path: Path) -> None:
+    assert guard.read_metadata(tmp_path).kind is MetadataKind.MISSING
+    assert guard.read_metadata(tmp_path / "nothing").kind is MetadataKind.MISSING
 
 
-def test_a_stamp_that_may_not_be_read_is_unreadable_not_missing(open_tmp_path: Path) -> None:
+def test_metadata_that_may_not_be_read_is_unreadable_not_missing(open_tmp_path: Path) -> None:
     path = open_tmp_path / NAME
     path.write_text(json.dumps(OLD_FORM))
     path.chmod(0o000)
-    reading = as_user(65_534, lambda: guard.read_stamp(open_tmp_path)) if os.geteuid() == 0 else None
-    reading = reading or guard.read_stamp(open_tmp_path)
-    assert reading.kind is StampKind.UNREADABLE
+    reading = as_user(65_534, lambda: guard.read_metadata(open_tmp_path)) if os.geteuid() == 0 else None
+    reading = reading or guard.read_metadata(open_tmp_path)
+    assert reading.kind is MetadataKind.UNREADABLE
     assert "permission denied" in reading.reason
 
 
@@ -120,10 +120,10 @@ def test_the_old_form_is_recognised_and_never_resumed_from(tmp_path: Path, datas
     folder = tmp_path / "model"
     make_checkpoint(folder / "checkpoint-10", 10)
     (folder / NAME).write_text(json.dumps({k: v for k, v in OLD_FORM.items() if k not in keep}))
-    reading = guard.read_stamp(folder)
-    assert reading.kind is StampKind.LEGACY
-    assert reading.stamp is not None
-    assert reading.stamp.dataset_hash == "0" * 32
+    reading = guard.read_metadata(folder)
+    assert reading.kind is MetadataKind.LEGACY
+    assert reading.run is not None
+    assert reading.run.dataset_hash == "0" * 32
     verdict = guard.assess(folder, fingerprint=make_fingerprint())
     assert verdict.kind is guard.VerdictKind.STALE
     assert "old form" in verdict.reasons[0]
@@ -135,37 +135,37 @@ def test_a_later_form_is_refused_everywhere_and_left_as_it_is(tmp_path: Path, da
     make_checkpoint(folder / "checkpoint-10", 10)
     text = json.dumps({"schema_version": version, "what": "we cannot know"})
     (folder / NAME).write_text(text)
-    assert guard.read_stamp(folder).kind is StampKind.NEWER
+    assert guard.read_metadata(folder).kind is MetadataKind.NEWER
     with guard.ModelLock(folder, owner="test"):
         for attempt in (
             lambda: guard.prepare_run(folder, fingerprint=make_fingerprint(), dataset_path=dataset, lora_config={}),
-            lambda: guard.write_stamp(folder, make_stamp()),
+            lambda: guard.write_metadata(folder, make_metadata()),
             lambda: guard.mark_finished(folder, "0001"),
             lambda: guard.plan_clear(folder),
             lambda: guard.assess(folder, fingerprint=make_fingerprint()),
         ):
-            with pytest.raises(guard.StampTooNew, match=f"schema_version is {version}"):
+            with pytest.raises(guard.MetadataTooNew, match=f"schema_version is {version}"):
                 attempt()
     assert (folder / NAME).read_text() == text
     assert (folder / "checkpoint-10").is_dir()
     assert not (folder / ".cleared").exists()
 
 
-def test_a_stamp_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    guard.write_stamp(tmp_path, make_stamp())
-    assert guard.read_stamp(tmp_path).stamp == make_stamp()
+def test_metadata_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    guard.write_metadata(tmp_path, make_metadata())
+    assert guard.read_metadata(tmp_path).run == make_metadata()
     written = json.loads((tmp_path / NAME).read_text())
     # The four keys of the old form keep their names and places, for readers of old.
     assert {name: written[name] for name in OLD_FORM} == {**OLD_FORM, "lora_config": {"r": 8}}
 
 
 def test_finishing_keeps_everything_else(tmp_path: Path) -> None:
-    guard.write_stamp(tmp_path, make_stamp())
+    guard.write_metadata(tmp_path, make_metadata())
     guard.mark_finished(tmp_path, "0007")
-    stamp = guard.read_stamp(tmp_path).stamp
-    assert stamp is not None
-    assert stamp.finished == "0007"
-    assert stamp.fingerprint == make_fingerprint()
+    metadata = guard.read_metadata(tmp_path).run
+    assert metadata is not None
+    assert metadata.finished == "0007"
+    assert metadata.fingerprint == make_fingerprint()
     (tmp_path / NAME).unlink()
-    with pytest.raises(guard.StampUnusable, match="cannot mark as finished"):
+    with pytest.raises(guard.MetadataUnusable, match="cannot mark as finished"):
         guard.mark_finished(tmp_path, "0008")
