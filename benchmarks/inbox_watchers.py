@@ -42,8 +42,10 @@ class Seen:
 def dropforge(root: Path, seen: Seen, max_queued: int) -> None:
     """The real Intake, driven as the service drives it."""
     from daemon.config import Settings
+    from daemon.inbox.archive import Archive
     from daemon.inbox.candidates import CandidateTracker
     from daemon.inbox.intake import Intake
+    from daemon.recovery import repair_inbox
     from daemon.store import JobStore
     from daemon.wakeup import Wakeup  # type: ignore[import-not-found,unused-ignore]
 
@@ -60,18 +62,19 @@ def dropforge(root: Path, seen: Seen, max_queued: int) -> None:
             elif event == "job.queued":
                 seen.add("queued", names[data["job"]])
 
-    real = CandidateTracker.hear
+    real = CandidateTracker.add_events
 
-    def hear(self: CandidateTracker, heard: Any, now: float) -> None:
-        for _, name in heard.notes:
+    def add_events(self: CandidateTracker, batch: Any, now: float) -> None:
+        for _, name in batch.names:
             seen.add("noticed", name)
-        real(self, heard, now)
+        real(self, batch, now)
 
-    CandidateTracker.hear = hear  # type: ignore[method-assign]
+    CandidateTracker.add_events = add_events  # type: ignore[method-assign]
     settings = Settings(root=root, inbox={"max_queued": max_queued})
     store, wakeup = JobStore(settings.store_path), Wakeup()
-    intake = Intake(settings, store, wakeup=wakeup, log=Log())
-    intake.open()
+    archive = Archive(settings, store, Log())
+    intake = Intake(settings, store, archive, wakeup=wakeup, log=Log())
+    intake.open(repair_inbox(settings, store, archive, Log()))
     print("ready", flush=True)
     while not seen.stop.is_set():
         wakeup.clear()

@@ -1,4 +1,4 @@
-"""What people ask of the queue: pause, resume, cancel, retry, move.
+"""Control of the queue: pause, resume, cancel, retry, move.
 
 Everything goes through the store, so it works while a daemon runs (which notices within a tick) and while none does.
 Each function returns one sentence that says what happened.
@@ -7,11 +7,12 @@ Each function returns one sentence that says what happened.
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 
 from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.holds import PAUSED_KEY
-from daemon.inbox import archive
+from daemon.inbox.archive import Archive, reopen_files
 from daemon.job import FINAL_STATES, Job, JobState, Priority, utc_now
 from daemon.store import JobStore, TransitionRefused
 
@@ -40,7 +41,8 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
 
     Raises DropforgeError when the job is finished already.
     """
-    for _ in range(3):  # the daemon may move it between our look and our move
+    archive = Archive(settings, store)
+    for _ in range(3):  # the daemon may change its state in between
         job = store.get(job.id)
         if job.state in FINAL_STATES:
             raise DropforgeError(operation="cancel job", subject=job.id, cause=f"it is {job.state} already")
@@ -49,20 +51,11 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
             if job.state is JobState.RUNNING:
                 store.update(job.id, expected=JobState.RUNNING, cancel_request=request)
                 return f"job {job.id} is asked to leave; its checkpoints stay until the next run"
-            cancelled = store.transition(
-                job.id,
-                job.state,
-                JobState.CANCELLED,
-                "a person cancelled the job",
-                cancel_request=request,
-                finished_at=utc_now(),
-            )
+            archive.finish(job, JobState.CANCELLED, "a person cancelled the job", cancel_request=request)
         except TransitionRefused:
             continue
-        try:
-            archive.settle_files(settings, cancelled)
-        except OSError as error:
-            return f"job {job.id} is cancelled; its file is moved when the daemon starts next: {error}"
+        if problem := archive.problem(job.id):
+            return f"job {job.id} is cancelled; its file is moved later, by the daemon: {problem}"
         return f"job {job.id} is cancelled" + (", its file is back in the inbox" if hand_back else "")
     raise DropforgeError(operation="cancel job", subject=job.id, cause="it is moving", hint="try again")
 
@@ -79,8 +72,8 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
             cause=f"it is {job.state}",
             hint="`dropforge submit --force` trains the same content again" if job.state is JobState.SUCCEEDED else "",
         )
-    # The file first: a crash between the two leaves a finished job with its file in processing/, which is mended.
-    archive.return_for_retry(settings, job)
+    # The file first: a crash between the two leaves a finished job with its file in processing/, which is repaired.
+    reopen_files(settings, job)
     store.transition(
         job.id,
         job.state,
@@ -101,19 +94,12 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
 
 def move(store: JobStore, job: Job, *, first: bool, priority: Priority | None) -> str:
     """Change a queued job's place. Raises TransitionRefused when it is not queued."""
-    if job.state is not JobState.QUEUED:
-        raise TransitionRefused(
-            operation="move job",
-            subject=job.id,
-            cause=f"it is {job.state}",
-            hint="only queued jobs have a place to change",
-        )
-    if priority is not None:
-        store.update(job.id, priority=priority, position=0)
-    if first:
-        store.move_first(job.id)
+    store.reorder(job.id, first=first, priority=priority)
     queue = store.queue()
-    place = [queued.id for queued in queue].index(job.id) + 1
+    ids = [queued.id for queued in queue]
+    if job.id not in ids:  # the daemon has launched it since, or another command has cancelled it
+        return f"job {job.id} is {store.get(job.id).state}: it left the queue at this moment"
+    place = ids.index(job.id) + 1
     begun = queue[0].id if queue[0].max_step and place > 1 else None
     return f"job {job.id} is number {place} in the queue" + (
         f"; job {begun} has begun and goes on first" if begun else ""
@@ -121,11 +107,9 @@ def move(store: JobStore, job: Job, *, first: bool, priority: Priority | None) -
 
 
 def prune(settings: Settings, store: JobStore) -> int:
-    """Forget what `keep_jobs_days` says; returns how many jobs."""
+    """Delete the jobs that ended more than `keep_jobs_days` ago from the store; returns how many."""
     days = settings.queue.keep_jobs_days
     if not days:
         return 0
-    from datetime import UTC, datetime
-
     before = datetime.fromtimestamp(time.time() - days * 86_400, UTC).isoformat(timespec="milliseconds")
     return store.prune(before.replace("+00:00", "Z"))

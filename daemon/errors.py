@@ -73,3 +73,8 @@ def is_no_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def is_gone(error: OSError) -> bool:
+    """Whether an error says that a file was moved or removed by another process."""
+    return error.errno in (errno.ENOENT, errno.ESTALE)

@@ -1,14 +1,18 @@
-"""A queue from what lies on disk, for the day when its database cannot be read.
+"""Recovery: all that a start repairs, so that what a crash cut short is finished and a lost queue is rebuilt.
 
-Finished jobs are told by the reports beside their files, trained ones also by the versions that they became; what is in
-processing/ becomes a job again when the inbox is repaired. Nothing is lost and nothing is trained twice; what is lost
-is the history of moves, which the set-aside file still holds.
+A claim writes its row, then renames; a finished job changes its state, then moves its files. What lies between the two
+is told from the rows of the store and the folders on disk, and finished. What cannot be repaired is a warning, and the
+daemon starts. Nothing is deleted but empty folders.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,16 +21,23 @@ import msgspec
 
 from daemon import versions
 from daemon.config import Settings
+from daemon.errors import DropforgeError, NotFound
 from daemon.inbox import layout
-from daemon.inbox.report import REPORT_JSON, parse_report
-from daemon.job import FINAL_STATES, Dataset, FailureKind, Job, JobState
-from daemon.run_dir import run_dir_of
+from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, sync_claims, unclaim_sidecar
+from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
+from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
+from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, Priority, RunSpec
+from daemon.run_dir import latest_spec, run_dir_of, sealed_step
 from daemon.store import BrokenStore, JobStore
+from daemon.text import escape
 from guard.atomic import fsync_dir
+
+_JOB_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4,}")
+_REPORTS = frozenset({ROWS_JSON, REPORT_JSON, REPORT_TEXT})
 
 
 def open_store(settings: Settings, log: Any) -> JobStore:
-    """The root's store, checked; one that cannot be read is set aside and rebuilt.
+    """Open the root's store, checked; one that cannot be read is set aside and rebuilt from the folders.
 
     Raises NewerStore, StoreError (another process holds it), OSError.
     """
@@ -42,8 +53,127 @@ def open_store(settings: Settings, log: Any) -> JobStore:
     return store
 
 
+def repair_inbox(settings: Settings, store: JobStore, archive: Archive, log: Any) -> list[str]:
+    """Make the folders, then finish every claim and every move that was begun; returns what to warn of.
+
+    Raises OSError when there is no inbox to work in, StoreError.
+    """
+    layout.create_folders(settings)
+    processing = settings.inbox_dir / layout.PROCESSING
+    if reason := layout.unusable_reason(settings):
+        # What may not be entered is not empty: its jobs would be taken for lost.
+        raise DropforgeError(
+            operation="take up the jobs of", subject=settings.inbox_dir, cause=reason, hint="mend that and start again"
+        )
+    warnings: list[str] = []
+    latest = latest_spec(settings.state_dir)
+    for job in store.jobs({JobState.CLAIMED}):
+        with _warned(warnings, job.id, log):
+            _finish_claim(settings, archive, job, log)
+    for folder in sorted(processing.iterdir()):
+        with _warned(warnings, folder.name, log):
+            try:
+                job = store.get(folder.name)
+            except NotFound:
+                run = latest if latest and latest.job_id == folder.name else None
+                warnings += _adopt(settings, store, folder, log, run=run)
+                continue
+            if job.state in FINAL_STATES:
+                archive.file(job)
+                if not archive.problem(job.id):
+                    log.info("file.settled_after_crash", job=job.id)
+    for job in store.jobs(OPEN_STATES):
+        with _warned(warnings, job.id, log):
+            path = layout.locate(settings, job)
+            if path is not None and path.parent.parent != processing:
+                reopen_files(settings, job)
+                log.info("file.returned_after_crash", job=job.id)
+    return warnings
+
+
+@contextmanager
+def _warned(warnings: list[str], job_id: str, log: Any) -> Iterator[None]:
+    """Turn one job's error into a warning, and go on with the next."""
+    try:
+        yield
+    except OSError as error:
+        log.error("file.not_repaired", job=job_id, error=str(error))
+        warnings.append(f"the files of job {job_id} could not be repaired: {error}; the next start tries it again")
+
+
+def _finish_claim(settings: Settings, archive: Archive, job: Job, log: Any) -> None:
+    """Do the rename of a row that lacks it, if the dropped file is still the one that the row means."""
+    if layout.locate(settings, job) is not None:
+        return
+    source = Path(job.source)
+    try:
+        found = source.lstat()
+        # Another size: it is being written again, and has to settle anew.
+        same = (found.st_ino, found.st_size) == (job.source_inode, job.size_bytes)
+    except FileNotFoundError:
+        same = False
+    if same:
+        sidecar = source.with_name(layout.sidecar_name(job.name))
+        claim_file(settings, job, source, sidecar if os.path.lexists(sidecar) else None)
+        sync_claims(settings, [job])
+        log.info("file.claimed_after_crash", job=job.id, file=escape(job.name))
+        return
+    unclaim_sidecar(settings, job)
+    archive.finish(job, JobState.CANCELLED, "it was removed from the inbox before it could be taken")
+
+
+def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any, *, run: RunSpec | None) -> Iterator[str]:
+    """Make the file of a folder without a row a job again, under the same id; yields what to warn of.
+
+    The row is missing when the store was lost or set aside. The run that was launched last is taken for running: the
+    scheduler then adopts its trainer, or concludes what it left. Every other file is validated again.
+    """
+    if not folder.is_dir() or folder.is_symlink():
+        yield f"{_shown(settings, folder)} does not belong there; it is left alone"
+        return
+    names = [entry.name for entry in folder.iterdir() if entry.name not in _REPORTS]
+    if not names:
+        with suppress(OSError):  # holds reports: left as it is
+            folder.rmdir()
+        return
+    data = [name for name in names if layout.name_kind(name) is layout.NameKind.DATA]
+    if len(data) != 1 or not _JOB_ID.fullmatch(folder.name):
+        yield f"{_shown(settings, folder)} has no job and not one dataset; it is left alone"
+        return
+    path = folder / data[0]
+    found = path.lstat()
+    sidecar = Sidecar()
+    with suppress(OSError, RejectedSidecar):  # reported when the rows are validated
+        if os.path.lexists(beside := folder / layout.sidecar_name(path.name)):
+            sidecar = read_sidecar(beside, settings.recipe)
+    job = Job(
+        id=folder.name,
+        name=path.name,
+        state=JobState.CLAIMED,
+        priority=sidecar.priority or Priority.NORMAL,
+        path=str(path),
+        source=str(settings.inbox_dir / path.name),
+        source_inode=found.st_ino,
+        size_bytes=found.st_size,
+        force=sidecar.force,
+        overrides=sidecar.overrides,
+        reason="found in processing/ without a record",
+    )
+    if run is not None:
+        step = sealed_step(run_dir_of(settings.state_dir, job.id))
+        job = replace(
+            job, state=JobState.RUNNING, dataset=run.dataset, recipe=run.recipe, attempt=run.attempt, max_step=step
+        )
+    store.add(job)
+    log.warning("file.adopted", job=folder.name, file=escape(path.name))
+
+
+def _shown(settings: Settings, path: Path) -> str:
+    return escape(str(path.relative_to(settings.root) if path.is_relative_to(settings.root) else path))
+
+
 def set_aside(path: Path) -> Path:
-    """Rename a database and its write-ahead log to names that say what they are; returns the database's new name."""
+    """Rename a database and its write-ahead log to `NAME.unreadable-TIME`; returns the database's new path."""
     stamp = f"unreadable-{datetime.fromtimestamp(time.time(), UTC):%Y%m%dT%H%M%S}"
     target = path.with_name(f"{path.name}.{stamp}")
     for suffix in ("-wal", "-shm", ""):  # the database last: until it is gone, the next start does the same again
@@ -55,7 +185,10 @@ def set_aside(path: Path) -> Path:
 
 
 def jobs_on_disk(settings: Settings) -> Iterator[Job]:
-    """Every finished job that can be told, oldest first; each id once."""
+    """Return the finished jobs that reports and versions tell of, oldest first, each once.
+
+    Unfinished ones are adopted from processing/ by `repair_inbox`; the history of transitions is in the store set aside.
+    """
     trained = {str(version.record.get("job")): version for version in versions.list_versions(settings.model_dir)}
     found = {job.id: job for job in _reported(settings, trained)}
     for job_id, version in trained.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from daemon.gpu.lock import GpuLock
 from daemon.gpu.probe import GpuProbe, GpuSilent
 from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused, unwritable
 from daemon.hooks import Hooks
+from daemon.inbox.archive import Archive
 from daemon.job import (
     RUN_SPEC_VERSION,
     FailureKind,
@@ -29,13 +30,12 @@ from daemon.job import (
     Progress,
     RunResult,
     RunSpec,
-    utc_now,
 )
 from daemon.promotion import promote
 from daemon.recipe import Recipe
 from daemon.retry import Conclusion, StopReason, conclude, halved
 from daemon.run_dir import RunReader, run_dir_of, sealed_step
-from daemon.store import JobStore
+from daemon.store import JobStore, TransitionRefused
 from daemon.text import escape
 
 
@@ -66,7 +66,7 @@ class Scheduler:
         store: JobStore,
         executor: Executor,
         *,
-        settle: Callable[[Job], None],
+        archive: Archive,
         hooks: Hooks,
         gpu_lock: GpuLock,
         gpus: GpuProbe,
@@ -75,7 +75,7 @@ class Scheduler:
         self.settings = settings
         self._store = store
         self._executor = executor
-        self._settle = settle  # moves the file of a job in a final state
+        self._archive = archive
         self._hooks = hooks
         self._log = log
         self._gpu = gpu_lock
@@ -193,18 +193,11 @@ class Scheduler:
         self._log.info("job.started", job=job.id, dataset=escape(job.name), attempt=job.attempt)
 
     def _is_trained(self, job: Job) -> bool:
-        """End a job here whose content another one has trained since it was queued; True when it ended."""
-        if job.force or job.dataset is None:
-            return False
-        trained = self._store.with_digest(job.dataset.digest, {JobState.SUCCEEDED})
-        if not trained:
-            return False
-        reason = f"duplicate of job {trained[0].id}, version {trained[0].version or '?'}"
-        cancelled = self._store.transition(
-            job.id, JobState.QUEUED, JobState.CANCELLED, reason, duplicate_of=trained[0].id, finished_at=utc_now()
-        )
-        self._settle(cancelled)
-        return True
+        """End a job whose content another one has trained since it was queued. Returns whether it ended."""
+        try:
+            return job.dataset is not None and self._archive.finish_duplicate(job, job.dataset)
+        except TransitionRefused:  # a command moved it at this moment
+            return True
 
     def _gpu_in_use(self, recipe: Recipe) -> Hold | None:
         """Choose the GPU and take its lock, or say what to wait for. A machine without one has nothing to wait for."""
@@ -335,7 +328,7 @@ class Scheduler:
     def _finish(
         self, run: Run, conclusion: Conclusion, result: RunResult | None, *, version: str | None = None
     ) -> None:
-        """Move the job, then its file."""
+        """End the job, or put it back into the queue."""
         fields: dict[str, Any] = {
             "failure": conclusion.failure,
             "not_before": conclusion.not_before,
@@ -344,19 +337,17 @@ class Scheduler:
         }
         if conclusion.halve_batch and run.job.recipe is not None:
             fields["recipe"] = halved(dict(run.job.recipe))
-        if conclusion.to is not JobState.QUEUED:
-            fields["finished_at"] = utc_now()
         if version:
             fields["version"] = version
-        job = self._store.transition(run.job.id, JobState.RUNNING, conclusion.to, conclusion.reason, **fields)
-        if job.state is JobState.QUEUED and job.cancel_request:  # a person cancelled it while the trainer was leaving
-            job = self._store.transition(
-                job.id, JobState.QUEUED, JobState.CANCELLED, StopReason.CANCEL.value, finished_at=utc_now()
-            )
         self._run = None
         self._gpu.give()
-        if job.state is not JobState.QUEUED:
-            self._settle(job)
+        if conclusion.to is not JobState.QUEUED:
+            self._archive.finish(run.job, conclusion.to, conclusion.reason, **fields)
+            return
+        job = self._store.transition(run.job.id, JobState.RUNNING, JobState.QUEUED, conclusion.reason, **fields)
+        if job.cancel_request:  # it was cancelled while the trainer was leaving
+            with suppress(TransitionRefused):  # a command cancelled it at this moment
+                self._archive.finish(job, JobState.CANCELLED, StopReason.CANCEL.value)
 
 
 def _not_launched(job: Job, error: OSError, settings: Settings) -> Conclusion:

@@ -25,6 +25,7 @@ from daemon.gpu.lock import GpuLock
 from daemon.gpu.probe import GpuProbe, GpuSilent
 from daemon.holds import HoldKind
 from daemon.hooks import Hooks
+from daemon.inbox.archive import Archive
 from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.losses import LossHistory
@@ -40,7 +41,7 @@ from daemon.observability.status import (
     running_job,
     write_status,
 )
-from daemon.recovery import open_store
+from daemon.recovery import open_store, repair_inbox
 from daemon.retry import StopReason
 from daemon.scheduler import Scheduler
 from daemon.sd_notify import extend_timeout, notify, reloading, status_line, watchdog_seconds
@@ -118,20 +119,21 @@ class Service:
         self._listen()
         self._publish(status="starting", reason="recovering", force=True)
         self.store = open_store(self.settings, self.log)
-        self.intake = Intake(self.settings, self.store, wakeup=self.wakeup, log=self.log)
+        archive = Archive(self.settings, self.store, self.log)
+        self.intake = Intake(self.settings, self.store, archive, wakeup=self.wakeup, log=self.log)
         self.hooks = Hooks(self.settings.hooks, self.log)
         self.scheduler = Scheduler(
             self.settings,
             self.store,
             self._executor,
-            settle=self._settle,
+            archive=archive,
             hooks=self.hooks,
             gpu_lock=self._gpu,
             gpus=self._gpus,
             log=self.log,
         )
         self.endings = Endings(self.store, hooks=self.hooks, log=self.log)
-        self.intake.open()
+        self.intake.open(repair_inbox(self.settings, self.store, archive, self.log))
         self.scheduler.recover()
         before = {job.id for job in self.store.jobs(FINAL_STATES)} if once else set()
         self._publish(force=True)
@@ -165,7 +167,7 @@ class Service:
             self._next_prune = time.monotonic() + PRUNE_SECONDS
             control.prune(self.settings, self.store)
         if self.scheduler.listen():
-            self.intake.adopt()  # a job that a person put back has its rows checked again
+            self.intake.adopt_claimed()  # a job that a person put back has its rows checked again
         self.intake.tick(accept=not self.stopping)
         self.scheduler.reap()
         self.endings.tell()
@@ -209,11 +211,6 @@ class Service:
     def _stop_patience(self) -> tuple[str, ...]:
         """While a trainer seals its last checkpoint, systemd waits as long as we do, whatever the unit says."""
         return (extend_timeout(STOP_GRACE_SECONDS),) if self.stopping and self.scheduler.run is not None else ()
-
-    def _settle(self, job: Job) -> None:
-        """A job came to its end: its file moves, and the current version may be another."""
-        self.intake.filing.file(job)
-        self._model_read = 0.0
 
     def _publish(self, *, status: str | None = None, reason: str = "", force: bool = False) -> None:
         """Write status.json at each change and at each heartbeat."""

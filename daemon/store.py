@@ -24,6 +24,7 @@ from daemon.job import (
     Job,
     JobState,
     JobTransition,
+    Priority,
     from_json,
     to_json,
     utc_now,
@@ -170,6 +171,15 @@ class JobStore:
             self._record(job_id, expected, to, reason)
         return moved
 
+    def finish(self, job_id: str, expected: JobState, to: JobState, reason: str, **fields: Any) -> Job:
+        """End a job: move it to a final state, with the time. Raises as `transition` does.
+
+        `daemon.inbox.archive.Archive.finish` moves its files as well.
+        """
+        if to not in FINAL_STATES:
+            raise ValueError(f"{to} ends no job")
+        return self.transition(job_id, expected, to, reason, **{"finished_at": utc_now(), **fields})
+
     def update(self, job_id: str, *, expected: JobState | None = None, **fields: Any) -> Job:
         """Set fields other than the state. Raises TransitionRefused when the job is in another state than `expected`."""
         if "state" in fields:
@@ -289,6 +299,10 @@ class JobStore:
         rows = self._db.execute("SELECT body FROM jobs WHERE digest = ? ORDER BY seq", (digest,)).fetchall()
         return [job for job in (from_json(row[0], Job) for row in rows) if job.state in states]
 
+    def first_trained(self, digest: str) -> Job | None:
+        """The job that trained this content first; None when none did."""
+        return next(iter(self.with_digest(digest, {JobState.SUCCEEDED})), None)
+
     def with_inode(self, inode: int) -> list[Job]:
         """Jobs whose file had this inode when it was dropped, in order of arrival."""
         rows = self._db.execute("SELECT body FROM jobs WHERE source_inode = ? ORDER BY seq", (inode,)).fetchall()
@@ -331,18 +345,30 @@ class JobStore:
             else:
                 self._db.execute("INSERT OR REPLACE INTO controls VALUES (?, ?)", (key, json.dumps(value)))
 
-    def move_first(self, job_id: str) -> Job:
-        """Put a queued job before all others of its priority. Raises TransitionRefused when it is not queued."""
+    def reorder(self, job_id: str, *, first: bool = False, priority: Priority | None = None) -> Job:
+        """Give a queued job another priority, and with `first` the place before all others of its priority.
+
+        Raises TransitionRefused when it is not queued.
+        """
         with self._transaction():
             job = self.get(job_id)
             if job.state is not JobState.QUEUED:
-                raise TransitionRefused(operation=f"move job {job_id}", cause=f"it is {job.state}")
-            least = self._db.execute(
-                "SELECT min(position) FROM jobs WHERE state = ? AND priority = ?", (JobState.QUEUED, job.priority.rank)
-            ).fetchone()[0]
-            moved = replace(job, position=least - 1, updated_at=utc_now())
-            self._write(moved)
-        return moved
+                raise TransitionRefused(
+                    operation=f"move job {job_id}",
+                    cause=f"it is {job.state}",
+                    hint="only queued jobs have a place to change",
+                )
+            if priority is not None:
+                job = replace(job, priority=priority, position=0)
+            if first:
+                least = self._db.execute(
+                    "SELECT min(position) FROM jobs WHERE state = ? AND priority = ? AND id != ?",
+                    (JobState.QUEUED, job.priority.rank, job_id),
+                ).fetchone()[0]
+                job = replace(job, position=(least or 0) - 1)
+            job = replace(job, updated_at=utc_now())
+            self._write(job)
+        return job
 
     def data_version(self) -> int:
         """A number that differs when another process has written since it was last asked for."""

@@ -1,9 +1,16 @@
-"""The bell that wakes the service: safe to ring from a signal handler, a thread, or the loop itself."""
+"""Wakeup: ends the service's sleep; safe to set in a signal handler, a thread, or the loop itself."""
 
 from __future__ import annotations
 
 import os
 import select
+from typing import Protocol
+
+
+class SupportsSet(Protocol):
+    """What wakes the service."""
+
+    def set(self) -> None: ...
 
 
 class Wakeup:
@@ -16,26 +23,26 @@ class Wakeup:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def set(self) -> None:
-        """Ring; it stays rung until cleared."""
+        """Wake whoever waits; stays set until cleared."""
         os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
-        """Silence it."""
+        """Unset it."""
         try:
             os.eventfd_read(self._fd)
         except BlockingIOError:
-            return  # it had not been rung
+            return  # it was not set
 
     def is_set(self) -> bool:
-        """Whether it has been rung since it was cleared."""
+        """Whether it has been set since it was cleared."""
         return self.wait(0)
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait at most `timeout` seconds for it; True when it has been rung."""
+        """Wait at most `timeout` seconds, without end for None; returns whether it is set."""
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         return bool(poll.poll(None if timeout is None else max(0.0, timeout) * 1000))
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         os.close(self._fd)

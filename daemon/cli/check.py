@@ -27,7 +27,7 @@ from daemon.inbox.layout import NameKind, name_kind, sidecar_name
 from daemon.inbox.other_files import explain_other_file
 from daemon.inbox.report import remarks, rows_text
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
-from daemon.inbox.validation_pool import pass_once
+from daemon.inbox.validation_pool import validate_once
 from daemon.job import Dataset, JobState, to_json
 from daemon.processes import child_environment
 from daemon.recipe import Recipe
@@ -123,7 +123,7 @@ def _check(path: Path, settings: Settings, store: JobStore | None, lengths_comma
     recipe = settings.recipe.with_overrides(sidecar.overrides)
     rules = Rules.of(recipe.data)
     request = Request(job_id="check", path=str(path.absolute()), rules=rules)
-    reply = pass_once(request)
+    reply = validate_once(request)
     if reply.dataset is None:
         found = reply.report
         return CheckReport(

@@ -1,31 +1,141 @@
-"""Where the files of jobs lie, and their moves: claim, settle, return.
+"""The archive: how jobs end - final state first, then their files - and every move of a claimed file.
 
-    inbox/x.jsonl -> inbox/processing/<job id>/x.jsonl -> inbox/done/<job id>/ or inbox/failed/<job id>/
-
-Each job has a folder of its own, so names never meet. A job's folder moves as a whole, by one rename, with the file,
-its sidecar and its reports in it; every step can be repeated.
+A job's folder moves as a whole, by one rename, with the file, its sidecar and its reports in it. Into the inbox a file
+and its sidecar go back as a pair. Every move can be repeated after a crash.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from daemon.config import Settings
 from daemon.dataset import DatasetReport
-from daemon.errors import NotFound
+from daemon.errors import DropforgeError, NotFound
 from daemon.inbox import layout
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
-from daemon.job import FINAL_STATES, Job, JobState, from_json, to_json
+from daemon.job import FINAL_STATES, Dataset, Job, JobState, from_json, to_json
 from daemon.run_dir import LOG_NAME, run_dir_of
+from daemon.store import JobStore
 from daemon.text import escape
 from guard.atomic import fsync_dir, rename_durable, write_atomic
 
-ROWS_JSON = "rows.json"  # what the pass found, kept beside the file until the report is written
+ROWS_JSON = "rows.json"  # the validation's report, kept beside the file until the job's own is written
+RETURNED_AS = ".returned_as"  # the name under which a file goes back to the inbox, while it does
+PAIRED = frozenset({layout.NameKind.DATA, layout.NameKind.SIDECAR})
+RETRIES = 10  # moves that are tried again at a time; each writes its reports anew
+RECENT_JOBS = 20  # finished jobs whose files are looked for in processing/
+COMMAND_SECONDS = 10.0  # a command that ended a job has so long to move its files before the daemon does
+
+
+class _NoLog:
+    """The log of a command."""
+
+    def __getattr__(self, level: str) -> Callable[..., None]:
+        return lambda event, **facts: None
+
+
+class Archive:
+    """Ends jobs and moves their files; a move that fails is remembered, shown and tried again.
+
+    `log` is None in a command, which tells its caller of `problem` itself. One thread calls everything.
+    """
+
+    def __init__(self, settings: Settings, store: JobStore, log: Any = None) -> None:
+        self.settings = settings
+        self._store = store
+        self._log = log if log is not None else _NoLog()
+        self._problems: dict[str, str] = {}  # job id -> why its files were not moved
+
+    def finish(self, job: Job, to: JobState, reason: str, **fields: Any) -> Job:
+        """End a job that is in the state of `job`: the final state with its time, then the files.
+
+        Files that cannot be moved now are moved later. Raises StoreError, TransitionRefused.
+        """
+        finished = self._store.finish(job.id, job.state, to, reason, **fields)
+        self.file(finished)
+        return finished
+
+    def finish_duplicate(self, job: Job, dataset: Dataset) -> bool:
+        """End a job whose content is in a version already. Returns whether it ended."""
+        first = None if job.force else self._store.first_trained(dataset.digest)
+        if first is None:
+            return False
+        reason = f"duplicate of job {first.id}, version {first.version or '?'}"
+        self.finish(job, JobState.CANCELLED, reason, dataset=dataset, duplicate_of=first.id)
+        return True
+
+    def file(self, job: Job) -> None:
+        """Move a finished job's folder to done/ or failed/; a failure is a warning until it succeeds."""
+        try:
+            archive_files(self.settings, job)
+        except (DropforgeError, OSError) as error:
+            problem = _sentence(error, self.settings)
+            if self._problems.get(job.id) != problem:
+                self._log.error("file.not_moved", job=job.id, error=problem)
+            self._problems.pop(job.id, None)
+            self._problems[job.id] = problem  # last in line
+            return
+        if self._problems.pop(job.id, None) is not None:
+            self._log.info("file.moved", job=job.id)
+
+    def problem(self, job_id: str) -> str:
+        """Why a job's files were not moved; empty when they were."""
+        return self._problems.get(job_id, "")
+
+    def retry(self) -> None:
+        """Try again what could not be moved, by this process or by a command that ended a job."""
+        for job in self._store.recent(RECENT_JOBS):
+            lies_there = os.path.lexists(layout.processing_dir(self.settings, job.id))
+            if lies_there and job.id not in self._problems and _seconds_since(job.updated_at) > COMMAND_SECONDS:
+                self.file(job)
+        for job_id in list(self._problems)[:RETRIES]:
+            try:
+                job = self._store.get(job_id)
+            except NotFound:
+                del self._problems[job_id]
+                continue
+            if job.state in FINAL_STATES:
+                self.file(job)
+            else:  # it was put back into the queue
+                del self._problems[job_id]
+
+    def warnings(self) -> list[str]:
+        """One sentence while files are left to move."""
+        if not self._problems:
+            return []
+        count, why = len(self._problems), next(iter(self._problems.values()))
+        what = "one finished job's file" if count == 1 else f"the files of {count} finished jobs"
+        return [f"{what} could not be moved out of processing/ yet: {why}"]
+
+    def purge(self) -> None:
+        """Delete the folders of trained jobs that finished more than `keep_done_days` ago."""
+        days = self.settings.inbox.keep_done_days
+        if not days:
+            return
+        before = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="milliseconds")
+        done = self.settings.inbox_dir / layout.DONE
+        for folder in sorted(done.iterdir()) if done.is_dir() else ():
+            try:
+                job = self._store.get(folder.name)
+            except NotFound:
+                continue  # not ours: never deleted
+            if not layout.is_trained(job) or job.finished_at is None or job.finished_at >= before:
+                continue
+            try:
+                shutil.rmtree(folder)
+                fsync_dir(done)
+            except OSError as error:
+                self._log.error("file.not_purged", job=job.id, error=str(error))
+            else:
+                self._log.info("file.purged", job=job.id, file=escape(job.name), finished_at=job.finished_at)
 
 
 def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None) -> Path:
@@ -49,22 +159,78 @@ def sync_claims(settings: Settings, jobs: Iterable[Job]) -> None:
     own = [layout.processing_dir(settings, job.id) for job in jobs]
     dropped = {Path(job.source).parent for job in jobs}
     for folder in (*own, settings.inbox_dir / layout.PROCESSING, *sorted(dropped)):
-        with suppress(FileNotFoundError):  # a person may have moved it on already
+        with suppress(FileNotFoundError):  # a command may have moved it on already
             fsync_dir(folder)
 
 
-def return_sidecar(settings: Settings, job: Job) -> None:
-    """Put back the sidecar of a file that was not taken after all."""
-    path = layout.processing_dir(settings, job.id) / layout.sidecar_name(job.name)
-    if os.path.lexists(path):
-        with suppress(OSError):
-            return_to_inbox(path, Path(job.source).parent)
+def unclaim_sidecar(settings: Settings, job: Job) -> None:
+    """Put a sidecar back to where it was dropped, when its file was not taken after all.
+
+    It goes back under its own name or not at all: another name would give it to another file. Where a newer one lies,
+    it stays in the job's folder. Raises OSError.
+    """
+    source = Path(job.source)
+    sidecar = layout.processing_dir(settings, job.id) / layout.sidecar_name(job.name)
+    if os.path.lexists(sidecar):
+        with suppress(FileExistsError):
+            rename_durable(sidecar, source.with_name(sidecar.name))
 
 
-def settle_files(settings: Settings, job: Job, report: DatasetReport | None = None) -> Path:
+def return_pair(settings: Settings, job: Job, inbox_folder: Path) -> Path:
+    """Move a job's file and its sidecar back into a watched folder; returns where the file lies.
+
+    Both get the job's name, or one number, so that neither meets another file or sidecar of that name. Can be repeated
+    after a crash. Raises OSError.
+    """
+    folder = layout.processing_dir(settings, job.id)
+    data, sidecar, chosen = folder / job.name, folder / layout.sidecar_name(job.name), folder / RETURNED_AS
+    _undo_link(sidecar, chosen, inbox_folder)
+    target = inbox_folder / _free_name(job.name, inbox_folder)
+    linked = False
+    if os.path.lexists(sidecar):
+        # The sidecar first, or the file might be taken without it. It is linked, and removed when its file has moved:
+        # a crash between the two leaves the pair whole in the job's folder, and the link is found by its name.
+        write_atomic(chosen, os.fsencode(target.name))
+        linked = _link(sidecar, target.with_name(layout.sidecar_name(target.name)))
+    rename_durable(data, target)
+    if linked:
+        sidecar.unlink()
+    chosen.unlink(missing_ok=True)
+    return target
+
+
+def _undo_link(sidecar: Path, chosen: Path, inbox_folder: Path) -> None:
+    """Remove the link to a sidecar that a return which was cut short left in the folder."""
+    with suppress(FileNotFoundError):
+        link = inbox_folder / layout.sidecar_name(os.fsdecode(chosen.read_bytes()))
+        if os.path.samestat(link.lstat(), sidecar.lstat()):
+            link.unlink()
+
+
+def _free_name(name: str, inbox_folder: Path) -> str:
+    """The name, or the first numbered one, whose stem no file and no sidecar in the folder has."""
+    others = (path.name for path in inbox_folder.iterdir())
+    taken = {layout.stem(other) for other in others if layout.name_kind(other) in PAIRED}
+    names = (layout.numbered_name(name, number) for number in itertools.count(1))
+    return next(free for free in names if layout.stem(free) not in taken)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give a file a second name; where the file system has no links, only that. Returns whether it has two."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+            raise
+        rename_durable(source, target)
+        return False
+    return True
+
+
+def archive_files(settings: Settings, job: Job) -> Path:
     """Move a finished job's folder to done/ or failed/, with report.txt and report.json in it; returns that folder.
 
-    The file of a cancelled job that a person wants back goes to the inbox first. Can be repeated, and is after a crash. `report` (default: what the pass left beside the file) tells of bad rows.
+    The file of a cancelled job that is to be returned goes to the inbox first. Can be repeated.
     Raises OSError, ValueError when the job is not finished.
     """
     if job.state not in FINAL_STATES:
@@ -74,26 +240,28 @@ def settle_files(settings: Settings, job: Job, report: DatasetReport | None = No
         if target.is_dir():
             return target
         source.mkdir(parents=True)  # the file is gone; what became of the job is still worth telling
-    if job.state is JobState.CANCELLED and job.cancel_request == "return":
-        for name in (layout.sidecar_name(job.name), job.name):  # the file alone would be taken without its sidecar
-            if os.path.lexists(source / name):
-                return_to_inbox(source / name, layout.watched_folders(settings)[job.priority])
-    found = report if report is not None else read_rows_report(source)
+    if job.state is JobState.CANCELLED and job.cancel_request == "return" and os.path.lexists(source / job.name):
+        return_pair(settings, job, _dropped_into(settings, job))
+    rows = read_rows_report(source)
     deleted = job.state is JobState.SUCCEEDED and settings.inbox.on_success == "delete"
     log = run_dir_of(settings.state_dir, job.id) / LOG_NAME
     trainer = TrainerLog.read(log) if job.state is JobState.FAILED else None
-    write_atomic(source / REPORT_JSON, report_json(job, found, file_deleted=deleted, trainer=trainer))
-    write_atomic(source / REPORT_TEXT, report_text(job, found, file_deleted=deleted, trainer=trainer))
+    write_atomic(source / REPORT_JSON, report_json(job, rows, file_deleted=deleted, trainer=trainer))
+    write_atomic(source / REPORT_TEXT, report_text(job, rows, file_deleted=deleted, trainer=trainer))
     if deleted:
         (source / job.name).unlink(missing_ok=True)
-    target.parent.mkdir(exist_ok=True)
-    if target.exists():
-        rename_durable(target, _free_name(target))
-    rename_durable(source, target)
+    _move_folder(source, target)
     return target
 
 
-def return_for_retry(settings: Settings, job: Job) -> Path:
+def _dropped_into(settings: Settings, job: Job) -> Path:
+    """The watched folder that the job's file came from; where that is none now, the one of its priority."""
+    watched = layout.watched_folders(settings)
+    source = Path(job.source).parent
+    return source if source in watched.values() else watched[job.priority]
+
+
+def reopen_files(settings: Settings, job: Job) -> Path:
     """Move a finished job's folder back to processing/; returns the file's path there. Can be repeated.
 
     Raises NotFound when its file is nowhere, OSError.
@@ -108,59 +276,46 @@ def return_for_retry(settings: Settings, job: Job) -> Path:
             hint="drop it again",
         )
     if path.parent != target:
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-            rename_durable(target, _free_name(target))
-        rename_durable(path.parent, target)
+        _move_folder(path.parent, target)
     return target / job.name
 
 
+def _move_folder(source: Path, target: Path) -> None:
+    """Rename a job's folder; what lies at the target already is kept beside it under a free name."""
+    target.parent.mkdir(exist_ok=True)
+    if os.path.lexists(target):
+        numbers = itertools.count(1)
+        rename_durable(target, next(free for n in numbers if not os.path.lexists(free := Path(f"{target}~{n}"))))
+    rename_durable(source, target)
+
+
 def write_rows_report(folder: Path, report: DatasetReport) -> None:
-    """Keep what the pass found beside the file, until its report is written."""
+    """Keep what the validation found beside the file, until the job's report is written. Raises OSError."""
     write_atomic(folder / ROWS_JSON, to_json(report))
 
 
 def read_rows_report(folder: Path) -> DatasetReport | None:
-    """What `write_rows_report` kept; None when there is none."""
+    """Return what `write_rows_report` kept; None when there is none."""
     try:
         return from_json((folder / ROWS_JSON).read_bytes(), DatasetReport)
     except (OSError, ValueError):
         return None
 
 
-def remove_done(settings: Settings, job: Job) -> bool:
-    """Delete a trained job's folder from done/, for keep_done_days. Returns whether it was there."""
-    folder = settings.inbox_dir / layout.DONE / job.id
+def _sentence(error: DropforgeError | OSError, settings: Settings) -> str:
+    if isinstance(error, DropforgeError):
+        return error.sentence
+    if error.errno == errno.EXDEV:
+        return (
+            f"{error.filename2 or settings.inbox_dir} is on another file system than {error.filename}, and files are"
+            " moved by renaming; put all folders of the inbox on one"
+        )
+    return str(error)
+
+
+def _seconds_since(at: str) -> float:
+    """Seconds from a UTC time to now; infinite when it is not one."""
     try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        return False
-    fsync_dir(folder.parent)
-    return True
-
-
-def return_to_inbox(path: Path, inbox_folder: Path) -> Path:
-    """Put a file that was taken by mistake back under its name, or under a free one like it. Never replaces a file."""
-    target = inbox_folder / path.name
-    number = 1
-    while True:
-        try:
-            rename_durable(path, target)
-        except FileExistsError:
-            number += 1
-            stem, dot, rest = path.name.partition(".")
-            target = inbox_folder / f"{stem[:200]}-{number}{dot}{rest}"
-        else:
-            return target
-
-
-def gone(error: OSError) -> bool:
-    """Whether an error means that somebody else moved or removed the file."""
-    return error.errno in (errno.ENOENT, errno.ESTALE)
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while os.path.lexists(path.with_name(f"{path.name}~{number}")):
-        number += 1
-    return path.with_name(f"{path.name}~{number}")
+        return (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds()
+    except ValueError:
+        return float("inf")

@@ -1,7 +1,6 @@
-"""What lies in the inbox: a scan finds it, looks tell when it is settled.
+"""Candidates: the names in the inbox that may become jobs, and the names that are ignored, each with its reason.
 
-`Drops` knows every name that may become a job and, for all others, why they are left alone. It opens nothing but
-regular files, and reads of those one byte.
+Scans and events find names; lstat, a lease and the last byte tell when a file is settled. Only regular files are opened.
 """
 
 from __future__ import annotations
@@ -16,60 +15,66 @@ from pathlib import Path
 
 from daemon.config import InboxSettings
 from daemon.dataset.source import SourceError, kind_of_mode, open_regular
-from daemon.inbox.archive import gone
+from daemon.errors import is_gone
 from daemon.inbox.layout import OWN_FOLDERS, NameKind, name_kind, sidecar_name
 from daemon.inbox.other_files import explain_other_name
 from daemon.inbox.settle import Candidate, FileStat, Settled, Wait, decide
-from daemon.inbox.watcher import Heard
+from daemon.inbox.watcher import EventBatch
 from daemon.inbox.writers import Writing, find_writer, writing
 from daemon.job import Priority, utc_now
+from daemon.text import escape
 
-LOOKS_PER_TICK = 2000  # files looked at before the service gets its turn again
+EXAMINED_PER_TICK = 2000  # candidates before the service gets its turn again
 FULL_SCAN_SECONDS = 60.0  # a folder whose times did not move is listed all the same after so long
 COARSEST_CLOCK_SECONDS = 2.5  # a folder's times move every 2 s on FAT, every second through SFTP, every 4 ms on ext4
 ORPHAN_SECONDS = 60.0  # a sidecar without its file is reported after so long
-THOROUGH_BELOW = 100  # files in line; beyond, those behind them are looked at more briefly
+THOROUGH_BELOW = 100  # settled files; beyond, who writes to the next ones is asked only when their turn comes
 SHOWN = 100  # files whose reasons are published
-SIDECAR_PAUSE = 0.05  # between looks at a file whose sidecar is being written
+SIDECAR_PAUSE = 0.05  # before a file whose sidecar is being written is examined again
 OPEN = "open for writing"
 NAME_AFTER_SECONDS, NAME_EVERY_SECONDS = 1.0, 5.0  # all of /proc is searched for a name: not for a short copy
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0  # between looks at a file that is open for writing
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0  # before a file that is open for writing is examined again
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """A name that is left alone, and why."""
+class IgnoredFile:
+    """A name that will not become a job as it is, and why."""
 
     priority: Priority
     name: str
     reason: str
     since: str
-    meant: bool  # as a dataset, it seems
+    meant: bool  # it seems to be a dataset
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ready:
-    """A settled file and what its claim needs."""
+class SettledFile:
+    """A settled file, as its claim needs it."""
 
     candidate: Candidate
     folder: Path
-    look: FileStat
+    stat: FileStat
     sidecar_name: str | None
     reason: str
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Where the file lies."""
         return self.folder / self.candidate.name
 
     @property
     def sidecar(self) -> Path | None:
-        """Its sidecar, when it has one."""
+        """Where its sidecar lies, when it has one."""
         return self.folder / self.sidecar_name if self.sidecar_name is not None else None
+
+    @property
+    def shown(self) -> str:
+        """Its name with a priority folder's, safe to print."""
+        return shown_name(self.candidate.priority, self.candidate.name)
 
 
 class CandidateTracker:
-    """Every drop that is not claimed yet. `now` is of one monotonic clock throughout."""
+    """Every name in the watched folders. `now` is of one monotonic clock throughout."""
 
     def __init__(self, folders: Mapping[Priority, Path], settings: InboxSettings) -> None:
         self._folders = dict(folders)
@@ -78,9 +83,9 @@ class CandidateTracker:
         self._sidecars: dict[tuple[Priority, str], Candidate] = {}
         self._unsettled: dict[tuple[Priority, str], Candidate] = {}  # those of the candidates that are not in _settled
         self._settled: dict[Priority, deque[Candidate]] = {p: deque() for p in Priority}
-        self._agenda: list[tuple[float, int, tuple[Priority, str]]] = []
+        self._due: list[tuple[float, int, tuple[Priority, str]]] = []
         self._order = itertools.count()
-        self.left_alone: dict[tuple[Priority, str], Found] = {}
+        self._ignored: dict[tuple[Priority, str], IgnoredFile] = {}
         self._folder_times: dict[Priority, tuple[int, ...]] = {}
         self._moved_at: dict[Priority, float] = {}  # when a folder's times were seen to have moved
         self._last_listed: dict[Priority, float] = {}
@@ -90,24 +95,24 @@ class CandidateTracker:
 
     @property
     def deferred(self) -> int:
-        """Settled files that wait for a place in the queue."""
+        """How many settled files wait for a place in the queue."""
         return len(self._candidates) - len(self._unsettled)
 
-    def waiting(self) -> Iterator[Candidate]:
-        """Files that are not settled yet."""
+    def unsettled(self) -> Iterator[Candidate]:
+        """Return the files that are not settled yet."""
         return iter(self._unsettled.values())
 
-    def hear(self, heard: Heard, now: float) -> None:
-        """Take in what the watch noted; each name is due for a look now."""
-        for (priority, name), note in heard.notes.items():
+    def add_events(self, batch: EventBatch, now: float) -> None:
+        """Track the names of a batch; each is due now."""
+        for (priority, name), events in batch.names.items():
             kind = name_kind(name)
             if kind in (NameKind.DATA, NameKind.SIDECAR):
-                candidate = self._know(priority, name, kind, now)
-                candidate.hear(note, now)
+                candidate = self._track(priority, name, kind, now)
+                candidate.add_events(events, now)
                 candidate.due = now
-                self._push(candidate)
+                self._schedule(candidate)
             elif kind is NameKind.OTHER:
-                self._leave_other(priority, name)
+                self._ignore_other(priority, name)
 
     def scan(self, now: float, *, full: bool) -> None:
         """List the folders. One that was listed since its times last moved is skipped, unless `full`."""
@@ -130,76 +135,79 @@ class CandidateTracker:
             self._last_listed[priority] = now
             self._list(priority, folder, now)
 
-    def look(self, now: float) -> None:
-        """Look again at the files whose time has come, at most LOOKS_PER_TICK of them."""
-        for _ in range(LOOKS_PER_TICK):
-            if not self._agenda or self._agenda[0][0] > now:
+    def examine_due(self, now: float) -> None:
+        """Examine the candidates that are due, at most EXAMINED_PER_TICK of them."""
+        for _ in range(EXAMINED_PER_TICK):
+            if not self._due or self._due[0][0] > now:
                 return
-            _, _, key = heapq.heappop(self._agenda)
+            _, _, key = heapq.heappop(self._due)
             candidate = self._candidates.get(key) or self._sidecars.get(key)
             if candidate is not None and candidate.due <= now and not candidate.settled:
-                self._look_at(candidate, now)
+                self._examine_candidate(candidate, now)
 
     def next_due(self, now: float) -> float | None:
-        """Seconds until a file should be looked at again."""
-        while self._agenda:
-            due, _, key = self._agenda[0]
+        """Return the seconds until a candidate is due; None when none will be."""
+        while self._due:
+            due, _, key = self._due[0]
             candidate = self._candidates.get(key) or self._sidecars.get(key)
             if candidate is None or candidate.settled or candidate.due != due:
-                heapq.heappop(self._agenda)
+                heapq.heappop(self._due)
                 continue
             return max(0.0, due - now)
         return None
 
-    def take(self, now: float) -> Ready | None:
-        """The next settled file, high before normal before low, as it is at this moment; None when there is none."""
+    def next_settled(self, now: float) -> SettledFile | None:
+        """Return the next settled file, high before normal before low, examined anew; None when there is none."""
         for settled in (self._settled[priority] for priority in Priority):
             while settled:
                 candidate = settled.popleft()
                 candidate.settled = False
                 self._unsettled[candidate.key] = candidate
-                ready = self._examine(candidate, now)
-                if ready is not None:
-                    return ready
+                file = self._examine(candidate, now)
+                if file is not None:
+                    return file
                 if candidate.key in self._candidates:
-                    self._push(candidate)
+                    self._schedule(candidate)
         return None
 
-    def give_back(self, candidate: Candidate, now: float, *, seconds: float, reason: str) -> None:
-        """A settled file that could not be claimed: look again later."""
+    def postpone(self, candidate: Candidate, now: float, *, seconds: float, reason: str) -> None:
+        """Examine a settled file that could not be claimed again in `seconds`."""
         candidate.reason = reason
         candidate.due = now + seconds
-        self._push(candidate)
+        self._schedule(candidate)
 
-    def claimed(self, ready: Ready, now: float) -> None:
-        """The file is a job now. A name that comes back soon is a writer that had not finished: it must settle."""
-        self._candidates.pop(ready.candidate.key, None)
-        self._unsettled.pop(ready.candidate.key, None)
-        if ready.sidecar_name is not None:
-            self._sidecars.pop((ready.candidate.priority, ready.sidecar_name), None)
-        if not ready.candidate.renamed_in:
-            self._claimed_at[ready.candidate.key] = now
+    def remove_claimed(self, file: SettledFile, now: float) -> None:
+        """Stop tracking a file that left the inbox.
+
+        A name that comes back soon belongs to a writer that had not finished: it must settle.
+        """
+        self._candidates.pop(file.candidate.key, None)
+        self._unsettled.pop(file.candidate.key, None)
+        if file.sidecar_name is not None:
+            self._sidecars.pop((file.candidate.priority, file.sidecar_name), None)
+        if not file.candidate.renamed_in:
+            self._claimed_at[file.candidate.key] = now
 
     def _came_back(self, key: tuple[Priority, str], now: float) -> bool:
-        """Whether a file of this name was taken a moment ago: its writer goes on under the same name."""
+        """Whether a file of this name was claimed a moment ago: its writer goes on under the same name."""
         self._claimed_at = {key: at for key, at in self._claimed_at.items() if now - at <= self.settings.settle_seconds}
         return key in self._claimed_at
 
-    def alone(self, now: float) -> Iterator[Found]:
-        """Everything that will not be taken as it is: other kinds of files, and sidecars that nothing came to."""
-        yield from self.left_alone.values()
+    def ignored(self, now: float) -> Iterator[IgnoredFile]:
+        """Return everything that will not be taken as it is: other kinds of files, and sidecars without a file."""
+        yield from self._ignored.values()
         old = [sidecar for sidecar in self._sidecars.values() if now - sidecar.first_seen >= ORPHAN_SECONDS]
         if not old:
             return
-        wanted = {(priority, sidecar_name(name)) for priority, name in self._candidates}
+        paired = {(priority, sidecar_name(name)) for priority, name in self._candidates}
         for sidecar in old:
-            if sidecar.key not in wanted and sidecar.key not in self.left_alone:
+            if sidecar.key not in paired and sidecar.key not in self._ignored:
                 reason = "a sidecar whose file has not come, or was taken before the sidecar came"
-                yield Found(
+                yield IgnoredFile(
                     priority=sidecar.priority, name=sidecar.name, reason=reason, since=sidecar.since, meant=True
                 )
 
-    def _know(self, priority: Priority, name: str, kind: NameKind, now: float) -> Candidate:
+    def _track(self, priority: Priority, name: str, kind: NameKind, now: float) -> Candidate:
         table = self._candidates if kind is NameKind.DATA else self._sidecars
         candidate = table.get((priority, name))
         if candidate is None:
@@ -211,7 +219,7 @@ class CandidateTracker:
         return candidate
 
     def _clock(self, now: float) -> str:
-        """The moment for people; one string for all that is found at once."""
+        """The wall clock's time; one string for all that is found at once."""
         if now != self._last_clock[0]:
             self._last_clock = (now, utc_now())
         return self._last_clock[1]
@@ -228,23 +236,23 @@ class CandidateTracker:
         for name in sorted(names):
             kind = name_kind(name)
             if kind is NameKind.OTHER:
-                self._leave_other(priority, name)
+                self._ignore_other(priority, name)
             elif kind is not NameKind.UNFINISHED and (priority, name) not in self._known(kind):
-                self._push(self._know(priority, name, kind, now))
+                self._schedule(self._track(priority, name, kind, now))
 
     def _known(self, kind: NameKind) -> dict[tuple[Priority, str], Candidate]:
         return self._candidates if kind is NameKind.DATA else self._sidecars
 
     def _forget_missing(self, priority: Priority, names: set[str]) -> None:
-        for table in (self._candidates, self._unsettled, self._sidecars, self.left_alone):
+        for table in (self._candidates, self._unsettled, self._sidecars, self._ignored):
             for key in [key for key in table if key[0] is priority and key[1] not in names]:
                 del table[key]
         if any(candidate.name not in names for candidate in self._settled[priority]):
             self._settled[priority] = deque(found for found in self._settled[priority] if found.name in names)
 
-    def _leave_other(self, priority: Priority, name: str) -> None:
+    def _ignore_other(self, priority: Priority, name: str) -> None:
         key = (priority, name)
-        if key in self.left_alone or (priority is Priority.NORMAL and name in OWN_FOLDERS):
+        if key in self._ignored or (priority is Priority.NORMAL and name in OWN_FOLDERS):
             return
         try:
             found = (self._folders[priority] / name).lstat()
@@ -253,24 +261,23 @@ class CandidateTracker:
         kind = kind_of_mode(found.st_mode)
         other = explain_other_name(name)
         if kind is None:
-            self._leave(key, other.reason, meant=other.meant)
+            self._ignore(key, other.reason, meant=other.meant)
         else:
-            self._leave(key, f"left alone: it is {kind}", meant=False)
+            self._ignore(key, f"left alone: it is {kind}", meant=False)
 
-    def _leave(self, key: tuple[Priority, str], reason: str, *, meant: bool) -> None:
-        known = self.left_alone.get(key)
-        if known is None or known.reason != reason:
-            self.left_alone[key] = Found(priority=key[0], name=key[1], reason=reason, since=utc_now(), meant=meant)
+    def _ignore(self, key: tuple[Priority, str], reason: str, *, meant: bool) -> None:
+        before = self._ignored.get(key)
+        if before is None or before.reason != reason:
+            self._ignored[key] = IgnoredFile(priority=key[0], name=key[1], reason=reason, since=utc_now(), meant=meant)
 
-    def _look_at(self, candidate: Candidate, now: float) -> None:
+    def _examine_candidate(self, candidate: Candidate, now: float) -> None:
         if candidate.settled:
-            return  # it is looked at again when its turn comes
-        # With many files in line, who writes to them is asked when their turn comes, which it is in any case.
-        ready = self._examine(candidate, now, thorough=self.deferred < THOROUGH_BELOW)
+            return  # it is examined again when its turn comes
+        file = self._examine(candidate, now, thorough=self.deferred < THOROUGH_BELOW)
         if candidate.key not in self._candidates and candidate.key not in self._sidecars:
             return
-        if ready is None:
-            self._push(candidate)
+        if file is None:
+            self._schedule(candidate)
             return
         if name_kind(candidate.name) is NameKind.SIDECAR:
             candidate.reason, candidate.due = "", now + ORPHAN_SECONDS
@@ -279,33 +286,33 @@ class CandidateTracker:
         candidate.settled, candidate.reason = True, ""
         self._settled[candidate.priority].append(candidate)
 
-    def _push(self, candidate: Candidate) -> None:
-        heapq.heappush(self._agenda, (candidate.due, next(self._order), candidate.key))
+    def _schedule(self, candidate: Candidate) -> None:
+        heapq.heappush(self._due, (candidate.due, next(self._order), candidate.key))
 
-    def _examine(self, candidate: Candidate, now: float, *, thorough: bool = True) -> Ready | None:
-        """One look. Returns what a claim needs when the file may be taken; else the candidate says why not."""
+    def _examine(self, candidate: Candidate, now: float, *, thorough: bool = True) -> SettledFile | None:
+        """Decide by one lstat whether the file is settled; when it is not, the candidate gets reason and due time."""
         # Plain strings here: Path objects are slow to make, and keep every part of every path they ever saw.
         folder = self._folders[candidate.priority]
         path = f"{folder}/{candidate.name}"
         try:
-            look = FileStat.of(os.lstat(path))
+            stat = FileStat.of(os.lstat(path))
         except OSError as error:
-            if gone(error):
-                self._drop(candidate)
+            if is_gone(error):
+                self._forget(candidate)
             else:
                 candidate.reason, candidate.due = error.strerror or str(error), now + _LONGEST_PAUSE
             return None
-        if look.kind is not None:
-            self._drop(candidate)
-            self._leave(candidate.key, f"refused: it is {look.kind}, only regular files are trained", meant=True)
+        if stat.kind is not None:
+            self._forget(candidate)
+            self._ignore(candidate.key, f"refused: it is {stat.kind}, only regular files are trained", meant=True)
             return None
-        self.left_alone.pop(candidate.key, None)
-        candidate.see(look, now)
+        self._ignored.pop(candidate.key, None)
+        candidate.observe(stat, now)
         verdict = decide(candidate, now, self.settings)
         if isinstance(verdict, Wait):
             self._wait(candidate, verdict.reason, now + max(0.001, verdict.seconds))
             return None
-        if thorough and not self._is_free(candidate, path, look, verdict, now):
+        if thorough and not self._is_free(candidate, path, stat, verdict, now):
             return None
         sidecar = None
         if name_kind(candidate.name) is NameKind.DATA:
@@ -315,15 +322,15 @@ class CandidateTracker:
             if sidecar is not None and not self._sidecar_is_settled(candidate.priority, name, now):
                 self._wait(candidate, "its sidecar is not settled", now + SIDECAR_PAUSE)
                 return None
-        return Ready(candidate=candidate, folder=folder, look=look, sidecar_name=sidecar, reason=verdict.reason)
+        return SettledFile(candidate=candidate, folder=folder, stat=stat, sidecar_name=sidecar, reason=verdict.reason)
 
     def _sidecar_is_settled(self, priority: Priority, name: str, now: float) -> bool:
-        sidecar = self._know(priority, name, NameKind.SIDECAR, now)
-        ready = self._examine(sidecar, now)
+        sidecar = self._track(priority, name, NameKind.SIDECAR, now)
+        file = self._examine(sidecar, now)
         # One that is refused as a sidecar (a link, a folder) is taken as it is: the claim refuses the file with it.
-        return ready is not None or sidecar.key in self.left_alone
+        return file is not None or sidecar.key in self._ignored
 
-    def _is_free(self, candidate: Candidate, path: str, look: FileStat, verdict: Settled, now: float) -> bool:
+    def _is_free(self, candidate: Candidate, path: str, stat: FileStat, verdict: Settled, now: float) -> bool:
         """Whether nobody writes to it and, for the quick way, it is whole."""
         try:
             descriptor = open_regular(path)
@@ -332,15 +339,15 @@ class CandidateTracker:
             self._wait(candidate, reason, now + _LONGEST_PAUSE)
             return False
         try:
-            if FileStat.of(os.fstat(descriptor)) != look:
+            if FileStat.of(os.fstat(descriptor)) != stat:
                 self._wait(candidate, "settling: it changed just now", now)
                 return False
             writers = writing(descriptor)
             if writers is Writing.SOMEBODY:
-                self._wait_for_writer(candidate, look, now)
+                self._wait_for_writer(candidate, stat, now)
                 return False
             if verdict.whole_only and (
-                writers is not Writing.NOBODY or os.pread(descriptor, 1, look.size_bytes - 1) != b"\n"
+                writers is not Writing.NOBODY or os.pread(descriptor, 1, stat.size_bytes - 1) != b"\n"
             ):
                 until = candidate.unchanged_since + self.settings.settle_seconds
                 self._wait(candidate, "settling: it may not be whole", max(now + 0.001, until))
@@ -349,20 +356,26 @@ class CandidateTracker:
             os.close(descriptor)
         return True
 
-    def _wait_for_writer(self, candidate: Candidate, look: FileStat, now: float) -> None:
+    def _wait_for_writer(self, candidate: Candidate, stat: FileStat, now: float) -> None:
         age = now - candidate.first_seen
         candidate.due = now + min(_LONGEST_PAUSE, max(_FIRST_PAUSE, age / 4))
         if age < NAME_AFTER_SECONDS or now - candidate.writer_asked_at < NAME_EVERY_SECONDS:
             candidate.reason = candidate.reason if candidate.reason.startswith(OPEN) else OPEN
             return
         candidate.writer_asked_at = now
-        writer = find_writer(look.device, look.inode)
+        writer = find_writer(stat.device, stat.inode)
         candidate.reason = f"{OPEN} by {writer.command} (pid {writer.pid})" if writer else OPEN
 
-    def _wait(self, candidate: Candidate, reason: str, due: float) -> None:
+    @staticmethod
+    def _wait(candidate: Candidate, reason: str, due: float) -> None:
         candidate.reason, candidate.due = reason, due
 
-    def _drop(self, candidate: Candidate) -> None:
+    def _forget(self, candidate: Candidate) -> None:
         self._candidates.pop(candidate.key, None)
         self._unsettled.pop(candidate.key, None)
         self._sidecars.pop(candidate.key, None)
+
+
+def shown_name(priority: Priority, name: str) -> str:
+    """Return a dropped file's name, with its priority folder's, safe to print."""
+    return escape(name if priority is Priority.NORMAL else f"{priority.value}/{name}")

@@ -8,6 +8,7 @@ Each job has a folder of its own, so names never meet.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext, suppress
 from enum import Enum, auto
 from pathlib import Path
 
@@ -25,7 +26,7 @@ ROW_SUFFIXES = (".jsonl", ".ndjson")  # one format under two names
 DATA_SUFFIXES = tuple(row + packed for row in ROW_SUFFIXES for packed in ("", *COMPRESSIONS))
 SIDECAR_SUFFIX = ".job.toml"
 UNFINISHED_SUFFIXES = (".part", ".tmp", ".partial", ".crdownload", "~")
-MAX_STEM_CHARACTERS = 200  # of a numbered name, which must fit the 255 bytes of a file name
+MAX_NAME_BYTES = 255
 
 
 class NameKind(Enum):
@@ -60,10 +61,25 @@ def sidecar_name(name: str) -> str:
     return split_data_name(name)[0] + SIDECAR_SUFFIX
 
 
+def stem(name: str) -> str:
+    """Return what a dataset and its sidecar have in common: `x` of `x.jsonl.gz` and of `x.job.toml`."""
+    if name_kind(name) is NameKind.SIDECAR:
+        return name[: -len(SIDECAR_SUFFIX)]
+    return split_data_name(name)[0]
+
+
 def numbered_name(name: str, number: int) -> str:
-    """Name the next of equal datasets: `x-2.jsonl.gz` for `x.jsonl.gz` and 2; the name itself for 1."""
-    stem, suffix = split_data_name(name)
-    return name if number == 1 else f"{stem[:MAX_STEM_CHARACTERS]}-{number}{suffix}"
+    """Name the next of equal datasets: `x-2.jsonl.gz` for `x.jsonl.gz` and 2; the name itself for 1.
+
+    A long stem is cut so that the name, and that of its sidecar, fit a file system.
+    """
+    if number == 1:
+        return name
+    base, suffix = split_data_name(name)
+    room = MAX_NAME_BYTES - len(f"-{number}") - max(len(suffix), len(SIDECAR_SUFFIX))
+    while len(os.fsencode(base)) > room:
+        base = base[:-1]
+    return f"{base}-{number}{suffix}"
 
 
 def watched_folders(settings: Settings) -> dict[Priority, Path]:
@@ -73,22 +89,26 @@ def watched_folders(settings: Settings) -> dict[Priority, Path]:
 
 
 def create_folders(settings: Settings) -> None:
-    """Make the inbox and all its folders that are missing. Raises OSError."""
+    """Make the inbox and all its folders that are missing.
+
+    Raises OSError; not for done/ and failed/, of which the archive reports what it cannot move there.
+    """
     settings.inbox_dir.mkdir(parents=True, exist_ok=True)
     for name in sorted(OWN_FOLDERS):
-        (settings.inbox_dir / name).mkdir(exist_ok=True)
+        with suppress(OSError) if name in (DONE, FAILED) else nullcontext():
+            (settings.inbox_dir / name).mkdir(exist_ok=True)
     fsync_dir(settings.inbox_dir)
 
 
 def unusable_reason(settings: Settings) -> str:
-    """Say why nothing can be taken from the inbox now; empty when something can."""
+    """Say why no file can be claimed now; empty when one can."""
     for path in (settings.inbox_dir, settings.inbox_dir / PROCESSING):
         try:
             why = closed(path)
         except FileNotFoundError:
             why = "it is missing" if path == settings.inbox_dir else ""
         if why:
-            return f"{path} cannot be used: {why}; files are taken again when it can"
+            return f"{path} cannot be used: {why}"
     return ""
 
 
@@ -108,9 +128,13 @@ def is_trained(job: Job) -> bool:
 
 
 def locate(settings: Settings, job: Job) -> Path | None:
-    """Find the job's file; None when it is nowhere (trained and deleted, or removed by hand)."""
+    """Find the job's file; None when it is nowhere (trained and deleted, or removed by hand).
+
+    Raises OSError when that cannot be told: what may not be entered is not empty.
+    """
     for folder in JOB_FOLDERS:
         path = settings.inbox_dir / folder / job.id / job.name
-        if os.path.lexists(path):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
             return path
     return None

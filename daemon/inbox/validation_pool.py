@@ -1,7 +1,7 @@
-"""The child processes that read datasets for the daemon: one for ordinary files, one that large files do not block.
+"""The child processes that validate datasets for the daemon: one for ordinary files, one for large ones.
 
-A child is asked and answers through pipes; a thread per child only waits for its answers and rings. A child that dies
-is a fact about the file that it was reading: it is asked once more in a fresh one, then the file is refused.
+Requests and replies go through pipes; a thread for each child waits for its replies and wakes the service. A file whose
+child dies is validated once more in a new one, then it is refused.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from daemon.dataset.requests import Reply, Request
-from daemon.inbox.watcher import Rings
 from daemon.job import from_json, to_json
 from daemon.processes import child_environment, describe_exit
+from daemon.wakeup import SupportsSet
 
 # -P: the working directory is no place to import from.
 SERVE = (sys.executable, "-P", "-m", "daemon.dataset", "serve")
 LARGE_BYTES = 32 * 2**20  # read in the lane for large files
-PIPELINED = 64  # requests that a child may have at once, so that it never waits for the daemon's disk
+PIPELINED = 64  # requests that a child has at once, so that it never waits for the daemon's disk
 IDLE_SECONDS = 600.0  # an unused child ends after so long
 MAX_TRIES = 2
 
 
 @dataclass
-class _Asked:
+class _Task:
     request: Request
     size_bytes: int
     tries: int = 0
@@ -40,9 +40,9 @@ class _Asked:
 
 
 class _Child:
-    """One running child and what it still owes; `replies` fills from its reading thread, None is its end."""
+    """One running child and its unanswered tasks; `replies` fills from its reading thread, None is its end."""
 
-    def __init__(self, wakeup: Rings) -> None:
+    def __init__(self, wakeup: SupportsSet) -> None:
         self.process = subprocess.Popen(
             [*SERVE, str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -52,19 +52,19 @@ class _Child:
             env=child_environment(),
         )
         self.replies: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
-        self.owed: deque[_Asked] = deque()
+        self.in_flight: deque[_Task] = deque()
         self.last_used = time.monotonic()
         stdout = self.process.stdout
         threading.Thread(
-            target=_listen, args=(stdout, self.replies, wakeup), name="dataset-replies", daemon=True
+            target=_read_replies, args=(stdout, self.replies, wakeup), name="dataset-replies", daemon=True
         ).start()
 
-    def ask(self, asked: _Asked) -> None:
-        self.owed.append(asked)
+    def submit(self, task: _Task) -> None:
+        self.in_flight.append(task)
         self.last_used = time.monotonic()
         if self.process.stdin is not None:
             with suppress(OSError):  # it has died; its end is in `replies`
-                self.process.stdin.write(to_json(asked.request).encode() + b"\n")
+                self.process.stdin.write(to_json(task.request).encode() + b"\n")
                 self.process.stdin.flush()
 
     def end(self) -> None:
@@ -77,21 +77,21 @@ class _Child:
 
 @dataclass
 class _Lane:
-    waiting: deque[_Asked] = field(default_factory=deque)
+    waiting: deque[_Task] = field(default_factory=deque)
     child: _Child | None = None
 
 
 class ValidationPool:
-    """Runs dataset passes in child processes; never blocks. `ask`, then `collect` at each tick."""
+    """Validates datasets in child processes; never blocks. `submit`, then `collect` at each tick."""
 
-    def __init__(self, wakeup: Rings, log: Any) -> None:
+    def __init__(self, wakeup: SupportsSet, log: Any) -> None:
         self._wakeup = wakeup
         self._log = log
         self._small, self._large = _Lane(), _Lane()
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of the running children."""
+        """Process ids of the running children."""
         return tuple(lane.child.process.pid for lane in self._lanes() if lane.child)
 
     def warm_up(self) -> None:
@@ -99,14 +99,14 @@ class ValidationPool:
         if self._small.child is None:
             self._small.child = _Child(self._wakeup)
 
-    def ask(self, request: Request, size_bytes: int) -> None:
+    def submit(self, request: Request, size_bytes: int) -> None:
         """Queue one file."""
         lane = self._large if size_bytes >= LARGE_BYTES else self._small
-        lane.waiting.append(_Asked(request, size_bytes))
+        lane.waiting.append(_Task(request, size_bytes))
         self._feed(lane)
 
     def collect(self) -> Iterator[Reply]:
-        """What has been answered since the last call; a child that died twice over a file answers `failed`."""
+        """Return the replies since the last call; `failed` for a file over which two children died."""
         for lane in self._lanes():
             child = lane.child
             while child is not None:
@@ -115,29 +115,24 @@ class ValidationPool:
                 except queue.Empty:
                     break
                 if reply is None:
-                    yield from self._bury(lane, child)
+                    yield from self._replace(lane, child)
                     break
-                yield from self._take(child, reply)
+                yield from self._receive(child, reply)
             self._feed(lane)
-            if lane.child and not lane.child.owed and time.monotonic() - lane.child.last_used > IDLE_SECONDS:
+            if lane.child and not lane.child.in_flight and time.monotonic() - lane.child.last_used > IDLE_SECONDS:
                 lane.child.end()
                 lane.child = None
 
     def busy(self) -> tuple[tuple[str, int, int], ...]:
-        """Job, bytes read and size of each file that is being read or waits for it."""
+        """Return job, bytes read and size of each file that is being read or waits for it."""
         return tuple(
-            (asked.request.job_id, asked.bytes_read, asked.size_bytes)
+            (task.request.job_id, task.bytes_read, task.size_bytes)
             for lane in self._lanes()
-            for asked in (*(lane.child.owed if lane.child else ()), *lane.waiting)
+            for task in (*(lane.child.in_flight if lane.child else ()), *lane.waiting)
         )
 
-    def forget(self, job_id: str) -> None:
-        """A job was cancelled: do not begin its pass; one that has begun is answered into the void."""
-        for lane in self._lanes():
-            lane.waiting = deque(asked for asked in lane.waiting if asked.request.job_id != job_id)
-
     def close(self) -> None:
-        """End all children; what they had not answered is asked again at the next start."""
+        """End all children; what they had not answered is submitted again at the next start."""
         for lane in self._lanes():
             if lane.child is not None:
                 lane.child.end()
@@ -151,53 +146,53 @@ class ValidationPool:
         while lane.waiting:
             if lane.child is None:
                 lane.child = _Child(self._wakeup)
-            if len(lane.child.owed) >= (PIPELINED if lane is self._small else 1):
+            if len(lane.child.in_flight) >= (PIPELINED if lane is self._small else 1):
                 return
-            lane.child.ask(lane.waiting.popleft())
+            lane.child.submit(lane.waiting.popleft())
 
-    def _take(self, child: _Child, reply: Reply) -> Iterator[Reply]:
+    def _receive(self, child: _Child, reply: Reply) -> Iterator[Reply]:
         child.last_used = time.monotonic()
         if reply.kind == "progress":
-            for asked in child.owed:
-                if asked.request.job_id == reply.job_id:
-                    asked.bytes_read = reply.bytes_read
+            for task in child.in_flight:
+                if task.request.job_id == reply.job_id:
+                    task.bytes_read = reply.bytes_read
             return
-        if child.owed and child.owed[0].request.job_id == reply.job_id:
-            child.owed.popleft()
+        if child.in_flight and child.in_flight[0].request.job_id == reply.job_id:
+            child.in_flight.popleft()
             yield reply
 
-    def _bury(self, lane: _Lane, child: _Child) -> Iterator[Reply]:
-        """The file that a dead child was reading is the first that it owes; the others go to the next child."""
+    def _replace(self, lane: _Lane, child: _Child) -> Iterator[Reply]:
+        """End a dead child: the first of its tasks is the file that it was reading, the others go to the next child."""
         child.end()
         lane.child = None
-        how = describe_exit(child.process.returncode)
-        for asked in reversed(child.owed):
-            lane.waiting.appendleft(asked)
-        if not child.owed:
-            self._log.warning("dataset.child_ended", how=how)
+        ending = describe_exit(child.process.returncode)
+        for task in reversed(child.in_flight):
+            lane.waiting.appendleft(task)
+        if not child.in_flight:
+            self._log.warning("dataset.child_ended", how=ending)
             return
         first = lane.waiting[0]
         first.tries += 1
         first.bytes_read = 0
-        self._log.warning("dataset.child_died", job=first.request.job_id, how=how, tries=first.tries)
+        self._log.warning("dataset.child_died", job=first.request.job_id, how=ending, tries=first.tries)
         if first.tries >= MAX_TRIES:
             lane.waiting.popleft()
-            yield Reply(job_id=first.request.job_id, kind="failed", message=f"the process that read it died: {how}")
+            yield Reply(job_id=first.request.job_id, kind="failed", message=f"the process that read it died: {ending}")
 
 
-def _listen(stdout: IO[bytes] | None, replies: queue.SimpleQueue[Reply | None], wakeup: Rings) -> None:
+def _read_replies(stdout: IO[bytes] | None, replies: queue.SimpleQueue[Reply | None], wakeup: SupportsSet) -> None:
     if stdout is not None:
         with suppress(ValueError, OSError):
             for line in stdout:
                 replies.put(from_json(line, Reply))
                 wakeup.set()
     replies.put(None)
-    with suppress(OSError):  # the bell may be gone when the daemon leaves
+    with suppress(OSError):  # the service may have ended
         wakeup.set()
 
 
-def pass_once(request: Request) -> Reply:
-    """One pass in a child of its own, waited for; for commands. Answers `failed` when the child dies."""
+def validate_once(request: Request) -> Reply:
+    """Validate a file in a child of its own and wait for it; for commands. Replies `failed` when the child dies."""
     child = subprocess.run(
         [*SERVE, str(os.getpid())],
         input=to_json(request).encode() + b"\n",
@@ -211,5 +206,5 @@ def pass_once(request: Request) -> Reply:
             reply = from_json(line, Reply)
             if reply.kind != "progress":
                 return reply
-    how = describe_exit(child.returncode)
-    return Reply(job_id=request.job_id, kind="failed", message=f"the process that read it died: {how}")
+    ending = describe_exit(child.returncode)
+    return Reply(job_id=request.job_id, kind="failed", message=f"the process that read it died: {ending}")

@@ -65,6 +65,7 @@ EVENTS: Mapping[str, Event] = {
     "file.adopted": _event("warning", "A claimed file that no job knew was queued anew.", "job file"),
     "file.claimed_after_crash": _event("info", "A claim that a crash cut short was completed.", "job file"),
     "file.returned_after_crash": _event("info", "A claim that a crash cut short was taken back.", "job"),
+    "file.not_repaired": _event("error", "A job's file could not be put where it belongs at the start.", "job error"),
     "file.settled_after_crash": _event("info", "A finished job's file was moved where it belongs.", "job"),
     "dataset.not_concluded": _event(
         "error", "What a pass found could not be acted on; it is tried again.", "job error"

@@ -46,7 +46,7 @@ def settle(root: str, job_id: str) -> None:
     job = store.get(job_id)
     if job.state is JobState.RUNNING:
         job = store.transition(job_id, JobState.RUNNING, JobState.SUCCEEDED, "done", version="0001")
-    archive.settle_files(settings, job)
+    archive.archive_files(settings, job)
     store.close()
 
 
@@ -55,7 +55,7 @@ def retry(root: str, job_id: str) -> None:
     settings = settings_of(Path(root))
     store = JobStore(settings.store_path)
     job = store.get(job_id)
-    archive.return_for_retry(settings, job)
+    archive.reopen_files(settings, job)
     if job.state is JobState.FAILED:
         store.transition(job_id, JobState.FAILED, JobState.CLAIMED, "retry")
     store.close()
@@ -89,7 +89,7 @@ def prepare_job(state: JobState, **tables: Any) -> Any:
         job = store.transition(job.id, JobState.QUEUED, JobState.RUNNING, "")
         if state is JobState.FAILED:
             job = store.transition(job.id, JobState.RUNNING, JobState.FAILED, "failed")
-            archive.settle_files(settings, job)
+            archive.archive_files(settings, job)
         store.close()
         return {"root": str(root), "job_id": job.id}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from daemon.dataset import DatasetChanged, verify_dataset
-from daemon.inbox import archive, layout, validation_pool
+from daemon.inbox import claim, layout, validation_pool
 from daemon.job import JobState, Priority
 from tests.support.inbox import ROW, Root, assert_sound
 from tests.support.root import wait_until
@@ -73,7 +73,7 @@ def test_a_deferred_file_that_changes_meanwhile_settles_again(tmp_path: Path) ->
 
 def test_a_child_that_dies_once_is_replaced_and_the_file_passes(root: Root) -> None:
     """Killed between two files or in the middle of one."""
-    (pid,) = root.intake._checking._passes.pids
+    (pid,) = root.intake._validator._pool.pids
     os.kill(pid, signal.SIGKILL)
     root.drop("x.jsonl")
     root.wait_for(1)
@@ -83,14 +83,14 @@ def test_a_file_that_kills_its_reader_is_refused_and_the_next_one_passes(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Typed, reported, and no business of any other file."""
-    real = validation_pool._Child.ask
+    real = validation_pool._Child.submit
 
-    def ask(self: validation_pool._Child, asked: validation_pool._Asked) -> None:
-        real(self, asked)
-        if asked.request.path.endswith("killer.jsonl"):
+    def submit(self: validation_pool._Child, task: validation_pool._Task) -> None:
+        real(self, task)
+        if task.request.path.endswith("killer.jsonl"):
             os.kill(self.process.pid, signal.SIGSEGV)
 
-    monkeypatch.setattr(validation_pool._Child, "ask", ask)
+    monkeypatch.setattr(validation_pool._Child, "submit", submit)
     root.drop("killer.jsonl", ROW * 400_000)
     root.drop("fine.jsonl")
     (rejected,) = root.wait_for(1, JobState.REJECTED)
@@ -105,7 +105,7 @@ def test_children_end_with_the_daemon_even_when_it_is_killed(tmp_path: Path) -> 
     code = (
         "import sys, threading; from pathlib import Path; from tests.support.inbox import Root\n"
         "root = Root(Path(sys.argv[1])); root.open()\n"
-        "print(*root.intake._checking._passes.pids, flush=True); threading.Event().wait(60)"
+        "print(*root.intake._validator._pool.pids, flush=True); threading.Event().wait(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as daemon:
         child = int(daemon.stdout.readline())
@@ -193,14 +193,14 @@ def test_old_trained_files_are_purged_by_the_time_their_job_finished(tmp_path: P
 
 def test_a_file_that_cannot_be_moved_waits_with_its_reason(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is not tried again at once, nor does it hold up others."""
-    real = archive.claim_file
+    real = claim.claim_file
 
-    def claim(settings, job, source, sidecar):
+    def claim_file(settings, job, source, sidecar):
         if job.name == "stuck.jsonl":
             raise PermissionError(1, "Operation not permitted")
         return real(settings, job, source, sidecar)
 
-    monkeypatch.setattr(archive, "claim_file", claim)
+    monkeypatch.setattr(claim, "claim_file", claim_file)
     root.drop("stuck.jsonl")
     root.drop("x.jsonl", ROW * 2)
     root.wait_for(1)
@@ -216,10 +216,10 @@ def test_what_takes_the_place_of_a_file_in_the_moment_of_its_claim_is_put_back(
     root: Root, monkeypatch: pytest.MonkeyPatch, swap: str
 ) -> None:
     """Between the last look and the rename anything may happen to a name; the other thing is watched afresh."""
-    real = archive.claim_file
+    real = claim.claim_file
     swapped = False
 
-    def claim(settings, job, source, sidecar):
+    def claim_file(settings, job, source, sidecar):
         nonlocal swapped
         if not swapped:
             swapped = True
@@ -230,7 +230,7 @@ def test_what_takes_the_place_of_a_file_in_the_moment_of_its_claim_is_put_back(
                 source.write_text(ROW * 5)
         return real(settings, job, source, sidecar)
 
-    monkeypatch.setattr(archive, "claim_file", claim)
+    monkeypatch.setattr(claim, "claim_file", claim_file)
     root.drop("x.job.toml", "[lora]\nr = 3\n")
     root.drop("x.jsonl", ROW)
     (cancelled,) = root.wait_for(1, JobState.CANCELLED)

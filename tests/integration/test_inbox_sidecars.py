@@ -104,7 +104,7 @@ def test_a_mended_sidecar_counts_when_the_file_is_tried_again(root: Root, monkey
     root.drop("x.job.toml", "force = 7\n")
     root.drop("x.jsonl", FLAT)
     (job,) = root.wait_for(1, JobState.REJECTED)
-    archive.return_for_retry(root.settings, job)
+    archive.reopen_files(root.settings, job)
     (root.inbox / "processing" / job.id / "x.job.toml").write_text(GOOD)
     monkeypatch.setitem(TRANSITIONS, JobState.REJECTED, frozenset({JobState.CLAIMED}))
     root.store.transition(job.id, JobState.REJECTED, JobState.CLAIMED, "retry")

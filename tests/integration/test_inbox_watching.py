@@ -59,9 +59,9 @@ def test_a_claim_raises_no_events_that_could_hold_up_the_next_drop(slow: Root) -
     """Our own renames out of the folder are not watched, so nothing waits to be paired with anything."""
     slow.drop("x.jsonl")
     slow.wait_for(1)
-    heard = slow.intake._watch.take()
-    assert not heard.notes
-    assert not heard.scan
+    batch = slow.intake._watcher.drain()
+    assert not batch.names
+    assert not batch.scan
     slow.drop("y.jsonl", ROW * 2)
     slow.wait_for(2)
 
@@ -85,7 +85,7 @@ def test_an_overflow_loses_no_file_and_is_counted(slow: Root) -> None:
     slow.drop("before.jsonl", ROW)
     other = slow.inbox / "a.tmp"
     other.touch()
-    with slow.intake._watch._lock:  # the reading thread stands still, as on a machine that is too busy
+    with slow.intake._watcher._lock:  # the reading thread stands still, as on a machine that is too busy
         for number in range(limit // 2 + 3000):
             other.rename(slow.inbox / f"{number % 2}.tmp")
             (slow.inbox / f"{number % 2}.tmp").rename(other)
@@ -109,10 +109,10 @@ def test_a_bell_that_fails_does_not_end_watching(tmp_path: Path) -> None:
 
     with Root(tmp_path, inbox=SLOW_RESCAN) as root:
         root.tick()
-        root.intake._watch._wakeup = Broken()
+        root.intake._watcher._wakeup = Broken()
         root.drop("x.jsonl")
         root.pump(lambda: Broken.rings)
-        root.intake._watch._wakeup = root.wakeup
+        root.intake._watcher._wakeup = root.wakeup
         root.drop("y.jsonl", ROW * 2)
         root.wait_for(2)
 
@@ -122,15 +122,15 @@ def test_a_folder_that_is_deleted_and_made_again_is_watched_again(root: Root) ->
     root.drop("x.jsonl")
     (job,) = root.wait_for(1)
     shutil.rmtree(root.inbox / "high")
-    root.pump(lambda: not root.intake._watch._identities.get("high"))
+    root.pump(lambda: not root.intake._watcher._identities.get("high"))
     (root.inbox / "high").mkdir()
-    root.pump(lambda: root.intake._watch._identities.get("high"))
+    root.pump(lambda: root.intake._watcher._identities.get("high"))
     root.drop("y.jsonl", ROW * 2, folder="high")
     root.wait_for(2)
     root.store.transition(job.id, JobState.QUEUED, JobState.CANCELLED, "test")
     from daemon.inbox import archive
 
-    archive.settle_files(root.settings, root.store.get(job.id))
+    archive.archive_files(root.settings, root.store.get(job.id))
 
 
 def test_another_inbox_in_the_place_of_the_first_is_watched_and_completed(tmp_path: Path) -> None:
@@ -167,8 +167,8 @@ def test_a_mount_over_the_inbox_is_noticed(tmp_path: Path) -> None:
 
 def test_events_that_stop_arriving_are_missed_by_the_canary_and_the_watch_is_rebuilt(root: Root) -> None:
     """A thread that lives says nothing; a hidden file that is closed once a rescan does."""
-    root.pump(lambda: root.intake._watch._canaries_sent)
-    root.intake._watch._inotify._watch_for_wd.clear()  # events are read, and told to nobody
+    root.pump(lambda: root.intake._watcher._canaries_sent)
+    root.intake._watcher._inotify._watch_for_wd.clear()  # events are read, and told to nobody
     root.pump(lambda: root.log.events("inbox.watch_rebuilt"))
     root.drop("x.jsonl")
     root.wait_for(1)
@@ -181,7 +181,7 @@ def test_when_rebuilding_does_not_help_the_inbox_is_polled_and_says_so(
     """And watching is tried again later."""
     monkeypatch.setattr(watcher, "RETRY_WATCH_SECONDS", 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(watcher.FolderWatch, "hear", lambda *_: None)
+        patch.setattr(watcher.FolderWatcher, "record", lambda *_: None)
         root.pump(lambda: root.intake.view().watch_mode.startswith("polling"))
         assert any("polled: events stopped arriving" in line for line in root.intake.view().warnings)
         root.drop("x.jsonl")
@@ -316,4 +316,4 @@ def test_names_that_come_within_one_tick_of_a_coarse_clock_are_all_found(tmp_pat
             (tmp_path / f"{now}.jsonl").write_text(ROW)
             Coarse.changed_at = now
         found.scan(now, full=False)
-    assert sorted(candidate.name for candidate in found.waiting()) == ["2.0.jsonl", "2.75.jsonl", "3.75.jsonl"]
+    assert sorted(candidate.name for candidate in found.unsettled()) == ["2.0.jsonl", "2.75.jsonl", "3.75.jsonl"]

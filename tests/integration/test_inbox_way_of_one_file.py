@@ -100,14 +100,14 @@ def test_on_success_delete_removes_the_trained_file_and_keeps_its_report(tmp_pat
 
 
 def test_a_file_returned_for_retry_lies_in_processing_again_and_settles_again(root: Root) -> None:
-    """`return_for_retry` and `settle_files` are inverse, and each can be repeated."""
+    """`reopen_files` and `archive_files` are inverse, and each can be repeated."""
     root.drop("x.jsonl", ROW)
     (job,) = root.wait_for(1)
     failed = root.finish(job, JobState.FAILED)
     for _ in range(2):
-        path = archive.return_for_retry(root.settings, failed)
+        path = archive.reopen_files(root.settings, failed)
     assert path == root.inbox / "processing" / job.id / "x.jsonl"
     assert path.read_text() == ROW
     for _ in range(2):
-        archive.settle_files(root.settings, failed)
+        archive.archive_files(root.settings, failed)
     assert layout.locate(root.settings, failed) == root.inbox / "failed" / job.id / "x.jsonl"

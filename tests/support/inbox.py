@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from daemon.config import Settings
-from daemon.inbox import archive, layout
+from daemon.inbox import layout
+from daemon.inbox.archive import Archive
 from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState
+from daemon.recovery import repair_inbox
 from daemon.store import JobStore
 
 ROW = '{"text": "a row"}\n'
@@ -55,8 +57,9 @@ class Root:
     def open(self) -> None:
         """Start, as a new process of the daemon would."""
         self.store = JobStore(self.settings.store_path)
-        self.intake = Intake(self.settings, self.store, wakeup=self.wakeup, log=self.log)
-        self.intake.open()
+        self.archive = Archive(self.settings, self.store, self.log)
+        self.intake = Intake(self.settings, self.store, self.archive, wakeup=self.wakeup, log=self.log)
+        self.intake.open(repair_inbox(self.settings, self.store, self.archive, self.log))
         self.opened = True
 
     def close(self) -> None:
@@ -102,10 +105,8 @@ class Root:
 
     def finish(self, job: Job, state: JobState = JobState.SUCCEEDED, **fields: Any) -> Job:
         """Let a queued job run to an end, as the scheduler would."""
-        self.store.transition(job.id, JobState.QUEUED, JobState.RUNNING, "attempt 1")
-        done = self.store.transition(job.id, JobState.RUNNING, state, "ended", **fields)
-        archive.settle_files(self.settings, done)
-        return done
+        running = self.store.transition(job.id, JobState.QUEUED, JobState.RUNNING, "attempt 1")
+        return self.archive.finish(running, state, "ended", **fields)
 
 
 def assert_sound(settings: Settings, store: JobStore) -> None:

@@ -13,17 +13,17 @@ from daemon.config import InboxSettings
 from daemon.inbox.candidates import CandidateTracker
 from daemon.inbox.layout import NameKind, name_kind, sidecar_name
 from daemon.inbox.settle import Candidate, FileStat, Settled, Wait, decide
-from daemon.inbox.watcher import Note
+from daemon.inbox.watcher import NameEvents
 from daemon.job import Priority
 
 SETTINGS = InboxSettings(settle_seconds=2.0, quiet_seconds=0.02)
 LOOK = FileStat(device=1, inode=2, size_bytes=3, mtime_ns=4, ctime_ns=5, mode=stat.S_IFREG | 0o644)
-CLOSED, RENAMED = Note(closes=1), Note(renamed_in=True)
+CLOSED, RENAMED = NameEvents(closes=1), NameEvents(renamed_in=True)
 
 
 def candidate(look: FileStat = LOOK, name: str = "x.jsonl") -> Candidate:
     made = Candidate(priority=Priority.NORMAL, name=name, first_seen=100.0, since="")
-    made.see(look, 100.0)
+    made.observe(look, 100.0)
     return made
 
 
@@ -37,7 +37,7 @@ def test_a_file_found_by_a_scan_must_stay_the_same_for_settle_seconds(now: float
 def test_whatever_changes_starts_the_clock_again(change: dict[str, int]) -> None:
     """Size, either time, inode: one look that differs is enough."""
     made = candidate()
-    made.see(replace(LOOK, **change), 101.9)
+    made.observe(replace(LOOK, **change), 101.9)
     assert isinstance(decide(made, 103.8, SETTINGS), Wait)
     assert isinstance(decide(made, 103.9, SETTINGS), Settled)
 
@@ -50,11 +50,11 @@ def test_a_files_own_times_say_nothing_about_its_age(mtime_ns: int) -> None:
     assert isinstance(decide(made, 102.0, SETTINGS), Settled)
 
 
-@pytest.mark.parametrize("note", [CLOSED, RENAMED])
-def test_what_was_closed_or_renamed_in_may_be_taken_after_a_moment_if_it_is_whole(note: Note) -> None:
+@pytest.mark.parametrize("events", [CLOSED, RENAMED])
+def test_what_was_closed_or_renamed_in_may_be_taken_after_a_moment_if_it_is_whole(events: NameEvents) -> None:
     """Whole: it ends in a newline, and nobody has it open for writing."""
     made = candidate()
-    made.hear(note, 100.0)
+    made.add_events(events, 100.0)
     assert isinstance(decide(made, 100.01, SETTINGS), Wait)
     verdict = decide(made, 100.03, SETTINGS)
     assert isinstance(verdict, Settled)
@@ -77,7 +77,7 @@ def test_the_quick_way_is_closed_to_files_that_may_not_be_finished(spoil: dict[s
     """They settle like any other."""
     made = candidate(name=str(spoil.get("name", "x.jsonl")))
     made.must_settle = bool(spoil.get("came_back"))
-    made.hear(Note(closes=int(spoil.get("closes", 1))), 100.0)
+    made.add_events(NameEvents(closes=int(spoil.get("closes", 1))), 100.0)
     settings = SETTINGS.model_copy(update={"take_on_close": False}) if "settings" in spoil else SETTINGS
     assert isinstance(decide(made, 101.0, settings), Wait)
     assert isinstance(decide(made, 102.0, settings), Settled)
@@ -86,16 +86,16 @@ def test_the_quick_way_is_closed_to_files_that_may_not_be_finished(spoil: dict[s
 def test_another_file_under_the_same_name_has_a_history_of_its_own() -> None:
     """What was heard was of the old inode."""
     made = candidate()
-    made.hear(Note(closes=3), 100.0)
-    made.see(replace(LOOK, inode=9), 101.0)
-    made.hear(RENAMED, 101.0)
+    made.add_events(NameEvents(closes=3), 100.0)
+    made.observe(replace(LOOK, inode=9), 101.0)
+    made.add_events(RENAMED, 101.0)
     assert isinstance(decide(made, 101.05, SETTINGS), Settled)
 
 
 def test_an_empty_file_gets_twice_the_time() -> None:
     """Somebody may be about to write it."""
     made = candidate(replace(LOOK, size_bytes=0))
-    made.hear(CLOSED, 100.0)
+    made.add_events(CLOSED, 100.0)
     assert isinstance(decide(made, 103.9, SETTINGS), Wait)
     assert isinstance(decide(made, 104.0, SETTINGS), Settled)
 
@@ -150,8 +150,8 @@ def test_a_file_that_never_settles_is_shown_as_waiting_for_ever(tmp_path: Path) 
         if second % 60 == 0:
             found.scan(float(second), full=True)
         os.utime(path, (second, second))
-        found.look(float(second))
-        (waiting,) = found.waiting()
+        found.examine_due(float(second))
+        (waiting,) = found.unsettled()
         assert waiting.reason.startswith("settling")
         assert found.deferred == 0
-    assert found.take(86_400.0) is None
+    assert found.next_settled(86_400.0) is None

@@ -207,12 +207,12 @@ def test_a_job_that_is_moved_first_runs_next_within_its_priority(store: JobStore
     for job_id in ("a", "b", "c"):
         queued(store, job_id)
     queued(store, "high", priority=Priority.HIGH)
-    store.move_first("c")
-    store.move_first("b")
+    store.reorder("c", first=True)
+    store.reorder("b", first=True)
     assert [job.id for job in store.queue()] == ["high", "b", "c", "a"]
     store.transition("a", JobState.QUEUED, JobState.CANCELLED, "not wanted")
     with pytest.raises(TransitionRefused):
-        store.move_first("a")
+        store.reorder("a", first=True)
 
 
 def test_what_people_ask_for_outlives_the_process(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Claiming: a row in the store first, then the rename into the job's folder, then a look at what was taken."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from daemon.config import Settings
+from daemon.errors import NotFound, is_gone
+from daemon.inbox import layout
+from daemon.inbox.archive import Archive, claim_file, return_pair, unclaim_sidecar
+from daemon.inbox.candidates import SettledFile
+from daemon.inbox.settle import FileStat
+from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
+from daemon.inbox.watcher import identity_of
+from daemon.job import Job, JobState, new_job_id
+from daemon.store import JobStore, TransitionRefused
+from daemon.text import escape
+
+
+class NotClaimed(Exception):
+    """A settled file that did not become a job. `waits`: it lies in the inbox still, and is tried again later."""
+
+    def __init__(self, reason: str, *, waits: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.waits = waits
+
+
+def claim(settings: Settings, store: JobStore, archive: Archive, file: SettledFile, log: Any) -> Job:
+    """Make a job of a settled file; `sync_claims` makes its rename durable. Raises NotClaimed, StoreError."""
+    # Folders are compared: on an overlay, as in a container, a file's own device is another than its folder's.
+    if _device(file.folder) != _device(settings.inbox_dir / layout.PROCESSING):
+        raise NotClaimed("inbox/processing is on another file system; files are taken by renaming", waits=True)
+    job = store.add(_plan_job(settings, store, file))
+    try:
+        taken = claim_file(settings, job, file.path, file.sidecar)
+        unchanged = file.stat.same_content(FileStat.of(taken.lstat()))
+    except OSError as failure:
+        waits = not is_gone(failure)
+        reason = (
+            f"it could not be moved: {failure.strerror or failure}"
+            if waits
+            else "it was removed from the inbox before it could be taken"
+        )
+        log.warning("file.not_claimed", file=escape(job.name), job=job.id, reason=reason)
+        try:
+            unclaim_sidecar(settings, job)
+        except OSError as error:
+            log.error("file.not_moved", job=job.id, error=str(error))
+        _close(archive, job, reason)
+        raise NotClaimed(reason, waits=waits) from failure
+    if not unchanged:
+        reason = "it changed, or another took its place, while it was being taken; what lies there is watched anew"
+        try:
+            returned = return_pair(settings, job, file.folder)
+        except OSError as error:  # the archive tries it again, as `cancel_request` says
+            log.error("file.not_moved", job=job.id, error=str(error))
+        else:
+            log.warning("file.replaced", file=file.shown, job=job.id, now=escape(returned.name))
+        _close(archive, job, reason, cancel_request="return")
+        raise NotClaimed(reason, waits=False)
+    log.info("file.claimed", file=file.shown, job=job.id, priority=job.priority.value)
+    return job
+
+
+def _plan_job(settings: Settings, store: JobStore, file: SettledFile) -> Job:
+    sidecar = Sidecar()
+    if file.sidecar is not None:
+        with suppress(RejectedSidecar):  # reported when it is read again, in its final place
+            sidecar = read_sidecar(file.sidecar, settings.recipe)
+    job_id = new_job_id()
+    while _is_used(settings, store, job_id):  # four hex digits a second are few in a burst
+        job_id = new_job_id()
+    return Job(
+        id=job_id,
+        name=file.candidate.name,
+        state=JobState.CLAIMED,
+        priority=sidecar.priority or file.candidate.priority,
+        path=str(layout.processing_dir(settings, job_id) / file.candidate.name),
+        source=str(file.path),
+        source_inode=file.stat.inode,
+        size_bytes=file.stat.size_bytes,
+        force=sidecar.force,
+        overrides=sidecar.overrides,
+        reason="its rows are being checked",
+    )
+
+
+def _is_used(settings: Settings, store: JobStore, job_id: str) -> bool:
+    if os.path.lexists(layout.processing_dir(settings, job_id)):
+        return True
+    try:
+        store.get(job_id)
+    except NotFound:
+        return False
+    return True
+
+
+def _close(archive: Archive, job: Job, reason: str, **fields: Any) -> None:
+    """End the job of a claim that was taken back."""
+    with suppress(TransitionRefused):  # a command cancelled it at this moment
+        archive.finish(job, JobState.CANCELLED, reason, **fields)
+
+
+def _device(folder: Path) -> int | None:
+    identity = identity_of(folder)
+    return identity[0] if identity else None
