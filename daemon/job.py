@@ -196,11 +196,12 @@ class Plan:
     """The run's arithmetic, decided before the first step."""
 
     rows: int  # rows that are trained
+    samples: int  # what they became for the model; more than rows where a chat template needs several of a conversation
     held_out_rows: int
     dropped_rows: int  # rows without one trained token after truncation
     tokens: int  # tokens of the trained rows, one epoch
     trained_tokens: int  # of them, those with a label
-    global_batch_size: int  # rows a step
+    global_batch_size: int  # samples a step
     steps_per_epoch: int
     epochs: float
     total_steps: int
@@ -248,7 +249,9 @@ class RunResult:
     tokens_per_second: float | None = None
     tokens_trained: int = 0
     rows: int = 0
+    samples: int = 0  # as in Plan
     dropped_rows: int = 0
+    refused_rows: int = 0  # left out under on_bad_rows = "skip" because they cannot be rendered as they should
     held_out_rows: int = 0
     truncated_rows: int = 0
     trained_share: float | None = None  # of the trained rows' tokens, those with a loss

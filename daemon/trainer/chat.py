@@ -1,197 +1,359 @@
-"""A conversation as the chat template renders it, and which of its characters the assistant wrote.
+"""A conversation as the samples that train it, and which of their characters are learned.
 
-Two ways to know: the template's own `{% generation %}` markers, or the difference between renderings: what an assistant's
-turn adds to the conversation before it. The difference is believed only when the pieces, put together, are the whole to
-the character.
+The rule, for every assistant's turn that is learned: what stands before it is what the model would be given,
+`apply_chat_template(messages before it, add_generation_prompt=True)`, and what is learned is what it would have to write
+then, to and including the template's own end of turn. Both are renderings by the template itself, and each is checked.
+Turns whose renderings are beginnings of one another share a sample; the others have samples of their own.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
-from functools import lru_cache
-from itertools import pairwise, takewhile
+from enum import StrEnum
+from itertools import takewhile
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from daemon.trainer.chat_template import DEFAULT, OneTemplate, Span, Switches, TemplateError
+from daemon.trainer.completeness import Part, context_lacks, lacks
+from daemon.trainer.message_forms import Message
 
-from daemon.job import FailureKind
-from daemon.trainer.errors import RunFailure
+_OPENED = re.compile(r"<(think|thinking|thought)>\s*\Z")  # at the end of a generation prompt
 
-Message = dict[str, Any]
-Span = tuple[int, int]  # characters, end exclusive
 
-_TODAY = re.compile(r"""strftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Up to so many assistant's turns, comparing whole prefixes costs less than finding out how to avoid it.
-FEW_TURNS = 3
+class Note(StrEnum):
+    """What a person should know of a row although it is trained; `[rows]` is said before each."""
+
+    OPENING = "begin with an answer that the template cannot ask for, which is not learned"
+    OLD_REASONING = "have reasoning that the template leaves out of what later turns see, as at inference"
+    NO_TOOLS = "have tool definitions, of which the template leaves something out"
+    NO_SYSTEM = "have a system text that the template leaves out"
+    NO_USER = "have a user's text that the template leaves out"
+    NO_RESULT = "have tool results that the template leaves out"
+    NO_ANSWER = "have answers that the template leaves out of what later turns see"
+    NO_CALL = "have tool calls that the template leaves out of what later turns see"
+    THINKING_ON = "have reasoning, which the template asks for with its switch for reasoning on, and are learned so"
+    THINKING_OFF = (
+        "have no reasoning, which the template asks for with its switch for reasoning off, and are learned so"
+    )
+    ENDLESS = "have answers without an end that the model could learn to stop with"
+
+
+_LOST = {
+    Part.TOOLS: Note.NO_TOOLS,
+    Part.SYSTEM: Note.NO_SYSTEM,
+    Part.USER: Note.NO_USER,
+    Part.RESULT: Note.NO_RESULT,
+    Part.ANSWER: Note.NO_ANSWER,
+    Part.REASONING: Note.OLD_REASONING,
+    Part.CALL: Note.NO_CALL,
+}
+
+
+class ConversationError(Exception):
+    """A conversation that cannot be shown to be trained as it should; the message is a sentence about why."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class TextSample:
+    """A text for the model, and the spans of it that are learned: in order and apart."""
+
+    text: str
+    learned: tuple[Span, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rendered:
-    """A conversation as text, and the span of each assistant's turn in it, end-of-turn tokens included."""
+class Split:
+    """A conversation's samples, in the order of their last turns."""
 
-    text: str
-    turns: tuple[Span, ...]  # one for each assistant's message, in order
+    samples: tuple[TextSample, ...]
+    notes: frozenset[Note] = frozenset()
+    ends: frozenset[str] = frozenset()  # the special tokens that learned turns end with
 
 
-class ChatTemplate:
-    """A tokenizer's chat template. Raises RunFailure(CONFIG) when the tokenizer has none.
+@dataclass(frozen=True, kw_only=True)
+class Learn:
+    """Which of a conversation's messages are learned."""
 
-    `day` is the date that templates write where they would write today's; None: today's.
+    turns: tuple[int, ...]  # assistant's messages, in order
+    all_from: int | None = None  # all messages from this one on, but muted turns; None: the turns alone
+    muted: tuple[int, ...] = ()  # assistant's messages that are not to be learned whatever the rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """An assistant's turn as the model would be asked for it and as it would write it."""
+
+    index: int
+    text: str  # of the conversation up to its end
+    start: int  # where the model begins to write
+    end: int
+    context_end: int  # where what is common with a longer conversation may end: before what closes a finished one
+
+
+def split(template: OneTemplate, messages: Sequence[Message], tools: Any, learn: Learn) -> Split:
+    """Render a conversation and divide it into as few samples as the rule allows.
+
+    Raises ConversationError.
     """
-
-    def __init__(self, tokenizer: Any, day: date | None = None) -> None:
-        if not tokenizer.chat_template:
-            raise RunFailure(
-                FailureKind.CONFIG,
-                "these rows are conversations, and the tokenizer of the base model has no chat template",
-                hint="choose an instruction-tuned base model, or drop prompt/completion or text rows",
-            )
-        self._tokenizer = tokenizer
-        self._day = day
-        self._eos = tokenizer.eos_token
-        self._special = sorted((str(token) for token in tokenizer.all_special_tokens), key=len, reverse=True)
-
-    def text(self, messages: Sequence[Message], tools: Any, *, generation_prompt: bool = False) -> str:
-        """The rendering as a string. Raises RunFailure(BAD_DATA) when the template refuses the conversation."""
-        if not messages:
-            return ""
-        return self._render(messages, tools, generation_prompt=generation_prompt)[0]
-
-    def render(self, messages: Sequence[Message], tools: Any) -> Rendered:
-        """The rendering with the assistant's turns. Raises RunFailure(CONFIG) when they cannot be told apart."""
-        turns = assistant_turns(messages)
-        if _marks_turns(self._source(tools)):
-            text, spans = self._render(messages, tools, markers=True)
-            if len(spans) == len(turns):
-                return Rendered(text=text, turns=tuple(self._with_end(text, start, end) for start, end in spans))
-        else:
-            text = self.text(messages, tools)
-        found = self._by_pieces(messages, turns, tools, text) if len(turns) > FEW_TURNS else None
-        return Rendered(text=text, turns=found or self._by_prefixes(messages, turns, tools, text))
-
-    def render_last(self, messages: Sequence[Message], tools: Any) -> Rendered:
-        """The rendering up to the last assistant's turn, which alone has a span; needs no template whose prefixes nest.
-
-        The turn starts where the rendering parts from that of the conversation before it, ready for an answer.
-        """
-        turns = assistant_turns(messages)
-        messages = messages[: turns[-1] + 1]
-        text = self.text(messages, tools)
-        before = self.text(messages[:-1], tools, generation_prompt=True)
-        start = common_prefix(before, text)
-        return Rendered(text=text, turns=((start, len(text)),))
-
-    def _by_prefixes(self, messages: Sequence[Message], turns: list[int], tools: Any, whole: str) -> tuple[Span, ...]:
-        """Each turn's start is the length of what comes before it, ready for an answer; its end, with it."""
-        spans = []
-        for at in turns:
-            start = self._prefix(messages[:at], tools, whole, generation_prompt=True)
-            end = self._prefix(messages[: at + 1], tools, whole) if at + 1 < len(messages) else len(whole)
-            spans.append((start, end))
-        return tuple(spans)
-
-    def _prefix(self, messages: Sequence[Message], tools: Any, whole: str, *, generation_prompt: bool = False) -> int:
-        before = self.text(messages, tools, generation_prompt=generation_prompt)
-        if self._eos and not whole.startswith(before):  # some templates, Phi-3's, close every conversation with EOS
-            before = before.removesuffix(self._eos)
-        if not whole.startswith(before):
-            at = common_prefix(before, whole)
-            raise RunFailure(
-                FailureKind.CONFIG,
-                "the chat template renders a conversation's beginning differently once it goes on"
-                f" ({before[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so nobody can tell which tokens are the"
-                " assistant's",
-                hint='set train_on = "last_turn" or "all" under [data], or use a template with generation markers',
-            )
-        return len(before)
-
-    def _by_pieces(
-        self, messages: Sequence[Message], turns: list[int], tools: Any, whole: str
-    ) -> tuple[Span, ...] | None:
-        """The same spans at a cost that grows with the turns, not with their square; None when pieces do not fit.
-
-        Every exchange (what leads to an assistant's turn, and the turn) is rendered right after the first exchange
-        alone. Most templates render it there as they do in its own place; that they did is known when first exchange,
-        pieces and rest make up the whole.
-        """
-        first = messages[: turns[0] + 1]
-        head = self.text(first, tools)
-        if not whole.startswith(head):
-            return None
-        ready = self.text(first[:-1], tools, generation_prompt=True)
-        if not head.startswith(ready):
-            return None
-        spans, position = [(len(ready), len(head))], len(head)
-        for before, at in pairwise(turns):
-            exchange = messages[before + 1 : at + 1]
-            text = self.text([*first, *exchange], tools)
-            ready = self.text([*first, *exchange[:-1]], tools, generation_prompt=True)
-            piece = text[len(head) :]
-            if not (text.startswith(head) and text.startswith(ready) and whole.startswith(piece, position)):
-                return None
-            spans.append((position + len(ready) - len(head), position + len(piece)))
-            position += len(piece)
-        rest = messages[turns[-1] + 1 :]
-        tail = self.text([*first, *rest], tools)[len(head) :] if rest else ""
-        return tuple(spans) if whole[position:] == tail else None
-
-    def _with_end(self, text: str, start: int, end: int) -> Span:
-        """A marked turn with the end-of-turn token that stands right behind it, which must be learned as well."""
-        if text[start:end].rstrip().endswith(tuple(self._special)):
-            return start, end
-        return start, end + next((len(token) for token in self._special if text.startswith(token, end)), 0)
-
-    def _source(self, tools: Any) -> str:
-        source: str = self._tokenizer.get_chat_template(None, tools)
-        return source if self._day is None else on_day(source, self._day)
-
-    def _render(
-        self, messages: Sequence[Message], tools: Any, *, generation_prompt: bool = False, markers: bool = False
-    ) -> tuple[str, list[Span]]:
-        plain = [
-            {key: value for key, value in message.items() if key != "weight" and value is not None}
-            for message in messages
-        ]
+    rendering = _Rendering(template, template.adapted(messages), tools)
+    try:
+        if learn.all_from is None:
+            return rendering.turns(learn.turns)
         try:
-            texts, spans = render_jinja_template(
-                conversations=[plain],
-                tools=tools,
-                chat_template=self._source(tools),
-                return_assistant_tokens_mask=markers,
-                add_generation_prompt=generation_prompt,
-                **self._tokenizer.special_tokens_map,
-            )
-        except TimeoutError:
-            raise
-        except (
-            Exception
-        ) as error:  # jinja2 raises whatever a template's author wrote, TypeError and TemplateError alike
-            raise RunFailure(
-                FailureKind.BAD_DATA,
-                f"the chat template refuses a conversation: {type(error).__name__}: {error}",
-                hint="compare the rows' roles with what the base model's chat template accepts",
-            ) from error
-        return texts[0], [(start, end) for start, end in spans[0]] if markers else []
+            return rendering.whole(learn)
+        except _NotNested:
+            if any(message["role"] != "assistant" for message in messages[learn.all_from :]):
+                raise
+            return rendering.turns(learn.turns)  # there is nothing else to learn
+    except TemplateError as error:
+        raise ConversationError(
+            str(error), hint="compare the rows' roles with what the base model's chat template accepts"
+        ) from error
 
 
-@lru_cache
-def on_day(template: str, day: date) -> str:
-    """The template with `day` written where it would write today's date.
+class _Rendering:
+    """One conversation under one template."""
 
-    Llama 3's and others tell the model which day it is. A run that goes on after midnight has to see the tokens that it
-    began with.
-    """
-    return _TODAY.sub(lambda found: json.dumps(day.strftime(found.group(2))), template)
+    def __init__(self, template: OneTemplate, messages: list[Message], tools: Any) -> None:
+        self._template = template
+        self._messages = messages
+        self._tools = tools
+        self._notes: set[Note] = set()
+        self._ends: set[str] = set()
+
+    def turns(self, indices: Sequence[int]) -> Split:
+        """Samples in which these assistant's messages are learned."""
+        turns = [turn for index in indices if (turn := self._asked(index)) is not None]
+        if not turns:
+            return self._split([TextSample(self._text(len(self._messages)), ())])
+        last = turns[-1]
+        longest = last.text
+        if last.index + 1 < len(self._messages):
+            longest = self._continued(last)
+        groups: list[tuple[str, list[_Turn]]] = []  # a text, and the turns that are beginnings of it
+        for turn in reversed(turns):
+            begun = turn.text[: turn.context_end]
+            for text, members in groups:
+                if text.startswith(begun):
+                    members.append(turn)
+                    break
+            else:
+                groups.append((longest if turn is last else turn.text, [turn]))
+        samples = []
+        for text, members in reversed(groups):
+            members.reverse()
+            samples.append(TextSample(text, tuple(_span_in(text, turn) for turn in members)))
+            self._look_at_context(members)
+        return self._split(samples)
+
+    def whole(self, learn: Learn) -> Split:
+        """One sample in which all is learned from a message on, but muted turns.
+
+        Only where the renderings of all turns nest: else some turn would be learned in a form that the model never
+        writes, after a context that it never sees.
+        """
+        first = learn.all_from or 0
+        text = self._text(len(self._messages))
+        start = len(self._before(first, text)) if first else 0
+        kept: list[Span] = []
+        for index in sorted({*learn.turns, *learn.muted}):
+            if index not in learn.muted and self._opens(index):
+                continue
+            turn = self._turn(index)
+            if not text.startswith(turn.text[: turn.context_end]):
+                raise _NotNested(f"message {index + 1}")
+            if index in learn.muted:
+                span = _span_in(text, turn)
+                kept.append((start, max(span[0], start)))
+                start = max(start, span[1])
+        missing = context_lacks(text, self._messages, self._tools)
+        if missing:
+            raise ConversationError(f"the chat template leaves out {_listed(missing)}, which are to be learned")
+        return self._split([TextSample(text, tuple(span for span in (*kept, (start, len(text))) if span[0] < span[1]))])
+
+    def _before(self, first: int, text: str) -> str:
+        """What stands before message `first`, an answer or not. Raises ConversationError unless it begins the text."""
+        for generation_prompt in (True, False):
+            before = self._text(first, generation_prompt=generation_prompt)
+            if text.startswith(before):
+                return before
+        raise _NotNested("the prompt")
+
+    def _asked(self, index: int) -> _Turn | None:
+        """The turn; None for one that opens the conversation where the template cannot ask for that."""
+        try:
+            return self._turn(index)
+        except (TemplateError, _NotContinued):
+            if not self._opens(index):
+                raise
+        self._notes.add(Note.OPENING)
+        return None
+
+    def _opens(self, index: int) -> bool:
+        """Whether nobody has said anything before this message."""
+        return all(message["role"] not in ("user", "tool") for message in self._messages[:index])
+
+    def _turn(self, index: int) -> _Turn:
+        """The turn in the first of the template's modes in which it is whole and continues the generation prompt."""
+        message = self._messages[index]
+        problem: ConversationError | None = None
+        for switches in self._template.modes:
+            asked = self._text(index, generation_prompt=True, switches=switches)
+            text = self._text(index + 1, switches=switches)
+            if not text.startswith(asked):
+                problem = problem or _NotContinued(index, asked, text)
+            elif missing := lacks(text[len(asked) :], message):
+                problem = _Incomplete(index, missing)
+            else:
+                return self._ended(index, asked, text, switches)
+        if turn := self._with_thought(index) or self._after_other_beginning(index):
+            return turn
+        assert problem is not None  # noqa: S101  there is at least one mode
+        raise problem
+
+    def _with_thought(self, index: int) -> _Turn | None:
+        """The turn where the generation prompt opens a thought that the template cuts out of finished answers.
+
+        The model has to close it, and the template shows how it goes on behind. None where that is not so.
+        """
+        message = self._messages[index]
+        asked = self._text(index, generation_prompt=True)
+        opened = _OPENED.search(asked)
+        if opened is None:
+            return None
+        close = f"</{opened.group(1)}>"
+        thought, answer = _thought_and_answer(message, opened.group(), close)
+        written = {
+            key: value for key, value in message.items() if key not in ("reasoning_content", "reasoning", "thinking")
+        }
+        inline = {**written, "content": f"{opened.group()}{thought}{close}{answer}"}
+        bare = asked[: opened.start()]
+        for attempt in (inline, message):
+            text = self._template.text([*self._messages[:index], attempt], self._tools)
+            rest = text[len(bare) :] if text.startswith(bare) else ""
+            if not text.startswith(asked) and rest and not rest.lstrip().startswith(opened.group().strip()):
+                text = f"{asked}{thought}{close}{_gap(rest)}{rest}"
+            if text.startswith(asked) and not lacks(
+                text[len(asked) :], {**message, "content": answer, "reasoning_content": thought}
+            ):
+                return self._ended(index, asked, text, DEFAULT)
+        return None
+
+    def _after_other_beginning(self, index: int) -> _Turn | None:
+        """The turn where the template renders what stands before it anew once it is answered.
+
+        How it renders the turn itself is seen behind the last question alone; behind the same generation prompt it has to
+        stand at the end of this conversation as well. None where that is not so.
+        """
+        messages = self._messages
+        question = next((at for at in reversed(range(index)) if messages[at]["role"] == "user"), None)
+        before, asked = self._text(index), self._text(index, generation_prompt=True)
+        if question is None or not asked.startswith(before):
+            return None
+        prompt = asked[len(before) :]
+        alone = self._template.text([messages[question]], self._tools, generation_prompt=True)
+        answered = self._template.text([messages[question], messages[index]], self._tools)
+        if not prompt or not answered.startswith(alone) or not alone.endswith(prompt):
+            return None
+        written = answered[len(alone) :]
+        if not self._text(index + 1).endswith(prompt + written) or lacks(written, messages[index]):
+            return None
+        return self._ended(index, asked, asked + written, DEFAULT)
+
+    def _ended(self, index: int, asked: str, text: str, switches: Switches) -> _Turn:
+        """The turn to the end that the model has to learn."""
+        template = self._template
+        end = len(text)
+        context_end = end - len(template.closer) if text.endswith(template.closer) else end
+        if template.marks_turns:
+            end = self._marked_end(index, len(asked), text, switches)
+        written = text[len(asked) : min(end, context_end)].rstrip()
+        ending = next((token for token in template.special if written.endswith(token)), "")
+        if not ending:  # GLM's writes what begins the next turn, and nothing before it
+            ending = template.after_call if self._messages[index].get("tool_calls") else template.after_answer
+            text, end = text[:end] + ending, end + len(ending)
+            context_end = end
+        if switches:
+            self._notes.add(Note.THINKING_ON if any(switches.values()) else Note.THINKING_OFF)
+        if ending:
+            self._ends.add(ending)
+        else:
+            self._notes.add(Note.ENDLESS)
+        return _Turn(index=index, text=text, start=len(asked), end=end, context_end=context_end)
+
+    def _marked_end(self, index: int, start: int, text: str, switches: Switches) -> int:
+        """Where the template's own markers say that the turn ends, its end-of-turn token included."""
+        spans = self._template.marked(self._messages[: index + 1], self._tools, switches=switches)
+        end = max((end for _, end in spans), default=0)
+        if end <= start:
+            return len(text)  # it does not mark a turn of this kind
+        if text[start:end].rstrip().endswith(self._template.special):
+            return end
+        return end + next((len(token) for token in self._template.special if text.startswith(token, end)), 0)
+
+    def _continued(self, last: _Turn) -> str:
+        """The whole conversation where it begins with the last learned turn; else that turn's text alone."""
+        try:
+            whole = self._text(len(self._messages))
+        except TemplateError:
+            return last.text
+        return whole if whole.startswith(last.text[: last.context_end]) else last.text
+
+    def _look_at_context(self, members: Sequence[_Turn]) -> None:
+        last = members[-1]
+        missing = context_lacks(last.text[: last.start], self._messages[: last.index], self._tools)
+        self._notes.update(_LOST[part] for part in missing)
+
+    def _text(self, count: int, *, generation_prompt: bool = False, switches: Switches = DEFAULT) -> str:
+        return self._template.text(
+            self._messages[:count], self._tools, generation_prompt=generation_prompt, switches=switches
+        )
+
+    def _split(self, samples: Sequence[TextSample]) -> Split:
+        return Split(samples=tuple(samples), notes=frozenset(self._notes), ends=frozenset(self._ends))
 
 
-@lru_cache
-def _marks_turns(template: str) -> bool:
-    return _GENERATION.search(template) is not None
+class _NotContinued(ConversationError):
+    """The template renders a turn as something else than a continuation of its own generation prompt."""
+
+    def __init__(self, index: int, asked: str, text: str) -> None:
+        at = common_prefix(asked, text)
+        super().__init__(
+            f"the chat template asks for message {index + 1} with {asked[-40:]!r} and then renders it as"
+            f" {text[at : at + 40]!r}, which does not go on from there",
+            hint="no tokens of this turn can be learned with this template; take the row out, or use another template",
+        )
+
+
+class _NotNested(ConversationError):
+    """What comes first is rendered differently once the conversation goes on."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the chat template renders {what} differently once the conversation goes on, so the conversation cannot be"
+            " learned as a whole",
+            hint='set train_on = "assistant" under [data]',
+        )
+
+
+class _Incomplete(ConversationError):
+    """The template leaves out something of a turn that is to be learned."""
+
+    def __init__(self, index: int, missing: set[Part]) -> None:
+        super().__init__(
+            f"the chat template leaves out {_listed(missing)} of message {index + 1}, which is to be learned",
+            hint=(
+                "this model has no form for reasoning: take it out of the row, or choose a model that reasons"
+                if missing == {Part.REASONING}
+                else "choose a base model whose template has a form for it, or set weight to 0 on that message"
+            ),
+        )
 
 
 def assistant_turns(messages: Sequence[Message]) -> list[int]:
@@ -204,3 +366,32 @@ def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     if other[: len(one)] == one:  # nearly always, and many times as fast
         return len(one)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _span_in(text: str, turn: _Turn) -> Span:
+    """What is learned of a turn in a text that it begins: without what closes only a finished conversation."""
+    return turn.start, turn.end if text.startswith(turn.text) else min(turn.end, turn.context_end)
+
+
+def _thought_and_answer(message: Message, opened: str, close: str) -> tuple[str, str]:
+    """What is thought behind a generation prompt that ends with `opened`, and what follows `close`.
+
+    Reasoning that the text itself holds stays as it is spelled there; else it stands on lines of its own, as those models
+    write it.
+    """
+    content, reasoning = message.get("content") or "", (message.get("reasoning_content") or "").strip("\n")
+    line = "" if opened.endswith("\n") else "\n"
+    if reasoning:
+        return f"{line}{reasoning}\n", _gap(content) + content
+    thought, closed, answer = content.partition(close)
+    if closed:
+        return thought.lstrip().removeprefix(opened.strip()).removeprefix("" if line else "\n"), answer
+    return "\n", _gap(content) + content
+
+
+def _gap(answer: str) -> str:
+    return "" if answer.startswith("\n") else "\n\n"
+
+
+def _listed(parts: set[Part]) -> str:
+    return " and ".join(sorted(parts))

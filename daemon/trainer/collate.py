@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from daemon.job import Plan
 from daemon.recipe import TrainingSettings
 from daemon.trainer.batches import flat_passes, padded_passes, share_rows
-from daemon.trainer.encode import trained_tokens
+from daemon.trainer.chat import Note
+from daemon.trainer.encode import RefusedRow, trained_tokens
 
 IGNORE = -100  # transformers' losses skip this label
 # What a forward and backward pass costs besides its tokens, in tokens: launches of kernels, mostly.
@@ -22,7 +23,7 @@ PASS_TOKENS = {"cpu": 48, "cuda": 1024}
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row, ready for the model."""
+    """One sample of a row, ready for the model; a row has more than one where its chat template needs them."""
 
     input_ids: Sequence[int]  # (T,)
     learned: tuple[tuple[int, int], ...]  # spans of tokens, in order and apart
@@ -45,25 +46,31 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """A dataset, tokenised and split."""
+    """A dataset, tokenised and split; a row's samples are all on one side."""
 
     train: list[Example]
     held_out: list[Example]
+    train_rows: int
+    held_out_rows: int
     dropped_lines: tuple[int, ...]  # rows without a trained token
-    truncated_rows: int
+    refused: tuple[RefusedRow, ...] = ()  # rows at fault, left out under on_bad_rows = "skip"
+    truncated_rows: int = 0
     truncated_lines: tuple[int, ...] = ()  # of them, those that lost trained tokens
     control_lines: tuple[int, ...] = ()  # rows whose messages hold the text of a control token, learned as text
+    notes: Mapping[Note, tuple[int, ...]] = field(default_factory=dict)  # what a person should know, and the lines
+    end_ids: frozenset[int] = frozenset()  # the tokens that the model learns to stop with
 
 
 def plan(examples: Examples, training: TrainingSettings) -> Plan:
     """The run's arithmetic, the same as the Trainer's own."""
-    rows = len(examples.train)
+    samples = len(examples.train)
     global_batch_size = rows_a_step(training)
-    steps_per_epoch = max(math.ceil(rows / global_batch_size), 1)
+    steps_per_epoch = max(math.ceil(samples / global_batch_size), 1)
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
     return Plan(
-        rows=rows,
-        held_out_rows=len(examples.held_out),
+        rows=examples.train_rows,
+        samples=samples,
+        held_out_rows=examples.held_out_rows,
         dropped_rows=len(examples.dropped_lines),
         tokens=sum(len(example.input_ids) for example in examples.train),
         trained_tokens=sum(example.trained_tokens for example in examples.train),
@@ -76,7 +83,7 @@ def plan(examples: Examples, training: TrainingSettings) -> Plan:
 
 
 def rows_a_step(training: TrainingSettings) -> int:
-    """The global batch: rows of one optimizer step, over all passes and processes."""
+    """The global batch: samples of one optimizer step, over all passes and processes."""
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * training.num_processes
 
 

@@ -1,6 +1,11 @@
 """Rows to token ids and what of them is learned: decided here and nowhere else.
 
-Two steps. A row becomes text, with the characters in it that are learned; many texts become tokens at once. A tokenizer
+`Encoder(tokenizer, data).encode(rows)` gives an EncodedRow or a RefusedRow for each row; a run, a check and a preview all
+ask it, and it imports no torch. An EncodedRow has `samples` (`ids`, and `learned`, the spans of them with a loss), `notes`
+for a person, and the ids that the model learns to stop with; `truncate` cuts a sample as a run does. A RefusedRow has
+`line`, `reason` and `hint`.
+
+Two steps. A row becomes texts, with the characters in them that are learned; many texts become tokens at once. A tokenizer
 spends a quarter of its time on saying where its tokens stand. Those of a byte-level vocabulary say it themselves: their
 bytes, put together, are the text, which is checked for every row.
 """
@@ -25,8 +30,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from daemon.dataset.rows import Row
 from daemon.job import FailureKind
 from daemon.recipe import DataSettings
-from daemon.trainer.chat import ChatTemplate, Span, assistant_turns, common_prefix
+from daemon.trainer.chat import ConversationError, Learn, Note, Split, assistant_turns, common_prefix, split
+from daemon.trainer.chat_template import ChatTemplate, Span
 from daemon.trainer.errors import RunFailure
+from daemon.trainer.message_forms import Message
 from daemon.trainer.special_tokens import ControlTokens
 
 ROWS_AT_ONCE = 128  # more make tokenising no faster
@@ -38,17 +45,40 @@ _BYTES = {ord(shown): chr(byte) for byte, shown in bytes_to_unicode().items()}  
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """One row's token ids, and the spans of them that are learned: in order, apart, none empty."""
+class Sample:
+    """One sequence that the model is trained on, and the spans of it that are learned: in order, apart, none empty."""
 
     ids: Ids  # (T,)
     learned: tuple[Span, ...]
     spells_control: bool = False  # a message holds the text of a control token, which is learned as text
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedRow:
+    """What is made of a row: one sample, or several where the chat template needs them."""
+
+    line: int
+    samples: tuple[Sample, ...]  # before truncation
+    notes: frozenset[Note] = frozenset()  # what a person should know of it although it is trained
+    end_ids: frozenset[int] = frozenset()  # the tokens that the model learns to stop with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedRow:
+    """A row that cannot be trained as it should; bad as one that is not JSON is."""
+
+    line: int
+    reason: str  # one sentence
+    hint: str = ""
+
+    def failure(self) -> RunFailure:
+        """The same as what a run fails with."""
+        return RunFailure(FailureKind.BAD_DATA, f"line {self.line}: {self.reason}", hint=self.hint)
+
+
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A conversation as the chat template renders it."""
+    """A text for the model, and what of it is learned."""
 
     text: str
     learned: Sequence[Span]  # characters
@@ -56,7 +86,7 @@ class _Text:
 
 
 class Encoder:
-    """Rows to tokens, for one tokenizer and one `[data]`; `day` as in ChatTemplate."""
+    """Rows to samples, for one tokenizer and one `[data]`; `day` as in ChatTemplate."""
 
     def __init__(self, tokenizer: Any, data: DataSettings, *, day: date | None = None) -> None:
         self._tokenizer = tokenizer
@@ -66,23 +96,33 @@ class Encoder:
         self._template: ChatTemplate | None = None
         self._backend = _backend_of(tokenizer)
         self._bytes = TokenBytes(tokenizer) if self._backend and TokenBytes.may_fit(self._backend) else None
+        others = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token}
+        self._endings = tuple(str(token) for token in tokenizer.all_special_tokens if token not in others)
 
-    def encode(self, rows: Sequence[Row]) -> list[Tokens]:
-        """The tokens of each row, before truncation; of many rows at once in much less time than one by one.
+    def encode(self, rows: Sequence[Row]) -> list[EncodedRow | RefusedRow]:
+        """The samples of each row, before truncation; of many rows at once in much less time than one by one.
 
-        Raises RunFailure with the line of the row that is at fault.
+        A row at fault is a RefusedRow, in its place. Raises RunFailure(CONFIG) when the tokenizer lacks what rows need.
         """
-        texts = self._rendered(rows)
-        plain = iter(self._plain([row for row, text in zip(rows, texts, strict=True) if text is None]))
-        label = iter(self._label([text for text in texts if text is not None and not text.marked]))
-        return [
-            next(plain) if text is None else self._spelled(text, row) if text.marked else next(label)
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        found: list[EncodedRow | RefusedRow] = []
+        renderings = self._rendered(rows)
+        plain = iter(self._plain([row for row, given in zip(rows, renderings, strict=True) if given is None]))
+        texts = [text for given in renderings if isinstance(given, _Rendered) for text in given.texts]
+        label = iter(self._label([text for text in texts if not text.marked]))
+        for row, given in zip(rows, renderings, strict=True):
+            if given is None:
+                found.append(next(plain))
+            elif isinstance(given, RefusedRow):
+                found.append(given)
+            elif given.marked:
+                found.append(self._spelled(row, given))
+            else:
+                found.append(self._encoded(row, given, tuple(next(label) for _ in given.texts)))
+        return found
 
-    def _rendered(self, rows: Sequence[Row]) -> list[_Text | None]:
-        """Each row's conversation as text; None for a row of plain text. No row may take longer than render_seconds."""
-        found: list[_Text | None] = []
+    def _rendered(self, rows: Sequence[Row]) -> list[_Rendered | RefusedRow | None]:
+        """Each row's conversation as texts; None for a row of plain text. No row may take longer than render_seconds."""
+        found: list[_Rendered | RefusedRow | None] = []
         seconds = self._data.render_seconds
         with alarm() as set_alarm:
             for row in rows:
@@ -90,24 +130,20 @@ class Encoder:
                 try:
                     found.append(self._render(row))
                 except TimeoutError:
-                    raise RunFailure(
-                        FailureKind.BAD_DATA,
-                        f"line {row.line}: rendering the row took longer than render_seconds = {seconds:g}",
-                        hint="look at the row and at the base model's chat template, or raise render_seconds under [data]",
-                    ) from None
-                except RunFailure as failure:
-                    if failure.kind is not FailureKind.BAD_DATA:
-                        raise
-                    raise _at_line(row, failure) from failure
+                    found.append(
+                        RefusedRow(
+                            line=row.line,
+                            reason=f"rendering the row took longer than render_seconds = {seconds:g}",
+                            hint="look at the row and at the base model's chat template,"
+                            " or raise render_seconds under [data]",
+                        )
+                    )
+                except ConversationError as error:
+                    found.append(RefusedRow(line=row.line, reason=str(error), hint=error.hint))
         return found
 
-    def _render(self, row: Row) -> _Text | None:
-        """A conversation through the chat template, and what of it is learned.
-
-        Assistant turns are (only the last of them for "last_turn"; those of the completion where there is a prompt, or for
-        "completion" all behind the prompt; everything for "all"), each with the end-of-turn tokens that the template puts
-        behind it. Turns with weight 0 are not.
-        """
+    def _render(self, row: Row) -> _Rendered | None:
+        """A conversation through the chat template. Raises ConversationError."""
         if row.kind == "messages":
             messages, first_trained = row.messages or [], 0
         elif isinstance(row.prompt, list) and isinstance(row.completion, list):
@@ -117,11 +153,19 @@ class Encoder:
         self._template = self._template or ChatTemplate(self._tokenizer, self._day)
         tools: Any = row.tools
         marked = self._control.found_in(messages) or self._control.found_in(tools)
+        learn = what_to_learn(messages, first_trained, self._data.train_on)
         if marked:
             messages, tools = self._control.mark(messages), self._control.mark(tools)
-        return _Text(*self._learned(self._template, messages, first_trained, tools), marked)
+        found = split(self._template.for_tools(tools), messages, tools, learn)
+        return _Rendered(
+            texts=[_Text(sample.text, sample.learned, marked) for sample in found.samples], split=found, marked=marked
+        )
 
-    def _plain(self, rows: Sequence[Row]) -> list[Tokens]:
+    def _encoded(self, row: Row, rendered: _Rendered, samples: tuple[Sample, ...]) -> EncodedRow:
+        ends = map(self._tokenizer.convert_tokens_to_ids, rendered.split.ends)
+        return EncodedRow(line=row.line, samples=samples, notes=rendered.split.notes, end_ids=frozenset(ends))
+
+    def _plain(self, rows: Sequence[Row]) -> list[EncodedRow]:
         """Plain texts, which are all learned, and prompts with their completions: joined, tokenised once, the prompt's
         own tokens not learned.
 
@@ -129,50 +173,42 @@ class Encoder:
         """
         masked = [row.kind != "text" and self._data.train_on != "all" for row in rows]
         prompts = iter(self._ids([str(row.prompt) for row, mask in zip(rows, masked, strict=True) if mask]))
+        texts = [_plain_text(row) for row in rows]
         found = []
-        for mask, ids in zip(masked, self._ids([_plain_text(row) for row in rows]), strict=True):
-            self._end(ids)
+        for row, text, mask, ids in zip(rows, texts, masked, self._ids(texts), strict=True):
+            end = self._end(text, ids)
             start = common_prefix(next(prompts), ids) if mask else 0
-            found.append(Tokens(ids, ((start, len(ids)),) if start < len(ids) else ()))
+            found.append(
+                EncodedRow(
+                    line=row.line,
+                    samples=(Sample(ids, ((start, len(ids)),) if start < len(ids) else ()),),
+                    notes=frozenset({Note.ENDLESS} if end is None else ()),
+                    end_ids=frozenset(() if end is None else {end}),
+                )
+            )
         return found
 
-    def _learned(
-        self, template: ChatTemplate, messages: Sequence[dict[str, Any]], first_trained: int, tools: Any
-    ) -> tuple[str, list[Span]]:
-        """The rendering, and the spans of it that are learned."""
-        train_on = self._data.train_on
-        turns = assistant_turns(messages)
-        silent = [messages[at].get("weight") == 0 for at in turns]
-        if train_on == "last_turn" and turns and turns[-1] >= first_trained:
-            rendered = template.render_last(messages, tools)
-            return rendered.text, [] if silent[-1] else list(rendered.turns)
-        if train_on == "all" and not any(silent):
-            text = template.text(messages, tools)
-            return text, [(0, len(text))]
-        rendered = template.render(messages, tools)
-        spans = list(rendered.turns)
-        if train_on == "all":
-            return rendered.text, _without(len(rendered.text), 0, spans, silent)
-        if train_on == "completion" and first_trained:
-            start = common_prefix(template.text(messages[:first_trained], tools, generation_prompt=True), rendered.text)
-            return rendered.text, _without(len(rendered.text), start, spans, silent)
-        heard = zip(turns, spans, silent, strict=True)
-        return rendered.text, [span for at, span, mute in heard if at >= first_trained and not mute]
-
     def _ids(self, texts: Sequence[str]) -> list[Ids]:
-        """The tokens of plain texts, with those that the tokenizer puts around any text."""
+        """The tokens of plain texts, with those that the tokenizer puts around any text; BOS once where they begin so."""
         if self._backend is not None:
-            return [array("i", encoding.ids) for encoding in self._backend.encode_batch_fast(list(texts))]
-        return [array("i", self._tokenizer(text)["input_ids"]) for text in texts]
+            found = [array("i", encoding.ids) for encoding in self._backend.encode_batch_fast(list(texts))]
+        else:
+            found = [array("i", self._tokenizer(text)["input_ids"]) for text in texts]
+        bos = self._tokenizer.bos_token_id
+        return [ids[1:] if len(ids) > 1 and ids[0] == ids[1] == bos else ids for ids in found]
 
-    def _end(self, ids: Ids) -> None:
-        """End the sequence with EOS, so that the model learns to stop."""
-        eos = self._tokenizer.eos_token_id
+    def _end(self, text: str, ids: Ids) -> int | None:
+        """End the sequence with EOS, unless the text brings an end of its own; the token that ends it, if any."""
+        written = text.rstrip()
+        if ending := next((token for token in self._endings if written.endswith(token)), None):
+            return int(self._tokenizer.convert_tokens_to_ids(ending))
+        eos: int | None = self._tokenizer.eos_token_id
         if eos is not None and (not ids or ids[-1] != eos):
             ids.append(eos)
+        return eos
 
-    def _label(self, texts: Sequence[_Text]) -> list[Tokens]:
-        """Tokens of rendered texts; learned is each that overlaps one of the spans."""
+    def _label(self, texts: Sequence[_Text]) -> list[Sample]:
+        """Sample of rendered texts; learned is each that overlaps one of the spans."""
         plain = [text.text for text in texts]
         if self._backend is not None and self._bytes is not None:
             found = self._backend.encode_batch_fast(plain, add_special_tokens=False)
@@ -182,7 +218,7 @@ class Encoder:
             ]
         return [self._by_offsets(text) if self._tokenizer.is_fast else self._by_prefixes(text) for text in texts]
 
-    def _by_bytes(self, text: _Text, ids: list[int]) -> Tokens | None:
+    def _by_bytes(self, text: _Text, ids: list[int]) -> Sample | None:
         """From the bytes that the tokens stand for; None when they are not those of the text."""
         assert self._bytes is not None  # noqa: S101  asked by `_label`
         pieces = list(map(self._bytes.__getitem__, ids))
@@ -194,21 +230,21 @@ class Encoder:
         if len(raw) > len(text.text):
             spans = [(len(text.text[:begin].encode()), len(text.text[:end].encode())) for begin, end in spans]
         ranges = [(bisect_right(ends, begin), bisect_left(ends, end) + 1) for begin, end in spans if begin < end]
-        return Tokens(array("i", ids), _apart(ranges))
+        return Sample(array("i", ids), _apart(ranges))
 
-    def _by_offsets(self, text: _Text) -> Tokens:
+    def _by_offsets(self, text: _Text) -> Sample:
         """From where the tokenizer says that its tokens stand."""
         if self._backend is not None:
             encoding = self._backend.encode(text.text, add_special_tokens=False)
         else:
             encoding = self._tokenizer(text.text, add_special_tokens=False).encodings[0]
         length = len(text.text)
-        return Tokens(array("i", encoding.ids), _apart(token_range(encoding, length, span) for span in text.learned))
+        return Sample(array("i", encoding.ids), _apart(token_range(encoding, length, span) for span in text.learned))
 
-    def _by_prefixes(self, text: _Text) -> Tokens:
+    def _by_prefixes(self, text: _Text) -> Sample:
         """For a tokenizer that cannot say it: where the tokens of the text up to a place part from the whole's."""
         ids = self._alone(text.text)
-        return Tokens(
+        return Sample(
             ids,
             _apart(
                 (common_prefix(self._alone(text.text[:begin]), ids), common_prefix(self._alone(text.text[:end]), ids))
@@ -216,21 +252,53 @@ class Encoder:
             ),
         )
 
-    def _spelled(self, text: _Text, row: Row) -> Tokens:
+    def _spelled(self, row: Row, rendered: _Rendered) -> EncodedRow | RefusedRow:
         """The same where messages hold the text of control tokens, which are marked."""
         if not self._tokenizer.is_fast:  # it cannot do that: nothing is learned, so the row is left out and named
-            return Tokens(self._alone(text.text), (), spells_control=True)
-        try:
-            tokens = self._control.tokens(text.text)
-        except RunFailure as failure:
-            raise _at_line(row, failure) from failure
-        places = [(begin, end) for _, begin, end in tokens]
-        ids = array("i", (token for token, _, _ in tokens))
-        return Tokens(ids, _apart(_overlapping(places, span) for span in text.learned), spells_control=True)
+            bare = tuple(Sample(self._alone(text.text), (), spells_control=True) for text in rendered.texts)
+            return self._encoded(row, rendered, bare)
+        samples = []
+        for text in rendered.texts:
+            try:
+                tokens = self._control.tokens(text.text)
+            except RunFailure as failure:
+                return RefusedRow(line=row.line, reason=failure.message, hint=failure.hint)
+            places = [(begin, end) for _, begin, end in tokens]
+            ids = array("i", (token for token, _, _ in tokens))
+            learned = _apart(_overlapping(places, span) for span in text.learned)
+            samples.append(Sample(ids, learned, spells_control=True))
+        return self._encoded(row, rendered, tuple(samples))
 
     def _alone(self, text: str) -> Ids:
         """A text's tokens without any that the tokenizer puts around it."""
         return array("i", self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rendered:
+    """A row's conversation as texts for the model."""
+
+    texts: Sequence[_Text]
+    split: Split
+    marked: bool
+
+
+def what_to_learn(messages: Sequence[Message], first_trained: int, train_on: str) -> Learn:
+    """Which messages are learned, of those from `first_trained` on: see `train_on` under [data].
+
+    "last_turn": the last of the assistant's turns; "all": everything; "completion" with a prompt before it: all behind
+    the prompt; else the assistant's turns. Never turns with weight 0.
+    """
+    turns = [at for at in assistant_turns(messages) if at >= first_trained]
+    if train_on == "last_turn":
+        turns = turns[-1:]
+    heard = tuple(at for at in turns if messages[at].get("weight") != 0)
+    if train_on == "all":
+        muted = tuple(at for at in assistant_turns(messages) if messages[at].get("weight") == 0)
+        return Learn(turns=heard, all_from=0, muted=muted)
+    if train_on == "completion" and first_trained:
+        return Learn(turns=heard, all_from=first_trained, muted=tuple(at for at in turns if at not in heard))
+    return Learn(turns=heard)
 
 
 class TokenBytes(dict[int, bytes]):
@@ -270,7 +338,7 @@ def trained_tokens(learned: Iterable[Span]) -> int:
     return sum(end - max(begin, 1) for begin, end in learned if end > 1)
 
 
-def truncate(tokens: Tokens, max_length: int, bos: int | None) -> Tokens:
+def truncate(tokens: Sample, max_length: int, bos: int | None) -> Sample:
     """At most `max_length` tokens, chosen so that what is trained stays.
 
     The end goes when nothing trained stands there; else the beginning of the context (a BOS token stays). Of a trained
@@ -302,20 +370,6 @@ def _apart(spans: Iterable[Span]) -> tuple[Span, ...]:
         elif begin < end:
             found.append((begin, end))
     return tuple(found)
-
-
-def _at_line(row: Row, failure: RunFailure) -> RunFailure:
-    return RunFailure(failure.kind, f"line {row.line}: {failure.message}", hint=failure.hint)
-
-
-def _without(length: int, start: int, spans: Sequence[Span], silent: Sequence[bool]) -> list[Span]:
-    """Everything from `start` on but the spans of turns that are not to be learned."""
-    kept = []
-    for (begin, end), mute in zip(spans, silent, strict=True):
-        if mute and end > start:
-            kept.append((start, max(begin, start)))
-            start = end
-    return [*kept, (start, length)]
 
 
 def token_range(encoding: Any, length: int, span: Span) -> tuple[int, int]:

@@ -15,21 +15,22 @@ from daemon.trainer.collate import Examples
 def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
     """The plan as a table, for the log: what there is, what it is divided by, what comes out."""
     training = recipe.training
-    tokens_a_row = planned.tokens / max(planned.rows, 1)
+    tokens_a_sample = planned.tokens / max(planned.samples, 1)
     lines = [
         ("rows", f"{planned.rows:,} trained + {planned.held_out_rows:,} held out + {planned.dropped_rows:,} dropped"),
-        ("tokens", f"{planned.tokens:,} = {planned.rows:,} rows x {tokens_a_row:.1f}"),
+        ("samples", f"{planned.samples:,} of the trained rows"),
+        ("tokens", f"{planned.tokens:,} = {planned.samples:,} samples x {tokens_a_sample:.1f}"),
         ("trained", f"{planned.trained_tokens:,} tokens = {planned.trained_tokens / planned.tokens:.1%}"),
         ("truncated", f"{examples.truncated_rows:,} rows to {recipe.data.max_length:,} tokens"),
         (
-            "rows a step",
+            "samples a step",
             f"{planned.global_batch_size:,} = {training.per_device_train_batch_size}"
             f" x {training.gradient_accumulation_steps} accumulated x {training.num_processes} processes",
         ),
-        ("tokens a step", f"{tokens_a_row * min(planned.global_batch_size, planned.rows):,.0f} on average"),
+        ("tokens a step", f"{tokens_a_sample * min(planned.global_batch_size, planned.samples):,.0f} on average"),
         (
             "steps",
-            f"{planned.total_steps:,} = {planned.epochs:g} epochs x ceil({planned.rows:,} / {planned.global_batch_size:,})"
+            f"{planned.total_steps:,} = {planned.epochs:g} epochs x ceil({planned.samples:,} / {planned.global_batch_size:,})"
             f" = {planned.epochs:g} x {planned.steps_per_epoch:,}",
         ),
         ("warm-up", f"{planned.warmup_steps:,} steps"),
@@ -75,6 +76,12 @@ def warnings_of(
             f"{len(examples.control_lines)} rows hold control tokens, which were read as text"
             f" (lines {_shown(examples.control_lines)})"
         )
+    if examples.refused:
+        found.append(
+            f"{len(examples.refused)} rows were left out: they cannot be rendered as they should"
+            f" (lines {_shown(tuple(row.line for row in examples.refused))}); the first: {examples.refused[0].reason}"
+        )
+    found += [f"{len(lines)} rows {note} (lines {_shown(lines)})" for note, lines in examples.notes.items()]
     most = capacity.positions or math.inf
     beyond = tuple(example.line for example in examples.train if len(example.input_ids) > most)
     if beyond:

@@ -14,7 +14,7 @@ from typing import Any
 from daemon.dataset.rows import iter_rows
 from daemon.recipe import Recipe
 from daemon.trainer.base_model import resolve_base
-from daemon.trainer.encode import Encoder, chunks, trained_tokens
+from daemon.trainer.encode import Encoder, RefusedRow, chunks, trained_tokens
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.tokenizer import load_tokenizer
 
@@ -29,11 +29,14 @@ def measure(path: Path, format_: str, recipe: Recipe) -> dict[str, Any]:
     tokens = trained = cut = 0
     for chunk in chunks(iter_rows(path, format_, recipe.data)):
         for row in encoder.encode(chunk):
-            length = len(row.ids)
-            tokens += length
-            trained += trained_tokens(row.learned)
-            cut += length > recipe.data.max_length
-            counts[bisect_left(BINS, length)] += 1
+            if isinstance(row, RefusedRow):
+                raise row.failure()
+            lengths = [len(sample.ids) for sample in row.samples]
+            tokens += sum(lengths)
+            trained += sum(trained_tokens(sample.learned) for sample in row.samples)
+            cut += max(lengths) > recipe.data.max_length
+            for length in lengths:
+                counts[bisect_left(BINS, length)] += 1
     return {
         "tokens": tokens,
         "trained_tokens": trained,

@@ -24,9 +24,10 @@ from daemon.dataset.rows import Row
 from daemon.job import FailureKind
 from daemon.processes import die_with_parent, oom_kills
 from daemon.recipe import DataSettings
-from daemon.trainer.chat import Span
+from daemon.trainer.chat import Note
+from daemon.trainer.chat_template import Span
 from daemon.trainer.collate import Example, Examples
-from daemon.trainer.encode import Encoder, Item, chunks, trained_tokens, truncate
+from daemon.trainer.encode import EncodedRow, Encoder, Item, RefusedRow, chunks, trained_tokens, truncate
 from daemon.trainer.errors import RunFailure
 
 CHUNKS_AHEAD = 4  # for each process
@@ -38,18 +39,34 @@ ROWS_WORTH_A_PROCESS = 1000
 class _Chunk:
     """Neighbouring rows as numbers."""
 
-    ids: array[int] = field(default_factory=lambda: array("i"))  # of all its rows, end to end
-    rows: list[tuple[int, tuple[Span, ...], int, str]] = field(default_factory=list)  # tokens, learned, line, digest
+    ids: array[int] = field(default_factory=lambda: array("i"))  # of all its samples, end to end
+    rows: list[_EncodedRow] = field(default_factory=list)
+    refused: list[RefusedRow] = field(default_factory=list)
     truncated_rows: int = 0
     truncated_lines: list[int] = field(default_factory=list)  # as in Examples
     control_lines: list[int] = field(default_factory=list)
+    notes: dict[Note, list[int]] = field(default_factory=dict)
+    end_ids: set[int] = field(default_factory=set)
 
-    def examples(self) -> Iterator[Example]:
+    def examples(self) -> Iterator[tuple[_EncodedRow, list[Example]]]:
+        """Each row, and its samples that have a trained token."""
         begin = 0
-        for tokens, learned, line, digest in self.rows:
-            ids = self.ids[begin : begin + tokens]
-            begin += tokens
-            yield Example(input_ids=ids, learned=learned, line=line, content_digest=digest)
+        for row in self.rows:
+            found = []
+            for tokens, learned in row.samples:
+                ids = self.ids[begin : begin + tokens]
+                begin += tokens
+                found.append(Example(input_ids=ids, learned=learned, line=row.line, content_digest=row.content_digest))
+            yield row, [example for example in found if example.trained_tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EncodedRow:
+    """A row of a chunk; what its samples hold stands in the chunk."""
+
+    line: int
+    content_digest: str
+    samples: tuple[tuple[int, tuple[Span, ...]], ...]  # tokens, and the learned spans of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +81,90 @@ class _Work:
     def encode(self, items: Sequence[Any]) -> _Chunk:
         rows = [row for item in items if (row := self.read(item)) is not None]
         chunk = _Chunk()
-        for row, whole in zip(rows, self.encoder.encode(rows), strict=True):
-            tokens = truncate(whole, self.max_length, self.bos)
-            chunk.ids.extend(tokens.ids)
-            chunk.rows.append((len(tokens.ids), tokens.learned, row.line, row.content_digest))
-            chunk.truncated_rows += tokens is not whole
-            if trained_tokens(tokens.learned) < trained_tokens(whole.learned):
-                chunk.truncated_lines.append(row.line)
-            if tokens.spells_control:
-                chunk.control_lines.append(row.line)
+        for row, encoded in zip(rows, self.encoder.encode(rows), strict=True):
+            if isinstance(encoded, RefusedRow):
+                chunk.refused.append(encoded)
+            else:
+                self._add(chunk, row, encoded)
         return chunk
+
+    def _add(self, chunk: _Chunk, row: Row, encoded: EncodedRow) -> None:
+        samples = [truncate(whole, self.max_length, self.bos) for whole in encoded.samples]
+        for sample in samples:
+            chunk.ids.extend(sample.ids)
+        chunk.rows.append(
+            _EncodedRow(
+                line=row.line,
+                content_digest=row.content_digest,
+                samples=tuple((len(sample.ids), sample.learned) for sample in samples),
+            )
+        )
+        cut = [(sample, whole) for sample, whole in zip(samples, encoded.samples, strict=True) if sample is not whole]
+        chunk.truncated_rows += bool(cut)
+        if any(trained_tokens(sample.learned) < trained_tokens(whole.learned) for sample, whole in cut):
+            chunk.truncated_lines.append(row.line)
+        if any(sample.spells_control for sample in samples):
+            chunk.control_lines.append(row.line)
+        for note in encoded.notes:
+            chunk.notes.setdefault(note, []).append(row.line)
+        chunk.end_ids |= encoded.end_ids
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    """What is known of the chunks so far."""
+
+    train: list[Example] = field(default_factory=list)
+    held_out: list[Example] = field(default_factory=list)
+    train_rows: int = 0
+    held_out_rows: int = 0
+    dropped: list[int] = field(default_factory=list)
+    refused: list[RefusedRow] = field(default_factory=list)
+    truncated_rows: int = 0
+    truncated_lines: list[int] = field(default_factory=list)
+    control_lines: list[int] = field(default_factory=list)
+    notes: dict[Note, list[int]] = field(default_factory=dict)
+    end_ids: set[int] = field(default_factory=set)
+
+    @property
+    def rows(self) -> int:
+        """All rows that were read."""
+        return self.train_rows + self.held_out_rows + len(self.dropped) + len(self.refused)
+
+    def add(self, chunk: _Chunk, held_out_fraction: float) -> None:
+        self.refused += chunk.refused
+        self.truncated_rows += chunk.truncated_rows
+        self.truncated_lines += chunk.truncated_lines
+        self.control_lines += chunk.control_lines
+        self.end_ids |= chunk.end_ids
+        for note, lines in chunk.notes.items():
+            self.notes.setdefault(note, []).extend(lines)
+        for row, examples in chunk.examples():
+            if not examples:
+                self.dropped.append(row.line)
+            elif held_out_rank(row.content_digest) < held_out_fraction:
+                self.held_out += examples
+                self.held_out_rows += 1
+            else:
+                self.train += examples
+                self.train_rows += 1
+
+    def examples(self) -> Examples:
+        """What is trained and what is held out; when all rows fell on the held-out side, they are trained."""
+        swapped = not self.train
+        return Examples(
+            train=self.held_out if swapped else self.train,
+            held_out=[] if swapped else self.held_out,
+            train_rows=self.held_out_rows if swapped else self.train_rows,
+            held_out_rows=0 if swapped else self.held_out_rows,
+            dropped_lines=tuple(self.dropped),
+            refused=tuple(self.refused),
+            truncated_rows=self.truncated_rows,
+            truncated_lines=tuple(self.truncated_lines),
+            control_lines=tuple(self.control_lines),
+            notes={note: tuple(lines) for note, lines in sorted(self.notes.items())},
+            end_ids=frozenset(self.end_ids),
+        )
 
 
 def tokenise(
@@ -88,43 +179,33 @@ def tokenise(
     """Turn rows into Examples and split off the held-out ones by their content.
 
     `read` makes an item a row, or None of one that is to be skipped; `day` as in ChatTemplate. A row stays on its side
-    of the split whatever else the file holds. When all rows fall on the held-out side (a file of one or two rows), they are trained and nothing is
-    held out. More than one process only before CUDA starts: they are forks of this one. Raises what `read` raises,
-    RunFailure(BAD_DATA) when no row has a trained token, RunFailure(CONFIG) when the tokenizer lacks what the rows need.
+    of the split, with all its samples, whatever else the file holds. When all rows fall on the held-out side (a file of
+    one or two rows), they are trained and nothing is held out. More than one process only before CUDA starts: they are
+    forks of this one. Raises what `read` raises, RunFailure(BAD_DATA) when no row has a trained token or one is at fault
+    that may not be skipped, RunFailure(CONFIG) when the tokenizer lacks what the rows need.
     """
     encoder = Encoder(tokenizer, data, day=day)
     work = _Work(read=read, encoder=encoder, max_length=data.max_length, bos=tokenizer.bos_token_id)
-    train: list[Example] = []
-    held_out: list[Example] = []
-    dropped: list[int] = []
-    cut, cut_lines, control_lines = 0, [], []
+    tally = _Tally()
     for chunk in _encode_all(chunks(items), work, processes):
-        cut += chunk.truncated_rows
-        cut_lines += chunk.truncated_lines
-        control_lines += chunk.control_lines
-        for example in chunk.examples():
-            if example.trained_tokens == 0:
-                dropped.append(example.line)
-            elif held_out_rank(example.content_digest) < data.held_out_fraction:
-                held_out.append(example)
-            else:
-                train.append(example)
-    if not train:
-        train, held_out = held_out, []
-    if not train:
+        tally.add(chunk, data.held_out_fraction)
+        if tally.refused and data.on_bad_rows == "reject":
+            raise tally.refused[0].failure()
+    if len(tally.refused) > data.max_bad_fraction * tally.rows:
+        first = tally.refused[0]
         raise RunFailure(
             FailureKind.BAD_DATA,
-            f"none of {len(dropped)} rows has a token to train on within max_length = {data.max_length}",
+            f"{len(tally.refused)} of {tally.rows} rows cannot be trained as they should, more than max_bad_fraction ="
+            f" {data.max_bad_fraction:g}; the first, line {first.line}: {first.reason}",
+            hint=first.hint,
+        )
+    if not tally.train and not tally.held_out:
+        raise RunFailure(
+            FailureKind.BAD_DATA,
+            f"none of {tally.rows} rows has a token to train on within max_length = {data.max_length}",
             hint="look at train_on and max_length under [data], at empty answers, and at messages with weight 0",
         )
-    return Examples(
-        train=train,
-        held_out=held_out,
-        dropped_lines=tuple(dropped),
-        truncated_rows=cut,
-        truncated_lines=tuple(cut_lines),
-        control_lines=tuple(control_lines),
-    )
+    return tally.examples()
 
 
 def digest_tokens(examples: Iterable[Example]) -> str:

@@ -190,6 +190,8 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag) -> RunResult:
             tokens_per_second=watch.tokens_per_second,
             tokens_trained=watch.tokens,
             rows=planned.rows,
+            samples=planned.samples,
+            refused_rows=len(examples.refused),
             dropped_rows=planned.dropped_rows,
             held_out_rows=planned.held_out_rows,
             truncated_rows=examples.truncated_rows,

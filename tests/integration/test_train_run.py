@@ -411,5 +411,7 @@ def test_numbers_go_where_the_recipe_reports_them(tiny_base: Path, tmp_path: Pat
     assert caught.value.kind is FailureKind.CONFIG
     assert not list((tmp_path / "model").iterdir())
     chosen = recipe(tiny_base, {"training": {"report_to": ["tensorboard", "wandb"]}})
-    planned = plan(Examples(train=[example(9, 1)], held_out=[], dropped_lines=(), truncated_rows=0), chosen.training)
+    planned = plan(
+        Examples(train=[example(9, 1)], held_out=[], train_rows=1, held_out_rows=0, dropped_lines=()), chosen.training
+    )
     assert training_arguments(chosen, planned, tmp_path, "float32").report_to == ["wandb"]

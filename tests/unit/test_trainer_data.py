@@ -77,11 +77,13 @@ def test_the_last_turn_alone_or_everything_can_be_learned(tokenizer: Any) -> Non
     assert ids == labels
 
 
-def test_a_template_whose_beginnings_do_not_nest_is_refused_with_a_way_out(tokenizer: Any) -> None:
-    with pytest.raises(RunFailure, match="renders a conversation's beginning differently") as caught:
+def test_a_template_that_never_continues_its_own_generation_prompt_is_refused_with_the_line(tokenizer: Any) -> None:
+    with pytest.raises(
+        RunFailure, match=r"line \d+: the chat template asks for message \d .* does not go on"
+    ) as caught:
         encode(row(messages=TURNS), _with_template(tokenizer, COUNTING), DATA)
-    assert caught.value.kind is FailureKind.CONFIG
-    assert "train_on" in caught.value.hint
+    assert caught.value.kind is FailureKind.BAD_DATA
+    assert "another template" in caught.value.hint
 
 
 def test_without_a_chat_template_conversations_are_refused(tokenizer: Any) -> None:
@@ -128,10 +130,10 @@ def test_several_processes_give_the_same_and_their_failures_arrive_whole(tokeniz
     ]
     data = DATA.model_copy(update={"held_out_fraction": 0.1, "max_length": 20})
     assert tokenise(rows, tokenizer, data, read=itself, processes=2) == tokenise(rows, tokenizer, data, read=itself)
-    with pytest.raises(RunFailure, match="renders a conversation's beginning differently") as caught:
+    with pytest.raises(RunFailure, match=r"line 0: .* does not go on") as caught:
         tokenise(rows, _with_template(tokenizer, COUNTING), data, read=itself, processes=2)
-    assert caught.value.kind is FailureKind.CONFIG
-    assert "train_on" in caught.value.hint
+    assert caught.value.kind is FailureKind.BAD_DATA
+    assert "another template" in caught.value.hint
 
 
 def test_a_process_that_tokenises_and_is_killed_ends_the_run_with_a_sentence(tokenizer: Any) -> None:
@@ -207,7 +209,9 @@ def test_planned_steps(rows: int, batch: int, accumulation: int, epochs: float, 
         num_train_epochs=epochs,
         max_steps=max_steps,
     )
-    planned = plan(Examples(train=[example] * rows, held_out=[], dropped_lines=(), truncated_rows=0), training)
+    planned = plan(
+        Examples(train=[example] * rows, held_out=[], train_rows=rows, held_out_rows=0, dropped_lines=()), training
+    )
     assert planned.total_steps == steps
 
 
