@@ -27,29 +27,38 @@ MASK_KEYS = (
 )  # fmt: skip
 ROW_MASK_KEYS = (*MASK_KEYS, "weights", "loss_masks", "loss_scales", "loss_weights", "masks", "turn_mask")
 SAMPLE_WEIGHT_KEYS = ("sample_weight", "example_weight")
-USER_KEYS, ASSISTANT_KEYS = ("human", "user"), ("assistant", "gpt", "bot", "model")  # of a turn that is a pair
+USER_KEYS = ("human", "user", "input", "query")  # of a turn that is a pair
+ASSISTANT_KEYS = ("assistant", "gpt", "bot", "model", "output", "response")
 
 ROLES: Mapping[str, str] = {  # how published files call a speaker, and the role that training sees
     "system": "system",
     "developer": "developer",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
     "ipython": "tool",
     "tool_response": "tool",
     "tool_result": "tool",
+    "tool_results": "tool",
+    "tool_output": "tool",
     "function_response": "tool",
+    "function_result": "tool",
+    "environment": "tool",
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool_calls": "assistant",
 }
+CALL_KEYS = ("tool_calls", "function_call", "function_calls")
 CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})  # whose content is the call
 
 
@@ -83,6 +92,11 @@ class Refused:
     def reason(self, key: str) -> str:
         """Why a row with this key is refused."""
         return f"{json.dumps(key)} {self.meaning}"
+
+
+def role_named(name: str) -> str | None:
+    """The role that a speaker's name stands for; None when it is not known."""
+    return ROLES.get(name.strip().casefold())
 
 
 def is_given(value: Any) -> bool:
@@ -190,13 +204,13 @@ USED: tuple[Used, ...] = (
     Used(names=ROLE_KEYS, meaning="who speaks", place=Place.TURN),
     Used(names=CONTENT_KEYS, meaning="what is said: text, or a list of parts that are text", place=Place.TURN),
     Used(
-        names=("human", "user", "assistant", "gpt", "bot", "model"),
+        names=(*USER_KEYS, *ASSISTANT_KEYS),
         meaning="a question and its answer in one object, where no key says who speaks",
         place=Place.TURN,
     ),
     Used(names=REASONING_KEYS, meaning="the assistant's reasoning before the content", place=Place.TURN),
     Used(
-        names=("tool_calls", "function_call"),
+        names=("tool_calls", "function_call", "function_calls"),
         meaning="the assistant's calls; arguments are an object or JSON inside a string",
         place=Place.TURN,
     ),
@@ -234,14 +248,14 @@ REFUSED: tuple[Refused, ...] = (
         applies=_any,
     ),
     Refused(
-        names=("positive", "negative"),
+        names=("positive", "negative", "better", "worse", "winner", "loser", "accepted", "accepted_response"),
         meaning="holds an answer or a text to prefer or to avoid (preference data), which cannot be trained here",
         advice=_WITHOUT_PAIRS,
         values="text or a list",
         applies=_text_or_list,
     ),
     Refused(
-        names=("completions", "responses", "candidates", "generations", "answers", "rejections", "steps"),
+        names=("completions", "responses", "candidates"),
         meaning="holds several answers or steps of one prompt (ranking, reward or step supervision), which cannot be"
         " trained here",
         advice="make a row of each answer that is to be learned",

@@ -15,16 +15,7 @@ from typing import Any, Literal, Protocol
 
 from blake3 import blake3
 
-from daemon.dataset.conversation import (
-    Conversation,
-    Message,
-    RowError,
-    is_mask,
-    optional_text,
-    read_system,
-    required,
-    text_of,
-)
+from daemon.dataset.conversation import Conversation, Message, read_system
 from daemon.dataset.keys import (
     CONVERSATION_KEYS,
     HISTORY_KEY,
@@ -35,8 +26,10 @@ from daemon.dataset.keys import (
     is_given,
     refuses,
 )
+from daemon.dataset.masks import apply_row_masks, is_mask
 from daemon.dataset.source import BOM, TooLong, open_dataset
 from daemon.dataset.strict_json import LineError, column_of, parse_object
+from daemon.dataset.values import RowError, optional_text, required, text_of
 
 ROW_DIGEST_BYTES = 16
 AS_CHAT = '[data] prompt_completion = "chat"'
@@ -383,7 +376,7 @@ def _one_answer(row: Mapping[str, Any], text: str) -> Conversation:
     """A row without turns as one answer, so that its masks are read as any others. Raises RowError."""
     conversation = Conversation()
     conversation.say("assistant", text)
-    conversation.apply_row_masks(row)
+    apply_row_masks(row, conversation.messages, conversation.unused)
     if conversation.messages[0].get("weight") == 0:
         key = next(key for key in ROW_MASK_KEYS if is_given(row.get(key)) and is_mask(key, row[key]))
         raise RowError((key,), "it says that nothing of the row is learned", "leave such rows out")

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from daemon.dataset.conversation import RowError
 from daemon.dataset.keys import Place, is_given, refuses
 from daemon.dataset.rows import AS_CHAT, Columns, Format, Rules, joins_words, normalise
+from daemon.dataset.values import RowError
 
 PROMPT_NAMES = (
     "prompt", "question", "query", "instruction", "input", "problem", "request", "user", "human", "ask", "source",

@@ -1,0 +1,104 @@
+"""Which of the assistant's turns are learned: masks of turns, and masks of a whole row.
+
+Whatever their name, they become `weight`, 0 or 1, of the assistant's messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from daemon.dataset.keys import MASK_KEYS, ROW_MASK_KEYS, is_given, is_number, role_named
+from daemon.dataset.values import JsonPath, RowError, UnusedKeys
+
+
+def turn_weight(turn: Mapping[str, Any], role: str, path: JsonPath) -> int | None:
+    """1 or 0 where a turn says whether it is learned. Raises RowError."""
+    weights: dict[str, int] = {}
+    for key in MASK_KEYS:
+        value = turn.get(key)
+        if not is_given(value):
+            continue
+        if not is_binary(value):
+            raise _not_binary((*path, key))
+        weights[key] = 1 if value else 0
+        if weights[key] and role != "assistant":
+            raise _only_answers((*path, key))
+    if len(set(weights.values())) > 1:
+        raise RowError((*path, list(weights)[-1]), f"{' and '.join(weights)} contradict each other")
+    return next(iter(weights.values())) if weights and role == "assistant" else None
+
+
+def apply_row_masks(row: Mapping[str, Any], messages: list[dict[str, Any]], unused: UnusedKeys) -> None:
+    """A row's own masks: a list with a value for each turn or each answer, or one value for all answers."""
+    for key in ROW_MASK_KEYS:
+        if not is_given(row.get(key)):
+            continue
+        value, path = row[key], (key,)
+        answers = [message for message in messages if message["role"] == "assistant"]
+        if isinstance(value, list):
+            if len(value) not in (len(messages), len(answers)):
+                raise RowError(
+                    path,
+                    f"{len(value)} values for {len(messages)} turns, {len(answers)} of them the assistant's",
+                    'give one 0 or 1 for each turn, or a "weight" in each of the assistant\'s turns',
+                )
+            masked = messages if len(value) == len(messages) else answers
+            for index, (message, one) in enumerate(zip(masked, value, strict=True)):
+                _set_weight(message, one, (key, index))
+        elif is_binary(value):
+            if not value:
+                for message in answers:
+                    _set_weight(message, value, path)
+        elif _names_muted_speaker(value):
+            continue
+        elif isinstance(value, str) and key == "mask" and role_named(value) == "assistant":
+            raise RowError(path, "it mutes the assistant, and only the assistant's turns can be learned")
+        elif is_mask(key, value):
+            raise _not_binary(path)
+        else:
+            unused[key] = None
+
+
+def is_mask(key: str, value: Any) -> bool:
+    """Whether a row's own value means a mask; a number called loss, or a word called train, is the writer's note."""
+    return isinstance(value, list) or is_binary(value) or (is_number(value) and key != "loss")
+
+
+def is_binary(value: Any) -> bool:
+    """Whether a mask's value is one: 0, 1, false or true."""
+    return isinstance(value, bool) or (is_number(value) and value in (0, 1))
+
+
+def _names_muted_speaker(value: Any) -> bool:
+    """Whether it is NeMo's `"mask": "User"`, the speaker who is not learned."""
+    return isinstance(value, str) and role_named(value) in ("user", "system")
+
+
+def _set_weight(message: dict[str, Any], value: Any, path: JsonPath) -> None:
+    if value is None:
+        return
+    if not is_binary(value):
+        raise _not_binary(path)
+    if message["role"] == "assistant":
+        weight = int(value)
+        if message.setdefault("weight", weight) != weight:
+            raise RowError(path, "it contradicts what the turn itself says")
+    elif value:
+        raise _only_answers(path)
+
+
+def _not_binary(path: JsonPath) -> RowError:
+    return RowError(
+        path,
+        "a weight is 0 or 1, or false or true; part of a turn's loss is not supported",
+        "give the turns to learn a weight of 1 and the others 0, or remove the key",
+    )
+
+
+def _only_answers(path: JsonPath) -> RowError:
+    return RowError(
+        path,
+        "only the assistant's turns can be learned",
+        'set it to 0 or remove it, or write the row as it is to be learned, as one "text"',
+    )
