@@ -24,13 +24,19 @@ from typing import Any
 from daemon import config
 from daemon.config import Settings
 from daemon.errors import DropforgeError
+from daemon.inbox.layout import NameKind, name_kind, watched_folders
+from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
+from daemon.inbox.strays import find_strays
 from daemon.inbox.watcher import mounted_type, remote_type
+from daemon.text import escape
 
 TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 IMPORT_TIMEOUT_SECONDS = 120.0
 LEAST_FREE_BYTES, LITTLE_FREE_BYTES = 2**30, 10 * 2**30
 LEAST_INOTIFY_WATCHES, LEAST_INOTIFY_INSTANCES = 1024, 16
 OLDEST_SYSTEMD = 252
+SHOWN_FILES = 10  # of the inbox
+UNFINISHED_SECONDS = 600.0  # without a change, before a file that is still to be renamed is told of
 EARLIEST_CLOCK = 1_767_225_600  # 2026: a clock before this was never set
 # What a trainer would meet; in a process of its own, because only the trainer's packages import torch.
 _PROBE = """
@@ -183,6 +189,33 @@ def _inbox(settings: Settings) -> Iterator[Finding]:
         yield _ok("inbox", f"{folder} is on {mounted_type(folder) or 'a file system'}, which tells of changes")
 
 
+def _dropped(settings: Settings) -> Iterator[Finding]:
+    """What lies in the inbox and is not taken as it is."""
+    told = [f"{escape(stray.folder)}/{escape(stray.name)}: {stray.reason}" for stray in find_strays(settings)]
+    for folder in watched_folders(settings).values():
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if (reason := _why_not_taken(path)) is not None:
+                told.append(f"{escape(str(path.relative_to(settings.inbox_dir)))}: {reason}")
+    for line in told[:SHOWN_FILES]:
+        yield _warn("inbox", line, "")
+    if len(told) > SHOWN_FILES:
+        yield _warn("inbox", f"and {len(told) - SHOWN_FILES} more files that are not taken as they are", "")
+
+
+def _why_not_taken(path: Path) -> str | None:
+    """Why a dataset in the inbox is not taken; None when it is, or when it is none."""
+    kind = name_kind(path.name)
+    if kind is NameKind.DATA:
+        if path.is_symlink() or not path.is_file():
+            return "only regular files are trained"
+        return None if os.access(path, os.R_OK) else f"{_user()} may not read it"
+    if kind is NameKind.UNFINISHED:
+        old = names_unfinished_dataset(path.name) and time.time() - path.lstat().st_mtime > UNFINISHED_SECONDS
+        return UNFINISHED if old else None
+    other = explain_other_name(path.name)
+    return other.reason if kind is NameKind.OTHER and other.meant else None
+
+
 def _permissions(settings: Settings) -> Iterator[Finding]:
     name = _user()
     closed = [
@@ -283,6 +316,7 @@ CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "disk": _disk,
     "inotify": _inotify,
     "inbox": _inbox,
+    "dropped": _dropped,
     "permissions": _permissions,
     "model": _model,
     "clock": _clock,

@@ -201,6 +201,9 @@ def _encoding_by_zeros(sample: bytes) -> str | None:
 
 def _eight_bit(sample: bytes, whole: bool, depth: int) -> Recognised | None:
     """Text whose letters beyond ASCII are not UTF-8. Damage to single bytes of UTF-8 text is not meant."""
+    with suppress(UnicodeDecodeError):
+        sample.decode("utf-8")
+        return None
     odd = sample.decode("utf-8", "surrogateescape")
     if not whole:
         odd = odd[:-4]  # a character may be cut in two
@@ -254,7 +257,7 @@ def _zeros(sample: bytes) -> Recognised | None:
 
 def _binary(sample: bytes) -> Recognised | None:
     """Noise: too many bytes that no text has."""
-    share = sum(sample.count(byte) for byte in _CONTROL) / len(sample)
+    share = 1 - len(sample.translate(None, _CONTROL)) / len(sample)
     if share <= (0.1 if sample.lstrip().startswith(b"{") else 0.02):
         return None
     return Recognised(

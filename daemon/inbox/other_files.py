@@ -8,9 +8,13 @@ from pathlib import Path
 
 from daemon.dataset.convert import conversion_of
 from daemon.dataset.recognise import SAMPLE_BYTES, recognise
-from daemon.inbox.layout import NameKind, name_kind
+from daemon.inbox.layout import ROW_SUFFIXES, NameKind, name_kind
 from daemon.text import escape
 
+UNFINISHED = (
+    "an unfinished file, by its name, that has not changed for long: if its writer is gone, rename it so that it ends in"
+    " .jsonl, or delete it"
+)
 TAKEN = "the daemon takes *.jsonl and *.ndjson, plain or with .gz or .zst"
 RENAME = "rename it so that it ends in .jsonl"
 _ROWS = r"\.(?:jsonl|ndjson)"
@@ -18,6 +22,13 @@ _FURTHER_COPY = re.compile(rf".+{_ROWS}(?:\.gz|\.zst)?(?: ?\(\d+\)|\.\d+|[ ._-]c
 _PACKED = re.compile(r"\.(?:bz2|xz|lzma|lz4|br|7z|rar|tar|tgz|zip|z|tar\.\w+)$")
 _LIKE_ROWS = re.compile(rf"(?:\.jsonlines|\.ldjson|\.jl|\.jsonls|{_ROWS}\.\w{{1,8}})(?:\.gz|\.zst)?$")
 _SHEET = re.compile(r"\.(?:xlsx?|xlsm|xlsb|ods|numbers)$")
+
+
+def names_unfinished_dataset(name: str) -> bool:
+    """Whether a temporary name seems to be that of a dataset on its way, or of what `submit` left when it was killed."""
+    if name_kind(name) is not NameKind.UNFINISHED:
+        return False
+    return name.startswith(".submit-") or any(suffix in name.lower() for suffix in ROW_SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -373,3 +373,25 @@ def test_the_lock_is_one_daemon_s_until_it_and_its_trainer_have_let_go(tmp_path:
     second.give()
     assert alone.take("c") == ""
     assert alone.descriptors == ()
+
+
+def test_the_doctor_tells_what_lies_in_the_inbox_and_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Datasets under other names or half done, links, files that may not be read, and those in the folders of jobs."""
+    inbox = tmp_path / "inbox"
+    for name in ("x.csv", "ok.jsonl", "done/y.jsonl", "failed/notes.txt", "high/z.jsonl.part", "high/new.jsonl.part"):
+        (inbox / name).parent.mkdir(parents=True, exist_ok=True)
+        (inbox / name).write_text("")
+    (inbox / "done" / "20261123-041500-9f3a").mkdir()
+    (inbox / "link.jsonl").symlink_to(inbox / "ok.jsonl")
+    (inbox / "secret.jsonl").write_text("")
+    os.utime(inbox / "high" / "z.jsonl.part", (0, 0))
+    monkeypatch.setattr(doctor, "CHECKS", {"dropped": doctor.CHECKS["dropped"]})
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "secret.jsonl")
+    told = {found.told.partition(": ")[0]: found.told for found in doctor.examine(tmp_path) if found.name == "inbox"}
+    assert set(told) == {"x.csv", "done/y.jsonl", "failed/notes.txt", "high/z.jsonl.part", "link.jsonl", "secret.jsonl"}
+    assert "dropforge submit" in told["x.csv"]
+    assert "move it into the inbox itself" in told["done/y.jsonl"]
+    assert "may not read it" in told["secret.jsonl"]
+    assert "rename it" in told["high/z.jsonl.part"]
