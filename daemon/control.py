@@ -18,7 +18,7 @@ from daemon.store import JobStore, TransitionRefused
 
 
 def pause(store: JobStore, *, after_job: bool, reason: str = "") -> str:
-    """Hold the queue until `resume`; a running job is sealed and queued again, or with `after_job` finished first."""
+    """Hold the queue until `resume`; a running job seals a checkpoint first, or with `after_job` ends first."""
     store.set_control(PAUSED_KEY, {"mode": "after_job" if after_job else "now", "at": utc_now(), "reason": reason})
     running = store.jobs({JobState.RUNNING}, limit=1)
     if not running:
@@ -29,7 +29,7 @@ def pause(store: JobStore, *, after_job: bool, reason: str = "") -> str:
 
 
 def resume(store: JobStore) -> str:
-    """Let the queue go on."""
+    """Release a paused queue."""
     if store.control(PAUSED_KEY) is None:
         return "the queue was not paused"
     store.set_control(PAUSED_KEY, None)
@@ -37,7 +37,7 @@ def resume(store: JobStore) -> str:
 
 
 def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) -> str:
-    """Cancel a job that is not finished. Its file goes to failed/, or with `hand_back` back to the inbox.
+    """Cancel a job that is not finished; its file goes to failed/, or with `hand_back` back to the inbox.
 
     Raises DropforgeError when the job is finished already.
     """
@@ -61,7 +61,7 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
 
 
 def retry(settings: Settings, store: JobStore, job: Job) -> str:
-    """Put a failed, rejected or cancelled job back: its rows are checked again, under the settings of now.
+    """Put a failed, rejected or cancelled job back: it is validated again, under the settings of now.
 
     Raises DropforgeError when it is not finished or succeeded, NotFound when its file is gone.
     """
@@ -83,7 +83,7 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
         duplicate_of=None,
         failure=None,
         attempts_without_progress=0,
-        max_step=0,  # whose checkpoints lie there now, the guard will tell
+        max_step=0,  # the guard decides whose checkpoints lie there now
         not_before=0.0,
         finished_at=None,
         result=None,
@@ -93,7 +93,7 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
 
 
 def move(store: JobStore, job: Job, *, first: bool, priority: Priority | None) -> str:
-    """Change a queued job's place. Raises TransitionRefused when it is not queued."""
+    """Change a queued job's priority or place. Raises TransitionRefused when it is not queued."""
     store.reorder(job.id, first=first, priority=priority)
     queue = store.queue()
     ids = [queued.id for queued in queue]

@@ -1,7 +1,6 @@
-"""The data that travels: jobs and their states, datasets, the specification and the result of a run.
+"""Values that pass between processes: jobs and their states, datasets, the specification and the result of a run.
 
-Everything here is a value: no handles, no connections, no effects. `to_json` and `from_json` carry them across process
-boundaries and through the store, straight from these definitions.
+No handles, no connections, no effects. `to_json` and `from_json` encode them for the store and for files.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ LONGEST_BACKOFF_SECONDS = 3600.0
 
 
 class JobState(StrEnum):
-    """Where a job is. Its result is kept apart from its state."""
+    """A job's state; its result is kept apart."""
 
     CLAIMED = "claimed"  # the file is ours; its rows are being checked
     QUEUED = "queued"  # checked; waits for its turn
@@ -66,7 +65,7 @@ class FailureKind(StrEnum):
     """Why a run did not succeed; decides whether and when it is tried again."""
 
     BAD_DATA = "bad_data"  # no retry: the same rows fail again
-    CONFIG = "config"  # no retry: a person has to change the settings
+    CONFIG = "config"  # no retry: the settings have to be changed
     OUT_OF_MEMORY = "out_of_memory"
     DIVERGED = "diverged"  # loss, gradient or weights became NaN or infinite
     STALLED = "stalled"
@@ -80,7 +79,7 @@ class Outcome(StrEnum):
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    INTERRUPTED = "interrupted"  # asked to stop; a checkpoint was sealed; continue later
+    INTERRUPTED = "interrupted"  # asked to stop; a checkpoint is sealed
 
 
 def utc_now() -> str:
@@ -131,7 +130,7 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training run over one dataset, as the store knows it."""
+    """One training run over one dataset, as the store keeps it."""
 
     id: str
     name: str  # the file's name as it was dropped; may hold any byte but '/' and NUL (surrogateescape)
@@ -176,7 +175,7 @@ class JobTransition:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """All that a trainer needs to know, written to `run.json` in its run directory before it starts."""
+    """A trainer's input: `run.json` in its run directory, written before it starts."""
 
     schema_version: int
     job_id: str
@@ -210,7 +209,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a running trainer is; `progress.json`, replaced after each step."""
+    """The progress of a running trainer: `progress.json`, replaced after each step."""
 
     phase: str  # starting | preparing | evaluating | training | saving | finishing
     step: int = 0
@@ -230,7 +229,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What one attempt did; `result.json`, written last."""
+    """The result of one attempt: `result.json`, written last."""
 
     outcome: Outcome
     failure: FailureKind | None = None

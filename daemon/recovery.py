@@ -1,8 +1,8 @@
 """Recovery: all that a start repairs, so that what a crash cut short is finished and a lost queue is rebuilt.
 
-A claim writes its row, then renames; a finished job changes its state, then moves its files. What lies between the two
-is told from the rows of the store and the folders on disk, and finished. What cannot be repaired is a warning, and the
-daemon starts. Nothing is deleted but empty folders.
+A claim writes its row, then renames; a finished job changes its state, then its files move. What a crash left between
+the two follows from the rows of the store and the folders on disk. What cannot be repaired is a warning, and the daemon
+starts. Nothing is deleted but empty folders.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""JobStore: every job and every move of a job, in one SQLite file.
+"""JobStore: every job and every transition of a job, in one SQLite file.
 
-A job is one row: the columns that queries need, and the whole value as JSON. `transition` is the only way to move a
-job; it compares the state first and writes the event in the same transaction, so that two processes cannot both win,
-and a crash leaves either both or neither. WAL with synchronous=FULL: what returned is on disk.
+A job is one row: the columns that queries need, and the whole value as JSON. `transition` is the only way to change a
+job's state; it compares the state first and records the transition in the same transaction, so that of two processes
+one wins, and a crash leaves both or neither. WAL with synchronous=FULL: what returned is on disk.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _MIGRATIONS = (
     CREATE INDEX events_job ON events (job_id, seq)
     """,
     # A history of a million jobs must not slow down what is asked each second: counts are kept, not counted. The queue
-    # can be reordered, and people's wishes (pause, cancel) outlive every process.
+    # can be reordered, and what was asked of it (pause, cancel) outlives every process.
     """
     ALTER TABLE jobs ADD COLUMN position INTEGER NOT NULL DEFAULT 0;  -- within a priority; smaller runs earlier
     DROP INDEX jobs_queue;
@@ -78,7 +78,7 @@ _MIGRATIONS = (
     """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
-# Errors that say nothing of the file itself: a store is not set aside because a disk was full for a moment.
+# Errors that say nothing of the file: a store is not set aside because a disk was full for a moment.
 _PASSING = frozenset(
     {
         sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
@@ -93,11 +93,11 @@ class NewerStore(StoreError):
 
 
 class BrokenStore(StoreError):
-    """The file is not a store, or not a whole one."""
+    """The file is not a store, or is damaged."""
 
 
 class TransitionRefused(StoreError):
-    """The job is not in the state that the caller saw, or the move is not in the table."""
+    """The job is in another state than the caller saw, or the transition is not in TRANSITIONS."""
 
 
 class JobStore:
@@ -135,11 +135,11 @@ class JobStore:
             ) from error
 
     def close(self) -> None:
-        """Close the file; every transaction has been written already."""
+        """Close the file; every transaction is on disk already."""
         self._db.close()
 
     def add(self, job: Job) -> Job:
-        """Record a new job with its first event. Raises StoreError if its id exists."""
+        """Add a new job with its first transition. Raises StoreError if its id exists."""
         stamped = replace(job, created_at=job.created_at or utc_now(), updated_at=utc_now())
         with self._transaction():
             self._db.execute(
@@ -152,17 +152,17 @@ class JobStore:
         return stamped
 
     def transition(self, job_id: str, expected: JobState, to: JobState, reason: str, **fields: Any) -> Job:
-        """Move a job and set `fields` with it, if it is in `expected`; returns the job as it is now.
+        """Change a job's state and set `fields` with it, if it is in `expected`; returns the job as it is now.
 
-        Raises TransitionRefused when the job is elsewhere or the move is not in TRANSITIONS, NotFound when there is no
-        such job.
+        Raises TransitionRefused when it is in another state or the transition is not in TRANSITIONS, NotFound when
+        there is no such job.
         """
         with self._transaction():
             job = self.get(job_id)
             if job.state is not expected or to not in TRANSITIONS[expected]:
                 raise TransitionRefused(
                     operation=f"move job {job_id} from {expected} to {to}",
-                    cause=f"it is {job.state}" if job.state is not expected else "there is no such move",
+                    cause=f"it is {job.state}" if job.state is not expected else "there is no such transition",
                 )
             moved = replace(job, state=to, reason=reason, updated_at=utc_now(), **fields)
             self._write(moved)
@@ -172,7 +172,7 @@ class JobStore:
         return moved
 
     def finish(self, job_id: str, expected: JobState, to: JobState, reason: str, **fields: Any) -> Job:
-        """End a job: move it to a final state, with the time. Raises as `transition` does.
+        """End a job: change it to a final state, with the time. Raises as `transition` does.
 
         `daemon.inbox.archive.Archive.finish` moves its files as well.
         """
@@ -193,7 +193,7 @@ class JobStore:
         return job
 
     def claim_next(self, now: float) -> Job | None:
-        """Move the first queued job whose time has come to running, as its next attempt; None when there is none.
+        """Start the next attempt of the first queued job that is due; None when there is none.
 
         `now` is seconds since the epoch, against which `not_before` counts.
         """
@@ -218,9 +218,9 @@ class JobStore:
         return moved
 
     def peek(self, now: float) -> Job | None:
-        """The job that `claim_next` would take.
+        """Return the job that `claim_next` would start.
 
-        One that has sealed checkpoints is waited for while it backs off: whoever ran meanwhile would clear them. A
+        One that has sealed checkpoints is waited for while it backs off: another run would clear them. A
         back-off that ends later than any can be was written before the clock was set back; it counts as over.
         """
         row = self._db.execute(
@@ -232,21 +232,21 @@ class JobStore:
         return from_json(row[0], Job) if row and row[1] else None
 
     def next_due(self, now: float) -> float | None:
-        """When the next back-off of a queued job ends, seconds since the epoch; None when none is waited for."""
+        """Return when the next back-off of a queued job ends, in seconds since the epoch; None without one."""
         found = self._db.execute(
             "SELECT min(not_before) FROM jobs WHERE state = ? AND not_before > ?", (JobState.QUEUED, now)
         ).fetchone()[0]
         return float(found) if found is not None else None
 
     def get(self, job_id: str) -> Job:
-        """The job. Raises NotFound."""
+        """Return the job. Raises NotFound."""
         row = self._db.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()
         if row is None:
             raise NotFound(operation="find job", subject=job_id, cause="there is no such job", hint="`dropforge jobs`")
         return from_json(row[0], Job)
 
     def find(self, text: str) -> Job:
-        """The one job whose id begins or ends with `text`. Raises NotFound when there is none or more than one."""
+        """Return the one job whose id begins or ends with `text`. Raises NotFound when none or several do."""
         rows = (
             self._db.execute(
                 "SELECT body FROM jobs WHERE id >= ?1 AND id < ?1 || char(0x10FFFF) LIMIT 2", (text,)
@@ -259,7 +259,7 @@ class JobStore:
         raise NotFound(operation="find job", subject=text, cause=cause, hint="`dropforge jobs` lists their ids")
 
     def jobs(self, states: Collection[JobState] | None = None, *, limit: int = -1, newest: bool = False) -> list[Job]:
-        """Jobs in order of arrival (or newest first), of the given states or all."""
+        """Return jobs in order of arrival (or newest first), of the given states or all."""
         order = f"ORDER BY seq {'DESC' if newest else 'ASC'} LIMIT ?"
         if states is None:
             rows = self._db.execute(f"SELECT body FROM jobs {order}", (limit,)).fetchall()  # noqa: S608  no value in it
@@ -272,17 +272,17 @@ class JobStore:
         return [from_json(row[0], Job) for row in rows]
 
     def recent(self, limit: int) -> list[Job]:
-        """The jobs that came to their end last, newest end first."""
+        """Return the jobs that ended last, newest first."""
         rows = self._db.execute(
             f"SELECT job_id FROM events WHERE new IN ({', '.join('?' * len(FINAL_STATES))})"  # noqa: S608  likewise
             " ORDER BY seq DESC LIMIT ?",
-            (*FINAL_STATES, limit * 4),  # a job that was retried has more than one end
+            (*FINAL_STATES, limit * 4),  # a job that was retried has ended more than once
         ).fetchall()
         jobs = [self.get(job_id) for job_id in dict.fromkeys(job_id for (job_id,) in rows)]
         return [job for job in jobs if job.state in FINAL_STATES][:limit]
 
     def queue(self, *, limit: int = -1) -> list[Job]:
-        """Queued jobs in the order in which they will run."""
+        """Return queued jobs in the order in which they will run."""
         rows = self._db.execute(
             f"SELECT body FROM jobs WHERE state = ? {_QUEUE_ORDER} LIMIT ?",  # noqa: S608  likewise
             (JobState.QUEUED, limit),
@@ -290,26 +290,26 @@ class JobStore:
         return [from_json(row[0], Job) for row in rows]
 
     def counts(self) -> dict[str, int]:
-        """Number of jobs by state; every state is named."""
+        """Return the number of jobs by state, every state included."""
         found = dict(self._db.execute("SELECT state, number FROM counts").fetchall())
         return {state.value: found.get(state.value, 0) for state in JobState}
 
     def with_digest(self, digest: str, states: Collection[JobState]) -> list[Job]:
-        """Jobs over the same content, in order of arrival."""
+        """Return jobs over the same content, in order of arrival."""
         rows = self._db.execute("SELECT body FROM jobs WHERE digest = ? ORDER BY seq", (digest,)).fetchall()
         return [job for job in (from_json(row[0], Job) for row in rows) if job.state in states]
 
     def first_trained(self, digest: str) -> Job | None:
-        """The job that trained this content first; None when none did."""
+        """Return the job that trained this content first; None when none did."""
         return next(iter(self.with_digest(digest, {JobState.SUCCEEDED})), None)
 
     def with_inode(self, inode: int) -> list[Job]:
-        """Jobs whose file had this inode when it was dropped, in order of arrival."""
+        """Return jobs whose file had this inode when it was dropped, in order of arrival."""
         rows = self._db.execute("SELECT body FROM jobs WHERE source_inode = ? ORDER BY seq", (inode,)).fetchall()
         return [from_json(row[0], Job) for row in rows]
 
-    def events(self, job_id: str) -> list[JobTransition]:
-        """Every move of a job, oldest first."""
+    def transitions(self, job_id: str) -> list[JobTransition]:
+        """Return every transition of a job, oldest first."""
         rows = self._db.execute(
             "SELECT at, old, new, reason FROM events WHERE job_id = ? ORDER BY seq", (job_id,)
         ).fetchall()
@@ -319,7 +319,7 @@ class JobStore:
         ]
 
     def transitions_after(self, number: int) -> list[tuple[int, JobTransition]]:
-        """Every move of every job after the one of this number, with its own number, in order."""
+        """Return all transitions after the one of this number, each with its number, in order."""
         rows = self._db.execute(
             "SELECT seq, job_id, at, old, new, reason FROM events WHERE seq > ? ORDER BY seq", (number,)
         ).fetchall()
@@ -329,16 +329,16 @@ class JobStore:
         ]
 
     def last_transition(self) -> int:
-        """The number of the newest move, 0 when there is none."""
+        """Return the number of the newest transition, 0 when there is none."""
         return int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
 
     def control(self, key: str) -> Any:
-        """What is remembered under this key (`paused`: what a person asked for), None when nothing."""
+        """Return the value under this key (`paused`: mode, time and reason); None when there is none."""
         row = self._db.execute("SELECT value FROM controls WHERE key = ?", (key,)).fetchone()
         return json.loads(row[0]) if row else None
 
     def set_control(self, key: str, value: Any) -> None:
-        """Remember a value under a key; None forgets it."""
+        """Set the value under a key; None removes it."""
         with self._transaction():
             if value is None:
                 self._db.execute("DELETE FROM controls WHERE key = ?", (key,))
@@ -371,15 +371,15 @@ class JobStore:
         return job
 
     def data_version(self) -> int:
-        """A number that differs when another process has written since it was last asked for."""
+        """Return a number that differs when another process has written since the last call."""
         return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
     def prune(self, before: str, *, most: int = 1000) -> int:
-        """Forget at most about `most` jobs that ended before `before` (ISO 8601), oldest first; returns how many.
+        """Delete at most about `most` jobs that ended before `before` (ISO 8601), oldest first; returns how many.
 
-        Their moves go. What was trained stays known by its digest: content is never trained twice for its age.
+        Their transitions go. The rows of trained jobs stay, so that old content is still recognised by its digest.
         """
-        forgotten = 0
+        deleted = 0
         with self._transaction():
             oldest = self._db.execute("SELECT job_id, at FROM events ORDER BY seq LIMIT ?", (most * 5,)).fetchall()
             for job_id in dict.fromkeys(job_id for job_id, at in oldest if at < before):
@@ -388,11 +388,11 @@ class JobStore:
                 if job is not None and (job.state not in FINAL_STATES or job.updated_at >= before):
                     continue
                 self._db.execute("DELETE FROM events WHERE job_id = ?", (job_id,))
-                forgotten += 1
+                deleted += 1
                 if job is not None and job.state is not JobState.SUCCEEDED:
                     self._db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
                     self._count(job.state, -1)
-        return forgotten
+        return deleted
 
     def _migrate(self) -> None:
         """Bring the schema up to SCHEMA_VERSION, all in one transaction."""
@@ -456,14 +456,14 @@ class JobStore:
 
 
 def _may_pass(error: sqlite3.Error | StoreError) -> bool:
-    """Whether an error tells of the moment (no room, no permission, a lock) and not of the file."""
+    """Whether an error has a cause that may pass (no room, no permission, a lock), and says nothing of the file."""
     known = error if isinstance(error, sqlite3.Error) else error.__cause__
     code = getattr(known, "sqlite_errorcode", None)
     return code is not None and code & 0xFF in _PASSING
 
 
 def _columns(job: Job) -> tuple[str, bool, int, int, float, str | None, int, str]:
-    """What the schema keeps beside the body, in its order, then the body."""
+    """The values of the schema's columns, in its order."""
     digest = job.dataset.digest if job.dataset else None
     begun = job.max_step > 0
     order = (job.priority.rank, job.position, job.not_before)

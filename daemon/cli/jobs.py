@@ -72,7 +72,7 @@ def show_job(
     """Everything about one job: data, verdict, steps, losses, every move."""
     with open_store(context) as store:
         found = store.find(job)
-        events = store.events(found.id)
+        events = store.transitions(found.id)
     if as_json:
         print_json({**json.loads(to_json(found)), "events": json.loads(to_json(events))})
     else:

@@ -6,7 +6,6 @@ from daemon.dataset.validate import (
     RejectedDataset,
     Scan,
     scan_dataset,
-    verify_dataset,
 )
 
-__all__ = ["DatasetChanged", "DatasetReport", "RejectedDataset", "Scan", "scan_dataset", "verify_dataset"]
+__all__ = ["DatasetChanged", "DatasetReport", "RejectedDataset", "Scan", "scan_dataset"]

@@ -260,26 +260,3 @@ def _unrecognised(tally: Tally) -> tuple[str, str]:
     first = tally.problems[0]
     hint = first.hint or FORMATS_HINT
     return f"no format was recognised in its first lines; line {first.line}: {first.reason}", hint
-
-
-def verify_dataset(path: str | Path, dataset: Dataset) -> None:
-    """Read the file again and compare: what is trained must be what was checked.
-
-    Raises DatasetChanged when size or digest differ, RejectedData when it cannot be read.
-    """
-    # Imported here: the child that passes over files starts twice as fast, and stays smaller, without it.
-    from guard import GuardError
-    from guard.digest import digest_file
-
-    try:
-        found = digest_file(path)
-    except GuardError as error:
-        raise RejectedData(operation="read", subject=escape(str(path)), cause=str(error)) from error
-    if (found.size_bytes, found.blake3_hex) != (dataset.size_bytes, dataset.digest):
-        raise DatasetChanged(
-            operation="train",
-            subject=escape(dataset.name),
-            cause=f"it was changed after it was checked (digest {dataset.digest[:16]}..., now"
-            f" {found.blake3_hex[:16]}...)",
-            hint="drop it again when its writer is done",
-        )

@@ -20,7 +20,7 @@ from daemon.inbox.layout import OWN_FOLDERS, NameKind, name_kind, sidecar_name
 from daemon.inbox.other_files import explain_other_name
 from daemon.inbox.settle import Candidate, FileStat, Settled, Wait, decide
 from daemon.inbox.watcher import EventBatch
-from daemon.inbox.writers import Writing, find_writer, writing
+from daemon.inbox.writers import WriterState, find_writer, writer_state
 from daemon.job import Priority, utc_now
 from daemon.text import escape
 
@@ -331,7 +331,7 @@ class CandidateTracker:
         return file is not None or sidecar.key in self._ignored
 
     def _is_free(self, candidate: Candidate, path: str, stat: FileStat, verdict: Settled, now: float) -> bool:
-        """Whether nobody writes to it and, for the quick way, it is whole."""
+        """Whether no process writes to it and, where `whole_only`, it ends in a newline."""
         try:
             descriptor = open_regular(path)
         except (OSError, SourceError) as error:
@@ -342,12 +342,12 @@ class CandidateTracker:
             if FileStat.of(os.fstat(descriptor)) != stat:
                 self._wait(candidate, "settling: it changed just now", now)
                 return False
-            writers = writing(descriptor)
-            if writers is Writing.SOMEBODY:
+            state = writer_state(descriptor)
+            if state is WriterState.PRESENT:
                 self._wait_for_writer(candidate, stat, now)
                 return False
             if verdict.whole_only and (
-                writers is not Writing.NOBODY or os.pread(descriptor, 1, stat.size_bytes - 1) != b"\n"
+                state is not WriterState.ABSENT or os.pread(descriptor, 1, stat.size_bytes - 1) != b"\n"
             ):
                 until = candidate.unchanged_since + self.settings.settle_seconds
                 self._wait(candidate, "settling: it may not be whole", max(now + 0.001, until))

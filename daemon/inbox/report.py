@@ -1,4 +1,4 @@
-"""What became of a file, for people (`report.txt`) and programs (`report.json`), beside the file itself."""
+"""The report beside a finished job's file: `report.txt` to read, `report.json` for programs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SHOWN_LINES = 100  # numbers of skipped lines in the text; the JSON has up to a
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerLog:
-    """Where a failed run's own words are, and the last of them."""
+    """A failed run's log: its path and last lines."""
 
     path: str
     last_lines: tuple[str, ...]
 
     @classmethod
     def read(cls, path: Path) -> TrainerLog | None:
-        """The end of a trainer's log; None when there is none."""
+        """Read the end of a trainer's log; None when there is none."""
         try:
             with path.open("rb") as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
@@ -43,7 +43,7 @@ class TrainerLog:
 def report_json(
     job: Job, rows: DatasetReport | None, *, file_deleted: bool = False, trainer: TrainerLog | None = None
 ) -> str:
-    """The same facts as `report_text`, as one JSON object."""
+    """Render the report as one JSON object, with the facts of `report_text`."""
     value = {
         "schema_version": REPORT_VERSION,
         "job": job.id,
@@ -68,7 +68,7 @@ def report_json(
 def report_text(
     job: Job, rows: DatasetReport | None, *, file_deleted: bool = False, trainer: TrainerLog | None = None
 ) -> str:
-    """A page of plain text; nothing from the file or its name reaches the terminal unescaped."""
+    """Render the report as plain text; nothing of the file or its name is left unescaped."""
     verdict = "duplicate, not trained" if job.duplicate_of else job.state.value
     lines = [
         f"{escape(job.name)}: {verdict}",
@@ -105,7 +105,7 @@ def report_text(
 
 
 def rows_text(rows: DatasetReport) -> list[str]:
-    """What the pass found, line by line."""
+    """Render what the validation found, line by line."""
     lines = []
     if rows.reason:
         lines.append(f"Refused: {escape(rows.reason, most=1000)}.")
@@ -129,7 +129,7 @@ def rows_text(rows: DatasetReport) -> list[str]:
 
 
 def remarks(found: Dataset | DatasetReport) -> list[tuple[str, str]]:
-    """Label and text of what is worth telling of good rows: keys that are not used, warnings, how rows are read."""
+    """Return label and text of remarks on good rows: keys that are not used, warnings, how rows are read."""
     lines = []
     if found.unused_keys:
         shown = list(found.unused_keys.items())
@@ -149,12 +149,12 @@ def remarks(found: Dataset | DatasetReport) -> list[tuple[str, str]]:
 
 
 def retry_command(job: Job) -> str:
-    """What puts the job back into the queue."""
+    """Return the command that puts the job back into the queue."""
     return f"dropforge retry {job.id}"
 
 
 def parse_report(text: str) -> dict[str, Any]:
-    """The inverse of `report_json`, as plain data. Raises ValueError."""
+    """Decode what `report_json` made, as plain data. Raises ValueError."""
     value = json.loads(text)
     if not isinstance(value, dict) or value.get("schema_version") != REPORT_VERSION:
         raise ValueError("not a report of this version")

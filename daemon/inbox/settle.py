@@ -87,7 +87,7 @@ class Candidate:
         self.last_event_at = now
         self.closes += events.closes
         self.renamed_in |= events.renamed_in
-        # A writer that closes and opens again may do so once more: only time tells when it is done.
+        # A writer that closes and opens again may do so once more: only stillness shows that it is done.
         self.must_settle |= self.closes > 1
 
 
@@ -130,7 +130,7 @@ def decide(candidate: Candidate, now: float, settings: InboxSettings) -> Wait | 
 
 def _may_be_quick(candidate: Candidate, settings: InboxSettings) -> bool:
     if candidate.last_event_at is None or candidate.must_settle:
-        return False  # found by a scan: nobody knows what its writer is about
+        return False  # found by a scan: its writer may go on
     if candidate.name.lower().endswith(tuple(COMPRESSIONS)):
         return False  # the end of a compressed file does not show that it is whole
     return candidate.renamed_in or settings.take_on_close

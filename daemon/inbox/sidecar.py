@@ -1,6 +1,6 @@
 """Sidecars: `x.job.toml` beside `x.jsonl` overrides priority and parts of the recipe for that one dataset.
 
-Whoever may drop a file may drop a sidecar, so it can neither name paths or programs nor lift a limit that protects the
+Who may drop a file may drop a sidecar, so it can neither name paths or programs nor lift a limit that protects the
 daemon.
 """
 
@@ -24,12 +24,12 @@ ALLOWED = "priority, force, [training], [lora] and [data]"
 
 
 class RejectedSidecar(RejectedData):
-    """A sidecar that cannot be used; its file is refused with it, rather than trained some other way."""
+    """A sidecar that cannot be used: its file is rejected, rather than trained without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """What a sidecar asks for."""
+    """The settings of one sidecar."""
 
     priority: Priority | None = None
     force: bool = False

@@ -13,11 +13,11 @@ from enum import Enum, auto
 from pathlib import Path
 
 
-class Writing(Enum):
-    """Whether some process of this machine may still write to a file."""
+class WriterState(Enum):
+    """Whether a process of this machine has a file open for writing."""
 
-    NOBODY = auto()
-    SOMEBODY = auto()
+    ABSENT = auto()
+    PRESENT = auto()
     UNKNOWN = auto()  # not our file and not our processes: the kernel does not say
 
 
@@ -29,10 +29,10 @@ class Writer:
     command: str
 
 
-def writing(descriptor: int) -> Writing:
-    """Ask the kernel by a read lease, which it grants only while nobody has the file open for writing.
+def writer_state(descriptor: int) -> WriterState:
+    """Tell whether a process has the file open for writing, by a read lease, which is granted only while none has.
 
-    `descriptor` is open for reading. The lease is given back at once; who opens the file in between waits for
+    `descriptor` is open for reading. The lease is given back at once; an open in between waits for
     microseconds. Where leases are not to be had (another owner's file, a network file system), /proc is searched.
     """
     try:
@@ -41,16 +41,16 @@ def writing(descriptor: int) -> Writing:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EBUSY):
-            return Writing.SOMEBODY
+            return WriterState.PRESENT
         found = os.fstat(descriptor)
-        return Writing.SOMEBODY if find_writer(found.st_dev, found.st_ino) is not None else Writing.UNKNOWN
+        return WriterState.PRESENT if find_writer(found.st_dev, found.st_ino) is not None else WriterState.UNKNOWN
     with suppress(OSError):
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return Writing.NOBODY
+    return WriterState.ABSENT
 
 
 def find_writer(device: int, inode: int) -> Writer | None:
-    """The first process that has the file open for writing, among those that we may look at."""
+    """Find a process that has the file open for writing, among those that we may inspect."""
     for pid in _processes():
         folder = f"/proc/{pid}/fd"
         try:

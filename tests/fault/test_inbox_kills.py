@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from daemon import control
 from daemon.config import Settings
 from daemon.inbox import archive, layout
 from daemon.job import Job, JobState
@@ -21,6 +22,7 @@ from tests.support.killpoints import killed_runs
 
 HERE = "tests.fault.test_inbox_kills"
 SIDECAR = "[lora]\nr = 3\n"
+NEWER = ROW * 2
 BAD_SIDECAR = "colour = 'red'\n"
 QUICK = {"settle_seconds": 0.03}
 ENDS = (JobState.QUEUED, JobState.REJECTED)
@@ -61,6 +63,16 @@ def retry(root: str, job_id: str) -> None:
     store.close()
 
 
+def hand_back(root: str, job_id: str) -> None:
+    """A queued job is cancelled, and its file goes back to the inbox."""
+    settings = settings_of(Path(root))
+    store = JobStore(settings.store_path)
+    job = store.get(job_id)
+    if job.state is JobState.QUEUED:
+        control.cancel(settings, store, job, hand_back=True)
+    store.close()
+
+
 def prepare_drop(text: str, sidecar: str | None) -> Any:
     def prepare(root: Path) -> Mapping[str, str]:
         layout.create_folders(settings_of(root))
@@ -86,6 +98,11 @@ def prepare_job(state: JobState, **tables: Any) -> Any:
         folder.mkdir()
         (folder / "x.jsonl").write_text(ROW)
         store.transition(job.id, JobState.CLAIMED, JobState.QUEUED, "")
+        if state is JobState.QUEUED:
+            (folder / "x.job.toml").write_text(SIDECAR)
+            (root / "inbox" / "x.jsonl").write_text(NEWER)
+            store.close()
+            return {"root": str(root), "job_id": job.id}
         job = store.transition(job.id, JobState.QUEUED, JobState.RUNNING, "")
         if state is JobState.FAILED:
             job = store.transition(job.id, JobState.RUNNING, JobState.FAILED, "failed")
@@ -150,6 +167,25 @@ def test_a_jobs_files_end_up_where_its_state_says(tmp_path: Path, target: str, s
         store = JobStore(settings_of(run.root).store_path)
         assert_sound(settings_of(run.root), store)
         store.close()
+
+
+def test_a_pair_that_is_handed_back_stays_a_pair_wherever_the_command_is_killed(tmp_path: Path) -> None:
+    """After the next start the file lies in processing/ or in the inbox, once, and its sidecar with no other file."""
+    places = set()
+    for run in killed_runs(f"{HERE}:hand_back", prepare_job(JobState.QUEUED), tmp_path):
+        with Root(run.root, inbox=QUICK) as root:
+            (job,) = root.jobs()
+            assert_sound(root.settings, root.store)
+            found = {path.read_text(): path for path in content_of(root.inbox)}
+            assert len(content_of(root.inbox)) == len(found) == 2, run
+            assert found[NEWER] == root.inbox / "x.jsonl", run
+            assert not (root.inbox / "x.job.toml").exists(), run
+            pair = found[ROW]
+            assert pair.with_name(layout.sidecar_name(pair.name)).read_text() == SIDECAR, run
+            assert len(list(root.inbox.glob("*.job.toml"))) == (pair.parent == root.inbox), run
+            assert (job.state is JobState.CANCELLED) == (pair.parent == root.inbox), run
+            places.add(pair.parent == root.inbox)
+    assert places == {False, True}
 
 
 def test_a_removed_drop_leaves_a_cancelled_row_and_returns_its_sidecar(tmp_path: Path) -> None:

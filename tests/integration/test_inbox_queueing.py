@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from daemon.dataset import DatasetChanged, verify_dataset
 from daemon.inbox import claim, layout, validation_pool
-from daemon.job import JobState, Priority
+from daemon.job import JobState, Priority, RunSpec
+from daemon.trainer.attempt import check_unchanged
+from daemon.trainer.errors import RunFailure
 from tests.support.inbox import ROW, Root, assert_sound
 from tests.support.root import wait_until
 
@@ -137,11 +138,12 @@ def test_a_writer_that_kept_its_handle_cannot_change_what_is_trained(root: Root)
     root.drop("x.jsonl", ROW * 3)
     (job,) = root.wait_for(1)
     path = layout.locate(root.settings, job)
-    verify_dataset(path, job.dataset)
+    spec = RunSpec(schema_version=1, job_id=job.id, attempt=1, dataset=job.dataset, recipe={}, run_dir="", model_dir="")
+    check_unchanged(spec)
     with path.open("r+") as writer:
         writer.write(ROW.replace("row", "cow"))
-    with pytest.raises(DatasetChanged):
-        verify_dataset(path, job.dataset)
+    with pytest.raises(RunFailure, match="changed after it was checked"):
+        check_unchanged(spec)
 
 
 def test_a_file_that_changes_under_its_pass_is_shown_and_passed_again(

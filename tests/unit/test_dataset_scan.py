@@ -16,8 +16,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from daemon.dataset import DatasetChanged, RejectedDataset, scan_dataset, source, verify_dataset
+from daemon.dataset import DatasetChanged, RejectedDataset, scan_dataset, source
 from daemon.dataset.rows import Columns, Rules, iter_rows
+from daemon.job import Dataset, RunSpec
+from daemon.trainer.attempt import check_unchanged
+from daemon.trainer.errors import RunFailure
 from guard.digest import digest_file
 
 ROW = b'{"text": "a row"}\n'
@@ -210,16 +213,20 @@ def test_a_file_that_changes_under_the_pass_is_not_a_dataset(tmp_path: Path) -> 
         scan_dataset(path, Rules(), progress=grow)
 
 
-def test_a_change_after_the_pass_is_found_before_training(tmp_path: Path) -> None:
+def spec_of(dataset: Dataset) -> RunSpec:
+    return RunSpec(schema_version=1, job_id="a", attempt=1, dataset=dataset, recipe={}, run_dir="", model_dir="")
+
+
+def test_a_change_after_the_validation_is_found_before_training(tmp_path: Path) -> None:
     """Even one that keeps size and times."""
     path = write(tmp_path / "x.jsonl", ROW * 10)
-    dataset = scan_dataset(path, Rules()).dataset
-    verify_dataset(path, dataset)
+    spec = spec_of(scan_dataset(path, Rules()).dataset)
+    check_unchanged(spec)
     before = path.stat()
     write(path, ROW * 9, ROW.replace(b"row", b"cow"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(DatasetChanged, match="changed after it was checked"):
-        verify_dataset(path, dataset)
+    with pytest.raises(RunFailure, match="changed after it was checked"):
+        check_unchanged(spec)
 
 
 GIANT = """

@@ -32,7 +32,7 @@ def test_a_move_and_its_event_are_both_there_after_reopening(tmp_path: Path) -> 
     store.close()
     again = JobStore(tmp_path / "queue.sqlite3")
     assert again.get("a").state is JobState.QUEUED
-    assert [(event.old, event.new) for event in again.events("a")] == [(None, "claimed"), ("claimed", "queued")]
+    assert [(event.old, event.new) for event in again.transitions("a")] == [(None, "claimed"), ("claimed", "queued")]
 
 
 @pytest.mark.parametrize("old", list(JobState))
@@ -45,7 +45,7 @@ def test_only_moves_of_the_table_happen(store: JobStore, old: JobState, new: Job
         with pytest.raises(TransitionRefused):
             store.transition("a", old, new, "because")
         assert store.get("a").state is old
-        assert len(store.events("a")) == 1
+        assert len(store.transitions("a")) == 1
 
 
 def test_of_two_that_saw_the_same_state_one_wins(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_store_of_version_1_is_opened_and_knows_everything_it_knew(tmp_path: P
         "succeeded": 1, "failed": 1, "queued": 2, "rejected": 1,
     }  # fmt: skip
     assert [job.name for job in store.queue()] == ["3.jsonl", "2.jsonl"]  # the other one has low priority
-    assert [event.new for event in store.events("20260101-000000-0000")] == [
+    assert [event.new for event in store.transitions("20260101-000000-0000")] == [
         "claimed",
         "queued",
         "running",
@@ -236,5 +236,5 @@ def test_pruning_forgets_the_moves_of_old_jobs_but_not_what_was_trained(store: J
     assert store.prune("9999-01-01") == 2
     assert [job.id for job in store.jobs()] == ["trained", "waiting"]
     assert store.with_digest("ab" * 32, {JobState.SUCCEEDED})
-    assert (store.events("trained"), len(store.events("waiting"))) == ([], 2)
+    assert (store.transitions("trained"), len(store.transitions("waiting"))) == ([], 2)
     assert store.counts()["failed"] == 0
