@@ -250,9 +250,10 @@ def test_one_job_runs_at_a_time_in_order_of_priority_and_arrival(make_root: Make
         (b'{"text": "fine"}\n{"text": "cut', ["line 2"]),
         (b'{"text": "fine"}\n{"something": "else"}\n', ["line 2", "text"]),
         (b'{"nothing": "usable"}\n', ["line 1", "nothing"]),
-        (b"not json at all\n", ["line 1"]),
+        (b"{not json at all}\n", ["line 1"]),
+        (b"not json at all\n", ["plain text"]),
     ],
-    ids=["empty", "truncated", "deviating row", "no usable key", "no json"],
+    ids=["empty", "truncated", "deviating row", "no usable key", "no json", "plain text"],
 )
 def test_bad_data_is_refused_with_line_and_reason_and_the_next_file_trains(
     make_root: MakeRoot, content: bytes, told: list[str]

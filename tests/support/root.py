@@ -1,4 +1,8 @@
-"""A Dropforge root in a temporary folder, with the real daemon as a process."""
+"""A Dropforge root in a temporary folder, with the real daemon as a process.
+
+Daemon and commands are forks of one process that has their imports done, except where an interpreter has to be started:
+by another program (`through`), or with an environment that is read before anything else (`variables`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +27,7 @@ from daemon.observability.status import read_status
 from daemon.processes import ProcessIdentity
 from daemon.run_dir import read_identity, run_dir_of
 from daemon.store import JobStore
+from tests.support.forked import Forked, ForkServer
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -64,7 +70,7 @@ class Root:
         self.path = path
         self._through = list(through)
         self._variables = dict(variables or {})
-        self._daemon: subprocess.Popen[bytes] | None = None
+        self._daemon: subprocess.Popen[bytes] | Forked | None = None
         self.tables: dict[str, dict[str, Any]] = {name: dict(values) for name, values in QUICK.items()}
         if behaviour is not None:
             base_model = path / "base"
@@ -101,15 +107,21 @@ class Root:
 
     # -- the daemon
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes] | Forked:
         """Start the daemon and wait until it watches."""
-        self._daemon = subprocess.Popen(
-            [*self._through, *DROPFORGE, "--root", str(self.path), "run"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=(self.path / "daemon.err").open("ab"),
-            env={**environment(), **self._variables},
-        )
+        arguments = ["--root", str(self.path), "run"]
+        env = {**environment(), **self._variables}
+        with (self.path / "daemon.err").open("ab") as errors, Path(os.devnull).open("wb") as nothing:
+            if self._through or not fork_server().suits(env):
+                self._daemon = subprocess.Popen(
+                    [*self._through, *DROPFORGE, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=nothing,
+                    stderr=errors,
+                    env=env,
+                )
+            else:
+                self._daemon = fork_server().start(arguments, stdout=nothing.fileno(), stderr=errors.fileno(), env=env)
         pid = self._daemon.pid
 
         def watches() -> bool:
@@ -158,14 +170,7 @@ class Root:
 
     def run(self, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         """Any `dropforge` command on this root."""
-        return subprocess.run(
-            [*DROPFORGE, "--root", str(self.path), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            env=environment(),
-        )
+        return dropforge("--root", str(self.path), *arguments, timeout=timeout)
 
     # -- the inbox
 
@@ -273,3 +278,22 @@ def environment() -> dict[str, str]:
     """This process's environment with the checkout importable and one thread a process: two cores, many processes."""
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+ENVIRONMENT = environment()  # before any test changes it
+
+
+@cache
+def fork_server() -> ForkServer:
+    """The one of this test process; it ends when this process does."""
+    return ForkServer(ENVIRONMENT)
+
+
+def dropforge(*arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """Any `dropforge` command, in a process of its own."""
+    env = environment()
+    if fork_server().suits(env):
+        return fork_server().run(arguments, env=env, timeout=timeout)
+    return subprocess.run(
+        [*DROPFORGE, *arguments], capture_output=True, text=True, timeout=timeout, check=False, env=env
+    )
