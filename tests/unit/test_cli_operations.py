@@ -28,7 +28,7 @@ from daemon.gpu.lock import GpuLock
 from daemon.job import Job, JobState
 from daemon.store import JobStore
 from daemon.versions import Version
-from tests.support.root import DROPFORGE, environment
+from tests.support.root import dropforge, environment
 
 NAMES = st.text(alphabet=st.one_of(st.characters(), st.sampled_from("\n\x1b界\u202e")), min_size=1, max_size=80)
 
@@ -37,12 +37,6 @@ def rendered(value: Any, width: int = 80) -> list[str]:
     console = Console(width=width, file=io.StringIO(), color_system=None)
     console.print(value)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-
-
-def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*DROPFORGE, *arguments], capture_output=True, text=True, check=False, env={**environment(), **variables}
-    )
 
 
 def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -172,9 +166,12 @@ def test_errors_are_one_line_with_a_hint_and_their_exit_code(
         assert told
 
 
-def test_version_help_and_completion_for_each_shell(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--version").stdout.startswith("dropforge ")
-    text = run("--help", COLUMNS="80").stdout
+def test_version_help_and_completion_for_each_shell(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dropforge("--version").stdout.startswith("dropforge ")
+    monkeypatch.setenv("COLUMNS", "80")
+    text = dropforge("--help").stdout
     assert "\x1b" not in text
     for command in ("init", "run", "status", "logs", "rollback", "doctor", "service"):
         assert command in text
@@ -210,7 +207,8 @@ def program(tmp_path: Path) -> Path:
 def complete(program: Path, shell: str, line: str) -> list[str]:
     """What the shell offers at the end of a line, by its own means."""
     script = program.with_name(f"completion.{shell}")
-    script.write_text(run("completion", shell).stdout)
+    if not script.exists():
+        script.write_text(dropforge("completion", shell).stdout)
     words = line.split(" ")
     asked = {
         "bash": f"source {script}; COMP_WORDS=({' '.join(words[:-1])} {words[-1] or chr(34) * 2}); COMP_CWORD={len(words) - 1};"
@@ -262,7 +260,7 @@ def test_completion_says_nothing_when_something_is_wrong(program: Path) -> None:
 
 
 def test_a_dry_run_shows_the_unit_and_writes_nothing(tmp_path: Path) -> None:
-    done = run("--root", str(tmp_path), "service", "install", "--dry-run", "--directory", str(tmp_path / "units"))
+    done = dropforge("--root", str(tmp_path), "service", "install", "--dry-run", "--directory", str(tmp_path / "units"))
     assert done.returncode == 0
     assert f"--root {tmp_path} run" in done.stdout
     assert f"ReadWritePaths={tmp_path}" in done.stdout
