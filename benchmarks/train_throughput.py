@@ -137,7 +137,7 @@ def ours(base: Path, tokenizer: Any, train: Sequence[Example], folder: str) -> t
     settings = TrainingSettings(per_device_train_batch_size=ROWS_A_STEP, gradient_accumulation_steps=1)
     planned = plan(Examples(train=list(train), held_out=[], dropped_lines=(), truncated_rows=0), settings)
     trainer.watch = MonitorCallback(
-        report=RunWriter(Path(folder)),
+        writer=RunWriter(Path(folder)),
         stop=NeverStop(),  # type: ignore[arg-type]
         plan=planned,
         trainer=trainer,

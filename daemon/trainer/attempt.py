@@ -1,7 +1,7 @@
-"""What every trainer process does around its run: read the specification, hear signals, write the last word.
+"""What every trainer process does around its run: read the specification, hear signals, write the result.
 
 Torch-free, so that a run can fail with a clear sentence before seconds of imports, and so that another engine (the tests'
-quick one) is conducted by the same code.
+quick one) runs in the same code.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from daemon.errors import is_no_space
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec
 from daemon.processes import die_with_parent, prefer_oom_kill
 from daemon.run_dir import RunWriter, read_spec
+from daemon.trainer import distributed
 from daemon.trainer.errors import Interrupted, RunFailure
 from guard import FileChanged, GuardError, ModelLocked, UsageError, WeightsNotFinite, digest_file
 
-EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 75
+EXIT_CODES = {Outcome.SUCCEEDED: 0, Outcome.FAILED: 1, Outcome.INTERRUPTED: 75}
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT: finish the step, seal a checkpoint, leave."""
+    """Set by SIGTERM or SIGINT: finish the step, seal a checkpoint, exit."""
 
     def __init__(self) -> None:
         self.requested = False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._request)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _request(self, number: int, frame: object) -> None:
         self.requested = True
 
     def check(self) -> None:
@@ -47,67 +48,95 @@ class StopFlag:
 Engine = Callable[[RunSpec, RunWriter, StopFlag], RunResult]
 
 
-def conduct(
+def run_attempt(
     run_dir: Path,
     load_engine: Callable[[], Engine],
     *,
-    load_several: Callable[[], Engine] | None = None,
-    member: Path | None = None,
+    load_launcher: Callable[[], Engine] | None = None,
+    worker_dir: Path | None = None,
 ) -> int:
     """Run one attempt in this process and write `result.json`; returns the exit code.
 
-    `load_engine` does the heavy imports; `load_several` loads the engine for a recipe of several processes, one of which
-    has its own folder `member` and writes its result there. A run that ends without a result (SIGKILL, a crash of the
-    interpreter) is told apart by that: the daemon calls it lost.
+    `load_engine` does the heavy imports; `load_launcher` loads the engine for a recipe of several processes. One of those
+    has `worker_dir`, and writes its result there. A process that ends without a result (SIGKILL, a crash of the
+    interpreter) is known by that: the daemon calls the run lost.
     """
     stop = StopFlag()
-    # SIGTERM: the run seals a checkpoint and leaves, never an orphan. One of several has nothing to save by itself: it goes
-    # when the process that speaks for all of them does.
-    die_with_parent(by=signal.SIGTERM if member is None else signal.SIGKILL)
+    # SIGTERM: the run seals a checkpoint and exits, never an orphan. A worker has nothing to save by itself: it goes when
+    # its launcher does.
+    die_with_parent(by=signal.SIGTERM if worker_dir is None else signal.SIGKILL)
     prefer_oom_kill()
-    home = member or run_dir
-    report = RunWriter(home if member and os.environ.get("RANK") != "0" else run_dir, result_dir=home)
+    # Of several workers the main one writes the run's events and progress.
+    silent = worker_dir is not None and not distributed.is_main_process()
+    writer = RunWriter(worker_dir if worker_dir and silent else run_dir, result_dir=worker_dir)
     try:
         spec = require_spec(run_dir)
-        if spec.daemon_pid and member is None and os.getppid() != spec.daemon_pid:
+        if spec.daemon_pid and worker_dir is None and os.getppid() != spec.daemon_pid:
             raise Interrupted  # the daemon died before the death signal was set
-        if spec.gpu:  # also for a fork of a warm process, which has started no CUDA yet
+        if spec.gpu:  # also for a fork of the server, which has started no CUDA yet
             os.environ["CUDA_VISIBLE_DEVICES"] = spec.gpu
-        report.progress(phase="starting")
+        writer.progress(phase="starting")
         stop.check()
-        several = load_several is not None and spec.recipe.get("training", {}).get("num_processes", 1) > 1
-        result = (load_several if several and load_several else load_engine)()(spec, report, stop)
-    except Interrupted:
-        result = RunResult(outcome=Outcome.INTERRUPTED, message="stopped before the first step")
-    except RunFailure as failure:
-        result = failed(failure.kind, failure.message, failure.hint)
-    except FileChanged as error:
-        result = failed(FailureKind.BAD_DATA, error.cause, "drop a finished copy")
-    except ModelLocked as error:
-        result = failed(FailureKind.LOST, str(error), "the job is tried again when the model directory is free")
-    except WeightsNotFinite as error:
-        result = failed(FailureKind.DIVERGED, error.cause, "lower learning_rate; nothing of this run is promoted")
-    except GuardError as error:
-        result = failed(kind_of(error), f"cannot {error.operation} {error.path}: {error.cause}", error.hint)
-    except OSError as error:
-        traceback.print_exc()
-        result = failed(kind_of(error), str(error), "free some space" if is_no_space(error) else "")
-    # The last line of defence: whatever else a library raises becomes a typed result, with its traceback in the log.
+        shared = spec.recipe.get("training", {}).get("num_processes", 1) > 1
+        engine = load_launcher() if shared and load_launcher is not None else load_engine()
+        result = engine(spec, writer, stop)
+    # The last line of defence: whatever a library raises becomes a typed result, with its traceback in the log.
     except Exception as error:
-        traceback.print_exc()
-        result = failed(*_classify(error))
-    report.result(result)
-    return {Outcome.SUCCEEDED: EXIT_DONE, Outcome.FAILED: EXIT_FAILED, Outcome.INTERRUPTED: EXIT_INTERRUPTED}[
-        result.outcome
-    ]
+        if not isinstance(error, Interrupted | RunFailure | GuardError):
+            traceback.print_exc()
+        result = result_of(error)
+    writer.result(result)
+    return EXIT_CODES[result.outcome]
 
 
-def end(run: Callable[[], int]) -> NoReturn:
-    """Do the run, and end with its exit code, whatever happens.
+def result_of(error: Exception) -> RunResult:
+    """Return the typed result of a run that ended with `error`."""
+    match error:
+        case Interrupted():
+            return RunResult(outcome=Outcome.INTERRUPTED, message="stopped before the first step")
+        case RunFailure():
+            return failed(error.kind, error.message, error.hint)
+        case FileChanged():
+            return failed(FailureKind.BAD_DATA, error.cause, "drop a finished copy")
+        case ModelLocked():
+            return failed(FailureKind.LOST, str(error), "the job is tried again when the model directory is free")
+        case WeightsNotFinite():
+            return failed(FailureKind.DIVERGED, error.cause, "lower learning_rate; nothing of this run is promoted")
+        case GuardError():
+            return failed(kind_of(error), f"cannot {error.operation} {error.path}: {error.cause}", error.hint)
+        case OSError():
+            return failed(kind_of(error), str(error), "free some space" if is_no_space(error) else "")
+    message = f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        return failed(FailureKind.OUT_OF_MEMORY, message, "lower per_device_train_batch_size or max_length")
+    return failed(FailureKind.INTERNAL, message, "the traceback is in the trainer's log")
 
-    As the interpreter ends: threads that are to be waited for, what libraries registered for the end (one that reports
-    the run elsewhere says there that it is over), the streams. Then the kernel takes the process, not the interpreter: a
-    library's thread that lets go of a Python object while that goes down, as gloo's does after a collective, aborts it.
+
+def failed(kind: FailureKind, message: str, hint: str = "") -> RunResult:
+    """Return a failed result with its reason."""
+    return RunResult(outcome=Outcome.FAILED, failure=kind, message=message, hint=hint)
+
+
+def kind_of(error: GuardError | OSError) -> FailureKind:
+    """Return NO_SPACE for a full disk, CONFIG for what a user must set right (a key file open to others), else INTERNAL."""
+    if is_no_space(error):
+        return FailureKind.NO_SPACE
+    return FailureKind.CONFIG if isinstance(error, UsageError) else FailureKind.INTERNAL
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether a device or the machine had no memory left; without importing torch, which may not be loaded."""
+    # On the CPU torch has no class of its own for it.
+    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu
+
+
+def exit_process(run: Callable[[], int]) -> NoReturn:
+    """Call `run` and exit with its code, whatever libraries do at exit.
+
+    As the interpreter does: join non-daemon threads, call the exit handlers (one that reports the run elsewhere closes it
+    there), flush the streams. Then the kernel ends the process, not the interpreter: a library's thread that drops a Python
+    object during finalisation, as gloo's does after a collective, aborts it.
     """
     code = 1
     try:
@@ -123,20 +152,8 @@ def end(run: Callable[[], int]) -> NoReturn:
         os._exit(code)
 
 
-def kind_of(error: GuardError | OSError) -> FailureKind:
-    """A full disk waits for room, a wrong setting (a key file open to others) for a person; the rest is tried again."""
-    if is_no_space(error):
-        return FailureKind.NO_SPACE
-    return FailureKind.CONFIG if isinstance(error, UsageError) else FailureKind.INTERNAL
-
-
-def failed(kind: FailureKind, message: str, hint: str = "") -> RunResult:
-    """A result that says why."""
-    return RunResult(outcome=Outcome.FAILED, failure=kind, message=message, hint=hint)
-
-
 def require_spec(run_dir: Path) -> RunSpec:
-    """The specification that the daemon wrote. Raises RunFailure(INTERNAL) when it is of another version."""
+    """Return the specification that the daemon wrote. Raises RunFailure(INTERNAL) when it is of another version."""
     try:
         return read_spec(run_dir)
     except ValueError as error:
@@ -148,19 +165,10 @@ def require_spec(run_dir: Path) -> RunSpec:
 
 
 def check_unchanged(spec: RunSpec) -> None:
-    """The bytes that were checked are the bytes that are trained, whoever still holds the file open."""
+    """Raise RunFailure(BAD_DATA) unless the dataset's bytes are those that were checked, whoever holds the file open."""
     if digest_file(Path(spec.dataset.path)).blake3_hex != spec.dataset.digest:
         raise RunFailure(
             FailureKind.BAD_DATA,
             f"{spec.dataset.name} changed after it was checked",
             hint="a program still writes to it; drop a finished copy",
         )
-
-
-def _classify(error: Exception) -> tuple[FailureKind, str, str]:
-    message = f"{type(error).__name__}: {error}"
-    # torch's class, by name: torch may not even be imported here. On the CPU it has none of its own.
-    starved = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if starved or "DefaultCPUAllocator: can't allocate memory" in message:
-        return FailureKind.OUT_OF_MEMORY, message, "lower per_device_train_batch_size or max_length"
-    return FailureKind.INTERNAL, message, "the traceback is in the trainer's log"

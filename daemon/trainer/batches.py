@@ -15,7 +15,7 @@ import torch
 WINDOW_STEPS = 64
 # Neighbours by length change from epoch to epoch: a row's length counts as up to so much more or less.
 LENGTH_JITTER = 0.05
-MOST_ROWS_OF_A_GROUP = 8
+MAX_GROUP_ROWS = 8
 
 
 class StepBatches(torch.utils.data.Sampler[list[int]]):  # type: ignore[misc]  # torch is not followed
@@ -69,7 +69,7 @@ class StepBatches(torch.utils.data.Sampler[list[int]]):  # type: ignore[misc]  #
 
 def group_rows(rows_a_step: int) -> int:
     """Rows of similar length that stay together: the largest divisor of a step's rows that still mixes two groups."""
-    most = max(1, min(MOST_ROWS_OF_A_GROUP, rows_a_step // 2))
+    most = max(1, min(MAX_GROUP_ROWS, rows_a_step // 2))
     return next(size for size in range(most, 0, -1) if rows_a_step % size == 0)
 
 
@@ -116,12 +116,12 @@ def flat_passes(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]
     return [rows for _, rows in passes]
 
 
-def share_rows(lengths: Sequence[int], processes: int) -> list[list[int]]:
+def share_rows(lengths: Sequence[int], world_size: int) -> list[list[int]]:
     """Divide a step's rows among processes: longest first, each to the one with the least to do so far."""
-    shares: list[list[int]] = [[] for _ in range(processes)]
-    loads = [0] * processes
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
     for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
-        least = min(range(processes), key=lambda process: (loads[process], process))
+        least = min(range(world_size), key=lambda rank: (loads[rank], rank))
         shares[least].append(at)
         loads[least] += lengths[at]
     return shares

@@ -1,4 +1,4 @@
-"""What is watched while a run trains: every step's numbers, requests to stop, and how much time the watching takes."""
+"""What is monitored while a run trains: every step's numbers, stop requests, and the time that this takes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from guard import Checkpoint
 if TYPE_CHECKING:
     from daemon.trainer.loop import RunTrainer, Step
 
-# A loss is a spike when it is so many times the usual one and so many median deviations above it.
+# A loss is a spike when it is this many times the median of those before, and this many median deviations above it.
 SPIKE_FACTOR, SPIKE_DEVIATIONS = 1.5, 8.0
-SPIKE_WINDOW, SPIKE_LEAST_STEPS = 64, 10
+SPIKE_WINDOW, SPIKE_MIN_STEPS = 64, 10
 
 
 def is_spike(loss: float, recent: list[float] | deque[float]) -> bool:
-    """Whether a step's loss stands far above those before it."""
-    if len(recent) < SPIKE_LEAST_STEPS:
+    """Return whether a step's loss is far above those before it."""
+    if len(recent) < SPIKE_MIN_STEPS:
         return False
     usual = statistics.median(recent)
     deviation = statistics.median(abs(value - usual) for value in recent)
@@ -35,25 +35,25 @@ def is_spike(loss: float, recent: list[float] | deque[float]) -> bool:
 
 
 class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
-    """Watches every step: stops on request, fails on the first number that is not finite, tells the daemon."""
+    """Monitors every step: stops on request, fails on the first number that is not finite, publishes progress."""
 
     def __init__(
         self,
         *,
-        report: RunWriter,
+        writer: RunWriter,
         stop: StopFlag,
         plan: Plan,
         trainer: RunTrainer,
         scalars: ScalarWriter | None = None,
     ) -> None:
-        self._report = report
+        self._writer = writer
         self._stop = stop
         self._plan = plan
         self._trainer = trainer
         self._scalars = scalars
         self._loss_sum, self._steps = 0.0, 0
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self._began = 0.0
+        self._started_at = 0.0
         self._start_step = 0
         self.tokens = 0  # trained over in this attempt, padding not counted
         self.spikes: list[tuple[int, float, float]] = []  # step, its loss, the usual one
@@ -73,18 +73,20 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
     @property
     def tokens_per_second(self) -> float | None:
         """Useful tokens a second of this attempt, padding not counted."""
-        elapsed = self.train_seconds or time.monotonic() - self._began
+        elapsed = self.train_seconds or time.monotonic() - self._started_at
         return self.tokens / elapsed if self._steps and elapsed > 0 else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the Trainer plans what we planned."""
-        self._began = time.monotonic()
+        """Check that the Trainer plans as many steps as the run."""
+        self._started_at = time.monotonic()
         self._start_step = int(state.global_step)
         if state.max_steps != self._plan.total_steps:
             raise RunFailure(
-                FailureKind.INTERNAL, f"the Trainer plans {state.max_steps} steps, we planned {self._plan.total_steps}"
+                FailureKind.INTERNAL,
+                f"the Trainer plans {state.max_steps} steps, and {self._plan.total_steps} were planned",
+                hint="the installed transformers counts steps in another way than Dropforge expects; report this",
             )
         # A resumed state brings the old intervals along; these may differ between attempts.
         state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
@@ -92,28 +94,28 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the epoch of our order ourselves: after a resume the Trainer's own way reaches no wrapped sampler."""
+        """Set the epoch of the row order: after a resume the Trainer's own way reaches no wrapped sampler."""
         self._trainer.batches.set_epoch(math.floor(state.epoch or 0.0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check the steps whose numbers have arrived, tell the newest, and stop if asked to."""
-        began = time.perf_counter() - self._trainer.waited_seconds
+        """Check the steps whose numbers have arrived, publish the newest, and stop when that is requested."""
+        started_at = time.perf_counter() - self._trainer.waiting_seconds
         self._trainer.record_step(stop=self._stop.requested)
         # Nothing unchecked may be sealed.
-        steps = self._trainer.finished_steps(all_of_them=control.should_save or control.should_training_stop)
+        steps = self._trainer.completed_steps(wait=control.should_save or control.should_training_stop)
         for step in steps:
             self._check(step)
         if steps:
             if steps[0].number == self._start_step + 1:
-                self._report.event("run.first_step", step=steps[0].number, loss=round(steps[0].loss, 6))
-            self._tell_progress(state, steps[-1])
+                self._writer.event("run.first_step", step=steps[0].number, loss=round(steps[0].loss, 6))
+            self._publish_progress(state, steps[-1])
         if any(step.stop for step in steps):
-            for step in self._trainer.finished_steps(all_of_them=True):
+            for step in self._trainer.completed_steps(wait=True):
                 self._check(step)
             control.should_save = True
             control.should_training_stop = True
-        # Waiting adds to both sides: while it waits, the device computes.
-        self.bookkeeping_seconds += time.perf_counter() - self._trainer.waited_seconds - began
+        # Waiting is subtracted on both sides: the device computes meanwhile.
+        self.bookkeeping_seconds += time.perf_counter() - self._trainer.waiting_seconds - started_at
 
     def _check(self, step: Step) -> None:
         for name, value in (("loss", step.loss), ("gradient norm", step.grad_norm)):
@@ -126,16 +128,16 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         if is_spike(step.loss, self._recent):
             usual = statistics.median(self._recent)
             self.spikes.append((step.number, step.loss, usual))
-            self._report.event("run.loss_spiked", step=step.number, loss=round(step.loss, 6), usual=round(usual, 6))
+            self._writer.event("run.loss_spiked", step=step.number, loss=round(step.loss, 6), usual=round(usual, 6))
         self._recent.append(step.loss)
         self._loss_sum += step.loss
         self._steps += 1
         self.tokens += step.tokens
 
-    def _tell_progress(self, state: TrainerState, step: Step) -> None:
-        elapsed = time.monotonic() - self._began
+    def _publish_progress(self, state: TrainerState, step: Step) -> None:
+        elapsed = time.monotonic() - self._started_at
         done = step.number - self._start_step
-        self._report.progress(
+        self._writer.progress(
             phase="training",
             step=step.number,
             epoch=round(state.epoch or 0.0, 4),
@@ -154,30 +156,30 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Carry what the Trainer logs into the daemon's log and the run's curves."""
-        began = time.perf_counter()
+        """Publish what the Trainer logs as an event and as scalars."""
+        started_at = time.perf_counter()
         if logs and "loss" in logs:
             numbers = {name: round(float(value), 8) for name, value in logs.items()}
-            self._report.event("run.stepped", step=state.global_step, **numbers)
-            self.draw(int(state.global_step), {f"train/{name}": value for name, value in numbers.items()})
-        self.bookkeeping_seconds += time.perf_counter() - began
+            self._writer.event("run.stepped", step=state.global_step, **numbers)
+            self.write_scalars(int(state.global_step), {f"train/{name}": value for name, value in numbers.items()})
+        self.bookkeeping_seconds += time.perf_counter() - started_at
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the last steps' numbers, and the time."""
-        for step in self._trainer.finished_steps(all_of_them=True):
+        """Check the last steps, and note the time."""
+        for step in self._trainer.completed_steps(wait=True):
             self._check(step)
-        self.train_seconds = time.monotonic() - self._began
+        self.train_seconds = time.monotonic() - self._started_at
 
-    def draw(self, step: int, scalars: dict[str, float]) -> None:
-        """Add a point to curves."""
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Add one point to each of these curves."""
         if self._scalars is not None:
             self._scalars.write(step, scalars)
 
     def sealed(self, checkpoint: Checkpoint) -> None:
-        """A checkpoint of ours is intact on disk."""
-        self._report.progress(last_checkpoint_step=checkpoint.step)
-        self._report.event(
+        """Publish a checkpoint that is intact on disk."""
+        self._writer.progress(last_checkpoint_step=checkpoint.step)
+        self._writer.event(
             "checkpoint.sealed", step=checkpoint.step, path=str(checkpoint.path), size_bytes=checkpoint.size_bytes
         )

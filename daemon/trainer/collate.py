@@ -99,14 +99,14 @@ def warmup(wanted: float, total_steps: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """A step's Examples to the passes that compute it, on one of `processes` processes."""
+    """A step's Examples to the passes that compute it, on one of `world_size` processes."""
 
     pad_token_id: int
     budget_tokens: int  # of one pass, padding included
     flat: bool = False  # rows end to end without padding; needs `daemon.trainer.attention`
     pass_tokens: int = PASS_TOKENS["cpu"]
-    process: int = 0
-    processes: int = 1
+    rank: int = 0
+    world_size: int = 1
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """`passes` of this process, `trained_tokens` and `tokens` of the whole step, and the `examples` themselves."""
@@ -121,9 +121,9 @@ class Collator:
         """Tensors of each pass, `with_targets`. A process without a row of its own computes one with nothing to learn."""
         budget = budget_tokens or self.budget_tokens
         mine = list(examples)
-        if self.processes > 1:
-            shares = share_rows([len(example.input_ids) for example in examples], self.processes)
-            mine = [examples[at] for at in shares[self.process]]
+        if self.world_size > 1:
+            shares = share_rows([len(example.input_ids) for example in examples], self.world_size)
+            mine = [examples[at] for at in shares[self.rank]]
             if not mine:
                 return [with_targets(pad([examples[-1]], self.pad_token_id, silent=True))]
         lengths = [len(example.input_ids) for example in mine]

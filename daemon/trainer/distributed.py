@@ -1,4 +1,4 @@
-"""One process, or several that share each step: who this one is, and the few words they exchange."""
+"""The processes that share each step: this one's rank, and what they exchange. One process needs no torch here."""
 
 from __future__ import annotations
 
@@ -11,32 +11,37 @@ from daemon.trainer.errors import RunFailure
 T = TypeVar("T")
 
 
-def process() -> int:
-    """This process's number, from 0; process 0 writes what there is to write."""
+def rank() -> int:
+    """Return this process's number, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
-def processes() -> int:
-    """How many share the run."""
+def world_size() -> int:
+    """Return how many processes share the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join() -> None:
-    """Meet the other processes; each GPU process takes a GPU of its own. Nothing to do for a single one.
+def is_main_process() -> bool:
+    """Return whether this process writes what there is to write: rank 0 does."""
+    return rank() == 0
+
+
+def init_process_group() -> None:
+    """Connect to the other processes; each takes a GPU of its own. A single process has nothing to do.
 
     Raises RunFailure(CONFIG) when there are fewer GPUs than processes.
     """
-    if processes() == 1:
+    if world_size() == 1:
         return
     import torch
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        if torch.cuda.device_count() < processes():
+        if torch.cuda.device_count() < world_size():
             raise RunFailure(
                 FailureKind.CONFIG,
-                f"{processes()} processes share the run, and {torch.cuda.device_count()} GPUs can be seen",
-                hint="num_processes under [training] is at most the number of GPUs",
+                f"num_processes is {world_size()}, and this machine shows {torch.cuda.device_count()} GPUs",
+                hint="set num_processes under [training] to at most the number of GPUs",
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -44,19 +49,19 @@ def join() -> None:
         dist.init_process_group("gloo")
 
 
-def leave() -> None:
-    """Part from the others."""
-    if processes() > 1:
+def destroy_process_group() -> None:
+    """Disconnect from the other processes."""
+    if world_size() > 1:
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def from_first(value: T | None) -> T:
-    """What process 0 has, in every process."""
-    if processes() == 1:
-        assert value is not None  # noqa: S101  process 0 always has it
+def broadcast(value: T | None) -> T:
+    """Return rank 0's value in every process; the others may pass None."""
+    if world_size() == 1:
+        assert value is not None  # noqa: S101  rank 0 always has one
         return value
     import torch.distributed as dist
 
@@ -65,9 +70,9 @@ def from_first(value: T | None) -> T:
     return box[0]  # type: ignore[no-any-return]
 
 
-def total(values: list[float]) -> list[float]:
-    """Each number summed over all processes."""
-    if processes() == 1:
+def all_reduce_sum(values: list[float]) -> list[float]:
+    """Return each number summed over all processes."""
+    if world_size() == 1:
         return values
     import torch
     import torch.distributed as dist

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from daemon.errors import is_no_space
 from daemon.job import FailureKind
+from guard import WeightsNotFinite
+
+# A run whose disk has less room than this cannot go on, whatever its error was.
+MIN_FREE_BYTES = 1024 * 1024
 
 
 class RunFailure(Exception):
@@ -17,7 +28,7 @@ class RunFailure(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """It travels whole from the processes that tokenise."""
+        """Pickle with kind and hint: it crosses from the processes that tokenise."""
         return _rebuild, (self.kind, self.message, self.hint)
 
 
@@ -27,3 +38,37 @@ def _rebuild(kind: FailureKind, message: str, hint: str) -> RunFailure:
 
 class Interrupted(Exception):
     """The run was asked to stop before it had anything to save."""
+
+
+@contextmanager
+def report_full_disk(staging_dir: Path) -> Iterator[None]:
+    """Report a full disk as RunFailure(NO_SPACE).
+
+    torch and safetensors lose the system's error ("unexpected pos 64 vs 0"), so the disk of `staging_dir` itself is asked.
+    What the run was staging is removed: it is torn, and the daemon needs the bytes to write down what happened. Sealed
+    checkpoints have left `staging_dir` and stay.
+    """
+    try:
+        yield
+    except (RunFailure, Interrupted, WeightsNotFinite):
+        raise
+    except Exception as error:
+        if not (is_no_space(error) or is_full(staging_dir)):
+            raise
+        for torn in staging_dir.iterdir():
+            shutil.rmtree(torn, ignore_errors=True)
+        raise RunFailure(
+            FailureKind.NO_SPACE,
+            f"the disk of {staging_dir.parent} is full",
+            hint="free some space; the run goes on from its last sealed checkpoint",
+        ) from error
+
+
+def is_full(folder: Path) -> bool:
+    """Return whether the file system, or the user's quota on it, lacks MIN_FREE_BYTES."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            os.posix_fallocate(probe.fileno(), 0, MIN_FREE_BYTES)
+    except OSError as error:
+        return is_no_space(error)
+    return False

@@ -1,8 +1,7 @@
-"""`python -m daemon.trainer.fork_server CHANNEL IDLE_SECONDS BASE`: has the imports done, and forks one child for each job.
+"""`python -m daemon.trainer.fork_server CHANNEL IDLE_SECONDS BASE`: import the libraries once, fork a child for each job.
 
-Imports only: nothing here touches CUDA, and there is no thread but the main one, or no child is made. A child is handed to
-the daemon as its own (its parent here ends at once, and the daemon is the subreaper), so whatever becomes of this process
-afterwards means nothing to it.
+Nothing here touches CUDA, and there is no thread but the main one, or no child is made. A child becomes the daemon's own
+(its parent here exits at once, and the daemon is the subreaper), so it does not depend on this process afterwards.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from daemon.processes import die_with_parent
-from daemon.trainer.attempt import end
+from daemon.trainer.attempt import exit_process
 from daemon.trainer.bootstrap import collector_paused, import_peft
 
-MOST_DESCRIPTORS = 8
+MAX_DESCRIPTORS = 8
 REQUEST_BYTES = 65_536
-# What a run imports on its way beyond the three libraries.
-ON_THE_WAY = (
+# What a run imports beyond the three libraries, some of it late.
+PRELOADED_MODULES = (
     "daemon.trainer.train",
     "daemon.trainer.card",
     "guard.callback",
@@ -44,14 +43,14 @@ QUIET = {
 def serve(channel: socket.socket, *, idle_seconds: float, run: Callable[[Path], int]) -> None:
     """Fork a child for every request until the daemon is gone, or nothing came for `idle_seconds`."""
     if reason := unfit():
-        print(f"no trainer can be kept warm: {reason}", file=sys.stderr)
+        print(f"the fork server cannot serve: {reason}", file=sys.stderr)
         _send(channel, refused=reason)
         return
     _send(channel, ready=True)
     channel.settimeout(idle_seconds)
     while True:
         try:
-            text, descriptors, _, _ = socket.recv_fds(channel, REQUEST_BYTES, MOST_DESCRIPTORS)
+            text, descriptors, _, _ = socket.recv_fds(channel, REQUEST_BYTES, MAX_DESCRIPTORS)
         except TimeoutError:
             return
         if not text:
@@ -68,7 +67,7 @@ def serve(channel: socket.socket, *, idle_seconds: float, run: Callable[[Path], 
 
 
 def unfit() -> str:
-    """Why this process must not be forked; empty when it may be."""
+    """Return why this process must not be forked; empty when it may be."""
     threads = [Path(entry.path, "comm").read_text().strip() for entry in os.scandir("/proc/self/task")]
     if len(threads) > 1:
         return f"a library has started threads: {', '.join(threads)}"
@@ -79,40 +78,40 @@ def unfit() -> str:
 
 
 def _fork(channel: socket.socket, run_dir: Path, descriptors: list[int], run: Callable[[Path], int]) -> int:
-    """The pid of a child that is in a session of its own, is the daemon's, and only then begins."""
-    told, tell = os.pipe()
-    wait, go = os.pipe()
-    between = os.fork()
-    if between == 0:
+    """Fork a child that runs `run_dir` in a session of its own, as the daemon's child; returns its pid."""
+    pid_read, pid_write = os.pipe()
+    start_read, start_write = os.pipe()  # closed once the child is the daemon's
+    intermediate = os.fork()
+    if intermediate == 0:
         child = os.fork()
         if child:
             os._exit(0)  # the child is the daemon's from here on
-        _become_trainer(channel, descriptors[0], (told, go), tell, wait)
-        end(lambda: run(run_dir))  # no way back into the server's loop
-    os.close(tell)
-    os.close(wait)
-    os.waitpid(between, 0)
-    with os.fdopen(told) as text:
+        _become_trainer(channel, descriptors[0], (pid_read, start_write), pid_write, start_read)
+        exit_process(lambda: run(run_dir))  # never back into the server's loop
+    os.close(pid_write)
+    os.close(start_read)
+    os.waitpid(intermediate, 0)
+    with os.fdopen(pid_read) as text:
         pid = int(text.read())
-    os.close(go)
+    os.close(start_write)
     return pid
 
 
-def _become_trainer(channel: socket.socket, log: int, others: tuple[int, int], tell: int, wait: int) -> None:
+def _become_trainer(channel: socket.socket, log: int, unused: tuple[int, int], pid_write: int, start_read: int) -> None:
     os.setsid()  # first: who knows the pid may signal the group
     channel.close()
-    for descriptor in others:
+    for descriptor in unused:
         os.close(descriptor)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.close(nothing)
+    os.close(null)
     os.close(log)
-    os.write(tell, str(os.getpid()).encode())
-    os.close(tell)
-    os.read(wait, 1)  # ends when the process between has
-    os.close(wait)
+    os.write(pid_write, str(os.getpid()).encode())
+    os.close(pid_write)
+    os.read(start_read, 1)  # returns when the intermediate process has exited
+    os.close(start_read)
     for name in QUIET:
         os.environ.pop(name, None)
 
@@ -121,27 +120,27 @@ def preload(base: str) -> None:
     """Import what every run imports, and the module of the base model's architecture."""
     with collector_paused():
         import_peft()
-        for name in ON_THE_WAY:
+        for name in PRELOADED_MODULES:
             importlib.import_module(name)
         with suppress(OSError, ValueError, ImportError, AttributeError):
-            kind = json.loads(Path(base, "config.json").read_bytes())["model_type"]
-            if re.fullmatch(r"[a-z0-9_]+", kind):
-                importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+            model_type = json.loads(Path(base, "config.json").read_bytes())["model_type"]
+            if re.fullmatch(r"[a-z0-9_]+", model_type):
+                importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
 
 
 def run_forked(run_dir: Path) -> int:
-    """A run in a fork of this process; where CUDA cannot be started in one, in the same process begun anew.
+    """Run in a fork of this process or, where CUDA cannot start in a fork, in a fresh interpreter of the same pid.
 
-    It cannot when something asked the driver for GPUs before the fork: torch does where NVML is missing, as in containers that
-    were given `compute` alone. That is known only in the fork.
+    It cannot when something asked the driver for GPUs before the fork: torch does where NVML is missing, as in containers
+    with the `compute` capability alone. Only the fork can know.
     """
     from torch.cuda import _is_in_bad_fork
 
     if _is_in_bad_fork():
         os.execv(sys.executable, [sys.executable, "-P", "-m", "daemon.trainer", str(run_dir)])  # noqa: S606  no shell is wanted
-    from daemon.trainer.__main__ import run_here
+    from daemon.trainer.__main__ import main as run_in_process
 
-    return run_here(run_dir)
+    return run_in_process(run_dir)
 
 
 def _send(channel: socket.socket, **message: object) -> None:
@@ -149,17 +148,17 @@ def _send(channel: socket.socket, **message: object) -> None:
 
 
 def main(run: Callable[[Path], int], load: Callable[[str], None]) -> None:
-    """The process itself: end with the daemon, import, serve."""
+    """End with the daemon, import, serve."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the daemon's to hear
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the daemon
     load(sys.argv[3])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     serve(channel, idle_seconds=float(sys.argv[2]), run=run)
 
 
 if __name__ == "__main__":
-    from daemon.trainer.__main__ import settle_environment
+    from daemon.trainer.bootstrap import set_library_environment
 
-    settle_environment()
+    set_library_environment()
     main(run_forked, preload)

@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer with its order of rows, its checkpoints' home and its silences replaced."""
+"""The training loop: transformers' Trainer with another order of rows, division into passes, and numbers of each step."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from daemon.trainer.loss import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one optimizer step amounted to, over all processes."""
+    """The numbers of one optimizer step, over all processes."""
 
     number: int
     loss: float  # mean over the step's trained tokens
     grad_norm: float  # before clipping
     tokens: int  # padding not counted
-    stop: bool  # some process was asked to stop
+    stop: bool  # a stop was requested of some process
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed by the type checker
-    """A Trainer that takes a step's rows in our order, divides them into passes, and tells each step's numbers.
+    """A Trainer that takes a step's rows in our order, divides them into passes, and keeps each step's numbers.
 
     To transformers, a step is one batch: what it calls gradient accumulation happens inside `training_step`, because a
     step's number of passes depends on the lengths of its rows.
@@ -56,8 +56,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         objective: Objective,
         tokenizer: Any,
         grouped: bool,
-        checkpoint_when_full: bool = False,
-        report: RunWriter | None = None,
+        gradient_checkpointing_on_oom: bool = False,
+        writer: RunWriter | None = None,
     ) -> None:
         lengths = [len(example.input_ids) for example in examples]
         self.batches = StepBatches(
@@ -66,15 +66,15 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         self._collator = collator
         self._objective = objective
         self._budget_tokens = collator.budget_tokens
-        self._checkpoint_when_full = checkpoint_when_full
-        self._run_report = report
+        self._gradient_checkpointing_on_oom = gradient_checkpointing_on_oom
+        self._writer = writer
         self._grad_norm: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
         self._tokens = 0
         self._parameter_count: int = sum(parameter.numel() for parameter in model.parameters())
-        self._pending: deque[tuple[int, torch.Tensor, Any, int]] = deque()
-        self.waited_seconds = 0.0  # for the device's numbers: it computes meanwhile
-        self.sealing_seconds = 0.0  # checkpoints, written between steps
+        self._pending: deque[tuple[int, torch.Tensor, Any, int]] = deque()  # step, numbers, CUDA event, tokens
+        self.waiting_seconds = 0.0  # for the device's numbers: it computes meanwhile
+        self.sealing_seconds = 0.0  # saving and sealing checkpoints, between steps
         # Several visible GPUs are no reason to spread one process over them: its batches would be cut in pieces.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
@@ -92,22 +92,22 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
             self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
-            generator=torch.Generator(),  # the loader draws from it; the process's own random state stays alone
+            generator=torch.Generator(),  # the loader draws from it, not from the process's random state
         )
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """All passes of one step; returns its loss, the mean over its trained tokens."""
+        """Compute all passes of one step; returns its loss, the mean over its trained tokens."""
         self._tokens = inputs["tokens"]
         passes = inputs["passes"]
         if self._budget_tokens < self._collator.budget_tokens:
             passes = self._collator.passes(inputs["examples"], budget_tokens=self._budget_tokens)
         while (loss := self._try_passes(model, passes, inputs["trained_tokens"])) is None:
-            passes = self._smaller(passes, inputs["examples"])
+            passes = self._shrink(passes, inputs["examples"])
         self._loss = loss
         return loss
 
     def _try_passes(self, model: Any, passes: list[dict[str, Any]], trained_tokens: int) -> torch.Tensor | None:
-        """The step's loss with its gradients in place; None, and no gradients, when the device ran out of memory."""
+        """Return the step's loss, with its gradients in place; None, without gradients, when the device is out of memory."""
         losses = []
         try:
             for number, one in enumerate(passes):
@@ -116,7 +116,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
                     losses.append(super().training_step(model, one, trained_tokens))
             return torch.stack(losses).sum()
         except torch.OutOfMemoryError:
-            if distributed.processes() > 1:
+            if distributed.world_size() > 1:
                 raise  # the others are in the middle of exchanging gradients
         # Behind the except block: its traceback would keep the pass's tensors alive.
         model.zero_grad()
@@ -124,29 +124,32 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
             torch.cuda.empty_cache()
         return None
 
-    def _smaller(self, passes: list[dict[str, Any]], examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """More and smaller passes; with one row each, gradient checkpointing. Raises RunFailure when neither is left."""
+    def _shrink(self, passes: list[dict[str, Any]], examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """Return more and smaller passes; with one row each, enable gradient checkpointing.
+
+        Raises RunFailure(OUT_OF_MEMORY) when neither is left.
+        """
         longest = max(len(example.input_ids) for example in examples)
         while len(passes) < len(examples) and self._budget_tokens > longest:
             self._budget_tokens = max(self._budget_tokens // 2, longest)
             smaller = self._collator.passes(examples, budget_tokens=self._budget_tokens)
             if len(smaller) > len(passes):
-                self._tell("run.passes_halved", budget_tokens=self._budget_tokens, passes=len(smaller))
+                self._event("run.passes_halved", budget_tokens=self._budget_tokens, passes=len(smaller))
                 return smaller
-        if not self._checkpoint_when_full:
+        if not self._gradient_checkpointing_on_oom:
             raise RunFailure(
                 FailureKind.OUT_OF_MEMORY,
                 f"a row of {longest} tokens does not fit the device's memory",
                 hint="lower max_length under [data], choose a smaller base model, or load_in_4bit under [model]",
             )
-        self._checkpoint_when_full = False
+        self._gradient_checkpointing_on_oom = False
         enable_gradient_checkpointing(self.model)
-        self._tell("run.gradient_checkpointing_enabled", longest_row=longest)
+        self._event("run.gradient_checkpointing_enabled", longest_row=longest)
         return passes
 
-    def _tell(self, name: str, **data: Any) -> None:
-        if self._run_report is not None:
-            self._run_report.event(name, step=self.state.global_step, **data)
+    def _event(self, name: str, **data: Any) -> None:
+        if self._writer is not None:
+            self._writer.event(name, step=self.state.global_step, **data)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -157,7 +160,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         """
         loss = self._objective.loss(model, inputs, over=num_items_in_batch, takes_count=self.model_accepts_loss_kwargs)
         self.loss_is_scaled_for_ga = True
-        return loss * distributed.processes()
+        return loss * distributed.world_size()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """A pass on the device, without waiting for what the device is computing: from pinned memory."""
@@ -169,24 +172,24 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         }
 
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
-        """The Trainer's own, timed when it saves."""
-        saves, began = self.control.should_save, time.perf_counter()
+        """As the Trainer, timed when it saves."""
+        saves, started_at = self.control.should_save, time.perf_counter()
         super()._maybe_log_save_evaluate(*args, **options)
         if saves:
-            self.sealing_seconds += time.perf_counter() - began
+            self.sealing_seconds += time.perf_counter() - started_at
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """By the usual estimate: 6 a parameter and token."""
+        """Return the usual estimate: 6 for each parameter and token."""
         tokens: int = inputs["tokens"]
         return 6 * tokens * self._parameter_count
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The Trainer's own, kept: it is checked at every step, not only at those that are logged."""
+        """As the Trainer, and keep it: it is checked at every step, not only at those that are logged."""
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._grad_norm
 
     def record_step(self, *, stop: bool) -> None:
-        """Note the numbers of the step that just ended, without waiting for the device."""
+        """Queue the numbers of the step that just ended, without waiting for the device."""
         assert self._loss is not None  # noqa: S101  a step has just ended
         norm = torch.as_tensor(0.0 if self._grad_norm is None else self._grad_norm, device=self._loss.device)
         numbers = torch.stack([self._loss.float(), norm.float(), torch.full_like(norm, float(stop)).float()])
@@ -197,37 +200,38 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
             ready.record()
         self._pending.append((int(self.state.global_step), numbers, ready, self._tokens))
 
-    def finished_steps(self, *, all_of_them: bool) -> list[Step]:
-        """Steps whose numbers have arrived: on a GPU all but the newest, unless all are asked for.
+    def completed_steps(self, *, wait: bool) -> list[Step]:
+        """Return the steps whose numbers have arrived: on a GPU all but the newest, unless told to `wait` for it.
 
-        Every process asks at the same steps, so that all of them learn the same, stop requests included.
+        Every process calls this at the same steps, so that all of them see the same, stop requests included.
         """
-        found = []
-        while self._pending and (all_of_them or len(self._pending) > 1 or self._pending[0][2] is None):
+        steps = []
+        while self._pending and (wait or len(self._pending) > 1 or self._pending[0][2] is None):
             number, numbers, ready, tokens = self._pending.popleft()
             if ready is not None:
-                began = time.perf_counter()
+                started_at = time.perf_counter()
                 ready.synchronize()
-                self.waited_seconds += time.perf_counter() - began
+                self.waiting_seconds += time.perf_counter() - started_at
             loss, norm, stop = numbers.tolist()
-            loss, stop = distributed.total([loss, stop])
-            found.append(
-                Step(number=number, loss=loss / distributed.processes(), grad_norm=norm, tokens=tokens, stop=stop > 0)
+            loss, stop = distributed.all_reduce_sum([loss, stop])
+            steps.append(
+                Step(number=number, loss=loss / distributed.world_size(), grad_norm=norm, tokens=tokens, stop=stop > 0)
             )
-        return found
+        return steps
 
-    def run(self, resume_from: Path | None, planned: Plan) -> int:
-        """Train to the end or until asked to stop; returns the run's step counter.
+    def run(self, resume_from: Path | None, plan: Plan) -> int:
+        """Train to the last step or until a stop is requested; returns the run's step counter.
 
         A checkpoint of the very last step has nothing left to train: the Trainer would take one step too many when the
-        steps end inside an epoch, so its weights are loaded and the run is over.
+        steps end inside an epoch, so only its weights are loaded.
         """
-        if resume_from is not None and int(resume_from.name.rpartition("-")[2]) >= planned.total_steps:
-            set_peft_model_state_dict(self.model, load_file(resume_from / "adapter_model.safetensors"))
-            return int(resume_from.name.rpartition("-")[2])
+        if resume_from is not None:
+            step = int(resume_from.name.rpartition("-")[2])
+            if step >= plan.total_steps:
+                set_peft_model_state_dict(self.model, load_file(resume_from / "adapter_model.safetensors"))
+                return step
         self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        reached: int = self.state.global_step
-        return reached
+        return int(self.state.global_step)
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:
@@ -243,24 +247,24 @@ def enable_gradient_checkpointing(model: PeftModel) -> None:
 def held_out_loss(
     model: PeftModel, examples: Sequence[Example], collator: Collator, objective: Objective, stop: StopFlag
 ) -> float | None:
-    """Mean loss a trained token over held-out rows, None when there are none (or a stop was asked for)."""
+    """Return the mean loss of a trained token over held-out rows, None without rows or when a stop is requested."""
     if not examples:
         return None
     total, tokens = 0.0, 0
     with computing(model) as device, torch.inference_mode():
-        for one in collator.passes(examples):
-            if stop.requested and distributed.processes() == 1:
+        for inputs in collator.passes(examples):
+            if stop.requested and distributed.world_size() == 1:
                 break
-            count = int((one["labels"][..., 1:] != IGNORE).sum())
+            count = int((inputs["labels"][..., 1:] != IGNORE).sum())
             if count:
-                batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in one.items()}
+                batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in inputs.items()}
                 total += float(objective.loss(model, batch, over=1))
             tokens += count
-    total, tokens_of_all = distributed.total([total, float(tokens)])
-    if not tokens_of_all or stop.requested:
+    total, all_tokens = distributed.all_reduce_sum([total, float(tokens)])
+    if not all_tokens or stop.requested:
         return None
     if not math.isfinite(total):
         raise RunFailure(
             FailureKind.DIVERGED, "the loss over the held-out rows is not finite", hint="lower learning_rate"
         )
-    return total / tokens_of_all
+    return total / all_tokens

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from daemon.run_dir import worker_dir
 from daemon.trainer import distributed
-from daemon.trainer.__main__ import load
-from daemon.trainer.attempt import conduct, end
+from daemon.trainer.attempt import exit_process, run_attempt
+from daemon.trainer.bootstrap import load_engine
 
 
-def run_share(run_dir: Path) -> int:
-    """This process's share of the run; returns the exit code."""
-    code = conduct(run_dir, load, member=worker_dir(run_dir, distributed.process()))
-    distributed.leave()
+def main(run_dir: Path) -> int:
+    """Compute this process's share of the run; returns the exit code."""
+    code = run_attempt(run_dir, load_engine, worker_dir=worker_dir(run_dir, distributed.rank()))
+    distributed.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
-    end(lambda: run_share(Path(sys.argv[1])))
+    exit_process(lambda: main(Path(sys.argv[1])))

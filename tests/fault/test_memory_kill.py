@@ -18,7 +18,7 @@ from daemon.executors.base import Exit
 from daemon.executors.local import LocalExecutor
 from daemon.job import FailureKind, RunSpec
 from daemon.run_dir import IDENTITY_NAME
-from daemon.trainer.attempt import _classify
+from daemon.trainer.attempt import result_of
 from tests.support.inprocess import events, rows, specify
 from tests.support.root import environment, wait_until
 
@@ -95,5 +95,5 @@ def test_an_allocation_that_cannot_be_had_is_out_of_memory() -> None:
         try:
             allocate()
         except Exception as error:
-            found.append(_classify(error)[0])
+            found.append(result_of(error).failure)
     assert found == [FailureKind.OUT_OF_MEMORY, FailureKind.OUT_OF_MEMORY]

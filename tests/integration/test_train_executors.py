@@ -307,8 +307,8 @@ def test_the_real_servers_imports_start_neither_threads_nor_cuda() -> None:
             sys.executable,
             "-P",
             "-c",
-            "from daemon.trainer import fork_server; from daemon.trainer.__main__ import settle_environment\n"
-            "settle_environment(); fork_server.preload(''); import torch; print(repr(fork_server.unfit()), torch.cuda.is_initialized())",
+            "from daemon.trainer import fork_server; from daemon.trainer.bootstrap import set_library_environment\n"
+            "set_library_environment(); fork_server.preload(''); import torch; print(repr(fork_server.unfit()), torch.cuda.is_initialized())",
         ],
         capture_output=True,
         text=True,

@@ -20,9 +20,9 @@ from daemon.dataset.rows import RowReader
 from daemon.job import FailureKind, Outcome, Plan
 from daemon.recipe import ModelSettings
 from daemon.trainer import loop
+from daemon.trainer.candidate import require_learned, require_whole_run
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.merge import merge
-from daemon.trainer.train import require_learned, require_whole_run
 from tests.support.inprocess import StopAfterLoading, rows, specify, train
 
 SHORT = {"training": {"max_steps": 2}, "data": {"held_out_fraction": 0.0}}

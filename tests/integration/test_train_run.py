@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from daemon.dataset.rows import iter_rows
 from daemon.job import FailureKind, Outcome
 from daemon.trainer import loop
+from daemon.trainer.arguments import training_arguments
 from daemon.trainer.attention import PACKED, use_packed
 from daemon.trainer.callbacks import is_spike
 from daemon.trainer.collate import Collator, Example, Examples, flatten, pad, plan, with_targets
@@ -26,7 +27,6 @@ from daemon.trainer.loop import held_out_loss
 from daemon.trainer.loss import Objective
 from daemon.trainer.tensorboard import ScalarWriter, crc32c
 from daemon.trainer.tokenise import tokenise
-from daemon.trainer.train import training_arguments
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 from tests.support.tokens import itself
 

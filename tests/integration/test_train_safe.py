@@ -17,7 +17,7 @@ import guard
 from daemon.errors import ConfigError
 from daemon.job import FailureKind, Outcome
 from daemon.recipe import LoraSettings, ModelSettings, Recipe
-from daemon.trainer import train as train_module
+from daemon.trainer import requirements
 from daemon.trainer.base_model import BaseModel, resolve_base
 from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.errors import RunFailure
@@ -96,7 +96,7 @@ def test_pickles_in_a_checkpoint_are_never_run(
 ) -> None:
     """Changed ones fail the seal and the run starts again; sealed ones, by somebody with our rights, load as weights only."""
     prepared: list[guard.PreparedRun] = []
-    prepare, ended = train_module.prepare, MonitorCallback.on_step_end
+    prepare, ended = guard.prepare_run, MonitorCallback.on_step_end
 
     def noting(*args: Any, **options: Any) -> guard.PreparedRun:
         prepared.append(prepare(*args, **options))
@@ -108,7 +108,7 @@ def test_pickles_in_a_checkpoint_are_never_run(
         wish.requested = state.global_step >= 2
         ended(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(train_module, "prepare", noting)
+    monkeypatch.setattr(guard, "prepare_run", noting)
     monkeypatch.setattr(MonitorCallback, "on_step_end", stopping)
     spec = specify(tmp_path / "run", rows(40), tiny_base, {"data": {"held_out_fraction": 0.0}})
     checkpoint = tmp_path / "run" / "model" / "checkpoint-2"
@@ -195,7 +195,7 @@ def test_telemetry_is_off() -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-P", "-c"),
-            "from daemon.trainer.__main__ import settle_environment; settle_environment()\n"
+            "from daemon.trainer.bootstrap import set_library_environment; set_library_environment()\n"
             "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)",
         ],
         capture_output=True,
@@ -210,12 +210,12 @@ def test_telemetry_is_off() -> None:
 def test_libraries_whose_loading_we_do_not_know_resume_nothing(
     monkeypatch: pytest.MonkeyPatch, package: str, version: str
 ) -> None:
-    known = train_module.minor_version
-    monkeypatch.setattr(train_module, "minor_version", lambda name: version if name == package else known(name))
+    known = requirements.minor_version
+    monkeypatch.setattr(requirements, "minor_version", lambda name: version if name == package else known(name))
     with pytest.raises(RunFailure, match=f"cannot be resumed with {package} {version}"):
-        train_module.refuse_old_libraries()
+        requirements.require_resume_support()
     monkeypatch.undo()
-    train_module.refuse_old_libraries()
+    requirements.require_resume_support()
 
 
 @pytest.mark.parametrize("key", ["num_processes", "report_to"])

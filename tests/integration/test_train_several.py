@@ -23,7 +23,7 @@ from daemon.run_dir import RunWriter
 from daemon.trainer import launcher
 from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.torchrun import KILLED, exit_code
+from daemon.trainer.launcher import KILLED, exit_code
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 from tests.support.root import environment
 
@@ -164,7 +164,7 @@ def test_a_killed_process_ends_the_run_by_what_killed_it(
     spec = specify(tmp_path, rows(60), tiny_base, {"training": {**TWO["training"], "num_train_epochs": 50}})
     Path(spec.run_dir, "run.json").write_text(to_json(spec))
     with pytest.raises(RunFailure) as caught:
-        launcher.run_several(spec, RunWriter(Path(spec.run_dir)), Killer())  # type: ignore[arg-type]
+        launcher.launch(spec, RunWriter(Path(spec.run_dir)), Killer())  # type: ignore[arg-type]
     assert caught.value.kind is (FailureKind.OUT_OF_MEMORY if starved else FailureKind.LOST)
 
 
@@ -183,7 +183,7 @@ raise SystemExit({code})
     )
     torchrun.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(torchrun))
-    return launcher.run_several(spec, RunWriter(Path(spec.run_dir)), Wish())
+    return launcher.launch(spec, RunWriter(Path(spec.run_dir)), Wish())
 
 
 def test_a_process_that_dies_after_its_last_word_has_done_its_share(

@@ -34,7 +34,7 @@ from daemon.fingerprint import fingerprint_run
 from daemon.job import FailureKind, Outcome, RunResult, RunSpec
 from daemon.recipe import Recipe
 from daemon.run_dir import RunWriter
-from daemon.trainer.attempt import StopFlag, check_unchanged, conduct
+from daemon.trainer.attempt import StopFlag, check_unchanged, run_attempt
 from daemon.trainer.errors import RunFailure
 
 TOKENS_A_ROW = 10
@@ -151,7 +151,7 @@ def main() -> int:
     behaviours, run_dir = json.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2])
     attempt = str(json.loads((run_dir / "run.json").read_bytes())["attempt"])
     behaviour = {**behaviours.get("*", {}), **behaviours.get(attempt, {})}
-    return conduct(run_dir, lambda: lambda spec, report, stop: train(spec, report, stop, behaviour))
+    return run_attempt(run_dir, lambda: lambda spec, report, stop: train(spec, report, stop, behaviour))
 
 
 if __name__ == "__main__":

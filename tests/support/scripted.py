@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from daemon.trainer.attempt import end
+from daemon.trainer.attempt import exit_process
 
 
 class Library:
@@ -52,4 +52,4 @@ def act(run_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    end(lambda: act(Path(sys.argv[1])))
+    exit_process(lambda: act(Path(sys.argv[1])))

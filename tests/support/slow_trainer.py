@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from daemon.trainer.attempt import Engine, conduct
+from daemon.trainer.attempt import Engine, run_attempt
 
 
 def load(run_dir: Path) -> Engine:
@@ -54,4 +54,4 @@ def load(run_dir: Path) -> Engine:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    sys.exit(conduct(folder, lambda: load(folder)))
+    sys.exit(run_attempt(folder, lambda: load(folder)))

@@ -16,7 +16,7 @@ from tests.support.root import REPOSITORY
 NAME = re.compile(rf"({'|'.join(by_noun())})\.[a-z_]+")
 LEVELS = ("debug", "info", "warning", "error", "critical")
 # What a logger, a trainer's report and the guard's own progress are called with an event's name.
-METHODS = {"_tell", "exception", "event", "tell", "log", "_log", *LEVELS}
+METHODS = {"_tell", "_event", "exception", "event", "tell", "log", "_log", *LEVELS}
 
 
 class Call(NamedTuple):

@@ -96,8 +96,8 @@ def test_processes_together_learn_what_one_would_and_one_without_rows_learns_not
     examples = [Example(input_ids=[1] * size, learned=((0, size),), line=size, content_digest="") for size in (7, 3)]
     for flat in (False, True):
         parts = [
-            Collator(pad_token_id=0, budget_tokens=100, flat=flat, process=process, processes=3)(examples)
-            for process in range(3)
+            Collator(pad_token_id=0, budget_tokens=100, flat=flat, rank=rank, world_size=3)(examples)
+            for rank in range(3)
         ]
         assert {part["trained_tokens"] for part in parts} == {8}
         counted = [sum(int((one["labels"][..., 1:] != IGNORE).sum()) for one in part["passes"]) for part in parts]

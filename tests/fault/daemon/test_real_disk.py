@@ -16,7 +16,7 @@ import pytest
 import guard
 from daemon.job import FailureKind, JobState, Outcome, RunResult, RunSpec, from_json, to_json
 from daemon.trainer import attempt
-from daemon.trainer.attempt import conduct, kind_of
+from daemon.trainer.attempt import kind_of, run_attempt
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
 
@@ -110,7 +110,7 @@ def test_a_disk_that_fills_up_while_training_is_told_as_that_and_the_run_goes_on
         monkeypatch.setattr(attempt, effect, lambda **_: None)
     model_dir = Path(spec.model_dir)
     with mounted(model_dir, size):
-        result = run_conducted(spec, inprocess)
+        result = run_as_process(spec, inprocess)
         assert (result.outcome, result.failure) == (Outcome.FAILED, FailureKind.NO_SPACE), result.message
         assert "full" in result.message or "no space" in result.message.lower()
         assert "free some space" in result.hint
@@ -118,19 +118,19 @@ def test_a_disk_that_fills_up_while_training_is_told_as_that_and_the_run_goes_on
         sealed = guard.scan_checkpoints(model_dir, digests=True)
         assert all(checkpoint.is_intact for checkpoint in sealed)
         remount(model_dir, "size=16m")
-        again = run_conducted(spec, inprocess)
+        again = run_as_process(spec, inprocess)
         assert again.outcome is Outcome.SUCCEEDED, again.message
         assert again.start_step == max((checkpoint.step for checkpoint in sealed), default=0)
         assert again.steps_run == again.steps_planned == 4
 
 
-def run_conducted(spec: RunSpec, inprocess: Any) -> RunResult:
-    """One attempt as the trainer's process conducts it, result file and all, without its start."""
+def run_as_process(spec: RunSpec, inprocess: Any) -> RunResult:
+    """One attempt as the trainer's process runs it, result file and all, without its start."""
     run_dir = Path(spec.run_dir)
     (run_dir / "run.json").write_text(to_json(spec))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        conduct(run_dir, lambda: lambda spec, report, stop: inprocess.train(spec))
+        run_attempt(run_dir, lambda: lambda spec, report, stop: inprocess.train(spec))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,0 +1,108 @@
+"""Where a run starts and how it writes checkpoints: the guard's decision, resume, staging and seal.
+
+Order matters: the guard decides, clears what does not belong and writes the metadata before the first weight is touched, all
+under one lock that is held until the candidate is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import guard
+from daemon import versions
+from daemon.fingerprint import fingerprint_run
+from daemon.job import Plan, RunSpec
+from daemon.recipe import Recipe
+from daemon.run_dir import RunWriter
+from daemon.trainer import distributed
+from daemon.trainer.base_model import BaseModel
+from daemon.trainer.collate import Examples
+from daemon.trainer.model import lora_config, precision_of
+from daemon.trainer.requirements import require_resume_support
+from daemon.trainer.tokenise import digest_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts: the version that it continues, and the checkpoint that it resumes from."""
+
+    prepared: guard.PreparedRun
+    parent: versions.Version | None  # None: a fresh adapter on the base model
+    precision: str  # as `precision_of` names it
+
+    @property
+    def staging_dir(self) -> Path:
+        """Where checkpoints and the candidate are written before they have their name."""
+        return self.prepared.staging_dir
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done already."""
+        return self.prepared.verdict.checkpoint.step if self.prepared.verdict.checkpoint else 0
+
+    @property
+    def resumed_from(self) -> str | None:
+        """The checkpoint's name."""
+        return self.prepared.resume_from.name if self.prepared.resume_from else None
+
+    @property
+    def cleared(self) -> int:
+        """How many checkpoints were cleared."""
+        return self.prepared.cleared.cleared if self.prepared.cleared else 0
+
+
+def decide_start(
+    spec: RunSpec,
+    recipe: Recipe,
+    base: BaseModel,
+    examples: Examples,
+    plan: Plan,
+    *,
+    key: bytes | None,
+    writer: RunWriter,
+) -> Start:
+    """Let the guard decide fresh, resume or stale, clear what is stale, and write the run's metadata.
+
+    The main process decides, under the model directory's lock, for all processes. Raises GuardError, DropforgeError,
+    RunFailure(CONFIG) when a checkpoint would be loaded by libraries that are too old.
+    """
+    model_dir = Path(spec.model_dir)
+    parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
+    precision = precision_of(recipe.model)
+
+    def prepare() -> guard.PreparedRun:
+        fingerprint = fingerprint_run(
+            dataset=spec.dataset,
+            recipe=recipe,
+            base_path=base.path,
+            base_revision=base.revision,
+            parent_version=parent.name if parent else None,
+            parent_digest=parent.digest if parent else None,
+            precision=precision,
+            plan=plan,
+            tokens_digest=digest_tokens(examples.train),
+            lora_config=lora_config(recipe.lora, base).to_dict(),
+            cache_path=Path(spec.state_dir) / "digests.json" if spec.state_dir else None,
+        )
+        return guard.prepare_run(
+            model_dir,
+            fingerprint=fingerprint,
+            dataset_path=Path(spec.dataset.path),
+            lora_config={"r": recipe.lora.r, "alpha": recipe.lora.lora_alpha, "dropout": recipe.lora.lora_dropout},
+            key=key,
+            log=lambda name, data: writer.event(name, **data),
+        )
+
+    prepared = distributed.broadcast(prepare() if distributed.is_main_process() else None)
+    if prepared.resume_from is not None:
+        require_resume_support()
+    return Start(prepared=prepared, parent=parent, precision=precision)
+
+
+def seal_checkpoints(
+    start: Start, recipe: Recipe, *, key: bytes | None, on_sealed: Callable[[guard.Checkpoint], None]
+) -> guard.SealCallback:
+    """Return the Trainer callback that seals each staged checkpoint, renames it into place and rotates the older ones."""
+    return guard.SealCallback(start.prepared, keep=recipe.training.save_total_limit, key=key, on_sealed=on_sealed)
