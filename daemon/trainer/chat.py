@@ -205,13 +205,13 @@ class _Rendering:
         problem: ConversationError | None = None
         for switches in self._template.modes:
             asked = self._text(index, generation_prompt=True, switches=switches)
-            text = self._text(index + 1, switches=switches)
+            text, marked = self._template.finished(self._messages[: index + 1], self._tools, switches=switches)
             if not text.startswith(asked):
                 problem = problem or _NotContinued(index, asked, text)
             elif missing := lacks(text[len(asked) :], message):
                 problem = _Incomplete(index, missing)
             else:
-                return self._ended(index, asked, text, switches)
+                return self._ended(index, asked, text, switches, marked)
         if turn := self._with_thought(index) or self._after_other_beginning(index):
             return turn
         assert problem is not None  # noqa: S101  there is at least one mode
@@ -242,7 +242,7 @@ class _Rendering:
             if text.startswith(asked) and not lacks(
                 text[len(asked) :], {**message, "content": answer, "reasoning_content": thought}
             ):
-                return self._ended(index, asked, text, DEFAULT)
+                return self._ended(index, asked, text)
         return None
 
     def _after_other_beginning(self, index: int) -> _Turn | None:
@@ -264,21 +264,24 @@ class _Rendering:
         written = answered[len(alone) :]
         if not self._text(index + 1).endswith(prompt + written) or lacks(written, messages[index]):
             return None
-        return self._ended(index, asked, asked + written, DEFAULT)
+        return self._ended(index, asked, asked + written)
 
-    def _ended(self, index: int, asked: str, text: str, switches: Switches) -> _Turn:
+    def _ended(
+        self, index: int, asked: str, text: str, switches: Switches = DEFAULT, marked: Sequence[Span] = ()
+    ) -> _Turn:
         """The turn to the end that the model has to learn."""
         template = self._template
         end = len(text)
         context_end = end - len(template.closer) if text.endswith(template.closer) else end
-        if template.marks_turns:
-            end = self._marked_end(index, len(asked), text, switches)
+        if marked:
+            end = self._marked_end(len(asked), text, marked)
         written = text[len(asked) : min(end, context_end)].rstrip()
         ending = next((token for token in template.special if written.endswith(token)), "")
         if not ending:  # GLM's writes what begins the next turn, and nothing before it
             ending = template.after_call if self._messages[index].get("tool_calls") else template.after_answer
-            text, end = text[:end] + ending, end + len(ending)
-            context_end = end
+            if ending:
+                text, end = text[:end] + ending, end + len(ending)
+                context_end = end
         if switches:
             self._notes.add(Note.THINKING_ON if any(switches.values()) else Note.THINKING_OFF)
         if ending:
@@ -287,9 +290,8 @@ class _Rendering:
             self._notes.add(Note.ENDLESS)
         return _Turn(index=index, text=text, start=len(asked), end=end, context_end=context_end)
 
-    def _marked_end(self, index: int, start: int, text: str, switches: Switches) -> int:
+    def _marked_end(self, start: int, text: str, spans: Sequence[Span]) -> int:
         """Where the template's own markers say that the turn ends, its end-of-turn token included."""
-        spans = self._template.marked(self._messages[: index + 1], self._tools, switches=switches)
         end = max((end for _, end in spans), default=0)
         if end <= start:
             return len(text)  # it does not mark a turn of this kind

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import TemplateError as JinjaTemplateError
 from jinja2 import meta
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from daemon.job import FailureKind
 from daemon.trainer.errors import RunFailure
@@ -63,10 +63,9 @@ class OneTemplate:
     def __init__(self, source: str, tokenizer: Any) -> None:
         self.source = source
         self.eos: str = tokenizer.eos_token or ""
-        self.special: tuple[str, ...] = tuple(
-            sorted({str(token) for token in tokenizer.all_special_tokens}, key=len, reverse=True)
-        )
-        self._names = tokenizer.special_tokens_map
+        self.special = special_strings(tokenizer)
+        self._names: dict[str, str] = dict(tokenizer.special_tokens_map)
+        self._compiled = _compile_jinja_template(source)
 
     def text(
         self,
@@ -78,28 +77,21 @@ class OneTemplate:
     ) -> str:
         """What apply_chat_template makes of the messages, as a string. Raises TemplateError."""
         with _template_errors():
-            rendered: str = _compile_jinja_template(self.source).render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=generation_prompt,
-                **self._names,
-                **switches,
-            )
+            rendered: str = self._compiled.render(self._arguments(messages, tools, generation_prompt, switches))
         return rendered
 
-    def marked(self, messages: Sequence[Message], tools: Any, *, switches: Switches = DEFAULT) -> list[Span]:
-        """What the template's own generation markers enclose. Raises TemplateError."""
-        with _template_errors():
-            _, (spans,) = render_jinja_template(
-                conversations=[list(messages)],
-                tools=tools,
-                chat_template=self.source,
-                return_assistant_tokens_mask=True,
-                **self._names,
-                **switches,
-            )
-        return [(start, end) for start, end in spans]
+    def finished(
+        self, messages: Sequence[Message], tools: Any, *, switches: Switches = DEFAULT
+    ) -> tuple[str, list[Span]]:
+        """The same without a generation prompt, and what the template's own generation markers enclose."""
+        if not self.marks_turns:
+            return self.text(messages, tools, switches=switches), []
+        blocks: list[str] = []
+        spans: list[Span] = []
+        with _template_errors(), self._compiled.environment.activate_tracker(blocks, spans):
+            for block in self._compiled.generate(self._arguments(messages, tools, False, switches)):
+                blocks.append(block)  # the tracker reads them meanwhile
+        return "".join(blocks), spans
 
     def adapted(self, messages: Sequence[Message]) -> list[Message]:
         """The messages in the forms that this template takes."""
@@ -128,8 +120,7 @@ class OneTemplate:
     @cached_property
     def modes(self) -> tuple[Switches, ...]:
         """The ways to ask for an answer, its own default first: with reasoning and without, where it has a switch."""
-        environment = _compile_jinja_template(self.source).environment
-        free = meta.find_undeclared_variables(environment.parse(self.source))
+        free = meta.find_undeclared_variables(self._compiled.environment.parse(self.source))
         named = [name for name in _THINKING_SWITCHES if name in free]
         return DEFAULT, *({name: value} for name in named for value in (True, False))
 
@@ -143,6 +134,18 @@ class OneTemplate:
         """The same behind a call, before its result."""
         return self._token_behind(called())
 
+    def _arguments(
+        self, messages: Sequence[Message], tools: Any, generation_prompt: bool, switches: Switches
+    ) -> dict[str, Any]:
+        return {
+            **self._names,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+            **switches,
+        }
+
     def _token_behind(self, messages: list[Message]) -> str:
         messages = self.adapted(messages)
         shorter, longer = self._tried(messages[:-1]), self._tried(messages)
@@ -155,6 +158,12 @@ class OneTemplate:
             return self.text(messages, None, generation_prompt=generation_prompt)
         except TemplateError:
             return None
+
+
+def special_strings(tokenizer: Any) -> tuple[str, ...]:
+    """A tokenizer's special tokens as text, longest first; those without a role of their own included."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(filter(None, added | set(map(str, tokenizer.all_special_tokens))), key=len, reverse=True))
 
 
 @lru_cache

@@ -31,7 +31,7 @@ from daemon.dataset.rows import Row
 from daemon.job import FailureKind
 from daemon.recipe import DataSettings
 from daemon.trainer.chat import ConversationError, Learn, Note, Split, assistant_turns, common_prefix, split
-from daemon.trainer.chat_template import ChatTemplate, Span
+from daemon.trainer.chat_template import ChatTemplate, Span, special_strings
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.message_forms import Message
 from daemon.trainer.special_tokens import ControlTokens
@@ -97,7 +97,7 @@ class Encoder:
         self._backend = _backend_of(tokenizer)
         self._bytes = TokenBytes(tokenizer) if self._backend and TokenBytes.may_fit(self._backend) else None
         others = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token}
-        self._endings = tuple(str(token) for token in tokenizer.all_special_tokens if token not in others)
+        self._endings = tuple(token for token in special_strings(tokenizer) if token not in others)
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow | RefusedRow]:
         """The samples of each row, before truncation; of many rows at once in much less time than one by one.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from daemon.job import FailureKind
+from daemon.trainer.chat_template import special_strings
 from daemon.trainer.errors import RunFailure
 
 # Noncharacters: Unicode keeps them for a program's own use inside itself.
@@ -30,8 +31,7 @@ class ControlTokens:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        names = "|".join(map(re.escape, sorted(filter(None, special), key=len, reverse=True))) or _NOTHING
+        names = "|".join(map(re.escape, special_strings(tokenizer))) or _NOTHING
         self._tokenizer = tokenizer
         self._names = re.compile(names)
         self._marked = re.compile(f"{_BEGIN}({names}){_END}|[{_BEGIN}{_END}]")
