@@ -50,6 +50,7 @@ def fingerprint_run(
         "data.packing": False,
         "data.train_on": data.train_on,
         "data.columns": data.columns.model_dump(),
+        "data.prompt_completion": data.prompt_completion,
         "tokenizer.digest": digest_tokenizer_files(base_path),
         "model.name": recipe.model.model_name_or_path,
         "model.digest": digest_model_files(base_path, DigestCache(cache_path) if cache_path else None),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,6 +54,11 @@ def answer(request: Request, report_progress: Callable[[Reply], None]) -> Reply:
         return Reply(job_id=request.job_id, kind="changed", message=error.sentence)
     except MemoryError:
         return Reply(job_id=request.job_id, kind="failed", message="a row needs too much memory")
-    except (OSError, ValueError, RecursionError) as error:
-        return Reply(job_id=request.job_id, kind="failed", message=f"{type(error).__name__}: {error}")
+    except OSError as error:
+        reason = f"it cannot be read: {error.strerror or type(error).__name__}"
+        return Reply(job_id=request.job_id, kind="failed", message=reason)
+    except Exception as error:  # a fault of ours; the file is refused, and the next one gets its turn
+        traceback.print_exc(file=sys.stderr)
+        reason = f"its rows could not be checked: {type(error).__name__} inside Dropforge; its log has the details"
+        return Reply(job_id=request.job_id, kind="failed", message=reason)
     return Reply(job_id=request.job_id, kind="passed", dataset=scan.dataset, report=scan.report)

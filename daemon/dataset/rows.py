@@ -217,7 +217,7 @@ def _meet(before: str, behind: str) -> bool:
     return bool(before) and bool(behind) and not before[-1].isspace() and not behind[0].isspace()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answers:
     """How many parts of a row would be learned, and how many of those are empty or only white space."""
 
@@ -226,23 +226,26 @@ class Answers:
 
 
 def count_answers(content: RowContent, train_on: str) -> Answers:
-    """The answers of a row that are to be learned; all of its turns under train_on = "all"."""
+    """The answers of a row that are to be learned under `[data] train_on`."""
     if content.kind == "messages":
         return _count_turns(content.messages or [], train_on)
     if isinstance(content.completion, list):
         return _count_turns(content.completion, train_on)
     words = content.text if content.kind == "text" else content.completion
-    return Answers(1, 0 if str(words or "").strip() else 1)
+    return Answers(learned=1, empty=0 if str(words or "").strip() else 1)
 
 
 def _count_turns(messages: list[Message], train_on: str) -> Answers:
-    learned = empty = 0
-    for message in messages:
-        if (message["role"] == "assistant" and message.get("weight") != 0) or train_on == "all":
-            learned += 1
-            said = (message["content"] or "").strip() or "tool_calls" in message or "reasoning_content" in message
-            empty += not said
-    return Answers(learned, empty)
+    """The turns that the trainer learns under `train_on`: never those with weight 0."""
+    turns = [message for message in messages if message["role"] == "assistant" or train_on == "all"]
+    if train_on == "last_turn":
+        turns = turns[-1:]
+    learned = [message for message in turns if message.get("weight") != 0]
+    return Answers(learned=len(learned), empty=sum(1 for message in learned if not _says_something(message)))
+
+
+def _says_something(message: Message) -> bool:
+    return bool((message["content"] or "").strip()) or "tool_calls" in message or "reasoning_content" in message
 
 
 Line = tuple[int, bytes | TooLong]  # its number, from 1, and what stands there

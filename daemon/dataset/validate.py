@@ -186,7 +186,7 @@ def _bad_rows(tally: Tally) -> str:
     some = "at least " if tally.stopped else ""
     total = tally.rows + tally.bad
     if len(tally.reasons) == 1 and not tally.rows and total > 1:
-        return f"{first.reason}; so {'do' if tally.bad > 1 else 'does'} {some}all {tally.bad} rows"
+        return f"{some}all {tally.bad} rows are refused: {first.reason}"
     where = f"{'' if tally.bad == 1 else 'the first is '}line {first.line}, column {first.column}: {first.reason}"
     return f"{some}{tally.bad} of {tally.lines} lines {'is' if tally.bad == 1 else 'are'} bad; {where}"
 
@@ -259,4 +259,6 @@ def _whole_hint(other: Recognised, rules: Rules) -> str:
 def _unrecognised(tally: Tally) -> tuple[str, str]:
     first = tally.problems[0]
     hint = first.hint or FORMATS_HINT
+    if first.hint and len(tally.reasons) == 1 and first.column == 1:
+        return first.reason, hint  # the keys of its rows say what the file is
     return f"no format was recognised in its first lines; line {first.line}: {first.reason}", hint

@@ -45,6 +45,7 @@ OTHER: dict[str, Any] = {
     "lora.target_modules": ["q_proj"],
     "lora.modules_to_save": ["lm_head"],
     "data.train_on": "all",
+    "data.prompt_completion": "chat",
     "data.columns": {"prompt": "question", "completion": "answer"},
 }
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from daemon.dataset import RejectedDataset, scan_dataset
-from daemon.dataset.rows import Columns, Format, Rules, detect_format, iter_rows, normalise
+from daemon.dataset import RejectedDataset, keys, scan_dataset
+from daemon.dataset.rows import Columns, Format, Rules, check_row, count_answers, detect_format, iter_rows, normalise
+from daemon.dataset.strict_json import LineError
+from daemon.dataset.suggest import describe_unknown
 from tests.unit.test_rows_formats import BAD, GOOD
 from tests.unit.test_rows_strict_json import HOSTILE
 
@@ -60,9 +63,82 @@ def test_any_bytes_are_rows_as_json_reads_them_or_are_refused_by_line_and_column
                 expected = normalise(value, Format(str(report.format)), rules)
                 assert all(getattr(row, name) == found for name, found in vars(expected).items()), (row, expected)
             formats = (detect_format(json.loads(lines[row.line - 1]), COLUMNS) for row in rows)
-            assert Format(str(report.format)) in formats
+            read_alike = {Format.MESSAGES, Format.SHAREGPT}  # either key is read in a file of the other
+            expected_formats = read_alike if report.format in read_alike else {Format(str(report.format))}
+            assert expected_formats & set(formats)
             assert not {row.line for row in rows} & set(report.bad_lines)
     for problem in report.problems:
         assert 1 <= problem.line <= len(lines)
         assert 1 <= problem.column <= len(lines[problem.line - 1]) + 1
         assert problem.excerpt.isprintable()
+
+
+KNOWN = sorted(
+    {name for used in keys.USED for name in used.names}
+    | {name for group in keys.REFUSED for name in group.names[:2]}
+    | {"type", "function", "arguments", "parameters", "id", "x", "thinking", "system"}
+)
+words = st.sampled_from(
+    [*keys.ROLES, "", " ", "a", "text", "thinking", "{}", "[]", '[{"name": "f"}]', '{"name": "f", "arguments": "{}"}']
+)
+scalars = st.none() | st.booleans() | st.integers(-1, 3) | st.floats(0, 2, width=16) | words
+trees = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KNOWN), inner, max_size=4), max_leaves=12
+)  # fmt: skip
+turns = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(sorted(keys.ROLES)) | trees},
+        optional=dict.fromkeys(
+            ("content", *keys.MASK_KEYS, *keys.CALL_KEYS, *keys.REASONING_KEYS, "tools", "name"), trees
+        ),
+    )
+    | trees,
+    min_size=1,
+    max_size=3,
+)
+rows = st.dictionaries(st.sampled_from(KNOWN), trees, max_size=4).flatmap(
+    lambda row: st.sampled_from(sorted(keys.CONVERSATION_KEYS)).flatmap(
+        lambda key: st.one_of(st.just(row), turns.map(lambda value: {**row, key: value}))
+    )
+)
+
+
+@given(rows, st.sampled_from(list(Format)), st.sampled_from(["as_is", "chat"]))
+@settings(max_examples=300, deadline=None)
+def test_any_values_under_known_keys_are_a_row_of_the_normal_form_or_a_bad_row(
+    row: dict[str, Any], format_: Format, style: str
+) -> None:
+    """Never another exception; and what the trainer gets has only the keys and types that it knows."""
+    rules = Rules(columns=COLUMNS, prompt_completion=style)
+    try:
+        content = check_row(json.dumps(row).encode(), format_, rules)
+    except LineError:
+        return
+    finally:
+        assert all(isinstance(words, str) for words in describe_unknown(row, rules))
+    messages = [*(content.messages or [])]
+    for part in (content.prompt, content.completion):
+        messages += part if isinstance(part, list) else []
+    for message in messages:
+        assert message["role"] in ("system", "developer", "user", "assistant", "tool")
+        assert isinstance(message["content"], str) or (message["content"] is None and message["tool_calls"])
+        assert message.keys() <= {
+            "role",
+            "content",
+            "name",
+            "tool_call_id",
+            "weight",
+            "reasoning_content",
+            "tool_calls",
+        }
+        assert message["role"] == "assistant" or not message.keys() & {"weight", "tool_calls", "reasoning_content"}
+        assert message.get("weight", 1) in (0, 1)
+        assert isinstance(message.get("weight", 1), int)
+        assert all(isinstance(message.get(key, ""), str) for key in ("name", "tool_call_id", "reasoning_content"))
+        for call in message.get("tool_calls", ()):
+            assert call["type"] == "function"
+            assert isinstance(call["function"]["name"], str)
+            assert isinstance(call["function"]["arguments"], dict)
+    for tool in content.tools or ():
+        assert isinstance(tool["function"]["name"], str)
+    count_answers(content, "auto")
