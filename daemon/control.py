@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.holds import PAUSED_KEY
-from daemon.inbox.archive import Archive, reopen_files
+from daemon.inbox.archive import Archive, describe_problem, reopen_files
 from daemon.job import FINAL_STATES, Job, JobState, Priority, utc_now
 from daemon.store import JobStore, TransitionRefused
 
@@ -63,7 +63,7 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
 def retry(settings: Settings, store: JobStore, job: Job) -> str:
     """Put a failed, rejected or cancelled job back: it is validated again, under the settings of now.
 
-    Raises DropforgeError when it is not finished or succeeded, NotFound when its file is gone.
+    Raises DropforgeError when it is not finished, has succeeded or its file cannot be moved, NotFound when that is gone.
     """
     if job.state is JobState.SUCCEEDED or job.state not in FINAL_STATES:
         raise DropforgeError(
@@ -73,7 +73,11 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
             hint="`dropforge submit --force` trains the same content again" if job.state is JobState.SUCCEEDED else "",
         )
     # The file first: a crash between the two leaves a finished job with its file in processing/, which is repaired.
-    reopen_files(settings, job)
+    try:
+        reopen_files(settings, job)
+    except OSError as error:
+        cause = f"its file cannot be moved: {describe_problem(error, settings)}"
+        raise DropforgeError(operation="retry job", subject=job.id, cause=cause) from error
     store.transition(
         job.id,
         job.state,

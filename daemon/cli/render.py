@@ -175,8 +175,8 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
             *(("warning", Text(escape(warning), style="yellow")) for warning in result.warnings),
             ("hint", escape(result.hint) or None),
         ]
-    lies, directory = layout.locate(settings, item), run_dir_of(settings.state_dir, item.id)
-    rows.append(("file", escape(str(lies), most=2000) if lies else "no longer in the inbox"))
+    directory = run_dir_of(settings.state_dir, item.id)
+    rows.append(("file", _located(settings, item)))
     rows.append(("run directory", str(directory) if directory.is_dir() else None))
     for name, value in rows:
         if value is not None:
@@ -187,6 +187,14 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
     for event in events:
         moves.add_row(event.at, event.old or "", event.new, Text(escape(event.reason)))
     return Group(grid, "", moves)
+
+
+def _located(settings: Settings, item: Job) -> str:
+    try:
+        path = layout.locate(settings, item)
+    except OSError as error:
+        return f"cannot be found: {escape(str(error), most=2000)}"
+    return escape(str(path), most=2000) if path else "no longer in the inbox"
 
 
 def versions(found: Sequence[Version], current: Version | None) -> RenderableType:

@@ -1,4 +1,4 @@
-"""What the daemon asks of the child process that reads files for it, and what it is told."""
+"""Request and reply between the daemon and the child process that validates files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROGRESS_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One file for the child to pass over."""
+    """One file to validate."""
 
     job_id: str
     path: str
@@ -26,7 +26,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What became of it; `kind` says which of the other fields are set."""
+    """The result; `kind` says which of the other fields are set."""
 
     job_id: str
     kind: str  # progress | passed | rejected | changed | failed
@@ -37,13 +37,13 @@ class Reply:
 
 
 def answer(request: Request, report_progress: Callable[[Reply], None]) -> Reply:
-    """Do what is asked. Never raises: whatever happens has a reply."""
-    told = time.monotonic()
+    """Validate the file. Never raises: every outcome has a reply."""
+    reported_at = time.monotonic()
 
     def progress(count: int) -> None:
-        nonlocal told
-        if (now := time.monotonic()) - told >= PROGRESS_SECONDS:
-            told = now
+        nonlocal reported_at
+        if (now := time.monotonic()) - reported_at >= PROGRESS_SECONDS:
+            reported_at = now
             report_progress(Reply(job_id=request.job_id, kind="progress", bytes_read=count))
 
     try:

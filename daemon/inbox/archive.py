@@ -77,7 +77,7 @@ class Archive:
         try:
             archive_files(self.settings, job)
         except (DropforgeError, OSError) as error:
-            problem = _sentence(error, self.settings)
+            problem = describe_problem(error, self.settings)
             if self._problems.get(job.id) != problem:
                 self._log.error("file.not_moved", job=job.id, error=problem)
             self._problems.pop(job.id, None)
@@ -302,7 +302,8 @@ def read_rows_report(folder: Path) -> DatasetReport | None:
         return None
 
 
-def _sentence(error: DropforgeError | OSError, settings: Settings) -> str:
+def describe_problem(error: DropforgeError | OSError, settings: Settings) -> str:
+    """Say in one sentence why files were not moved."""
     if isinstance(error, DropforgeError):
         return error.sentence
     if error.errno == errno.EXDEV:
@@ -310,7 +311,7 @@ def _sentence(error: DropforgeError | OSError, settings: Settings) -> str:
             f"{error.filename2 or settings.inbox_dir} is on another file system than {error.filename}, and files are"
             " moved by renaming; put all folders of the inbox on one"
         )
-    return str(error)
+    return escape(str(error), most=1000)
 
 
 def _seconds_since(at: str) -> float:

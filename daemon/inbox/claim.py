@@ -1,4 +1,4 @@
-"""Claiming: a row in the store first, then the rename into the job's folder, then a look at what was taken."""
+"""Claiming: a row in the store first, then the rename into the job's folder, then a check of what was renamed."""
 
 from __future__ import annotations
 

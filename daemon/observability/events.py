@@ -47,11 +47,13 @@ EVENTS: Mapping[str, Event] = {
     "queue.released": _event("info", "The reason to hold the queue is gone.", "kind"),
     "hook.failed": _event("error", "A hook could not be started, failed, or took too long.", "hook error"),
     "inbox.claims_failed": _event("error", "Files could not be claimed; it is tried again.", "error"),
-    "inbox.unusable": _event("warning", "A folder of the inbox is missing or has no way in; told once.", "reason"),
+    "inbox.unusable": _event(
+        "warning", "A folder of the inbox is missing or may not be entered; logged once.", "reason"
+    ),
     "inbox.usable_again": _event("info", "The inbox can be used again."),
-    "inbox.polling": _event("warning", "The inbox cannot be watched by events; it is looked at instead.", "reason"),
+    "inbox.polling": _event("warning", "The inbox cannot be watched by events; it is polled instead.", "reason"),
     "inbox.watch_rebuilt": _event("warning", "The watch was lost and set up again.", "reason"),
-    "inbox.events_lost": _event("warning", "The kernel dropped events; a scan finds what they told of.", "overflows"),
+    "inbox.events_lost": _event("warning", "The kernel dropped events; a scan finds their files.", "overflows"),
     "file.settled": _event("info", "A dropped file stopped changing.", "file reason"),
     "file.claimed": _event("info", "A dropped file was taken.", "file job priority"),
     "file.not_claimed": _event("warning", "A file could not be taken; it stays or is gone.", "file job reason"),
@@ -68,7 +70,7 @@ EVENTS: Mapping[str, Event] = {
     "file.not_repaired": _event("error", "A job's file could not be put where it belongs at the start.", "job error"),
     "file.settled_after_crash": _event("info", "A finished job's file was moved where it belongs.", "job"),
     "dataset.not_concluded": _event(
-        "error", "What a pass found could not be acted on; it is tried again.", "job error"
+        "error", "What the validation found could not be applied; it is tried again.", "job error"
     ),
     "dataset.checked": _event(
         "info",

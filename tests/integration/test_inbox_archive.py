@@ -200,6 +200,19 @@ def test_a_finished_folder_that_cannot_be_moved_is_a_warning_at_a_start_as_at_ru
         assert_sound(root.settings, root.store)
 
 
+def test_a_retry_of_a_file_on_another_file_system_says_what_to_do(root: Root, other_file_system: Path) -> None:
+    """In a sentence; the job stays as it is."""
+    root.drop("bad.jsonl", "no row\n")
+    (job,) = root.wait_for(1, JobState.REJECTED)
+    (root.inbox / "failed" / job.id).rename(root.path / "away")
+    (root.inbox / "failed").rmdir()
+    shutil.copytree(root.path / "away", other_file_system / job.id)
+    (root.inbox / "failed").symlink_to(other_file_system)
+    with pytest.raises(DropforgeError, match="on another file system"):
+        control.retry(root.settings, root.store, job)
+    assert root.store.get(job.id).state is JobState.REJECTED
+
+
 def test_what_a_command_could_not_move_is_moved_by_the_daemon(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a restart."""
     monkeypatch.setattr(archive, "COMMAND_SECONDS", 0.0)
