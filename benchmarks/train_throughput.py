@@ -37,11 +37,10 @@ from daemon.dataset.strict_json import parse_object
 from daemon.recipe import ColumnSettings, DataSettings, TrainingSettings
 from daemon.run_dir import RunWriter
 from daemon.trainer.attention import use_packed
-from daemon.trainer.callbacks import MonitorCallback
+from daemon.trainer.callbacks import MonitorCallback, ScalarWriter
 from daemon.trainer.collate import IGNORE, PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.loop import RunTrainer, held_out_loss
 from daemon.trainer.loss import Objective
-from daemon.trainer.tensorboard import ScalarWriter
 from daemon.trainer.tiny_model import build_tiny
 from daemon.trainer.tokenise import tokenise
 

@@ -120,6 +120,9 @@ EVENTS: Mapping[str, Event] = {
     ),
     "run.first_step": _event("info", "The first step of this attempt is done.", "job step loss"),
     "run.loss_spiked": _event("info", "A step's loss is far above the usual.", "job step loss usual"),
+    "run.scalars_not_written": _event(
+        "warning", "The run has no TensorBoard files: their package is missing.", "job error hint"
+    ),
     "run.passes_halved": _event(
         "info", "Memory was short: a step is divided into smaller passes.", "job step budget_tokens passes"
     ),

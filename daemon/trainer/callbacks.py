@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,7 +17,6 @@ from daemon.job import FailureKind, Plan
 from daemon.run_dir import RunWriter
 from daemon.trainer.attempt import StopFlag
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.tensorboard import ScalarWriter
 from guard import Checkpoint
 
 if TYPE_CHECKING:
@@ -32,6 +34,42 @@ def is_spike(loss: float, recent: list[float] | deque[float]) -> bool:
     usual = statistics.median(recent)
     deviation = statistics.median(abs(value - usual) for value in recent)
     return loss > SPIKE_FACTOR * usual and loss > usual + SPIKE_DEVIATIONS * deviation
+
+
+class ScalarWriter:
+    """Appends scalars to one TensorBoard event file in `folder`; each attempt has its own, and TensorBoard joins them.
+
+    Whole after each write, and on this thread: a full disk ends the run as it does everywhere else, while tensorboardX's
+    own SummaryWriter would lose the error in a thread. Raises ImportError when tensorboardX is not installed, OSError.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX import RecordWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        self._records = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.dropforge.{os.getpid()}"))
+        self._append(file_version="brain.Event:2")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Add one point to each of these curves."""
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._append(step=step, summary=self._summary(value=values))
+
+    def _append(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
+
+
+def open_scalars(folder: Path, writer: RunWriter) -> ScalarWriter | None:
+    """Open a ScalarWriter; None, and one event that says so, when tensorboardX is not installed. Raises OSError."""
+    try:
+        return ScalarWriter(folder)
+    except ImportError as error:
+        writer.event("run.scalars_not_written", error=str(error), hint="pip install tensorboardX")
+        return None
 
 
 class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker

@@ -122,6 +122,8 @@ def preload(base: str) -> None:
         import_peft()
         for name in PRELOADED_MODULES:
             importlib.import_module(name)
+        with suppress(ImportError):  # a run goes on without it
+            importlib.import_module("tensorboardX")
         with suppress(OSError, ValueError, ImportError, AttributeError):
             model_type = json.loads(Path(base, "config.json").read_bytes())["model_type"]
             if re.fullmatch(r"[a-z0-9_]+", model_type):

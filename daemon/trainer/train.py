@@ -22,7 +22,7 @@ from daemon.trainer.arguments import training_arguments
 from daemon.trainer.attempt import StopFlag, check_unchanged
 from daemon.trainer.attention import use_packed
 from daemon.trainer.base_model import BaseModel, offline, resolve_base
-from daemon.trainer.callbacks import MonitorCallback
+from daemon.trainer.callbacks import MonitorCallback, open_scalars
 from daemon.trainer.candidate import require_learned, require_whole_run, save_candidate
 from daemon.trainer.capacity import Capacity, capacity_of, padding_token, refuse_what_does_not_fit
 from daemon.trainer.card import model_card
@@ -34,7 +34,6 @@ from daemon.trainer.loss import Objective
 from daemon.trainer.model import adapter_tensors, attention_of, load_model, lora_b_norm
 from daemon.trainer.requirements import require_packages
 from daemon.trainer.summary import arithmetic, timing, warnings_of
-from daemon.trainer.tensorboard import ScalarWriter
 from daemon.trainer.tokenise import tokenise, worker_processes
 from daemon.trainer.tokenizer import load_tokenizer
 
@@ -202,7 +201,8 @@ def fit(run: Run, data: TrainingData, start: Start, loaded: LoadedModel) -> Fitt
         gradient_checkpointing_on_oom=recipe.training.gradient_checkpointing == "auto",
         writer=run.writer,
     )
-    scalars = ScalarWriter(Path(run.spec.run_dir) / TENSORBOARD_NAME) if distributed.is_main_process() else None
+    scalars_dir = Path(run.spec.run_dir) / TENSORBOARD_NAME
+    scalars = open_scalars(scalars_dir, run.writer) if distributed.is_main_process() else None
     monitor = MonitorCallback(writer=run.writer, stop=run.stop, plan=data.plan, trainer=trainer, scalars=scalars)
     trainer.add_callback(monitor)
     trainer.add_callback(seal_checkpoints(start, recipe, key=run.key, on_sealed=monitor.sealed))

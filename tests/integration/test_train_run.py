@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from daemon.dataset.rows import iter_rows
-from daemon.job import FailureKind, Outcome
+from daemon.job import FailureKind, Outcome, RunResult, RunSpec
 from daemon.trainer import loop
 from daemon.trainer.arguments import training_arguments
 from daemon.trainer.attention import PACKED, use_packed
-from daemon.trainer.callbacks import is_spike
+from daemon.trainer.callbacks import ScalarWriter, is_spike
 from daemon.trainer.collate import Collator, Example, Examples, flatten, pad, plan, with_targets
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.loop import held_out_loss
 from daemon.trainer.loss import Objective
-from daemon.trainer.tensorboard import ScalarWriter, crc32c
 from daemon.trainer.tokenise import tokenise
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 from tests.support.tokens import itself
@@ -156,11 +155,17 @@ def test_held_out_loss_does_not_depend_on_how_rows_are_divided(tiny_base: Path) 
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
-def test_a_run_tells_what_it_does(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSpec, RunResult]:
+    """A run over 40 rows, one of which has nothing to learn."""
     content = rows(40)
-    content[5]["messages"] = content[5]["messages"][:-1]  # nothing to learn in this one
-    spec = specify(tmp_path, content, tiny_base)
-    result = train(spec)
+    content[5]["messages"] = content[5]["messages"][:-1]
+    spec = specify(tmp_path_factory.mktemp("finished"), content, tiny_base)
+    return spec, train(spec)
+
+
+def test_a_run_tells_what_it_does(finished: tuple[RunSpec, RunResult]) -> None:
+    spec, result = finished
     assert result.outcome is Outcome.SUCCEEDED
     assert result.steps_run == result.steps_planned >= 4
     assert result.dropped_rows == 1
@@ -185,65 +190,51 @@ def test_a_run_tells_what_it_does(tiny_base: Path, tmp_path: Path) -> None:
     card = (candidate / "README.md").read_text()
     assert spec.dataset.digest in card
     assert f"{result.held_out_after:.4f}" in card
-    # Curves that TensorBoard reads.
-    curves = scalars(next((tmp_path / "run" / "tensorboard").iterdir()))
+
+
+def test_a_run_leaves_curves_that_tensorboard_reads(finished: tuple[RunSpec, RunResult]) -> None:
+    pytest.importorskip("tensorboardX")
+    spec, result = finished
+    curves = scalars(next(Path(spec.run_dir, "tensorboard").iterdir()))
     assert [step for step, tag, _ in curves if tag == "train/loss"] == list(range(1, result.steps_run + 1))
     assert [value for _, tag, value in curves if tag == "held_out/loss"] == pytest.approx(
         [result.held_out_before, result.held_out_after], rel=1e-4
     )
 
 
+def test_the_event_file_is_whole_after_each_write(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    ScalarWriter(tmp_path).write(300, {"a": 1.5})
+    assert scalars(next(tmp_path.iterdir())) == [(300, "a", 1.5)]
+
+
+def test_a_run_without_tensorboardx_goes_on_and_says_so_once(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    spec = specify(tmp_path, rows(16), tiny_base)
+    assert train(spec).outcome is Outcome.SUCCEEDED
+    assert [event["hint"] for event in events(spec, "run.scalars_not_written")] == ["pip install tensorboardX"]
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
 def scalars(path: Path) -> list[tuple[int, str, float]]:
-    """(step, tag, value) of an events file, its checksums verified."""
+    """(step, tag, value) of an event file, its checksums verified; by tensorboardX's own definitions."""
+    from tensorboardX.crc32c import crc32c
+    from tensorboardX.proto.event_pb2 import Event
 
-    def varint(data: bytes, at: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            value |= (data[at] & 0x7F) << shift
-            at += 1
-            if not data[at - 1] & 0x80:
-                return value, at
-            shift += 7
-
-    def fields(data: bytes) -> Iterator[tuple[int, Any]]:
-        at = 0
-        while at < len(data):
-            key, at = varint(data, at)
-            match key & 7:
-                case 0:
-                    value, at = varint(data, at)
-                    yield key >> 3, value
-                case 1:
-                    yield key >> 3, struct.unpack("<d", data[at : at + 8])[0]
-                    at += 8
-                case 5:
-                    yield key >> 3, struct.unpack("<f", data[at : at + 4])[0]
-                    at += 4
-                case _:
-                    size, at = varint(data, at)
-                    yield key >> 3, data[at : at + size]
-                    at += size
-
-    def checked(data: bytes, mask: bytes) -> bytes:
-        value = (struct.unpack("<I", mask)[0] - 0xA282EAD8) & 0xFFFFFFFF
+    def verified(data: bytes, masked: bytes) -> bytes:
+        value = (struct.unpack("<I", masked)[0] - 0xA282EAD8) & 0xFFFFFFFF
         assert (value << 15 | value >> 17) & 0xFFFFFFFF == crc32c(data)
         return data
 
     data, at, found = path.read_bytes(), 0, []
     while at < len(data):
-        (size,) = struct.unpack("<Q", checked(data[at : at + 8], data[at + 8 : at + 12]))
-        event = dict(fields(checked(data[at + 12 : at + 12 + size], data[at + 12 + size : at + 16 + size])))
+        (size,) = struct.unpack("<Q", verified(data[at : at + 8], data[at + 8 : at + 12]))
+        event = Event.FromString(verified(data[at + 12 : at + 12 + size], data[at + 12 + size : at + 16 + size]))
         at += 16 + size
-        for _, value in fields(event.get(5, b"")):
-            scalar = dict(fields(value))
-            found.append((event.get(2, 0), scalar[1].decode(), scalar[2]))
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
     return found
-
-
-def test_the_checksum_is_the_one_that_tensorboard_checks(tmp_path: Path) -> None:
-    assert crc32c(b"123456789") == 0xE3069283
-    ScalarWriter(tmp_path).write(300, {"a": 1.5})
-    assert scalars(next(tmp_path.iterdir())) == [(300, "a", 1.5)]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient norm", "weight"])
