@@ -34,6 +34,14 @@ FORMAT_EXAMPLES: tuple[tuple[dict[str, Any], Rules], ...] = (
     ),
     ({"instruction": "Add.", "input": "2, 2", "output": "4", "history": [["Hi", "Hello"]]}, Rules()),
     ({"query": "2+2?", "response": "4"}, Rules()),
+    (
+        {
+            "query": "2+2?",
+            "tools": [{"name": "add", "parameters": {"type": "object"}}],
+            "answers": '[{"name": "add", "arguments": {"a": 2, "b": 2}}]',
+        },
+        Rules(),
+    ),
     ({"prompt": "2+2 is", "completion": " 4"}, Rules()),
     ({"prompt": "2+2?", "completion": "4"}, Rules(prompt_completion="chat")),
     ({"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "4"}]}, Rules()),

@@ -220,7 +220,7 @@ class Conversation:
         """What a tool returned, as text; values that are not text are written as JSON."""
         if value is None:
             return ""
-        if isinstance(value, list) and all(isinstance(part, str) or _is_part(part) for part in value):
+        if isinstance(value, list) and (all(map(_is_text, value)) or any(map(_is_no_text, value))):
             return self._content(value, path)[0] or ""
         return json.dumps(value, ensure_ascii=False)
 
@@ -269,5 +269,13 @@ def _role(turn: Mapping[str, Any], role_key: str, path: JsonPath) -> tuple[str, 
     return said.strip().casefold(), role
 
 
-def _is_part(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("type"), str) and value["type"] in _TEXT_PARTS
+def _is_text(part: Any) -> bool:
+    return isinstance(part, str) or (
+        isinstance(part, dict) and part.get("type") in ("text", "input_text", "output_text")
+    )
+
+
+def _is_no_text(part: Any) -> bool:
+    """A picture and the like, as parts of a content are written."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return isinstance(kind, str) and kind.removeprefix("input_").startswith(("image", "audio", "video", "file"))

@@ -131,6 +131,8 @@ def _scores(value: Any, answers: bool) -> bool:
 
 _VERDICTS = frozenset(
     [
+        "0",
+        "1",
         "true",
         "false",
         "yes",
@@ -180,6 +182,11 @@ USED: tuple[Used, ...] = (
         place=Place.ROW,
     ),
     Used(names=("query", "response"), meaning="a user's turn and the answer", place=Place.ROW),
+    Used(
+        names=("query", "answers"),
+        meaning="beside tools, as xLAM has them: a user's turn, and the calls that answer it",
+        place=Place.ROW,
+    ),
     Used(names=("text",), meaning="a text that is learned as it stands", place=Place.ROW),
     Used(
         names=(HISTORY_KEY,),

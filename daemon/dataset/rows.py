@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from blake3 import blake3
 
@@ -29,7 +29,11 @@ from daemon.dataset.keys import (
 from daemon.dataset.masks import apply_row_masks, is_mask
 from daemon.dataset.source import BOM, TooLong, open_dataset
 from daemon.dataset.strict_json import LineError, column_of, parse_object
+from daemon.dataset.tools import calls_of
 from daemon.dataset.values import RowError, optional_text, required, text_of
+
+if TYPE_CHECKING:  # the settings' machinery would double what a child that reads rows imports
+    from daemon.recipe import ColumnSettings, DataSettings
 
 ROW_DIGEST_BYTES = 16
 AS_CHAT = '[data] prompt_completion = "chat"'
@@ -45,6 +49,7 @@ class Format(StrEnum):
     TEXT = "text"  # {"text"}
     ALPACA = "alpaca"  # {"instruction", "input"?, "output", "system"?, "history"?}
     QUERY_RESPONSE = "query_response"  # {"query", "response", "system"?, "history"?}
+    FUNCTION_CALLS = "function_calls"  # {"query", "tools", "answers"}: the answers are calls, as xLAM has them
     SHAREGPT = "sharegpt"  # {"conversations": [{"from", "value"}], "tools"?, "system"?}
     COLUMNS = "columns"  # any flat columns, named by [data.columns]
 
@@ -64,39 +69,9 @@ _PAIR_KEYS: Mapping[Format, tuple[str, ...]] = {
 }
 
 
-class ColumnNames(Protocol):
-    """`[data.columns]`."""
-
-    @property
-    def prompt(self) -> str | None: ...
-    @property
-    def completion(self) -> str | None: ...
-    @property
-    def text(self) -> str | None: ...
-
-
-class DataRules(Protocol):
-    """The part of `[data]` that decides which rows are good, and what they become."""
-
-    @property
-    def columns(self) -> ColumnNames: ...
-    @property
-    def prompt_completion(self) -> str: ...
-    @property
-    def train_on(self) -> str: ...
-    @property
-    def on_bad_rows(self) -> str: ...
-    @property
-    def max_bad_fraction(self) -> float: ...
-    @property
-    def max_line_bytes(self) -> int: ...
-    @property
-    def max_expansion(self) -> float: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which column is which; see `ColumnNames`."""
+    """`[data.columns]`: which column of a flat file is which."""
 
     prompt: str | None = None
     completion: str | None = None
@@ -110,7 +85,10 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """`DataRules` as plain data, which a child process can be told without the settings' machinery."""
+    """The part of `[data]` that decides which rows are good and what they become.
+
+    Plain data, which a child process can be told without the settings' machinery.
+    """
 
     columns: Columns = field(default_factory=Columns)
     prompt_completion: str = "as_is"
@@ -121,7 +99,7 @@ class Rules:
     max_expansion: float = 100.0
 
     @classmethod
-    def of(cls, data: DataRules) -> Rules:
+    def of(cls, data: Rules | DataSettings) -> Rules:
         """The rules that settings or a recipe's `[data]` hold."""
         names = data.columns
         return cls(
@@ -160,7 +138,7 @@ class Row(RowContent):
     content_digest: str  # of the row's bytes, in hex; the same wherever the row stands
 
 
-def detect_format(row: Mapping[str, Any], columns: ColumnNames) -> Format | None:
+def detect_format(row: Mapping[str, Any], columns: Columns | ColumnSettings) -> Format | None:
     """The format that a file with this first row has; None when there is none.
 
     Configured columns come first: who names them means them. Keys that are null never decide, and empty ones only where
@@ -170,6 +148,8 @@ def detect_format(row: Mapping[str, Any], columns: ColumnNames) -> Format | None
     if named and all(name in row for name in named):
         return Format.COLUMNS
     possible = [format_ for format_, keys in FORMAT_KEYS.items() if all(row.get(key) is not None for key in keys)]
+    if is_given(row.get("query")) and is_given(row.get("tools")) and _holds_json(row.get("answers")):
+        return Format.FUNCTION_CALLS
     for format_ in possible:
         if any(is_given(row[key]) for key in FORMAT_KEYS[format_]):
             return format_
@@ -178,7 +158,7 @@ def detect_format(row: Mapping[str, Any], columns: ColumnNames) -> Format | None
     return possible[0] if possible else None
 
 
-def check_row(line: bytes, format_: Format, data: DataRules) -> RowContent:
+def check_row(line: bytes, format_: Format, data: Rules | DataSettings) -> RowContent:
     """The row on `line`. Raises LineError, with the column of the value that is wrong."""
     value = parse_object(line)
     try:
@@ -187,7 +167,7 @@ def check_row(line: bytes, format_: Format, data: DataRules) -> RowContent:
         raise LineError(column_of(line, error.path), str(error), error.hint) from error
 
 
-def normalise(row: Mapping[str, Any], format_: Format, data: DataRules) -> RowContent:
+def normalise(row: Mapping[str, Any], format_: Format, data: Rules | DataSettings) -> RowContent:
     """One parsed row as one of the three kinds. Raises RowError."""
     columns = data.columns
     is_text = format_ is Format.TEXT or (format_ is Format.COLUMNS and columns.text is not None)
@@ -203,6 +183,8 @@ def normalise(row: Mapping[str, Any], format_: Format, data: DataRules) -> RowCo
         return _pair(row, _question(row), text_of(row, "output"), _PAIR_KEYS[format_])
     if format_ is Format.QUERY_RESPONSE:
         return _pair(row, text_of(row, "query"), text_of(row, "response"), _PAIR_KEYS[format_])
+    if format_ is Format.FUNCTION_CALLS:
+        return _function_calls(row)
     keys = (columns.prompt or "prompt", columns.completion or "completion")
     return _prompt_completion(row, *(keys if format_ is Format.COLUMNS else ("prompt", "completion")), data)
 
@@ -261,7 +243,7 @@ class RowReader:
 
     path: Path
     format: Format
-    data: DataRules
+    data: Rules | DataSettings
 
     def lines(self) -> Iterator[Line]:
         """In file order, one at a time; memory does not grow with the file. Raises SourceError, OSError."""
@@ -284,7 +266,7 @@ class RowReader:
         return Row(line=number, content_digest=row_digest(text), **vars(content))
 
 
-def iter_rows(path: str | Path, format_: str, data: DataRules) -> Iterator[Row]:
+def iter_rows(path: str | Path, format_: str, data: Rules | DataSettings) -> Iterator[Row]:
     """The rows of a dataset that passed, in file order, one at a time. Raises as RowReader does."""
     reader = RowReader(Path(path), Format(format_), data)
     return (row for line in reader.lines() if (row := reader.row(line)) is not None)
@@ -323,13 +305,26 @@ def _pair(row: Mapping[str, Any], question: str, answer: str, keys: tuple[str, .
     return RowContent(kind="messages", messages=messages, tools=tools, unused_keys=unused)
 
 
+def _function_calls(row: Mapping[str, Any]) -> RowContent:
+    """A question that is answered by calls of the row's tools."""
+    conversation = Conversation()
+    conversation.say("user", text_of(row, "query"))
+    calls = calls_of(required(row, "answers"), ("answers",), conversation.unused)
+    conversation.messages.append({"role": "assistant", "content": None, "tool_calls": calls})
+    messages, tools = conversation.finish(row)
+    unused = _unused(row, _CONTEXT_KEYS | {"query", "answers"}, conversation)
+    return RowContent(kind="messages", messages=messages, tools=tools, unused_keys=unused)
+
+
 def _question(row: Mapping[str, Any]) -> str:
     """Alpaca's instruction and input with an empty line between; either alone where the other is empty."""
     parts = (text_of(row, "instruction"), optional_text(row, "input"))
     return "\n\n".join(part for part in parts if part.strip())
 
 
-def _prompt_completion(row: Mapping[str, Any], prompt_key: str, completion_key: str, data: DataRules) -> RowContent:
+def _prompt_completion(
+    row: Mapping[str, Any], prompt_key: str, completion_key: str, data: Rules | DataSettings
+) -> RowContent:
     prompt, completion = required(row, prompt_key), required(row, completion_key)
     if isinstance(prompt, list):
         if not isinstance(completion, list):
@@ -394,6 +389,10 @@ def _unused(row: Mapping[str, Any], used: frozenset[str], conversation: Conversa
 def _is_conversation(value: Any) -> bool:
     """Whether a value is a list of turns; whether they are sound is seen when they are read."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _holds_json(value: Any) -> bool:
+    return _is_conversation(value) or (isinstance(value, str) and value.lstrip()[:1] in ("[", "{"))
 
 
 def _has_no_place(key: str) -> RowError:

@@ -9,17 +9,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from daemon.dataset.recognise import SAMPLE_BYTES, Recognised, recognise, recognise_misnamed
-from daemon.dataset.rows import AS_CHAT, DataRules, Format, Line, Rules, detect_format
+from daemon.dataset.rows import AS_CHAT, Format, Line, Rules, detect_format
 from daemon.dataset.scan import EMPTY_ANSWER, NO_ANSWER, LineProblem, Tally, scan_lines
 from daemon.dataset.source import DatasetSource, SourceError, open_dataset
 from daemon.dataset.suggest import describe_unknown
 from daemon.errors import RejectedData, TryLater
 from daemon.job import Dataset, RowWarning
 from daemon.text import escape
+
+if TYPE_CHECKING:
+    from daemon.recipe import DataSettings
 
 FORMATS_HINT = (
     "one JSON object a line: messages; prompt and completion; text; instruction and output; query and response;"
@@ -74,7 +78,7 @@ class Scan:
 
 def scan_dataset(
     path: str | Path,
-    data: DataRules,
+    data: Rules | DataSettings,
     *,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Scan:

@@ -45,6 +45,38 @@ def test_a_bad_file_goes_to_failed_with_a_report_that_names_line_column_and_reas
     assert f"dropforge retry {job.id}" in text
 
 
+def test_what_is_not_used_and_what_is_warned_of_travels_with_the_job(root: Root) -> None:
+    """From the pass through the store into the reports of a file that was trained."""
+    answer = '{"messages": [{"role": "assistant", "content": "%s"}], "id": 7}\n'
+    root.drop("x.jsonl", answer % "a" + answer % " " + "\n" + answer % "b")
+    (job,) = root.wait_for(1)
+    assert job.dataset.unused_keys == {"id": 3}
+    root.finish(job)
+    folder = root.inbox / "done" / job.id
+    report = json.loads((folder / "report.json").read_text())["dataset"]
+    assert report["unused_keys"] == {"id": 3}
+    assert [(warning["code"], warning["lines"]) for warning in report["warnings"]] == [("empty_answer", [2])]
+    text = (folder / "report.txt").read_text()
+    assert "not used  id (3 rows)" in text
+    assert "1 blank line was skipped" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"messages": [{"role": "user", "content": "q"}]}', "nothing would be learned"),
+        ('{"prompt": "q", "completion": "a", "label": false}', '"label"'),
+        ('{"prompt": "q", "chosen": "a", "rejected": "b"}', "preference data"),
+    ],
+)
+def test_a_file_that_would_be_trained_into_something_else_is_refused(root: Root, row: str, reason: str) -> None:
+    """By the daemon as by `check`; both say what to do."""
+    root.drop("x.jsonl", f"{row}\n" * 2)
+    (job,) = root.wait_for(1, JobState.REJECTED)
+    assert reason in job.reason
+    assert "What to do: " in (root.inbox / "failed" / job.id / "report.txt").read_text()
+
+
 def test_equal_names_are_two_jobs_and_neither_file_is_overwritten(root: Root) -> None:
     """The second drop of a name never meets the first one's file."""
     root.drop("x.jsonl", ROW)

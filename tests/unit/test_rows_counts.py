@@ -170,7 +170,7 @@ UNKNOWN = {
     "capitals": ({"Question": "a", "Complex_CoT": "c", "Response": "b"}, Columns(prompt="Question", completion="Response")),
     "two_texts": ({"headline": "a", "lead": "b"}, Columns(prompt="headline", completion="lead")),
     "one_text": ({"id": "1", "content": "a", "url": "u"}, Columns(text="content")),
-    "xlam": ({"query": "q", "answers": "[{}]", "tools": '[{"name": "f"}]'}, Columns(prompt="query", completion="answers")),
+    "xlam_in_words": ({"query": "q", "answers": "yes", "tools": '[{"name": "f"}]'}, Columns(prompt="query", completion="answers")),
 }  # fmt: skip
 
 
