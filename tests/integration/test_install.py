@@ -78,6 +78,8 @@ def test_dropforge_works_whichever_of_the_two_was_installed_last(
         module = ("-P", "-m", "daemon") if command == "python" else ()
         assert place.run(command, *module, "--version").stdout.startswith("dropforge ")
     assert place.run("dropforge", "--root", str(root), "init").returncode == 0
+    units = place.run("dropforge", "--root", str(root), "service", "install", "--dry-run")
+    assert f"ExecStart={place.bin}/python -P -m daemon" in units.stdout, "the templates are not in the wheel"
     told = " ".join(place.run("dropforge", "--root", str(root), "doctor").stdout.split())
     assert "python-daemon 3.1.2 has the import name `daemon` too" in told
 
