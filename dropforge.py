@@ -20,7 +20,7 @@ def main() -> NoReturn:
     folders = daemon_folders()
     if folders and not any((folder / "cli" / "app.py").is_file() for folder in folders):
         sys.exit(complain(folders[0]))
-    from daemon.cli import main as run
+    from daemon.cli.main import main as run
 
     run()
 

@@ -16,7 +16,7 @@ import pytest
 import typer.main
 
 from daemon import config
-from daemon.cli import app
+from daemon.cli.main import app
 from daemon.observability.status import read_status
 from tests.support.documents import OPERATIONS, README, blocks, commands_of
 from tests.support.root import REPOSITORY, Root, environment, wait_until

@@ -48,7 +48,7 @@ for name in ("rename", "replace"):
 
     setattr(os, name, counted)
 
-from daemon.cli import main  # noqa: E402  it must see the counted functions
+from daemon.cli.main import main  # noqa: E402  it must see the counted functions
 
 sys.argv = ["dropforge", "--root", str(root), *command, *(["--once"] if command == ["run"] else [])]
 main()

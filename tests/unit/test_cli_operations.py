@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from daemon.cli import dashboard, doctor, main, render
+from daemon.cli import dashboard, doctor, render
 from daemon.cli.doctor import Verdict
+from daemon.cli.main import main
 from daemon.cli.systemd import install
 from daemon.cli.systemd.units import DropIn
 from daemon.config import Settings
@@ -199,7 +200,7 @@ def program(tmp_path: Path) -> Path:
         (version / "training_record.json").write_text(json.dumps({"dataset": "d'.jsonl"}))
     script = tmp_path / "bin" / "dropforge"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -P -c "from daemon.cli import main; main()" "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -P -c "from daemon.cli.main import main; main()" "$@"\n')
     script.chmod(0o755)
     return script
 

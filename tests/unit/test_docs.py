@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon.cli import app
 from daemon.cli.init import sections
+from daemon.cli.main import app
 from daemon.config import Settings
 from daemon.recipe import Section
 from tests.support.root import REPOSITORY, environment

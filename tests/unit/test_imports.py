@@ -21,7 +21,7 @@ def modules_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["daemon.service", "daemon.cli", "daemon.trainer.attempt", "daemon.cli.demo"])
+@pytest.mark.parametrize("module", ["daemon.service", "daemon.cli.main", "daemon.trainer.attempt", "daemon.cli.demo"])
 def test_the_daemon_never_loads_the_training_libraries(module: str) -> None:
     loaded = modules_after(f"import {module}")
     assert not loaded & {"torch", "transformers", "peft", "accelerate", "numpy"}
@@ -35,7 +35,7 @@ def test_the_guard_knows_nothing_of_the_daemon() -> None:
 def test_the_import_name_daemon_is_ours() -> None:
     """Another distribution owns this import name too; the console script must load this one."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", "import daemon.cli, daemon; print(daemon.__doc__)"],
+        [sys.executable, "-P", "-c", "import daemon.cli.main, daemon; print(daemon.__doc__)"],
         capture_output=True,
         text=True,
         check=True,

@@ -1,0 +1,73 @@
+"""The `dropforge` command line: options that all commands share, exit codes, and how errors are printed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+import guard
+from daemon import config
+from daemon.cli.app import RootContext, app, out
+from daemon.errors import DropforgeError
+
+# Each adds its commands to the application, in the order in which help shows them.
+from daemon.cli import service, jobs, model, admin  # isort: skip
+
+__all__ = ["admin", "app", "jobs", "main", "model", "service"]
+
+
+def main() -> NoReturn:
+    """Run the command line; every foreseeable error is one sentence, a hint and the exit code of its class."""
+    code = 1
+    try:
+        code = int(app(standalone_mode=False, prog_name="dropforge") or 0)
+    except DropforgeError as error:
+        code = complain(str(error), error.exit_code)
+    except guard.GuardError as error:
+        code = complain(str(error), error.exit_code)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:  # `dropforge jobs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:  # click's usage errors, which know how to show themselves
+        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+            raise
+        error.show()
+        code = int(error.exit_code)
+    sys.exit(code)
+
+
+def complain(text: str, code: int) -> int:
+    """Print an error to stderr; returns its exit code."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    return code
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(f"dropforge {version('dropforge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root_options(
+    context: typer.Context,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Folder with dropforge.toml (DROPFORGE_ROOT; default: here).")
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that every command shares."""
+    context.obj = RootContext(root=config.find_root(root))
