@@ -15,7 +15,7 @@ from typing import Any
 
 from daemon.cli.init import sections, toml_value
 from daemon.cli.systemd import units
-from daemon.cli.systemd.units import DropIn, Kind, Unit
+from daemon.cli.systemd.units import DropIn, Unit, UnitKind
 from daemon.config import Settings
 from daemon.dataset import keys
 from daemon.dataset.rows import RowContent, Rules, detect_format, normalise
@@ -242,10 +242,13 @@ def outputs() -> Iterator[tuple[str, str]]:
     yield "docs/configuration.md", configuration()
     yield "docs/events.md", event_list()
     yield "docs/status.schema.json", json.dumps(status.json_schema(), indent=2) + "\n"
-    yield "systemd/dropforge.service", units.render(Unit(kind=Kind.SYSTEM))
-    yield "systemd/dropforge@.service", units.render(Unit(kind=Kind.TEMPLATE, root=Path("/var/lib/dropforge-%i")))
-    user = Unit(kind=Kind.USER, python=Path("%h/dropforge/.venv/bin/python"), root=Path("%h/forge"))
-    yield "systemd/user/dropforge.service", units.render(user)
+    yield "systemd/dropforge.service", units.render_unit(Unit(kind=UnitKind.SYSTEM))
+    yield (
+        "systemd/dropforge@.service",
+        units.render_unit(Unit(kind=UnitKind.TEMPLATE, root=Path("/var/lib/dropforge-%i"))),
+    )
+    user = Unit(kind=UnitKind.USER, python=Path("%h/dropforge/.venv/bin/python"), root=Path("%h/forge"))
+    yield "systemd/user/dropforge.service", units.render_unit(user)
     for kind in DropIn:
         yield f"systemd/drop-ins/{kind}.conf", units.drop_in(kind)
 

@@ -83,18 +83,7 @@ def prepare_run(
     # Whatever can fail without touching anything comes first.
     metadata = make_metadata(fingerprint=fingerprint, dataset_path=dataset_path, lora_config=lora_config)
     verdict = assess(folder, fingerprint=fingerprint, key=key)
-    publish("guard.run_decided", verdict.to_json())
-    for checkpoint in verdict.skipped:
-        publish(
-            "guard.checkpoint_passed_over",
-            {
-                "path": str(checkpoint.path),
-                "step": checkpoint.step,
-                "state": checkpoint.state.value,
-                "reason": explain_skipped(checkpoint, fingerprint),
-                "resume_from": str(verdict.checkpoint.path) if verdict.checkpoint is not None else None,
-            },
-        )
+    _publish_decision(verdict, fingerprint, publish)
     plan = plan_clear(folder, verdict=verdict, key=key)
     for stray in plan.ignored:
         publish("guard.entry_left_alone", {"path": str(stray.path), "reason": stray.reason})
@@ -124,6 +113,21 @@ def prepare_run(
         cleared=cleared,
         staging_dir=ensure_staging(folder),
     )
+
+
+def _publish_decision(verdict: Verdict, fingerprint: Fingerprint, publish: Log) -> None:
+    publish("guard.run_decided", verdict.to_json())
+    for checkpoint in verdict.skipped:
+        publish(
+            "guard.checkpoint_passed_over",
+            {
+                "path": str(checkpoint.path),
+                "step": checkpoint.step,
+                "state": checkpoint.state.value,
+                "reason": explain_skipped(checkpoint, fingerprint),
+                "resume_from": str(verdict.checkpoint.path) if verdict.checkpoint is not None else None,
+            },
+        )
 
 
 def plain_lora_config(lora_config: Any) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def doctor_command(context: typer.Context, as_json: JsonFlag = False) -> None:
         print_json([finding.as_dict() for finding in found])
     else:
         out.print(render.findings(found))
-    raise typer.Exit(1 if any(finding.verdict is doctor.Verdict.FAIL for finding in found) else 0)
+    raise typer.Exit(1 if any(finding.verdict is doctor.Severity.FAIL for finding in found) else 0)
 
 
 @service_app.command("install")
@@ -139,7 +139,7 @@ def install_service(
 ) -> None:
     """Write the systemd unit for this root, with this interpreter, and print the next commands."""
     settings = config.load(context.obj.root)  # a folder that the printed commands may make
-    planned = install.plan(
+    planned = install.plan_install(
         settings,
         user=user,
         instance=instance,

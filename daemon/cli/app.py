@@ -59,7 +59,7 @@ class RootContext:
 
 
 @contextmanager
-def open_store(context: typer.Context) -> Iterator[JobStore]:
+def existing_store(context: typer.Context) -> Iterator[JobStore]:
     """The root's job store. Raises NotFound when no daemon has made one yet."""
     path = context.obj.settings.store_path
     if not path.exists():

@@ -17,22 +17,22 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.cli import render
-from daemon.cli.estimates import spell
+from daemon.cli.estimates import format_duration
 from daemon.observability.status import read_status
 from daemon.text import escape, printable
 
-REFRESH_SECONDS = 0.5
+REDRAW_SECONDS = 0.5
 BARS = "▁▂▃▄▅▆▇█"
 RECENT, WAITING, WARNINGS = 8, 5, 3
 
 
-def watch(path: Path, console: Console) -> None:
+def run_dashboard(path: Path, console: Console) -> None:
     """Draw until Ctrl-C. A file that is missing or torn away is said so; the next look may find it again."""
     with Live(console=console, screen=console.is_terminal, auto_refresh=False, transient=True) as live:
         try:
             while True:
                 live.update(_look(path, console.width), refresh=True)
-                time.sleep(REFRESH_SECONDS)
+                time.sleep(REDRAW_SECONDS)
         except KeyboardInterrupt:
             return
 
@@ -65,7 +65,7 @@ def screen(snapshot: Mapping[str, Any], width: int) -> RenderableType:
     for warning in snapshot.get("warnings", ())[:WARNINGS]:
         parts.append(_fit(Text(f"warning: {printable(str(warning))}", style="yellow")))
     if snapshot.get("recent"):
-        parts += ["", render.recent(snapshot["recent"][:RECENT])]
+        parts += ["", render.recent_jobs(snapshot["recent"][:RECENT])]
     parts += ["", Text("Ctrl-C leaves", style="dim")]
     return Group(*parts)
 
@@ -75,7 +75,7 @@ def _job(job: Mapping[str, Any], width: int) -> list[RenderableType]:
     step, total = int(job.get("step") or 0), int(job.get("total_steps") or 0)
     eta = job.get("eta_seconds")
     told = f" {step}/{total}  {step / total:4.0%}" if total else f" {escape(str(job.get('phase', '')))}"
-    told += f"  {spell(float(eta))} left" if eta is not None else ""
+    told += f"  {format_duration(float(eta))} left" if eta is not None else ""
     room = max(10, width - len(told) - 2)
     filled = round(room * step / total) if total else 0
     bar = Text.assemble((("━" * filled), "cyan"), (("━" * (room - filled)), "dim"), told)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -31,9 +31,10 @@ from daemon.observability.status import read_status
 from daemon.store import JobStore
 from daemon.versions import current_version
 
+T = TypeVar("T")
 DROPFORGE = (sys.executable, "-P", "-m", "daemon")
 MARGIN = 22  # time and word before each text
-PATIENCE_SECONDS = 900.0  # a hang ends; a busy machine does not
+TIMEOUT_SECONDS = 900.0  # a hang ends; a busy machine does not
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "inbox": {"settle_seconds": 0.5},
     "queue": {"retry_seconds": 3.0},
@@ -149,71 +150,101 @@ def run_demo(folder: Path | None) -> int:
             daemon.kill()
 
 
-def _play(console: Console, settings: Settings, daemon: subprocess.Popen[bytes]) -> int:
-    story = Story(console, settings.log_path)
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    examples = examples_dir()
+class _Stage:
+    """The running daemon as the demonstration waits for it: its log, its queue, its process."""
 
-    def until(condition: Callable[[], Any]) -> Any:
+    def __init__(self, console: Console, settings: Settings, daemon: subprocess.Popen[bytes]) -> None:
+        self._settings, self._daemon = settings, daemon
+        self._deadline = time.monotonic() + TIMEOUT_SECONDS
+        self.story = Story(console, settings.log_path)
+
+    def until(self, condition: Callable[[], T]) -> T:
+        """Print the log until `condition` is true; returns its value. Raises DropforgeError when it cannot become so."""
         while True:
-            for _ in story.tell():
+            for _ in self.story.tell():
                 pass
             value = condition()
             if value:
                 return value
-            if daemon.poll() is not None:
+            if self._daemon.poll() is not None:
                 raise DropforgeError(
                     operation="show the demonstration",
                     cause="the daemon ended",
-                    hint=f"see {settings.root / 'daemon.err'}",
+                    hint=f"see {self._settings.root / 'daemon.err'}",
                 )
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 raise DropforgeError(
                     operation="show the demonstration",
-                    cause=f"it took longer than {PATIENCE_SECONDS:.0f} s",
-                    hint=f"is the machine very busy? The log is {settings.log_path}",
+                    cause=f"it took longer than {TIMEOUT_SECONDS:.0f} s",
+                    hint=f"is the machine very busy? The log is {self._settings.log_path}",
                 )
             time.sleep(0.05)
 
-    until(lambda: any(event["event"] == "daemon.started" for event in story.events))
-    with_store = JobStore(settings.store_path)
-    try:
+    def wait_finished(self, name: str, *, after: Job | None = None) -> Job:
+        """Wait for the end of the newest job over `name`, of one that is newer than `after`."""
 
-        def named(name: str) -> Job | None:
-            return next((job for job in reversed(with_store.jobs()) if job.name == name), None)
+        def finished() -> Job | None:
+            job = self._newest(name)
+            return job if job and job.state in FINAL_STATES and (after is None or job.id != after.id) else None
 
-        def finished(name: str) -> Job | None:
-            job = named(name)
-            return job if job is not None and job.state in FINAL_STATES else None
+        return cast(Job, self.until(finished))
 
-        def sealed_by(name: str, steps: int) -> Job | None:
-            job = named(name)
-            return job if job is not None and job.state is JobState.RUNNING and job.max_step >= steps else None
+    def wait_sealed(self, name: str, steps: int) -> Job:
+        """Wait until the run over `name` has sealed a checkpoint at `steps` or later."""
 
-        console.rule("1. A dataset of conversations is dropped")
-        drop(settings, examples / "gsm8k_messages.jsonl", "monday.jsonl")
-        first = until(lambda: finished("monday.jsonl"))
+        def sealed() -> Job | None:
+            job = self._newest(name)
+            return job if job and job.state is JobState.RUNNING and job.max_step >= steps else None
 
-        console.rule("2. A dataset of prompts and completions; its trainer is killed on the way")
-        drop(settings, examples / "gsm8k_pairs.jsonl", "tuesday.jsonl")
-        job = until(lambda: sealed_by("tuesday.jsonl", 10))
-        kill_trainer(console, settings, job)
-        second = until(lambda: finished("tuesday.jsonl"))
+        return cast(Job, self.until(sealed))
 
-        console.rule("3. Killed again, and its dataset is replaced by another of the same name")
-        drop(settings, examples / "gsm8k_more_messages.jsonl", "wednesday.jsonl")
-        job = until(lambda: sealed_by("wednesday.jsonl", 10))
-        kill_trainer(console, settings, job)
-        dropforge(console, settings, "cancel", job.id)
-        cancelled = until(lambda: finished("wednesday.jsonl"))
-        drop(settings, half_of(settings, examples / "gsm8k_messages.jsonl"), "wednesday.jsonl")
-        third = until(lambda: (last := finished("wednesday.jsonl")) and last.id != cancelled.id and last)
-    finally:
-        with_store.close()
+    def _newest(self, name: str) -> Job | None:
+        store = JobStore(self._settings.store_path)
+        try:
+            return next((job for job in reversed(store.jobs()) if job.name == name), None)
+        finally:
+            store.close()
+
+
+def _play(console: Console, settings: Settings, daemon: subprocess.Popen[bytes]) -> int:
+    stage = _Stage(console, settings, daemon)
+    examples = examples_dir()
+    stage.until(lambda: any(event["event"] == "daemon.started" for event in stage.story.events))
+
+    console.rule("1. A dataset of conversations is dropped")
+    drop(settings, examples / "gsm8k_messages.jsonl", "monday.jsonl")
+    first = stage.wait_finished("monday.jsonl")
+
+    console.rule("2. A dataset of prompts and completions; its trainer is killed on the way")
+    drop(settings, examples / "gsm8k_pairs.jsonl", "tuesday.jsonl")
+    kill_trainer(console, settings, stage.wait_sealed("tuesday.jsonl", 10))
+    second = stage.wait_finished("tuesday.jsonl")
+
+    console.rule("3. Killed again, and its dataset is replaced by another of the same name")
+    drop(settings, examples / "gsm8k_more_messages.jsonl", "wednesday.jsonl")
+    job = stage.wait_sealed("wednesday.jsonl", 10)
+    kill_trainer(console, settings, job)
+    dropforge(console, settings, "cancel", job.id)
+    cancelled = stage.wait_finished("wednesday.jsonl")
+    drop(settings, half_of(settings, examples / "gsm8k_messages.jsonl"), "wednesday.jsonl")
+    third = stage.wait_finished("wednesday.jsonl", after=cancelled)
 
     console.rule("What has to be true")
+    claims = check_claims(stage.story, first, second, third)
+    for claim, held in claims.items():
+        console.print(Text.assemble(("  yes  " if held else "  NO   ", "green" if held else "bold red"), claim))
+    console.rule("dropforge status")
+    stage.until(lambda: (read_status(settings.status_path) or {}).get("status") == "idle")
+    console.print(render.status_view(read_status(settings.status_path) or {}))
+    console.rule("Where to look next")
+    console.print(where_to_look(settings), markup=False)
+    return 0 if all(claims.values()) else 1
+
+
+def check_claims(story: Story, first: Job, second: Job, third: Job) -> dict[str, bool]:
+    """Whether each claim about the three jobs holds, by its sentence."""
     cleared = [e for e in story.events if e["event"] == "guard.checkpoints_cleared" and e.get("job") == third.id]
-    claims = {
+    return {
         "every job ran exactly the steps that were planned": all(
             job.state is JobState.SUCCEEDED and job.result and job.result.steps_run == job.result.steps_planned >= 1
             for job in (first, second, third)
@@ -232,22 +263,19 @@ def _play(console: Console, settings: Settings, daemon: subprocess.Popen[bytes])
             and any(reason.startswith("dataset.digest: ") for reason in third.result.reasons)
         ),
     }
-    for claim, held in claims.items():
-        console.print(Text.assemble(("  yes  " if held else "  NO   ", "green" if held else "bold red"), claim))
-    console.rule("dropforge status")
-    until(lambda: (read_status(settings.status_path) or {}).get("status") == "idle")
-    console.print(render.status(read_status(settings.status_path) or {}))
-    console.rule("Where to look next")
+
+
+def where_to_look(settings: Settings) -> str:
+    """The files that the demonstration leaves, and how to load the adapter."""
     version = current_version(settings.model_dir)
-    console.print(
+    base_model = str(settings.root / "base_model")
+    return (
         f"  status file  {settings.status_path}\n  log          {settings.log_path}\n"
         f"  adapter      {settings.model_dir} (version {version.name if version else '?'})\n"
         f"  jobs         dropforge --root {settings.root} jobs\n"
-        f"  load it      PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(settings.root / 'base_model')!r}), "
-        f"{str(settings.model_dir)!r})",
-        markup=False,
+        f"  load it      PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base_model!r}), "
+        f"{str(settings.model_dir)!r})"
     )
-    return 0 if all(claims.values()) else 1
 
 
 def drop(settings: Settings, file: Path, name: str) -> None:

@@ -50,7 +50,7 @@ print(json.dumps(found))
 """
 
 
-class Verdict(StrEnum):
+class Severity(StrEnum):
     """How bad it is."""
 
     OK = "ok"
@@ -63,7 +63,7 @@ class Finding:
     """One line."""
 
     name: str
-    verdict: Verdict
+    verdict: Severity
     told: str
     hint: str = ""
 
@@ -364,12 +364,12 @@ def _version(package: str) -> str | None:
 
 
 def _ok(name: str, told: str) -> Finding:
-    return Finding(name=name, verdict=Verdict.OK, told=told)
+    return Finding(name=name, verdict=Severity.OK, told=told)
 
 
 def _warn(name: str, told: str, hint: str) -> Finding:
-    return Finding(name=name, verdict=Verdict.WARN, told=told, hint=hint)
+    return Finding(name=name, verdict=Severity.WARN, told=told, hint=hint)
 
 
 def _fail(name: str, told: str, hint: str) -> Finding:
-    return Finding(name=name, verdict=Verdict.FAIL, told=told, hint=hint)
+    return Finding(name=name, verdict=Severity.FAIL, told=told, hint=hint)

@@ -12,7 +12,7 @@ from statistics import median
 
 from daemon.job import Job
 
-RECENT_JOBS = 10  # whose pace counts
+JOBS_MEASURED = 10  # whose pace counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def measure_pace(finished: Sequence[Job]) -> Pace | None:
 
     The largest of them gives the speed: short runs end before a device is as fast as it gets.
     """
-    runs = list(_runs(finished))[:RECENT_JOBS]
+    runs = list(_runs(finished))[:JOBS_MEASURED]
     if not runs:
         return None
     largest = max(runs, key=lambda run: run.tokens)
@@ -106,7 +106,7 @@ def queue_etas(queue: Sequence[Job], pace: Pace | None, running_left: float | No
     return etas
 
 
-def spell(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`40 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -12,8 +12,8 @@ import typer
 
 from daemon import control
 from daemon.cli import completion, render
-from daemon.cli.app import DATA, QUEUE, WATCH, JsonFlag, app, open_store, out, print_json
-from daemon.cli.estimates import measure_pace, queue_etas, spell
+from daemon.cli.app import DATA, QUEUE, WATCH, JsonFlag, app, existing_store, out, print_json
+from daemon.cli.estimates import format_duration, measure_pace, queue_etas
 from daemon.config import Settings
 from daemon.errors import ConfigError
 from daemon.job import JobState, Priority, to_json
@@ -24,8 +24,8 @@ from daemon.text import escape
 JOB = "A job's id, or its beginning or end."
 
 
-@app.command(rich_help_panel=WATCH)
-def jobs(
+@app.command("jobs", rich_help_panel=WATCH)
+def list_jobs(
     context: typer.Context,
     as_json: JsonFlag = False,
     state: Annotated[
@@ -34,7 +34,7 @@ def jobs(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")] = 50,
 ) -> None:
     """List jobs, oldest first; those that wait with why, and about when they will be done."""
-    with open_store(context) as store:
+    with existing_store(context) as store:
         found = list(reversed(store.jobs(state or None, limit=limit, newest=True)))
         etas = _etas(context.obj.settings, store)
     if as_json:
@@ -43,10 +43,12 @@ def jobs(
         )
     elif found:
         told = [
-            replace(job, reason=f"{job.reason}; done in about {spell(etas[job.id])}") if job.id in etas else job
+            replace(job, reason=f"{job.reason}; done in about {format_duration(etas[job.id])}")
+            if job.id in etas
+            else job
             for job in found
         ]
-        out.print(render.jobs(told))
+        out.print(render.job_list(told))
     else:
         out.print(f"no jobs that are {' or '.join(state)}" if state else "no jobs yet")
 
@@ -70,7 +72,7 @@ def show_job(
     as_json: JsonFlag = False,
 ) -> None:
     """Everything about one job: data, verdict, steps, losses, every move."""
-    with open_store(context) as store:
+    with existing_store(context) as store:
         found = store.find(job)
         events = store.transitions(found.id)
     if as_json:
@@ -79,8 +81,8 @@ def show_job(
         out.print(render.job(found, events, context.obj.settings))
 
 
-@app.command(rich_help_panel=DATA)
-def submit(
+@app.command("submit", rich_help_panel=DATA)
+def submit_file(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="JSON lines, or .json, .csv, .tsv, .parquet to convert; it is copied.")],
     *,
@@ -94,11 +96,10 @@ def submit(
     ] = None,
 ) -> None:
     """Copy a file into the inbox the safe way: written (or converted) beside, then renamed."""
-    from daemon.cli.submit import submit as copy_in
-    from daemon.cli.submit import wait_for
+    from daemon.cli.submit import submit, wait_for
 
     settings = context.obj.settings
-    placed = copy_in(settings, file, priority=priority, force=force, encoding=_known_encoding(encoding))
+    placed = submit(settings, file, priority=priority, force=force, encoding=_known_encoding(encoding))
     if placed.converted is not None:
         notes = "".join(f"; {note}" for note in placed.converted.notes)
         out.print(f"converted {placed.converted.rows:,} rows of {escape(str(file))}{notes}", markup=False)
@@ -151,8 +152,8 @@ def check(
     raise typer.Exit(0 if all(report.accepted for report in reports) else 3)
 
 
-@app.command(rich_help_panel=QUEUE)
-def cancel(
+@app.command("cancel", rich_help_panel=QUEUE)
+def cancel_job(
     context: typer.Context,
     job: Annotated[str, typer.Argument(help=JOB, autocompletion=completion.open_job)],
     hand_back: Annotated[
@@ -160,22 +161,22 @@ def cancel(
     ] = False,
 ) -> None:
     """Cancel a job that waits or runs; a running one seals a checkpoint first."""
-    with open_store(context) as store:
+    with existing_store(context) as store:
         out.print(control.cancel(context.obj.settings, store, store.find(job), hand_back=hand_back), markup=False)
 
 
-@app.command(rich_help_panel=QUEUE)
-def retry(
+@app.command("retry", rich_help_panel=QUEUE)
+def retry_job(
     context: typer.Context,
     job: Annotated[str, typer.Argument(help=JOB, autocompletion=completion.unsuccessful_job)],
 ) -> None:
     """Put a failed, rejected or cancelled job back into the queue, under the settings of now."""
-    with open_store(context) as store:
+    with existing_store(context) as store:
         out.print(control.retry(context.obj.settings, store, store.find(job)), markup=False)
 
 
-@app.command(rich_help_panel=QUEUE)
-def move(
+@app.command("move", rich_help_panel=QUEUE)
+def move_job(
     context: typer.Context,
     job: Annotated[str, typer.Argument(help=JOB, autocompletion=completion.queued_job)],
     first: Annotated[bool, typer.Option("--first", help="Before all others of its priority.")] = False,
@@ -184,23 +185,23 @@ def move(
     """Change a queued job's place."""
     if not first and priority is None:
         raise ConfigError(operation="move job", subject=job, cause="no place was named", hint="--first or --priority")
-    with open_store(context) as store:
+    with existing_store(context) as store:
         out.print(control.move(store, store.find(job), first=first, priority=priority), markup=False)
 
 
-@app.command(rich_help_panel=QUEUE)
-def pause(
+@app.command("pause", rich_help_panel=QUEUE)
+def pause_queue(
     context: typer.Context,
     after_job: Annotated[bool, typer.Option("--after-job", help="Let the running job come to its end.")] = False,
     reason: Annotated[str, typer.Option(help="Shown in status.")] = "",
 ) -> None:
     """Hold the queue, also over restarts: the running job seals a checkpoint and is queued again."""
-    with open_store(context) as store:
+    with existing_store(context) as store:
         out.print(control.pause(store, after_job=after_job, reason=reason), markup=False)
 
 
-@app.command(rich_help_panel=QUEUE)
-def resume(context: typer.Context) -> None:
+@app.command("resume", rich_help_panel=QUEUE)
+def resume_queue(context: typer.Context) -> None:
     """Let a paused queue go on."""
-    with open_store(context) as store:
+    with existing_store(context) as store:
         out.print(control.resume(store), markup=False)

@@ -27,7 +27,7 @@ WAIT_SECONDS = 0.05  # between two attempts; a promotion is followed by seconds 
 
 
 @app.command("versions", rich_help_panel=MODEL)
-def list_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
+def show_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
     """Show finished adapters as a tree: which continued which, and their held-out losses before and after."""
     model_dir = context.obj.settings.model_dir
     found = versions.list_versions(model_dir)
@@ -40,13 +40,13 @@ def list_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
             ]
         )
     elif found:
-        out_console.print(render.versions(found, current))
+        out_console.print(render.version_tree(found, current))
     else:
         out_console.print("no versions yet: nothing has been trained to its end")
 
 
 @app.command("merge", rich_help_panel=MODEL)
-def merge(
+def merge_version(
     context: typer.Context,
     version: Annotated[str, typer.Argument(help="A version's number, or `latest`.", autocompletion=completion.version)],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
@@ -84,8 +84,8 @@ def merge(
     )
 
 
-@app.command(rich_help_panel=MODEL)
-def rollback(
+@app.command("rollback", rich_help_panel=MODEL)
+def roll_back(
     context: typer.Context,
     version: Annotated[str, typer.Argument(help="An earlier version: 0003, or 3.", autocompletion=completion.version)],
     after_job: Annotated[bool, typer.Option("--after-job", help="Wait until the running job has ended.")] = False,

@@ -11,7 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from daemon.cli.doctor import Finding
-from daemon.cli.estimates import spell
+from daemon.cli.estimates import format_duration
 from daemon.config import Settings
 from daemon.inbox import layout
 from daemon.inbox.report import remarks
@@ -31,7 +31,7 @@ STATE_STYLES = {
 }
 
 
-def status(snapshot: Mapping[str, Any]) -> RenderableType:
+def status_view(snapshot: Mapping[str, Any]) -> RenderableType:
     """status.json for people."""
     parts: list[RenderableType] = [headline(snapshot)]
     grid = _grid()
@@ -61,7 +61,7 @@ def status(snapshot: Mapping[str, Any]) -> RenderableType:
         grid.add_row("warning", Text(printable(str(warning), most=400), style="yellow"))
     parts.append(grid)
     if snapshot.get("recent"):
-        parts += ["", recent(snapshot["recent"][:10])]
+        parts += ["", recent_jobs(snapshot["recent"][:10])]
     return Group(*parts)
 
 
@@ -115,11 +115,11 @@ def progress_line(job: Mapping[str, Any]) -> str:
         if job.get(key) is not None:
             line += form.format(job[key])
     if job.get("eta_seconds") is not None:
-        line += f"  {spell(float(job['eta_seconds']))} left"
+        line += f"  {format_duration(float(job['eta_seconds']))} left"
     return line
 
 
-def jobs(found: Sequence[Job]) -> RenderableType:
+def job_list(found: Sequence[Job]) -> RenderableType:
     """One line a job; below the table, why those that did not succeed are where they are."""
     rows = []
     for item in found:
@@ -171,7 +171,7 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
             ("steps", f"{result.steps_run} of {result.steps_planned} planned"),
             ("held-out loss", losses(result.held_out_before, result.held_out_after) or None),
             ("tokens/s", f"{result.tokens_per_second:,.0f}" if result.tokens_per_second else None),
-            ("took", spell(result.wall_seconds) if result.wall_seconds else None),
+            ("took", format_duration(result.wall_seconds) if result.wall_seconds else None),
             *(("warning", Text(escape(warning), style="yellow")) for warning in result.warnings),
             ("hint", escape(result.hint) or None),
         ]
@@ -197,7 +197,7 @@ def _located(settings: Settings, item: Job) -> str:
     return escape(str(path), most=2000) if path else "no longer in the inbox"
 
 
-def versions(found: Sequence[Version], current: Version | None) -> RenderableType:
+def version_tree(found: Sequence[Version], current: Version | None) -> RenderableType:
     """The lineage as a tree: each version below the one whose weights it continued."""
     tree = Tree("base model", guide_style="dim")
     branches: dict[str, Tree] = {}
@@ -240,7 +240,7 @@ def losses(before: float | None, after: float | None) -> str:
     return f"{before:.3f} -> {after:.3f}"
 
 
-def recent(entries: Sequence[Mapping[str, Any]]) -> Table:
+def recent_jobs(entries: Sequence[Mapping[str, Any]]) -> Table:
     """The last jobs of a status file."""
     rows = []
     for entry in entries:

@@ -16,21 +16,23 @@ from daemon.observability.status import Liveness, read_status
 from daemon.text import escape
 
 
-@app.command(rich_help_panel=BEGIN)
-def init(
+@app.command("init", rich_help_panel=BEGIN)
+def init_root(
     context: typer.Context,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="With a tiny base model, built on the spot, for a first try.")
     ] = False,
 ) -> None:
     """Make this folder a root: inbox, model directory, state and a dropforge.toml with every key explained."""
-    from daemon.cli.init import init as initialise
+    from daemon.cli.init import init
 
-    place: RootContext = context.obj
-    settings = initialise(place.root, tiny=tiny)
-    out.print(f"initialised {escape(str(place.root))}", markup=False)
+    root_context: RootContext = context.obj
+    settings = init(root_context.root, tiny=tiny)
+    out.print(f"initialised {escape(str(root_context.root))}", markup=False)
     if not tiny:
-        out.print(f"next: set model_name_or_path under [model] in {place.root / config.CONFIG_NAME}", markup=False)
+        out.print(
+            f"next: set model_name_or_path under [model] in {root_context.root / config.CONFIG_NAME}", markup=False
+        )
     out.print(f"then: dropforge run, and drop .jsonl files into {settings.inbox_dir}", markup=False)
 
 
@@ -44,13 +46,13 @@ def run(
     from daemon.service import Service
 
     settings = context.obj.settings
-    wanted = settings.metrics.port is not None or settings.metrics.textfile is not None
-    if wanted:
+    has_metrics = settings.metrics.port is not None or settings.metrics.textfile is not None
+    if has_metrics:
         from daemon.observability.metrics import Metrics, MetricsPublisher
 
         metrics = Metrics()
     try:
-        log = logs.configure(settings, listeners=[metrics.hear] if wanted else [])
+        log = logs.configure(settings, listeners=[metrics.hear] if has_metrics else [])
     except OSError as error:
         raise DropforgeError(
             operation="write the log",
@@ -58,7 +60,7 @@ def run(
             cause=error.strerror or str(error),
             hint="run it as the user who owns the root, or choose another folder under [logging]",
         ) from error
-    reporter = MetricsPublisher(metrics, settings.metrics, settings.root, log) if wanted else None
+    reporter = MetricsPublisher(metrics, settings.metrics, settings.root, log) if has_metrics else None
     raise typer.Exit(Service(settings, log=log, metrics=reporter).run(once=once))
 
 
@@ -74,8 +76,8 @@ def demo(
     raise typer.Exit(run_demo(folder))
 
 
-@app.command(rich_help_panel=WATCH)
-def status(
+@app.command("status", rich_help_panel=WATCH)
+def show_status(
     context: typer.Context,
     as_json: JsonFlag = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="A live screen, until Ctrl-C.")] = False,
@@ -83,9 +85,9 @@ def status(
     """Is it alive, what does it do, what waits and why. Exit 1 when the daemon died or hangs."""
     settings = context.obj.settings
     if watch:
-        from daemon.cli.dashboard import watch as watch_screen
+        from daemon.cli.dashboard import run_dashboard
 
-        watch_screen(settings.status_path, Console(highlight=False))
+        run_dashboard(settings.status_path, Console(highlight=False))
         return
     try:
         snapshot = read_status(settings.status_path)
@@ -98,5 +100,5 @@ def status(
     if as_json:
         print_json(snapshot)
     else:
-        out.print(render.status(snapshot))
+        out.print(render.status_view(snapshot))
     raise typer.Exit(0 if snapshot["liveness"] in (Liveness.ALIVE, Liveness.STOPPED) else 1)

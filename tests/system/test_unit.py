@@ -16,18 +16,20 @@ import pytest
 
 from daemon import sd_notify
 from daemon.cli.systemd import units
-from daemon.cli.systemd.units import DropIn, Kind, Unit
+from daemon.cli.systemd.units import DropIn, Unit, UnitKind
 from tests.support.root import DROPFORGE, Root, environment, wait_until
 
 
 def variants() -> list[Unit]:
     python = Path(sys.executable)
     return [
-        Unit(kind=Kind.SYSTEM, python=python),
-        Unit(kind=Kind.TEMPLATE, python=python, root=Path("/var/lib/dropforge-%i")),
-        Unit(kind=Kind.USER, python=python, root=Path("/tmp/forge")),
-        Unit(kind=Kind.SYSTEM, python=python, root=Path('/srv/a "quoted" 100% $root'), outside=(Path("/mnt/in box"),)),
-        Unit(kind=Kind.SYSTEM, python=python, root=Path("/home/alice/forge")),
+        Unit(kind=UnitKind.SYSTEM, python=python),
+        Unit(kind=UnitKind.TEMPLATE, python=python, root=Path("/var/lib/dropforge-%i")),
+        Unit(kind=UnitKind.USER, python=python, root=Path("/tmp/forge")),
+        Unit(
+            kind=UnitKind.SYSTEM, python=python, root=Path('/srv/a "quoted" 100% $root'), outside=(Path("/mnt/in box"),)
+        ),
+        Unit(kind=UnitKind.SYSTEM, python=python, root=Path("/home/alice/forge")),
     ]
 
 
@@ -37,12 +39,12 @@ def variants() -> list[Unit]:
 def test_every_unit_is_accepted_without_a_word(tmp_path: Path, unit: Unit, drop_ins: tuple[DropIn, ...]) -> None:
     """`verify` exits 0 on unknown keys and bad values too, so its silence is what counts."""
     name = unit.name.replace("@", "@x")
-    (tmp_path / name).write_text(units.render(unit))
-    for kind in drop_ins if unit.kind is not Kind.USER else ():
+    (tmp_path / name).write_text(units.render_unit(unit))
+    for kind in drop_ins if unit.kind is not UnitKind.USER else ():
         folder = tmp_path / f"{name}.d"
         folder.mkdir(exist_ok=True)
         (folder / f"{kind}.conf").write_text(units.drop_in(kind))
-    mode = ["--user"] if unit.kind is Kind.USER else []
+    mode = ["--user"] if unit.kind is UnitKind.USER else []
     done = subprocess.run(
         ["systemd-analyze", *mode, "--man=no", "verify", str(tmp_path / name)],
         capture_output=True,
@@ -59,25 +61,27 @@ def test_a_unit_that_is_wrong_is_not_accepted_without_a_word(tmp_path: Path) -> 
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     unit = tmp_path / "dropforge.service"
-    unit.write_text(units.render(Unit(kind=Kind.SYSTEM, python=Path(sys.executable))) + "[Service]\nNoSuchKey=1\n")
+    unit.write_text(
+        units.render_unit(Unit(kind=UnitKind.SYSTEM, python=Path(sys.executable))) + "[Service]\nNoSuchKey=1\n"
+    )
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     assert "NoSuchKey" in done.stderr
 
 
 def test_each_directive_that_is_left_out_has_its_reason() -> None:
-    text = units.render(Unit(kind=Kind.SYSTEM))
+    text = units.render_unit(Unit(kind=UnitKind.SYSTEM))
     for directive in ("MemoryDenyWriteExecute", "ProcSubset", "DynamicUser", "RootDirectory", "~@resources"):
         assert re.search(rf"^#\s+.*{directive}.*\w+", text, re.MULTILINE)
         assert not re.search(rf"^{directive}=", text, re.MULTILINE)
 
 
 def test_what_lies_outside_the_root_or_in_a_home_is_opened_and_nothing_else() -> None:
-    text = units.render(Unit(kind=Kind.SYSTEM, root=Path("/srv/forge"), outside=(Path("/mnt/in box"),)))
+    text = units.render_unit(Unit(kind=UnitKind.SYSTEM, root=Path("/srv/forge"), outside=(Path("/mnt/in box"),)))
     assert "ReadWritePaths=/srv/forge\n" in text
     assert 'ReadWritePaths="/mnt/in box"' in text
     assert "ProtectHome=yes" in text
     assert "StateDirectory=" not in text
-    assert "ProtectHome=read-only" in units.render(Unit(kind=Kind.SYSTEM, root=Path("/home/a/forge")))
+    assert "ProtectHome=read-only" in units.render_unit(Unit(kind=UnitKind.SYSTEM, root=Path("/home/a/forge")))
 
 
 def test_what_is_told_to_systemd_is_one_line_of_text_that_it_takes(

@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from daemon.cli import dashboard, doctor, render
-from daemon.cli.doctor import Verdict
+from daemon.cli.doctor import Severity
 from daemon.cli.main import main
 from daemon.cli.systemd import install
 from daemon.cli.systemd.units import DropIn
@@ -60,7 +60,7 @@ def test_jobs_fit_80_columns_one_line_each(names: list[str], reason: str) -> Non
         Job(id=f"20261123-041500-000{number}", name=name, state=JobState.FAILED, reason=reason, version="0001")
         for number, name in enumerate(names)
     ]
-    lines = rendered(render.jobs(found))
+    lines = rendered(render.job_list(found))
     assert all(cell_len(line) <= 80 for line in lines)
     assert [line.split()[0] for line in lines[1 : len(names) + 1]] == [job.id for job in found]
     assert all("failed" in line and line.rstrip().endswith("0001") for line in lines[1 : len(names) + 1])
@@ -134,7 +134,7 @@ def test_versions_are_a_tree_of_who_continued_whom() -> None:
         return Version(name=name, path=Path(name), record=record)
 
     found = [version("0001", None), version("0002", "0001"), version("0003", "0001")]
-    lines = rendered(render.versions(found, found[2]))
+    lines = rendered(render.version_tree(found, found[2]))
     assert [line.index(name) for line, name in zip(lines[1:], ("0001", "0002", "0003"), strict=True)] == [4, 8, 8]
     assert "current" in lines[3]
     assert "3.000 -> 2.000" in lines[1]
@@ -272,7 +272,9 @@ def test_a_dry_run_shows_the_unit_and_writes_nothing(tmp_path: Path) -> None:
 def test_units_are_written_for_this_interpreter_and_root(tmp_path: Path) -> None:
     units = tmp_path / "units"
     settings_ = Settings(root=Path("/var/lib/dropforge-b"), queue={"stop_timeout": 500.0}, metrics={"port": 9000})
-    planned = install.plan(settings_, instance="b", drop_ins=install.wanted_drop_ins(settings_), directory=units)
+    planned = install.plan_install(
+        settings_, instance="b", drop_ins=install.wanted_drop_ins(settings_), directory=units
+    )
     planned.execute()
     template = (units / "dropforge@.service").read_text()
     assert "--root /var/lib/dropforge-%i run" in template
@@ -283,7 +285,7 @@ def test_units_are_written_for_this_interpreter_and_root(tmp_path: Path) -> None
 
 
 def test_an_instance_with_a_root_elsewhere_gets_a_drop_in_of_its_own(tmp_path: Path) -> None:
-    planned = install.plan(Settings(root=tmp_path / "forge"), instance="b", directory=tmp_path)
+    planned = install.plan_install(Settings(root=tmp_path / "forge"), instance="b", directory=tmp_path)
     text = dict(planned.files)[tmp_path / "dropforge@b.service.d" / "root.conf"]
     assert f"ReadWritePaths={tmp_path / 'forge'}" in text
     assert "ExecStart=\nExecStart=" in text
@@ -292,7 +294,7 @@ def test_an_instance_with_a_root_elsewhere_gets_a_drop_in_of_its_own(tmp_path: P
 @pytest.mark.parametrize("request_", [{"user": True, "instance": "a"}, {"instance": "../a"}, {"instance": "a b"}])
 def test_what_makes_no_sense_is_refused(tmp_path: Path, request_: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        install.plan(Settings(root=tmp_path), directory=tmp_path, **request_)
+        install.plan_install(Settings(root=tmp_path), directory=tmp_path, **request_)
 
 
 def test_drop_ins_follow_from_the_settings(tmp_path: Path) -> None:
@@ -304,7 +306,7 @@ def test_drop_ins_follow_from_the_settings(tmp_path: Path) -> None:
 # -- doctor
 
 
-def verdicts(found: list[doctor.Finding]) -> dict[str, Verdict]:
+def verdicts(found: list[doctor.Finding]) -> dict[str, Severity]:
     return {finding.name: finding.verdict for finding in found}
 
 
@@ -318,13 +320,13 @@ def test_the_doctor_finds_what_is_wrong_and_says_what_to_do(tmp_path: Path, monk
     (tmp_path / "key").chmod(0o644)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     found = doctor.examine(tmp_path)
-    assert verdicts(found)["model"] is Verdict.FAIL
-    assert verdicts(found)["key"] is Verdict.FAIL
-    assert verdicts(found)["settings"] is Verdict.WARN
-    assert all(finding.hint for finding in found if finding.verdict is Verdict.FAIL)
+    assert verdicts(found)["model"] is Severity.FAIL
+    assert verdicts(found)["key"] is Severity.FAIL
+    assert verdicts(found)["settings"] is Severity.WARN
+    assert all(finding.hint for finding in found if finding.verdict is Severity.FAIL)
     assert all(len(line) <= 80 for line in rendered(render.findings(found)))
     (tmp_path / "dropforge.toml").write_text("[training]\nlearning_rat = 1\n")
-    assert verdicts(doctor.examine(tmp_path))["settings"] is Verdict.FAIL
+    assert verdicts(doctor.examine(tmp_path))["settings"] is Severity.FAIL
 
 
 def test_the_doctor_tells_packages_that_are_too_old_and_whose_view_this_is(
@@ -334,7 +336,7 @@ def test_the_doctor_tells_packages_that_are_too_old_and_whose_view_this_is(
     monkeypatch.setattr(doctor, "version", lambda name: {"peft": "0.9.1", "torch": "2.13.0+cpu"}.get(name, "99"))
     (tmp_path / "dropforge.toml").write_text("")
     found = doctor.examine(tmp_path)
-    assert [finding.told for finding in found if finding.verdict is Verdict.FAIL] == ["peft 0.9.1 is older than 0.18"]
+    assert [finding.told for finding in found if finding.verdict is Severity.FAIL] == ["peft 0.9.1 is older than 0.18"]
     if os.geteuid() != 0:
         return
     (tmp_path / "state").mkdir()

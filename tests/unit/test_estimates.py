@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from daemon.cli.estimates import Pace, measure_pace, queue_etas, spell
+from daemon.cli.estimates import Pace, format_duration, measure_pace, queue_etas
 from daemon.dataset import scan_dataset
 from daemon.dataset.rows import Rules
 from daemon.job import Dataset, Job, JobState, Outcome, RunResult
@@ -80,7 +80,7 @@ def test_jobs_are_done_one_after_the_other() -> None:
     pace = Pace(start_seconds=1.0, tokens_per_second=250.0, tokens_per_byte=0.25)
     first, second = job(rows=1, id="a"), job(rows=2, id="b")
     assert queue_etas([first, second], pace, 10.0) == {"a": 12.0, "b": 15.0}
-    assert [spell(40), spell(23 * 60), spell(5.8 * 3600)] == ["40 s", "23 min", "5.8 h"]
+    assert [format_duration(40), format_duration(23 * 60), format_duration(5.8 * 3600)] == ["40 s", "23 min", "5.8 h"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from daemon.cli.systemd import units
-from daemon.cli.systemd.units import ACCOUNT, DropIn, Kind, Unit
+from daemon.cli.systemd.units import ACCOUNT, DropIn, Unit, UnitKind
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError
 from guard.atomic import write_atomic
@@ -23,7 +23,7 @@ INBOX_FOLDERS = ("", "high", "low")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class InstallPlan:
     """Files to write, in order, and the commands that a person runs afterwards."""
 
     files: tuple[tuple[Path, str], ...]
@@ -44,7 +44,7 @@ class Plan:
                 ) from error
 
 
-def plan(
+def plan_install(
     settings: Settings,
     *,
     user: bool = False,
@@ -52,7 +52,7 @@ def plan(
     drop_ins: Sequence[DropIn] = (),
     directory: Path | None = None,
     python: Path | None = None,
-) -> Plan:
+) -> InstallPlan:
     """Plan the service over `settings.root`. Raises ConfigError when the request makes no sense."""
     if user and instance:
         raise ConfigError(
@@ -63,18 +63,20 @@ def plan(
     if instance and not instance.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(operation="install instance", subject=instance, cause="a name has letters, digits, - and _")
     where = directory or (_user_units() if user else SYSTEM_UNITS)
-    unit = _unit(settings, Kind.USER if user else Kind.TEMPLATE if instance else Kind.SYSTEM, python or _python())
+    unit = _unit(
+        settings, UnitKind.USER if user else UnitKind.TEMPLATE if instance else UnitKind.SYSTEM, python or _python()
+    )
     usual = units.STATE_PARENT / f"dropforge-{instance}"
     written = unit
     if instance:  # the template itself knows no instance
         written = replace(unit, root=units.STATE_PARENT / "dropforge-%i", outside=(), read=())
     name = f"dropforge@{instance}.service" if instance else "dropforge.service"
-    files = [(where / written.name, units.render(written))]
+    files = [(where / written.name, units.render_unit(written))]
     if instance and (unit.root != usual or unit.outside or unit.homes):
         files.append((where / f"{name}.d" / "root.conf", units.instance_drop_in(unit)))
     if not user:
         files += [(where / f"{name}.d" / f"{kind}.conf", units.drop_in(kind)) for kind in drop_ins]
-    return Plan(files=tuple(files), commands=_user_commands(unit) if user else _commands(unit, name))
+    return InstallPlan(files=tuple(files), commands=_user_commands(unit) if user else _commands(unit, name))
 
 
 def wanted_drop_ins(settings: Settings) -> tuple[DropIn, ...]:
@@ -87,10 +89,10 @@ def wanted_drop_ins(settings: Settings) -> tuple[DropIn, ...]:
     return tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
 
 
-def _unit(settings: Settings, kind: Kind, python: Path) -> Unit:
+def _unit(settings: Settings, kind: UnitKind, python: Path) -> Unit:
     root = settings.root
     folders = [settings.inbox_dir, settings.model_dir, settings.state_dir]
-    if kind is Kind.USER or settings.logging.folder:
+    if kind is UnitKind.USER or settings.logging.folder:
         folders.append(settings.log_path.parent)
     if settings.metrics.textfile:
         folders.append((root / settings.metrics.textfile).parent)

@@ -24,7 +24,7 @@ HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
 STOP_MARGIN_SECONDS = 30  # beyond the daemon's own patience with its trainer
 
 
-class Kind(StrEnum):
+class UnitKind(StrEnum):
     """Which unit."""
 
     SYSTEM = "system"  # dropforge.service
@@ -44,7 +44,7 @@ class DropIn(StrEnum):
 class Unit:
     """What a unit is made for. `root` of a template may hold %i."""
 
-    kind: Kind
+    kind: UnitKind
     python: Path = DEFAULT_PYTHON
     root: Path = DEFAULT_ROOT
     stop_seconds: float = 60.0  # [queue] stop_timeout
@@ -54,7 +54,7 @@ class Unit:
     @property
     def name(self) -> str:
         """The file's name."""
-        return "dropforge@.service" if self.kind is Kind.TEMPLATE else "dropforge.service"
+        return "dropforge@.service" if self.kind is UnitKind.TEMPLATE else "dropforge.service"
 
     @property
     def state_directory(self) -> str | None:
@@ -71,10 +71,10 @@ class Unit:
         )
 
 
-def render(unit: Unit) -> str:
+def render_unit(unit: Unit) -> str:
     """Render the unit file."""
     values = _values(unit)
-    template = "user.service.in" if unit.kind is Kind.USER else "system.service.in"
+    template = "user.service.in" if unit.kind is UnitKind.USER else "system.service.in"
     return _fill(template, {**values, "COMMON": _fill("common.in", values)})
 
 
@@ -108,7 +108,7 @@ def _values(unit: Unit) -> dict[str, str]:
         [f"StateDirectory={_setting(unit.state_directory)}", "StateDirectoryMode=0750"] if unit.state_directory else []
     )
     return {
-        "INSTANCE": {Kind.SYSTEM: "", Kind.TEMPLATE: " (%i)", Kind.USER: " (user)"}[unit.kind],
+        "INSTANCE": {UnitKind.SYSTEM: "", UnitKind.TEMPLATE: " (%i)", UnitKind.USER: " (user)"}[unit.kind],
         "COMMAND": " ".join(_quoted(word, dollar=True) for word in command(unit.python, unit.root)),
         "ROOT": _setting(unit.root),
         "STOP_SECONDS": str(int(unit.stop_seconds) + STOP_MARGIN_SECONDS),
