@@ -164,12 +164,12 @@ def main() -> None:
     import gc
 
     import daemon.service  # noqa: F401  for its place in sys.modules
-    from daemon import cli
+    from daemon.cli.main import main
 
     gc.freeze()
     channel = socket.socket(fileno=int(sys.argv[1]))
     sys.argv[1:] = serve(channel)
-    cli.main()
+    main()
 
 
 if __name__ == "__main__":
