@@ -164,12 +164,12 @@ def main() -> None:
     import gc
 
     import daemon.service  # noqa: F401  for its place in sys.modules
-    from daemon.cli.main import main
+    from daemon.cli.main import main as run_command_line
 
     gc.freeze()
     channel = socket.socket(fileno=int(sys.argv[1]))
     sys.argv[1:] = serve(channel)
-    main()
+    run_command_line()
 
 
 if __name__ == "__main__":
