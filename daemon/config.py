@@ -34,7 +34,11 @@ ROOT_VARIABLE = "DROPFORGE_ROOT"
 class InboxSettings(Section):
     """`[inbox]`: when a dropped file is taken, and what happens to it afterwards."""
 
-    settle_seconds: float = Field(2.0, ge=0, description="A file is taken when it stayed the same for so long.")
+    settle_seconds: float = Field(
+        2.0,
+        ge=0,
+        description="A file is taken when it stayed the same for so long; up to ten times as long where rows are appended.",
+    )
     quiet_seconds: float = Field(
         0.02,
         ge=0,

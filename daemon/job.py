@@ -152,6 +152,7 @@ class Job:
     attempts_without_progress: int = 0  # attempts in a row that sealed no new step
     not_before: float = 0.0  # seconds since the epoch; back-off after a failure
     reason: str = ""  # why it is in this state, as a sentence
+    continues: str | None = None  # the job that took a file of this name shortly before: its writer went on
     duplicate_of: str | None = None  # the job that trained the same content; this one was not trained
     failure: FailureKind | None = None
     version: str | None = None  # the version that it was promoted as

@@ -8,7 +8,6 @@ starts. Nothing is deleted but empty folders.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,13 +25,13 @@ from daemon.inbox import layout
 from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, sync_claims, unclaim_sidecar
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
+from daemon.inbox.strays import is_job_folder
 from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, Priority, RunSpec
 from daemon.run_dir import latest_spec, run_dir_of, sealed_step
 from daemon.store import BrokenStore, JobStore
 from daemon.text import escape
 from guard.atomic import fsync_dir
 
-_JOB_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4,}")
 _REPORTS = frozenset({ROWS_JSON, REPORT_JSON, REPORT_TEXT})
 
 
@@ -128,16 +127,15 @@ def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any, *, run: 
     The row is missing when the store was lost or set aside. The run that was launched last is taken for running: the
     scheduler then adopts its trainer, or concludes what it left. Every other file is validated again.
     """
-    if not folder.is_dir() or folder.is_symlink():
-        yield f"{_shown(settings, folder)} does not belong there; it is left alone"
-        return
+    if not is_job_folder(folder.name) or not folder.is_dir() or folder.is_symlink():
+        return  # a stray, which the intake tells of as long as it lies there
     names = [entry.name for entry in folder.iterdir() if entry.name not in _REPORTS]
     if not names:
         with suppress(OSError):  # holds reports: left as it is
             folder.rmdir()
         return
     data = [name for name in names if layout.name_kind(name) is layout.NameKind.DATA]
-    if len(data) != 1 or not _JOB_ID.fullmatch(folder.name):
+    if len(data) != 1:
         yield f"{_shown(settings, folder)} has no job and not one dataset; it is left alone"
         return
     path = folder / data[0]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daemon.config import InboxSettings
-from daemon.dataset.source import SourceError, kind_of_mode, open_regular
+from daemon.dataset.source import COMPRESSIONS, SourceError, kind_of_mode, open_regular
 from daemon.errors import is_gone
 from daemon.inbox.layout import OWN_FOLDERS, NameKind, name_kind, sidecar_name
-from daemon.inbox.other_files import explain_other_name
-from daemon.inbox.settle import Candidate, FileStat, Settled, Wait, decide
+from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
+from daemon.inbox.settle import Candidate, EarlierClaim, FileStat, Settled, Wait, decide, required_stillness
 from daemon.inbox.watcher import EventBatch
 from daemon.inbox.writers import WriterState, find_writer, writer_state
 from daemon.job import Priority, utc_now
@@ -30,6 +30,9 @@ COARSEST_CLOCK_SECONDS = 2.5  # a folder's times move every 2 s on FAT, every se
 ORPHAN_SECONDS = 60.0  # a sidecar without its file is reported after so long
 THOROUGH_BELOW = 100  # settled files; beyond, who writes to the next ones is asked only when their turn comes
 SHOWN = 100  # files whose reasons are published
+REMEMBER_SECONDS = 600.0  # how long a claim is remembered, for a writer that goes on under the same name
+UNFINISHED_SECONDS = 600.0  # without a change, before a file that is still to be renamed is reported
+SINGLE_LINE_BYTES = 64 * 1024  # of a file that is looked through for a second line
 SIDECAR_PAUSE = 0.05  # before a file whose sidecar is being written is examined again
 OPEN = "open for writing"
 NAME_AFTER_SECONDS, NAME_EVERY_SECONDS = 1.0, 5.0  # all of /proc is searched for a name: not for a short copy
@@ -73,6 +76,15 @@ class SettledFile:
         return shown_name(self.candidate.priority, self.candidate.name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Unfinished:
+    """A file under a temporary name."""
+
+    stat: FileStat
+    unchanged_since: float
+    since: str  # the same moment by the wall clock
+
+
 class CandidateTracker:
     """Every name in the watched folders. `now` is of one monotonic clock throughout."""
 
@@ -91,7 +103,8 @@ class CandidateTracker:
         self._last_listed: dict[Priority, float] = {}
         self._listed_at = float("-inf")
         self._last_clock = (float("-inf"), "")
-        self._claimed_at: dict[tuple[Priority, str], float] = {}
+        self._claims: dict[tuple[Priority, str], EarlierClaim] = {}  # of files that were not renamed in
+        self._unfinished: dict[tuple[Priority, str], _Unfinished] = {}
 
     @property
     def deferred(self) -> int:
@@ -176,26 +189,29 @@ class CandidateTracker:
         candidate.due = now + seconds
         self._schedule(candidate)
 
-    def remove_claimed(self, file: SettledFile, now: float) -> None:
-        """Stop tracking a file that left the inbox.
-
-        A name that comes back soon belongs to a writer that had not finished: it must settle.
-        """
-        self._candidates.pop(file.candidate.key, None)
-        self._unsettled.pop(file.candidate.key, None)
+    def remove_claimed(self, file: SettledFile, now: float, job_id: str | None) -> None:
+        """Stop tracking a file that left the inbox, as the file of a job or (None) otherwise."""
+        candidate = file.candidate
+        self._candidates.pop(candidate.key, None)
+        self._unsettled.pop(candidate.key, None)
         if file.sidecar_name is not None:
-            self._sidecars.pop((file.candidate.priority, file.sidecar_name), None)
-        if not file.candidate.renamed_in:
-            self._claimed_at[file.candidate.key] = now
+            self._sidecars.pop((candidate.priority, file.sidecar_name), None)
+        if job_id is not None and not candidate.renamed_in:
+            self._claims[candidate.key] = EarlierClaim(
+                job_id=job_id, claimed_at=now, changed_at=candidate.unchanged_since
+            )
 
-    def _came_back(self, key: tuple[Priority, str], now: float) -> bool:
-        """Whether a file of this name was claimed a moment ago: its writer goes on under the same name."""
-        self._claimed_at = {key: at for key, at in self._claimed_at.items() if now - at <= self.settings.settle_seconds}
-        return key in self._claimed_at
+    def _earlier_claim(self, key: tuple[Priority, str], now: float) -> EarlierClaim | None:
+        """The claim of a file of this name not long ago: its writer may go on under the same name."""
+        self._claims = {key: claim for key, claim in self._claims.items() if now - claim.claimed_at <= REMEMBER_SECONDS}
+        return self._claims.get(key)
 
     def ignored(self, now: float) -> Iterator[IgnoredFile]:
         """Return everything that will not be taken as it is: other kinds of files, and sidecars without a file."""
         yield from self._ignored.values()
+        for (priority, name), file in self._unfinished.items():
+            if now - file.unchanged_since >= UNFINISHED_SECONDS:
+                yield IgnoredFile(priority=priority, name=name, reason=UNFINISHED, since=file.since, meant=True)
         old = [sidecar for sidecar in self._sidecars.values() if now - sidecar.first_seen >= ORPHAN_SECONDS]
         if not old:
             return
@@ -212,7 +228,8 @@ class CandidateTracker:
         candidate = table.get((priority, name))
         if candidate is None:
             candidate = Candidate(priority=priority, name=name, first_seen=now, since=self._clock(now), due=now)
-            candidate.came_back = candidate.must_settle = self._came_back(candidate.key, now)
+            if (earlier := self._earlier_claim(candidate.key, now)) is not None:
+                candidate.follow(earlier, now, self.settings)
             table[candidate.key] = candidate
             if kind is NameKind.DATA:
                 self._unsettled[candidate.key] = candidate
@@ -237,14 +254,28 @@ class CandidateTracker:
             kind = name_kind(name)
             if kind is NameKind.OTHER:
                 self._ignore_other(priority, name)
-            elif kind is not NameKind.UNFINISHED and (priority, name) not in self._known(kind):
+            elif kind is NameKind.UNFINISHED:
+                self._watch_unfinished(priority, name, now)
+            elif (priority, name) not in self._known(kind):
                 self._schedule(self._track(priority, name, kind, now))
+
+    def _watch_unfinished(self, priority: Priority, name: str, now: float) -> None:
+        """Remember since when a dataset that is still to be renamed has not changed."""
+        if not names_unfinished_dataset(name):
+            return
+        try:
+            stat = FileStat.of((self._folders[priority] / name).lstat())
+        except OSError:
+            return
+        before = self._unfinished.get((priority, name))
+        if before is None or before.stat != stat:
+            self._unfinished[(priority, name)] = _Unfinished(stat=stat, unchanged_since=now, since=self._clock(now))
 
     def _known(self, kind: NameKind) -> dict[tuple[Priority, str], Candidate]:
         return self._candidates if kind is NameKind.DATA else self._sidecars
 
     def _forget_missing(self, priority: Priority, names: set[str]) -> None:
-        for table in (self._candidates, self._unsettled, self._sidecars, self._ignored):
+        for table in (self._candidates, self._unsettled, self._sidecars, self._ignored, self._unfinished):
             for key in [key for key in table if key[0] is priority and key[1] not in names]:
                 del table[key]
         if any(candidate.name not in names for candidate in self._settled[priority]):
@@ -336,8 +367,10 @@ class CandidateTracker:
             descriptor = open_regular(path)
         except (OSError, SourceError) as error:
             reason = error.reason if isinstance(error, SourceError) else f"cannot be read: {error.strerror}"
+            candidate.unreadable = True
             self._wait(candidate, reason, now + _LONGEST_PAUSE)
             return False
+        candidate.unreadable = False
         try:
             if FileStat.of(os.fstat(descriptor)) != stat:
                 self._wait(candidate, "settling: it changed just now", now)
@@ -349,9 +382,15 @@ class CandidateTracker:
             if verdict.whole_only and (
                 state is not WriterState.ABSENT or os.pread(descriptor, 1, stat.size_bytes - 1) != b"\n"
             ):
-                until = candidate.unchanged_since + self.settings.settle_seconds
+                until = candidate.unchanged_since + required_stillness(candidate, self.settings)
                 self._wait(candidate, "settling: it may not be whole", max(now + 0.001, until))
                 return False
+            if _may_be_appended_to(candidate, stat) and _has_one_line(descriptor, stat):
+                candidate.single_line = True
+                verdict_now = decide(candidate, now, self.settings)
+                if isinstance(verdict_now, Wait):
+                    self._wait(candidate, verdict_now.reason, now + max(0.001, verdict_now.seconds))
+                    return False
         finally:
             os.close(descriptor)
         return True
@@ -374,6 +413,20 @@ class CandidateTracker:
         self._candidates.pop(candidate.key, None)
         self._unsettled.pop(candidate.key, None)
         self._sidecars.pop(candidate.key, None)
+
+
+def _may_be_appended_to(candidate: Candidate, stat: FileStat) -> bool:
+    """Whether a small dataset was written in place: it was not renamed or linked in, as finished files are."""
+    written = candidate.closes > 0 or candidate.last_event_at is None
+    return (
+        written and not candidate.renamed_in and not candidate.must_settle
+        and 0 < stat.size_bytes <= SINGLE_LINE_BYTES and name_kind(candidate.name) is NameKind.DATA
+        and not candidate.name.lower().endswith(tuple(COMPRESSIONS))
+    )  # fmt: skip
+
+
+def _has_one_line(descriptor: int, stat: FileStat) -> bool:
+    return os.pread(descriptor, stat.size_bytes, 0).count(b"\n") <= 1
 
 
 def shown_name(priority: Priority, name: str) -> str:

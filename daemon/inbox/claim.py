@@ -85,6 +85,7 @@ def _plan_job(settings: Settings, store: JobStore, file: SettledFile) -> Job:
         size_bytes=file.stat.size_bytes,
         force=sidecar.force,
         overrides=sidecar.overrides,
+        continues=file.candidate.continued_job,
         reason="its rows are being checked",
     )
 

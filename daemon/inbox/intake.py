@@ -6,6 +6,7 @@ read in child processes.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,17 +15,20 @@ from typing import Any
 from daemon.config import Settings
 from daemon.inbox import layout
 from daemon.inbox.archive import Archive, sync_claims
-from daemon.inbox.candidates import SHOWN, CandidateTracker, SettledFile, shown_name
+from daemon.inbox.candidates import REMEMBER_SECONDS, SHOWN, CandidateTracker, SettledFile, shown_name
 from daemon.inbox.claim import NotClaimed, claim
+from daemon.inbox.strays import Stray, StrayFinder
 from daemon.inbox.validation import Validator
 from daemon.inbox.watcher import FolderWatcher
-from daemon.job import Job, JobState, Priority
+from daemon.job import Job, JobState
 from daemon.store import JobStore
+from daemon.text import escape
 from daemon.wakeup import SupportsSet
 
 CLAIM_SECONDS = 0.05  # of claims in a tick; the service has other things to do as well
 MIN_SCAN_SECONDS = 0.05  # between two scans, however often events arrive
 FAILED_CLAIM_SECONDS, LONGEST_FAILED_SECONDS = 5.0, 600.0  # before a file that could not be claimed is tried again
+JOBS_SHOWN = 5  # of a file that came in pieces, the newest
 PURGE_SECONDS = 3600.0
 
 
@@ -50,6 +54,14 @@ class IntakeView:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pieces:
+    """A file that came as several jobs, because its writer went on after the first was taken."""
+
+    jobs: tuple[str, ...]
+    latest: float  # when the newest of them was claimed, on our monotonic clock
+
+
 class Intake:
     """The inbox of one root. One thread calls everything; other threads only set `wakeup`."""
 
@@ -71,7 +83,10 @@ class Intake:
         self._accepting = True
         self._repair_warnings: tuple[str, ...] = ()
         self._unusable = ""  # why no file can be claimed
-        self._ignored_logged: set[tuple[Priority, str, str]] = set()
+        self._strays: list[Stray] = []
+        self._stray_finder = StrayFinder()
+        self._pieces: dict[str, _Pieces] = {}  # by the file's shown name
+        self._ignored_logged: set[tuple[str, str, str]] = set()  # event, name and reason
         self._overflows_logged = 0
 
     def open(self, warnings: Iterable[str] = ()) -> None:
@@ -131,22 +146,20 @@ class Intake:
 
     def view(self) -> IntakeView:
         """Return what status shows now."""
-        unsettled = zip(self._candidates.unsettled(), range(SHOWN), strict=False)
+        now = time.monotonic()
+        # Those that a person has to help come first.
+        unsettled = heapq.nsmallest(SHOWN, self._candidates.unsettled(), key=lambda found: not found.unreadable)
         waiting = [
             Waiting(name=shown_name(found.priority, found.name), reason=found.reason, since=found.since)
-            for found, _ in unsettled
+            for found in unsettled
         ]
         for name, since in self._validator.unsteady():
             waiting.append(Waiting(name=name, reason="claimed, but still being written", since=since))
-        refused_first = sorted(self._candidates.ignored(time.monotonic()), key=lambda found: not found.meant)
-        ignored = tuple(
-            Waiting(name=shown_name(found.priority, found.name), reason=found.reason, since=found.since)
-            for found in refused_first[:SHOWN]
-        )
         warnings = [
             *self._repair_warnings,
             *([self._unusable] if self._unusable else []),
             *self._archive.warnings(),
+            *self._piece_warnings(now),
             *([f"the inbox is polled: {self._watcher.polling_reason}"] if self._watcher.polling else []),
         ]
         return IntakeView(
@@ -154,7 +167,7 @@ class Intake:
             waiting=tuple(waiting),
             deferred=self._candidates.deferred,
             scanning=self._validator.busy(),
-            left_alone=ignored,
+            left_alone=tuple(self._ignored(now)[:SHOWN]),
             overflows=self._watcher.overflows,
             warnings=tuple(warnings),
         )
@@ -182,6 +195,7 @@ class Intake:
         if self._is_usable() and not (self.settings.inbox_dir / layout.PROCESSING).is_dir():
             layout.create_folders(self.settings)  # another folder took the inbox's place
         self._scan(now, full=self._scan_requested)
+        self._strays = self._stray_finder.find(self.settings)
         self._log_ignored(now)
         self._archive.retry()
         self._validator.adopt_claimed()
@@ -203,16 +217,38 @@ class Intake:
             self._scan_requested = True
         return not self._unusable
 
+    def _ignored(self, now: float) -> list[Waiting]:
+        """What will not be taken as it is: what seems to be a dataset first."""
+        found = [
+            (file.meant, Waiting(name=shown_name(file.priority, file.name), reason=file.reason, since=file.since))
+            for file in self._candidates.ignored(now)
+        ]
+        found += [
+            (stray.meant, Waiting(name=f"{stray.folder}/{escape(stray.name)}", reason=stray.reason, since=stray.since))
+            for stray in self._strays
+        ]
+        return [waiting for _, waiting in sorted(found, key=lambda pair: not pair[0])]
+
     def _log_ignored(self, now: float) -> None:
-        """Log each name that is ignored once."""
-        present = set()
-        for found in self._candidates.ignored(now):
-            key = (found.priority, found.name, found.reason)
-            present.add(key)
-            if key not in self._ignored_logged:
-                shown = shown_name(found.priority, found.name)
-                self._log.warning("file.left_alone", file=shown, reason=found.reason)
+        """Log each name that is ignored, or that cannot be read, once."""
+        present = {("file.left_alone", found.name, found.reason) for found in self._ignored(now)}
+        present |= {
+            ("file.unreadable", shown_name(found.priority, found.name), found.reason)
+            for found in self._candidates.unsettled()
+            if found.unreadable
+        }
+        for event, name, reason in sorted(present - self._ignored_logged):
+            self._log.warning(event, file=name, reason=reason)
         self._ignored_logged = present
+
+    def _piece_warnings(self, now: float) -> list[str]:
+        """Tell of files that came as several jobs not long ago."""
+        self._pieces = {name: file for name, file in self._pieces.items() if now - file.latest <= REMEMBER_SECONDS}
+        return [
+            f"{name} was written to after it had been taken, and came as {len(file.jobs)} jobs"
+            f" ({', '.join(file.jobs[-JOBS_SHOWN:])}): write it elsewhere, then rename it in"
+            for name, file in self._pieces.items()
+        ]
 
     def _claim_settled(self) -> None:
         """Claim settled files while the queue has a place and the tick has time."""
@@ -252,10 +288,12 @@ class Intake:
                 seconds = min(LONGEST_FAILED_SECONDS, FAILED_CLAIM_SECONDS * 2**candidate.failed_claims)
                 self._candidates.postpone(candidate, now, seconds=seconds, reason=failure.reason)
             else:
-                self._candidates.remove_claimed(file, now)
+                self._candidates.remove_claimed(file, now, None)
                 self._scan_requested = True
             return None
-        if candidate.came_back:
-            self._log.warning("file.came_back", file=file.shown, job=job.id)
-        self._candidates.remove_claimed(file, now)
+        if job.continues is not None:
+            self._log.warning("file.came_back", file=file.shown, job=job.id, continues=job.continues)
+            earlier = self._pieces[file.shown].jobs if file.shown in self._pieces else (job.continues,)
+            self._pieces[file.shown] = _Pieces(jobs=(*earlier, job.id), latest=now)
+        self._candidates.remove_claimed(file, now, job.id)
         return job

@@ -52,6 +52,7 @@ def report_json(
         "state": job.state.value,
         "reason": job.reason,
         "duplicate_of": job.duplicate_of,
+        "continues": job.continues,
         "version": job.version,
         "failure": job.failure,
         "dropped_at": job.created_at,
@@ -82,6 +83,9 @@ def report_text(
         lines.append(f"  rows      {found.rows:,} ({found.format}), {found.size_bytes:,} bytes")
         lines.append(f"  BLAKE3    {found.digest}")
         lines += [f"  {label:<9} {text}" for label, text in remarks(found)]
+    if job.continues:
+        lines.append(f"  continues job {job.continues}, which took this name shortly before: rows that are appended to")
+        lines.append("            a file in the inbox come as several jobs; write it elsewhere, then rename it in")
     if job.version:
         lines.append(f"  version   {job.version}")
     if job.reason:

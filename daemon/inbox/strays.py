@@ -35,6 +35,11 @@ class Stray:
         return f"{where}: move it into the inbox itself to have it trained" if self.meant else where
 
 
+def is_job_folder(name: str) -> bool:
+    """Whether a name is that of a job's folder."""
+    return _JOB_FOLDER.fullmatch(name) is not None
+
+
 def find_strays(settings: Settings) -> Iterator[Stray]:
     """List the strays of a root. A folder that cannot be read has none: that is told elsewhere."""
     for folder in JOB_FOLDERS:
@@ -48,7 +53,7 @@ def _strays_in(folder: Path) -> Iterator[Stray]:
                 entry.name
                 for entry in entries
                 if not entry.name.startswith(".")
-                and not (_JOB_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False))
+                and not (is_job_folder(entry.name) and entry.is_dir(follow_symlinks=False))
             )
     except OSError:
         return

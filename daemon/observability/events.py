@@ -57,7 +57,12 @@ EVENTS: Mapping[str, Event] = {
     "file.settled": _event("info", "A dropped file stopped changing.", "file reason"),
     "file.claimed": _event("info", "A dropped file was taken.", "file job priority"),
     "file.not_claimed": _event("warning", "A file could not be taken; it stays or is gone.", "file job reason"),
-    "file.came_back": _event("warning", "A file of this very name and content was dropped again at once.", "file job"),
+    "file.came_back": _event(
+        "warning",
+        "More was written under a name that had just been taken: it comes as several jobs.",
+        "file job continues",
+    ),
+    "file.unreadable": _event("warning", "A dropped file may not be read; it is taken when it may.", "file reason"),
     "file.replaced": _event("warning", "Another file took its place while it was taken.", "file job now"),
     "file.left_alone": _event("warning", "Something in the inbox will not be taken as it is.", "file reason"),
     "file.not_moved": _event("error", "A finished job's file could not be moved; it is tried again.", "job error"),

@@ -220,6 +220,6 @@ def test_a_folder_whose_row_was_lost_becomes_a_job_again(tmp_path: Path) -> None
         (again,) = root.wait_for(1)
         assert again.id == job.id
         assert again.recipe["lora"]["r"] == 3
-        assert any("mine" in line for line in root.intake.view().warnings)
+        root.pump(lambda: any("mine" in item.name for item in root.intake.view().left_alone))
         assert (odd / "y.jsonl").exists()
         assert not (tmp_path / "inbox/processing/20260101-000000-0000").exists()

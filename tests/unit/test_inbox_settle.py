@@ -12,7 +12,7 @@ import pytest
 from daemon.config import InboxSettings
 from daemon.inbox.candidates import CandidateTracker
 from daemon.inbox.layout import NameKind, name_kind, sidecar_name
-from daemon.inbox.settle import Candidate, FileStat, Settled, Wait, decide
+from daemon.inbox.settle import Candidate, EarlierClaim, FileStat, Settled, Wait, decide
 from daemon.inbox.watcher import NameEvents
 from daemon.job import Priority
 
@@ -155,3 +155,72 @@ def test_a_file_that_never_settles_is_shown_as_waiting_for_ever(tmp_path: Path) 
         assert waiting.reason.startswith("settling")
         assert found.deferred == 0
     assert found.next_settled(86_400.0) is None
+
+
+def at_work(*closes: float) -> Candidate:
+    """A file whose writer closed it at these times, each time with another row."""
+    made = Candidate(priority=Priority.NORMAL, name="x.jsonl", first_seen=closes[0], since="")
+    for number, at in enumerate(closes):
+        made.add_events(CLOSED, at)
+        made.observe(replace(LOOK, size_bytes=10 * (number + 1)), at)
+    return made
+
+
+def settled_after(made: Candidate) -> float:
+    """Seconds without a change after which it may be taken."""
+    low, high = 0.0, 3600.0
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        settled = isinstance(decide(made, made.unchanged_since + middle, SETTINGS), Settled)
+        low, high = (low, middle) if settled else (middle, high)
+    return round(high, 1)
+
+
+@pytest.mark.parametrize(
+    ("closes", "seconds"),
+    [
+        pytest.param((100.0,), 0.0, id="closed_once"),
+        pytest.param((100.0, 100.1), 2.0, id="closed_twice_at_once"),
+        pytest.param((100.0, 101.0), 3.0, id="every_second"),
+        pytest.param((100.0, 103.0, 106.0), 9.0, id="every_three_seconds"),
+        pytest.param((100.0, 103.0, 103.2), 9.0, id="the_longest_pause_counts"),
+        pytest.param((100.0, 115.0), 20.0, id="patience_has_an_end"),
+    ],
+)
+def test_a_writer_that_paused_may_pause_three_times_as_long_again(closes: tuple[float, ...], seconds: float) -> None:
+    """By the closes that were heard; a file that was closed once is taken at once."""
+    assert settled_after(at_work(*closes)) == pytest.approx(seconds, abs=0.05)
+
+
+def test_a_file_of_one_line_may_be_the_first_of_many() -> None:
+    """It gets five times the time; a second line shows how its writer goes on."""
+    made = at_work(100.0)
+    made.single_line = True
+    assert settled_after(made) == 10.0
+    assert "renamed in" in decide(made, 101.0, SETTINGS).reason
+    made.add_events(CLOSED, 103.0)
+    made.observe(replace(LOOK, size_bytes=99), 103.0)
+    assert settled_after(made) == 9.0
+
+
+@pytest.mark.parametrize(
+    ("pause", "seconds", "single_line", "continues"),
+    [
+        pytest.param(1.0, 3.0, False, True, id="at_once"),
+        pytest.param(15.0, 20.0, False, True, id="soon"),
+        pytest.param(60.0, 0.0, False, False, id="a_whole_file_later"),
+        pytest.param(60.0, 10.0, True, True, id="a_line_later"),
+    ],
+)
+def test_a_name_that_comes_back_goes_on_with_the_file_that_was_taken(
+    pause: float, seconds: float, single_line: bool, continues: bool
+) -> None:
+    """Unless it comes late and whole: then it is another file, which is taken at once."""
+    made = candidate()
+    made.add_events(CLOSED, 100.0)
+    made.follow(EarlierClaim(job_id="job-1", claimed_at=99.0, changed_at=100.0 - pause), 100.0, SETTINGS)
+    made.single_line = single_line
+    assert settled_after(made) == pytest.approx(seconds, abs=0.05)
+    assert made.continued_job == ("job-1" if continues else None)
+    made.add_events(RENAMED, 100.0)
+    assert made.continued_job is None
