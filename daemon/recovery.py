@@ -78,7 +78,7 @@ def repair_inbox(settings: Settings, store: JobStore, archive: Archive, log: Any
                 warnings += _adopt(settings, store, folder, log, run=run)
                 continue
             if job.state in FINAL_STATES:
-                archive.file(job)
+                archive.move_files(job)
                 if not archive.problem(job.id):
                     log.info("file.settled_after_crash", job=job.id)
     for job in store.jobs(OPEN_STATES):

@@ -10,6 +10,7 @@ import errno
 import itertools
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -21,11 +22,12 @@ from daemon.dataset import DatasetReport
 from daemon.errors import DropforgeError, NotFound
 from daemon.inbox import layout
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
+from daemon.inbox.sidecar import MAX_SIDECAR_BYTES
 from daemon.job import FINAL_STATES, Dataset, Job, JobState, from_json, to_json
 from daemon.run_dir import LOG_NAME, run_dir_of
 from daemon.store import JobStore
 from daemon.text import escape
-from guard.atomic import fsync_dir, rename_durable, write_atomic
+from guard.atomic import fsync_dir, fsync_file, rename_durable, write_atomic
 
 ROWS_JSON = "rows.json"  # the validation's report, kept beside the file until the job's own is written
 RETURNED_AS = ".returned_as"  # the name under which a file goes back to the inbox, while it does
@@ -60,7 +62,7 @@ class Archive:
         Files that cannot be moved now are moved later. Raises StoreError, TransitionRefused.
         """
         finished = self._store.finish(job.id, job.state, to, reason, **fields)
-        self.file(finished)
+        self.move_files(finished)
         return finished
 
     def finish_duplicate(self, job: Job, dataset: Dataset) -> bool:
@@ -72,7 +74,7 @@ class Archive:
         self.finish(job, JobState.CANCELLED, reason, dataset=dataset, duplicate_of=first.id)
         return True
 
-    def file(self, job: Job) -> None:
+    def move_files(self, job: Job) -> None:
         """Move a finished job's folder to done/ or failed/; a failure is a warning until it succeeds."""
         try:
             archive_files(self.settings, job)
@@ -95,7 +97,7 @@ class Archive:
         for job in self._store.recent(RECENT_JOBS):
             lies_there = os.path.lexists(layout.processing_dir(self.settings, job.id))
             if lies_there and job.id not in self._problems and _seconds_since(job.updated_at) > COMMAND_SECONDS:
-                self.file(job)
+                self.move_files(job)
         for job_id in list(self._problems)[:RETRIES]:
             try:
                 job = self._store.get(job_id)
@@ -103,7 +105,7 @@ class Archive:
                 del self._problems[job_id]
                 continue
             if job.state in FINAL_STATES:
-                self.file(job)
+                self.move_files(job)
             else:  # it was put back into the queue
                 del self._problems[job_id]
 
@@ -141,17 +143,30 @@ class Archive:
 def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None) -> Path:
     """Rename a dropped file, and its sidecar, into the job's folder; the job's row is written already.
 
-    The sidecar goes first: left behind alone, it would be taken for the next file of that name. `sync_claims` makes
-    it durable. Raises OSError.
+    The sidecar goes first: left behind alone, it would be taken for the next file of that name. Where that lies there
+    already (`x.jsonl.gz` beside `x.jsonl`), the sidecar is copied. `sync_claims` makes it durable. Raises OSError.
     """
     folder = layout.processing_dir(settings, job.id)
     folder.mkdir(exist_ok=True)
     if sidecar is not None:
         with suppress(FileNotFoundError):
-            sidecar.rename(folder / sidecar.name)
+            if _is_shared(sidecar, source):
+                shutil.copyfile(sidecar, folder / sidecar.name, follow_symlinks=False)
+                fsync_file(folder / sidecar.name)
+            else:
+                sidecar.rename(folder / sidecar.name)
     target = folder / job.name
     source.rename(target)
     return target
+
+
+def _is_shared(sidecar: Path, source: Path) -> bool:
+    """Whether a sidecar that can be used serves another dataset too."""
+    base, _ = layout.split_data_name(source.name)
+    others = (source.with_name(base + suffix) for suffix in layout.DATA_SUFFIXES)
+    found = sidecar.lstat()
+    usable = stat.S_ISREG(found.st_mode) and found.st_size <= MAX_SIDECAR_BYTES
+    return usable and any(other != source and os.path.lexists(other) for other in others)
 
 
 def sync_claims(settings: Settings, jobs: Iterable[Job]) -> None:
@@ -184,12 +199,12 @@ def return_pair(settings: Settings, job: Job, inbox_folder: Path) -> Path:
     """
     folder = layout.processing_dir(settings, job.id)
     data, sidecar, chosen = folder / job.name, folder / layout.sidecar_name(job.name), folder / RETURNED_AS
-    _undo_link(sidecar, chosen, inbox_folder)
+    _take_back_sidecar(sidecar, chosen, inbox_folder)
     target = inbox_folder / _free_name(job.name, inbox_folder)
     linked = False
     if os.path.lexists(sidecar):
-        # The sidecar first, or the file might be taken without it. It is linked, and removed when its file has moved:
-        # a crash between the two leaves the pair whole in the job's folder, and the link is found by its name.
+        # The sidecar first, or the file might be taken without it. It is linked, and removed when its file has moved;
+        # a return that is cut short in between finds it by the name that was chosen.
         write_atomic(chosen, os.fsencode(target.name))
         linked = _link(sidecar, target.with_name(layout.sidecar_name(target.name)))
     rename_durable(data, target)
@@ -199,12 +214,14 @@ def return_pair(settings: Settings, job: Job, inbox_folder: Path) -> Path:
     return target
 
 
-def _undo_link(sidecar: Path, chosen: Path, inbox_folder: Path) -> None:
-    """Remove the link to a sidecar that a return which was cut short left in the folder."""
+def _take_back_sidecar(sidecar: Path, chosen: Path, inbox_folder: Path) -> None:
+    """Undo the first half of a return that was cut short: the sidecar, or a link to it, lies in the folder."""
     with suppress(FileNotFoundError):
-        link = inbox_folder / layout.sidecar_name(os.fsdecode(chosen.read_bytes()))
-        if os.path.samestat(link.lstat(), sidecar.lstat()):
-            link.unlink()
+        returned = inbox_folder / layout.sidecar_name(os.fsdecode(chosen.read_bytes()))
+        if not os.path.lexists(sidecar):
+            returned.rename(sidecar)
+        elif os.path.samestat(returned.lstat(), sidecar.lstat()):
+            returned.unlink()
 
 
 def _free_name(name: str, inbox_folder: Path) -> str:

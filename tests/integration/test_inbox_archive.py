@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -90,21 +92,29 @@ def test_a_returned_pair_has_its_own_name_where_that_is_free(root: Root) -> None
     assert texts(root.inbox / "high") == {"x.jsonl": OLD, "x.job.toml": SIDECAR}
 
 
-def test_a_return_that_is_cut_short_is_finished_under_the_same_name(
-    root: Root, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed when the sidecar lies in the inbox already and its file does not."""
+@pytest.mark.parametrize("links", [True, False])
+def test_a_return_that_is_cut_short_is_begun_anew(root: Root, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Killed when the sidecar lies in the inbox already and its file does not; also of an owner who forbids links."""
     job = queued_pair(root)
     (root.inbox / "x.jsonl").write_text(NEW)
 
     class Killed(BaseException):
         pass
 
-    def kill(*_: object, **__: object) -> None:
-        raise Killed
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    real = archive.rename_durable
+
+    def rename(source: Path, target: Path) -> None:
+        if source.name == "x.jsonl":
+            raise Killed
+        real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(archive, "rename_durable", kill)
+        patch.setattr(archive, "rename_durable", rename)
+        if not links:
+            patch.setattr(os, "link", refuse)
         with pytest.raises(Killed):
             control.cancel(root.settings, root.store, job, hand_back=True)
     assert texts(root.inbox) == {"x.jsonl": NEW, "x-2.job.toml": SIDECAR}

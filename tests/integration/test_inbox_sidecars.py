@@ -45,6 +45,18 @@ def test_a_sidecar_serves_a_compressed_file_too(root: Root) -> None:
     assert job.dataset.format == "columns"
 
 
+def test_a_sidecar_serves_every_file_of_its_name_that_lies_there(root: Root) -> None:
+    """As after `gzip -k`: none of them is trained without it, and it does not wait for a file of a later day."""
+    import gzip
+
+    root.drop("x.job.toml", GOOD)
+    (root.inbox / "x.jsonl").write_text(FLAT)
+    (root.inbox / "x.jsonl.gz").write_bytes(gzip.compress(FLAT.encode() * 2))
+    jobs = root.wait_for(2)
+    assert [job.recipe["lora"]["r"] for job in jobs] == [4, 4]
+    assert not (root.inbox / "x.job.toml").exists()
+
+
 def test_a_file_waits_for_a_sidecar_that_is_being_written(root: Root) -> None:
     """Half a sidecar may be sound TOML that says something else."""
     with (root.inbox / "x.job.toml").open("w") as writer:
