@@ -111,9 +111,10 @@ EVENTS: Mapping[str, Event] = {
     "run.planned": _event(
         "info",
         "The arithmetic of the run, before its first step.",
-        "job rows held_out_rows dropped_rows tokens trained_tokens global_batch_size steps_per_epoch epochs total_steps"
+        "job rows samples held_out_rows dropped_rows tokens trained_tokens global_batch_size steps_per_epoch epochs total_steps"
         " warmup_steps arithmetic",
     ),
+    "run.data_warned": _event("warning", "What a person should know of the data before it is trained.", "job warnings"),
     "run.evaluated": _event("info", "Loss over the rows held out, before or after.", "job when held_out_loss rows"),
     "run.started": _event(
         "info",

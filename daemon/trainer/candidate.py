@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from daemon.job import FailureKind, Plan
 from daemon.trainer.errors import RunFailure
+from daemon.trainer.generation import write_generation_config
 from daemon.trainer.model import adapter_tensors, all_finite
 
 
@@ -40,8 +41,12 @@ def require_learned(model: PeftModel, initial: dict[str, torch.Tensor], lora_b_n
         )
 
 
-def save_candidate(model: PeftModel, tokenizer: Any, folder: Path) -> None:
-    """Write adapter and tokenizer to `folder`, safetensors and text only; what was there is replaced."""
+def save_candidate(model: PeftModel, tokenizer: Any, folder: Path, *, generation: dict[str, Any] | None) -> None:
+    """Write adapter, tokenizer and generation configuration to `folder`, safetensors and text only.
+
+    What was there is replaced.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
+    write_generation_config(folder, generation)

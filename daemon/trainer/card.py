@@ -28,9 +28,9 @@ tags: [lora, dropforge]
 
 | | |
 |---|---|
-| dataset | {escape(spec.dataset.name)}, {spec.dataset.rows} rows, BLAKE3 `{spec.dataset.digest}` |
+| dataset | {escape(spec.dataset.name)}, {spec.dataset.rows} rows, {planned.samples} samples trained, BLAKE3 `{spec.dataset.digest}` |
 | continues | {f"version {parent.name}" if parent else "the base model"} |
-| steps | {result.steps_run} of {result.steps_planned}, {planned.global_batch_size} rows each, {planned.epochs:g} epochs |
+| steps | {result.steps_run} of {result.steps_planned}, {planned.global_batch_size} samples each, {planned.epochs:g} epochs |
 | adapter | {_kind(recipe)}, r = {lora.r}, lora_alpha = {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {lora.target_modules} |
 | schedule | {training.lr_scheduler_type}, peak learning rate {training.learning_rate:g}, {training.optim}, seed {training.seed} |
 | data | loss on {recipe.data.train_on}, at most {recipe.data.max_length} tokens a row, {result.truncated_rows} rows cut, {result.dropped_rows} dropped |
@@ -48,7 +48,14 @@ model = AutoModelForCausalLM.from_pretrained({base!r})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
-"""
+{_warnings(result)}"""
+
+
+def _warnings(result: RunResult) -> str:
+    """What a person should look at, as a section; nothing where there is nothing."""
+    if not result.warnings:
+        return ""
+    return "\n## Warnings of the run\n\n" + "".join(f"- {escape(warning, most=1000)}\n" for warning in result.warnings)
 
 
 def _kind(recipe: Recipe) -> str:

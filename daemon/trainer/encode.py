@@ -96,6 +96,7 @@ class Encoder:
         self._template: ChatTemplate | None = None
         self._backend = _backend_of(tokenizer)
         self._bytes = TokenBytes(tokenizer) if self._backend and TokenBytes.may_fit(self._backend) else None
+        self._adds_eos = self._ids([""])[0][-1:] == array("i", [tokenizer.eos_token_id or -1])  # behind any text
         others = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token}
         self._endings = tuple(token for token in special_strings(tokenizer) if token not in others)
 
@@ -199,10 +200,13 @@ class Encoder:
 
     def _end(self, text: str, ids: Ids) -> int | None:
         """End the sequence with EOS, unless the text brings an end of its own; the token that ends it, if any."""
+        eos: int | None = self._tokenizer.eos_token_id
         written = text.rstrip()
         if ending := next((token for token in self._endings if written.endswith(token)), None):
-            return int(self._tokenizer.convert_tokens_to_ids(ending))
-        eos: int | None = self._tokenizer.eos_token_id
+            end = int(self._tokenizer.convert_tokens_to_ids(ending))
+            if self._adds_eos:
+                ids.pop()
+            return end
         if eos is not None and (not ids or ids[-1] != eos):
             ids.append(eos)
         return eos

@@ -19,6 +19,7 @@ from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
 from daemon.trainer.base_model import resolve_base
 from daemon.trainer.errors import RunFailure
+from daemon.trainer.generation import end_ids
 from daemon.trainer.model import ADAPTER_CONFIG, load_adapter, load_network, saved_config
 from daemon.trainer.tokenizer import load_tokenizer
 from guard.atomic import fsync_tree, rename_durable
@@ -57,6 +58,8 @@ def merge(version_dir: Path, out: Path, model: ModelSettings) -> dict[str, Any]:
     merged = merged.to(torch.bfloat16)
     rounded = compare_logits(expected, logits_of(merged, probe))
     merged.config.use_cache = True
+    if ends := end_ids(version_dir):
+        merged.generation_config.eos_token_id = ends
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -49,16 +49,8 @@ def timing(watch: MonitorCallback) -> dict[str, Any]:
     }
 
 
-def warnings_of(
-    examples: Examples,
-    planned: Plan,
-    capacity: Capacity,
-    *,
-    before: float | None,
-    after: float | None,
-    spikes: list[tuple[int, float, float]],
-) -> tuple[str, ...]:
-    """What a person should look at although the run succeeded."""
+def data_warnings(examples: Examples, planned: Plan, capacity: Capacity) -> tuple[str, ...]:
+    """What a person should know of the dataset before it is trained."""
     found = []
     if examples.dropped_lines:
         found.append(
@@ -83,7 +75,7 @@ def warnings_of(
         )
     found += [f"{len(lines)} rows {note} (lines {_shown(lines)})" for note, lines in examples.notes.items()]
     most = capacity.positions or math.inf
-    beyond = tuple(example.line for example in examples.train if len(example.input_ids) > most)
+    beyond = tuple(dict.fromkeys(example.line for example in examples.train if len(example.input_ids) > most))
     if beyond:
         found.append(
             f"{len(beyond)} rows are longer than the {capacity.positions} positions that the base model was made for"
@@ -91,12 +83,21 @@ def warnings_of(
         )
     if planned.trained_tokens < 0.05 * planned.tokens:
         found.append(f"only {planned.trained_tokens / planned.tokens:.1%} of the tokens are trained")
-    if before is not None and after is not None and after > before:
-        found.append(f"held-out loss rose from {before:.4f} to {after:.4f}")
-    found += [
-        f"the loss spiked at step {step}: {loss:.4f}, where {usual:.4f} was usual" for step, loss, usual in spikes[:10]
-    ]
     return tuple(found)
+
+
+def training_warnings(
+    *, before: float | None, after: float | None, spikes: list[tuple[int, float, float]]
+) -> tuple[str, ...]:
+    """What a person should look at although the run succeeded."""
+    rose = before is not None and after is not None and after > before
+    return (
+        *([f"held-out loss rose from {before:.4f} to {after:.4f}"] if rose else []),
+        *(
+            f"the loss spiked at step {step}: {loss:.4f}, where {usual:.4f} was usual"
+            for step, loss, usual in spikes[:10]
+        ),
+    )
 
 
 def _shown(lines: tuple[int, ...]) -> str:

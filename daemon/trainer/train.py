@@ -29,11 +29,12 @@ from daemon.trainer.card import model_card
 from daemon.trainer.checkpoints import Start, decide_start, seal_checkpoints
 from daemon.trainer.collate import PASS_TOKENS, Collator, Example, Examples, plan
 from daemon.trainer.errors import report_full_disk
+from daemon.trainer.generation import generation_config
 from daemon.trainer.loop import RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.loss import Objective
 from daemon.trainer.model import adapter_tensors, attention_of, load_model, lora_b_norm
 from daemon.trainer.requirements import require_packages
-from daemon.trainer.summary import arithmetic, timing, warnings_of
+from daemon.trainer.summary import arithmetic, data_warnings, timing, training_warnings
 from daemon.trainer.tokenise import tokenise, worker_processes
 from daemon.trainer.tokenizer import load_tokenizer
 
@@ -148,6 +149,8 @@ def load_examples(run: Run) -> TrainingData:
     check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between
     planned = plan(examples, recipe.training)
     run.writer.event("run.planned", **vars(planned), arithmetic=arithmetic(planned, examples, recipe))
+    if warnings := data_warnings(examples, planned, capacity):
+        run.writer.event("run.data_warned", warnings=warnings)
     run.stop.check()
     return TrainingData(
         tokenizer=tokenizer, examples=examples, capacity=capacity, plan=planned, ready_at=time.monotonic()
@@ -258,6 +261,7 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
         truncated_rows=data.examples.truncated_rows,
         trained_share=planned.trained_tokens / planned.tokens,
         spikes=tuple(step for step, _, _ in monitor.spikes),
+        warnings=data_warnings(data.examples, planned, data.capacity),
     )
     if fitted.interrupted:
         return replace(
@@ -279,18 +283,20 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
     if not distributed.is_main_process():  # it writes the candidate; all have agreed on every number
         return result
     candidate = start.staging_dir / f"candidate-{run.spec.job_id}"
-    save_candidate(model, data.tokenizer, candidate)
+    generation = generation_config(
+        run.base.path,
+        start.parent.path if start.parent else None,
+        eos=data.tokenizer.eos_token_id,
+        learned=data.examples.end_ids,
+    )
+    save_candidate(model, data.tokenizer, candidate, generation=generation)
     result = replace(
         result,
         candidate=str(candidate),
         adapter_digest=guard.digest_file(candidate / "adapter_model.safetensors").blake3_hex,
-        warnings=warnings_of(
-            data.examples,
-            planned,
-            data.capacity,
-            before=loaded.held_out_before,
-            after=held_out_after,
-            spikes=monitor.spikes,
+        warnings=(
+            *result.warnings,
+            *training_warnings(before=loaded.held_out_before, after=held_out_after, spikes=monitor.spikes),
         ),
         wall_seconds=time.monotonic() - run.started_at,
     )

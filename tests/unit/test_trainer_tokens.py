@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from daemon.dataset.rows import Row
 from daemon.recipe import DataSettings
-from daemon.trainer.encode import Encoder, TokenBytes, trained_tokens
+from daemon.trainer.chat import Note
+from daemon.trainer.encode import EncodedRow, Encoder, TokenBytes, trained_tokens
 from tests.support.tokens import ids_and_labels, samples_of
 
 DATA = DataSettings(max_length=4096)
@@ -113,6 +114,38 @@ def test_a_text_begins_with_one_bos_and_a_conversation_with_the_templates_own() 
         assert (tokens.ids[0], tokens.ids.count(bos)) == (bos, 1)
         assert tokens.learned[-1][1] >= len(tokens.ids) - 1
         assert trained_tokens(tokens.learned) < len(tokens.ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("<s>forty", ["<s>", "forty", "<|end|>"]),  # it brings its BOS
+        ("forty<|end|>\n", ["<s>", "forty", "<|end|>", "\n"]),  # and its end
+        ("forty<|user|>", ["<s>", "forty", "<|user|>"]),  # an end of turn that is not EOS
+        ("forty", ["<s>", "forty", "<|end|>"]),
+    ],
+)
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A <|end|>"])
+def test_a_text_that_is_rendered_already_gets_no_second_begin_or_end(text: str, ids: list[str], single: str) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "<|end|>")]
+    )
+    expected = [id_ for part in ids for id_ in tokenizer(part, add_special_tokens=False)["input_ids"]]
+    plain = Row(kind="text", text=text, line=1, content_digest="")
+    pair = Row(kind="prompt_completion", prompt=text[:5], completion=text[5:], line=2, content_digest="")
+    for sample in samples_of(Encoder(tokenizer, DATA), [plain, pair]):
+        assert list(sample.ids) == expected
+
+
+def test_a_text_without_any_end_is_noted() -> None:
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    plain = Row(kind="text", text="forty", line=1, content_digest="")
+    [row] = Encoder(tokenizer, DATA).encode([plain])
+    assert isinstance(row, EncodedRow)
+    assert (row.notes, row.end_ids) == ({Note.ENDLESS}, frozenset())
 
 
 def test_a_conversation_in_which_nobody_answers_has_nothing_to_learn() -> None:
