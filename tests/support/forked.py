@@ -9,6 +9,7 @@ code, and the end of an interpreter. A third of a CPU second less each, and ther
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -86,9 +87,16 @@ class ForkServer:
         early = [name for name in {*env, *self._env} if name.startswith(EARLY)]
         return all(env.get(name) == self._env.get(name) for name in early)
 
-    def start(self, arguments: Sequence[str], *, stdout: int, stderr: int, env: Mapping[str, str]) -> Forked:
-        """Start `dropforge ARGUMENTS` with nothing to read, and these descriptors to write to."""
-        request = json.dumps({"arguments": list(arguments), "env": dict(env), "cwd": str(Path.cwd())}).encode()
+    def start(
+        self, arguments: Sequence[str], *, stdout: int, stderr: int, env: Mapping[str, str], before: Sequence[Any] = ()
+    ) -> Forked:
+        """Start `dropforge ARGUMENTS` with nothing to read, and these descriptors to write to.
+
+        `before`: a function that the process calls first, as `module:name` and its arguments.
+        """
+        request = json.dumps(
+            {"arguments": list(arguments), "env": dict(env), "cwd": str(Path.cwd()), "before": list(before)}
+        ).encode()
         answers, theirs = os.pipe()
         nothing = os.open(os.devnull, os.O_RDONLY)
         try:
@@ -99,11 +107,11 @@ class ForkServer:
         return Forked(answers, arguments)
 
     def run(
-        self, arguments: Sequence[str], *, env: Mapping[str, str], timeout: float
+        self, arguments: Sequence[str], *, env: Mapping[str, str], timeout: float, before: Sequence[Any] = ()
     ) -> subprocess.CompletedProcess[str]:
         """Run `dropforge ARGUMENTS` to its end; returns what subprocess.run would, with both streams as text."""
         with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            process = self.start(arguments, stdout=stdout.fileno(), stderr=stderr.fileno(), env=env)
+            process = self.start(arguments, stdout=stdout.fileno(), stderr=stderr.fileno(), env=env, before=before)
             try:
                 code = process.wait(timeout)
             except subprocess.TimeoutExpired:
@@ -156,6 +164,10 @@ def become(request: Mapping[str, Any], descriptors: Sequence[int]) -> list[str]:
     os.environ.update(request["env"])
     time.tzset()
     random.seed()
+    if request["before"]:
+        place, *values = request["before"]
+        module, _, name = place.partition(":")
+        getattr(importlib.import_module(module), name)(*values)
     return list(request["arguments"])
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from daemon.job import JobState
 from daemon.versions import list_versions
-from tests.support.root import Root, environment, wait_until
+from tests.support.root import Root, environment, fork_server, wait_until
 from tests.support.sound import assert_sound
 
-LIFE = Path(__file__).parents[2] / "support" / "life.py"
 TABLES = {
     "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 2},
     "queue": {"retry_seconds": 0.0},
@@ -26,16 +23,12 @@ DIES_FIRST = {"1": {"die_at": 3}}
 
 def live(root: Root, command: str, kill_at: int = 0) -> tuple[int, list[str]]:
     """One process of this root; its exit code and the points that it passed."""
-    done = subprocess.run(
-        [sys.executable, "-P", str(LIFE), str(root.path), str(kill_at), *command.split()],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    points = root.path / "points.txt"
+    arguments = ["--root", str(root.path), *command.split(), *(["--once"] if command == "run" else [])]
+    before = ("tests.support.life:kill_at", kill_at, str(points))
+    done = fork_server().run(arguments, env=environment(), timeout=120, before=before)
     assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, (root.path / "points.txt").read_text().splitlines()
+    return done.returncode, points.read_text().splitlines()
 
 
 def no_trainer(root: Root) -> bool:
@@ -98,19 +91,17 @@ def test_a_job_survives_death_at_each_point_of_its_life(make_root: Callable[...,
     """After each death the job ends right, once: one version, its steps run, its file in one place."""
     command, prepare, behaviour, afterwards = LIVES[name]
 
-    def prepared(folder: str) -> Root:
-        root = make_root(folder, behaviour=behaviour, tables=TABLES)
-        prepare(root)
-        return root
-
-    whole = prepared("whole")
-    last = [job.id for job in whole.jobs()][-1:] or ["?"]
-    _, points = live(whole, command.replace("LAST", last[0]))
+    root = make_root(behaviour=behaviour, tables=TABLES)
+    prepare(root)
+    prepared = shutil.copytree(root.path, root.path.with_name("prepared"), symlinks=True)
+    last = [job.id for job in root.jobs()][-1:] or ["?"]
+    command = command.replace("LAST", last[0])
+    _, points = live(root, command)
     assert len(points) >= (15 if command == "run" else 1), points
     for number in range(1, len(points) + 1):
-        root = prepared(f"killed-at-{number}")
-        last = [job.id for job in root.jobs()][-1:] or ["?"]
-        code, passed = live(root, command.replace("LAST", last[0]), number)
+        shutil.rmtree(root.path)
+        shutil.copytree(prepared, root.path, symlinks=True)
+        code, passed = live(root, command, number)
         where = f"killed at {passed[-1]} of {len(points)}"
         assert code == -9, where
         wait_until(partial(no_trainer, root), what=f"the trainer to follow its daemon, {where}")
