@@ -242,18 +242,6 @@ def test_stopping_the_daemon_seals_a_checkpoint_and_burns_no_attempt(root: Root)
     assert done.result.steps_run == done.result.steps_planned
 
 
-@pytest.mark.parametrize("count", [1, 5])
-def test_fewer_rows_than_a_batch_train_at_least_one_step(root: Root, count: int) -> None:
-    root.drop("few.jsonl", rows(0, count, "gsm8k_pairs.jsonl"))
-    done = root.run("run", "--once")
-    assert done.returncode == 0, done.stderr
-    job = root.job("few.jsonl")
-    assert job is not None
-    assert job.state is JobState.SUCCEEDED, job.reason
-    assert job.result is not None
-    assert job.result.steps_run == job.result.steps_planned == 1
-
-
 def test_loss_that_is_not_finite_fails_and_keeps_nothing(root: Root) -> None:
     root.configure(training={"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"})
     root.drop("a.jsonl", rows(0, 40))
@@ -263,20 +251,3 @@ def test_loss_that_is_not_finite_fails_and_keeps_nothing(root: Root) -> None:
     assert (job.state, job.failure) == (JobState.FAILED, "diverged")
     assert list_versions(root.settings.model_dir) == []
     assert_sound(root)
-
-
-def test_an_adapter_of_another_shape_is_refused_with_both_ways_out(root: Root) -> None:
-    root.drop("a.jsonl", rows(0, 10))
-    assert root.run("run", "--once").returncode == 0
-    root.configure(lora={"r": 4})
-    root.drop("b.jsonl", rows(10, 10))
-    assert root.run("run", "--once").returncode == 1
-    job = root.job("b.jsonl")
-    assert job is not None
-    assert job.failure == "config"
-    assert "r 16 -> 4" in job.reason
-    assert job.result is not None
-    assert "start_from" in job.result.hint
-    root.configure(training={"start_from": "base"})
-    root.drop("c.jsonl", rows(20, 10))
-    assert root.run("run", "--once").returncode == 0

@@ -26,6 +26,7 @@ from daemon.trainer.errors import RunFailure
 from daemon.trainer.loop import held_out_loss
 from daemon.trainer.loss import Objective
 from daemon.trainer.tokenise import tokenise
+from daemon.versions import promote
 from tests.support.inprocess import Wish, events, recipe, rows, specify, train
 from tests.support.tokens import itself
 
@@ -392,6 +393,24 @@ def test_kinds_of_adapters_are_trained_and_load(tiny_base: Path, tmp_path: Path,
     collator = Collator(pad_token_id=tokenizer.pad_token_id, budget_tokens=1000)
     loss = held_out_loss(loaded, examples.held_out, collator, Objective(), Wish())  # type: ignore[arg-type]
     assert loss == pytest.approx(result.held_out_after, rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_fewer_rows_than_a_batch_train_one_step(tiny_base: Path, tmp_path: Path, count: int) -> None:
+    content = rows(count, name="gsm8k_pairs.jsonl")
+    result = train(specify(tmp_path, content, tiny_base, format_="prompt_completion"))
+    assert (result.outcome, result.steps_run, result.steps_planned) == (Outcome.SUCCEEDED, 1, 1)
+
+
+def test_an_adapter_of_another_shape_is_refused_with_both_ways_out(tiny_base: Path, tmp_path: Path) -> None:
+    first = specify(tmp_path, rows(10), tiny_base)
+    promote(Path(first.model_dir), Path(train(first).candidate or ""), job_id="one", record={})
+    with pytest.raises(RunFailure, match="r 16 -> 4") as caught:
+        train(specify(tmp_path, rows(10, start=10), tiny_base, {"lora": {"r": 4}}))
+    assert caught.value.kind is FailureKind.CONFIG
+    assert "start_from" in caught.value.hint
+    from_base = {"lora": {"r": 4}, "training": {"start_from": "base"}}
+    assert train(specify(tmp_path, rows(10, start=20), tiny_base, from_base)).outcome is Outcome.SUCCEEDED
 
 
 def test_numbers_go_where_the_recipe_reports_them(tiny_base: Path, tmp_path: Path) -> None:

@@ -139,13 +139,10 @@ def test_the_number_of_processes_is_no_part_of_a_runs_identity(tiny_base: Path) 
     assert identity(recipe(tiny_base, ONE)) != identity(recipe(tiny_base, {"training": {"num_processes": 2}}))
 
 
-@pytest.mark.parametrize("starved", [False, True])
-def test_a_killed_process_ends_the_run_by_what_killed_it(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starved: bool
+def test_a_killed_process_ends_the_run_as_lost(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel's own count of kills for want of memory tells one from the other."""
-    kills = iter((7, 8 if starved else 7))
-    monkeypatch.setattr(launcher, "oom_kills", lambda: next(kills))
+    monkeypatch.setattr(launcher, "oom_kills", lambda: 7)
 
     class Killer(Wish):
         """Asked again and again while the processes run; kills the second as soon as they train together."""
@@ -165,7 +162,7 @@ def test_a_killed_process_ends_the_run_by_what_killed_it(
     Path(spec.run_dir, "run.json").write_text(to_json(spec))
     with pytest.raises(RunFailure) as caught:
         launcher.launch(spec, RunWriter(Path(spec.run_dir)), Killer())  # type: ignore[arg-type]
-    assert caught.value.kind is (FailureKind.OUT_OF_MEMORY if starved else FailureKind.LOST)
+    assert caught.value.kind is FailureKind.LOST
 
 
 def run_faked(
@@ -184,6 +181,18 @@ raise SystemExit({code})
     torchrun.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(torchrun))
     return launcher.launch(spec, RunWriter(Path(spec.run_dir)), Wish())
+
+
+@pytest.mark.parametrize(("kills", "kind"), [(7, FailureKind.LOST), (8, FailureKind.OUT_OF_MEMORY)])
+def test_the_kernels_own_count_tells_a_kill_for_want_of_memory_from_another(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, kind: FailureKind
+) -> None:
+    counts = iter((7, kills))
+    monkeypatch.setattr(launcher, "oom_kills", lambda: next(counts))
+    spec = specify(tmp_path, rows(60), tiny_base, TWO)
+    with pytest.raises(RunFailure) as caught:
+        run_faked(spec, monkeypatch, tmp_path, [], KILLED + signal.SIGKILL)
+    assert caught.value.kind is kind
 
 
 def test_a_process_that_dies_after_its_last_word_has_done_its_share(
