@@ -95,7 +95,7 @@ class Conversation:
         if not _MASKS.isdisjoint(row):
             apply_row_masks(row, self.messages, self.unused)
         messages = self._joined_calls() if self.calls_alone else self.messages
-        if not _SYSTEM.isdisjoint(row) and (stated := read_system(row)) is not None:
+        if not _SYSTEM.isdisjoint(row) and (stated := read_system(row, self.unused)) is not None:
             messages = _with_system(messages, *stated)
         return messages, one_of((read_tools(row), self.tools), "tools")
 
@@ -145,7 +145,7 @@ class Conversation:
         elif role == "tool" and not isinstance(value, str):
             text = self._result(value, where)
         else:
-            text, thought = self._content(value, where)
+            text, thought = read_content(value, where, self.unused)
         message: Message = {"role": role, "content": text}
         if role == "assistant" and (reasoning := self._reasoning(turn, thought, path)):
             message["reasoning_content"] = reasoning
@@ -181,65 +181,71 @@ class Conversation:
         if answered is not None and (weight := turn_weight(turn, "assistant", path)) is not None:
             self.messages[-1]["weight"] = weight
 
-    def _content(self, content: Any, path: JsonPath) -> tuple[str | None, str]:
-        """Text, None when there is none, and the reasoning that stands among the parts."""
-        if content is None or isinstance(content, str):
-            return content, ""
-        if not isinstance(content, list):
-            raise RowError(path, f"expected a string or a list of text parts, found {kind_of(content)}")
-        texts: list[str] = []
-        thoughts: list[str] = []
-        for index, part in enumerate(content):
-            here = (*path, index)
-            if part is None or isinstance(part, str):
-                texts.append(part or "")
-            elif not isinstance(part, dict):
-                raise RowError(here, f"expected a part object, found {kind_of(part)}")
-            elif (kind := part.get("type")) in _TEXT_PARTS:
-                texts.append(self._part_text(part, _PART_TEXT_KEYS, here))
-            elif kind in _THOUGHT_PARTS:
-                if any(texts):
-                    raise RowError(here, "reasoning behind the content; it must come before it")
-                thoughts.append(self._part_text(part, (*_THOUGHT_PARTS, *_PART_TEXT_KEYS), here))
-            else:
-                hint = _USE_TOOL_CALLS if str(kind).startswith("tool") else "leave the row out, or keep its text only"
-                raise RowError((*here, "type"), f"a part of type {kind!r}; only text can be trained", hint)
-        return ("".join(texts) if content else None), "".join(thoughts)
-
-    def _part_text(self, part: Mapping[str, Any], keys: Sequence[str], path: JsonPath) -> str:
-        refuse_keys(part, path)
-        key = single_key(part, keys, path)
-        self.unused.note(part, frozenset((*keys, "type")), path)
-        if key is not None:
-            return text_of(part, key, path)
-        if any(key in part for key in keys):
-            return ""  # null, as `datasets` fills it
-        raise RowError(path, f"{keys[-3]!r} is missing")
-
     def _result(self, value: Any, path: JsonPath) -> str:
         """What a tool returned, as text; values that are not text are written as JSON."""
         if value is None:
             return ""
         if isinstance(value, list) and (all(map(_is_text, value)) or any(map(_is_no_text, value))):
-            return self._content(value, path)[0] or ""
+            return read_content(value, path, self.unused)[0] or ""
         return json.dumps(value, ensure_ascii=False)
 
     def _reasoning(self, turn: Mapping[str, Any], thought: str, path: JsonPath) -> str:
         key = single_key(turn, REASONING_KEYS, path)
         if key is None:
             return thought
-        value, _ = self._content(turn[key], (*path, key))
+        value, _ = read_content(turn[key], (*path, key), self.unused)
         if thought and value != thought:
             raise RowError((*path, key), "it contradicts the reasoning among the content's parts")
         return value or ""
 
 
-def read_system(row: Mapping[str, Any]) -> tuple[str, str] | None:
+def read_content(content: Any, path: JsonPath, unused: UnusedKeys) -> tuple[str | None, str]:
+    """Text, None when there is none, and the reasoning that stands among the parts. Raises RowError."""
+    if content is None or isinstance(content, str):
+        return content, ""
+    if not isinstance(content, list):
+        raise RowError(path, f"expected a string or a list of text parts, found {kind_of(content)}")
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for index, part in enumerate(content):
+        here = (*path, index)
+        if part is None or isinstance(part, str):
+            texts.append(part or "")
+        elif not isinstance(part, dict):
+            raise RowError(here, f"expected a part object, found {kind_of(part)}")
+        elif (kind := part.get("type")) in _TEXT_PARTS:
+            texts.append(_part_text(part, _PART_TEXT_KEYS, here, unused))
+        elif kind in _THOUGHT_PARTS:
+            if any(texts):
+                raise RowError(here, "reasoning behind the content; it must come before it")
+            thoughts.append(_part_text(part, (*_THOUGHT_PARTS, *_PART_TEXT_KEYS), here, unused))
+        else:
+            hint = _USE_TOOL_CALLS if str(kind).startswith("tool") else "leave the row out, or keep its text only"
+            raise RowError((*here, "type"), f"a part of type {kind!r}; only text can be trained", hint)
+    return ("".join(texts) if content else None), "".join(thoughts)
+
+
+def _part_text(part: Mapping[str, Any], keys: Sequence[str], path: JsonPath, unused: UnusedKeys) -> str:
+    refuse_keys(part, path)
+    key = single_key(part, keys, path)
+    unused.note(part, frozenset((*keys, "type")), path)
+    if key is not None:
+        return text_of(part, key, path)
+    if any(key in part for key in keys):
+        return ""  # null, as `datasets` fills it
+    raise RowError(path, f"{keys[-3]!r} is missing")
+
+
+def read_system(row: Mapping[str, Any], unused: UnusedKeys) -> tuple[str, str] | None:
     """The key and the text of a row's own system text; None when there is none. Raises RowError."""
     key = single_key(row, SYSTEM_KEYS, ())
     if key is None:
         return None
-    text, _ = Conversation()._content(row[key], (key,))
+    value = row[key]
+    path: JsonPath = (key,)
+    if isinstance(value, dict) and (inner := single_key(value, CONTENT_KEYS, path)) is not None:
+        value, path = value[inner], (key, inner)  # a turn of its own, as Gemini has it
+    text, _ = read_content(value, path, unused)
     return (key, text) if text and text.strip() else None
 
 

@@ -15,12 +15,12 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
-CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat")
-SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "contents")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
 TOOLS_KEYS = ("tools", "functions")
 HISTORY_KEY = "history"
 ROLE_KEYS = ("role", "from", "speaker")
-CONTENT_KEYS = ("content", "value", "text")
+CONTENT_KEYS = ("content", "value", "text", "parts")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 MASK_KEYS = (
     "weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale", "loss_weight", "train_mask", "mask"

@@ -30,7 +30,7 @@ from daemon.dataset.masks import apply_row_masks, is_mask
 from daemon.dataset.source import BOM, TooLong, open_dataset
 from daemon.dataset.strict_json import LineError, column_of, parse_object
 from daemon.dataset.tools import calls_of
-from daemon.dataset.values import RowError, optional_text, required, text_of
+from daemon.dataset.values import RowError, UnusedKeys, optional_text, required, text_of
 
 if TYPE_CHECKING:  # the settings' machinery would double what a child that reads rows imports
     from daemon.recipe import ColumnSettings, DataSettings
@@ -176,7 +176,7 @@ def normalise(row: Mapping[str, Any], format_: Format, data: Rules | DataSetting
         if key not in named and (group := refuses(key, value, Place.ROW, answers=not is_text)) is not None:
             raise RowError((key,), group.reason(key), group.advice)
     if is_text:
-        return _text(row, columns.text or "text")
+        return _text(row, columns.text if format_ is Format.COLUMNS and columns.text is not None else "text")
     if format_ in (Format.MESSAGES, Format.SHAREGPT):
         return _conversation(row, format_)
     if format_ is Format.ALPACA:
@@ -333,7 +333,7 @@ def _prompt_completion(
     prompt, completion = text_of(row, prompt_key), text_of(row, completion_key)
     if data.prompt_completion == "chat":
         return _pair(row, prompt, completion, (prompt_key, completion_key))
-    if (system := read_system(row)) is not None:
+    if (system := read_system(row, UnusedKeys())) is not None:
         raise _has_no_place(system[0])
     for key in (*TOOLS_KEYS, HISTORY_KEY):
         if is_given(row.get(key)) and (key != HISTORY_KEY or isinstance(row[key], list)):

@@ -23,7 +23,11 @@ COMPLETION_NAMES = (
     "generation", "generated_text", "answers", "summary", "highlights", "translation", "label_text", "cot",
 )  # fmt: skip
 TEXT_NAMES = ("content", "body", "document", "article", "passage", "sentence", "story", "code", "raw", "page_content")
-NOT_LEARNED = ("id", "uuid", "source", "url", "split", "lang", "language", "category", "topic", "date", "system")
+NOT_LEARNED = (
+    "id", "uuid", "source", "url", "split", "lang", "language", "category", "subcategory", "topic", "date", "system",
+    "data_source", "ability", "dataset", "subset", "model", "generator", "type", "task", "difficulty", "level", "domain",
+    "license", "version", "name", "author", "tags", "label", "hash", "status", "conversation_id", "timestamp", "role",
+)  # fmt: skip
 KEYS_SHOWN = 8
 
 
@@ -50,6 +54,8 @@ def _columns(row: Mapping[str, Any]) -> Iterator[Columns]:
     for _, prompt in prompts:
         for _, completion in completions:
             yield Columns(prompt=prompt, completion=completion)
+    if any(isinstance(value, list | dict) and is_given(value) for value in row.values()):
+        return  # what such a row means is not in its texts
     rest = [key for key, name in texts.items() if name not in NOT_LEARNED and not name.endswith(("_id", "_url"))]
     if len(rest) == 2:
         yield Columns(prompt=rest[0], completion=rest[1])

@@ -198,6 +198,7 @@ REFUSED_AS_THEY_ARE = {
     "tokens": ({"input_ids": [1, 2], "labels": [1, 2]}, "finished tokens"),
     "picture_and_caption": ({"image": "a.png", "caption": "a barn"}, "only text"),
     "one_turn": ({"role": "user", "content": "q"}, "it is one turn"),
+    "verl_prompts": ({"data_source": "x", "prompt": [USER], "ability": "math", "reward_model": {"ground_truth": "4"}}, "no known format"),
     "glaive_text": ({"system": "SYSTEM: s", "chat": "USER: q ASSISTANT: a"}, "no known format"),
 }  # fmt: skip
 
@@ -208,7 +209,7 @@ def test_rows_of_no_format_are_refused_as_what_they_are(tmp_path: Path, row: dic
     report = refused(write(tmp_path / "x.jsonl", row, row))
     assert reason in report.reason
     assert report.hint
-    assert 'prompt = "system"' not in report.hint
+    assert "[data.columns] prompt" not in report.hint
 
 
 @pytest.mark.parametrize(

@@ -152,3 +152,10 @@ def test_skipping_rows_is_not_refusing_them(tmp_path: Path) -> None:
     assert [row.line for row in iter_rows(path, "text", Rules(on_bad_rows="skip"))] == [1, 3]
     with pytest.raises(LineError, match="line 2, column 10"):
         list(iter_rows(path, "text", Rules()))
+
+
+def test_columns_that_are_set_do_not_touch_a_file_of_a_known_format() -> None:
+    """The root's settings name a column; a dropped file of texts has none of it."""
+    rules = Rules(columns=Columns(text="body"))
+    assert check_row(line({"text": "t"}), Format.TEXT, rules).text == "t"
+    assert check_row(line({"prompt": "p", "completion": "c"}), Format.PROMPT_COMPLETION, rules).prompt == "p"

@@ -112,6 +112,12 @@ LEARNED = {
     "masks_of_pairs": ({"conversation": [{"human": "Q", "assistant": "A", "loss": False}]}, ["user: Q", "assistant: A"]),
     "dialogue": ({"dialogue": TURNS}, PLAIN),
     "capital_roles": ({"conversations": [{"from": "Human", "value": "Q"}, {"from": "Assistant", "value": "A"}]}, PLAIN),
+    "gemini": (
+        {"systemInstruction": {"role": "system", "parts": [{"text": "S"}]},
+         "contents": [{"role": "user", "parts": [{"text": "Q"}]}, {"role": "model", "parts": [{"text": "A"}]}]},
+        ["system: S", *PLAIN],
+    ),
+    "bedrock": ({"schemaVersion": "x", "system": [{"text": "S"}], "messages": [{"role": "user", "content": [{"text": "Q"}]}, TURNS[1]]}, ["system: S", *PLAIN]),
     "role_model": ({"messages": [TURNS[0], {"role": "model", "content": "A"}]}, PLAIN),
     "developer": ({"messages": [{"role": "developer", "content": "D"}, *TURNS]}, ["developer: D", *PLAIN]),
     "begins_and_ends_with_any_turn": (
