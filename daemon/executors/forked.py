@@ -22,7 +22,6 @@ from daemon.executors.base import Exit
 from daemon.executors.local import LocalExecutor
 from daemon.job import RunSpec
 from daemon.run_dir import LOG_NAME
-from daemon.trainer.fork_server import QUIET
 
 _PR_SET_CHILD_SUBREAPER = 36
 ANSWER_SECONDS = 5.0
@@ -127,7 +126,6 @@ class _Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(),),
-                env={**os.environ, **QUIET},
             )
         return cls(process, ours, signature)
 

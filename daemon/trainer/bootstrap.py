@@ -40,14 +40,6 @@ def load_engine() -> Engine:
     return train
 
 
-def load_launcher() -> Engine:
-    """Import the engine that starts several processes and trains in none."""
-    set_library_environment()
-    from daemon.trainer.launcher import launch
-
-    return launch
-
-
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """Import without garbage collection, a fifth quicker with torch and transformers.

@@ -32,7 +32,7 @@ PRELOADED_MODULES = (
     "torch.utils.serialization.config",
     "numpy.ctypeslib",
 )
-# So that no library starts threads of its own when it is imported.
+# So that no library starts threads of its own when it is imported; the children do without.
 QUIET = {
     "OPENBLAS_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
@@ -162,5 +162,6 @@ def main(run: Callable[[Path], int], load: Callable[[str], None]) -> None:
 if __name__ == "__main__":
     from daemon.trainer.bootstrap import set_library_environment
 
+    os.environ.update(QUIET)
     set_library_environment()
     main(run_forked, preload)
