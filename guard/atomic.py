@@ -96,6 +96,23 @@ def fsync_tree(path: PathLike) -> None:
         fsync_dir(folder)
 
 
+def apply_umask(path: PathLike) -> None:
+    """Give every file of a folder the permissions that open(2) would have: rw-rw-rw- less the umask.
+
+    Libraries that write through a private temporary file, as safetensors does, leave 0600. Permissions are added, never
+    taken away. Symlinks are not followed.
+    """
+    umask = os.umask(0o077)  # there is no way to read it alone; meanwhile nothing becomes more open
+    os.umask(umask)
+    for folder, _, names in os.walk(path, onerror=_raise):
+        for name in names:
+            file = Path(folder, name)
+            mode = file.lstat().st_mode
+            wanted = stat.S_IMODE(mode) | (0o666 & ~umask)
+            if stat.S_ISREG(mode) and wanted != stat.S_IMODE(mode):
+                file.chmod(wanted)
+
+
 def _raise(error: OSError) -> None:
     raise error
 

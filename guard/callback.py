@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .atomic import PathLike
+from .atomic import PathLike, apply_umask
 from .checkpoints import Checkpoint, rotate, seal_checkpoint
 from .completeness import why_incomplete
 from .errors import RunRefused, SealBroken, WeightsNotFinite, storage_errors
@@ -94,6 +94,7 @@ class SealCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
         with storage_errors("seal", folder):
             with suppress(FileNotFoundError):
                 (folder / _PICKLED_ARGUMENTS).unlink()
+            apply_umask(folder)
             incomplete = why_incomplete(folder, step=state.global_step)
         if incomplete is not None:
             raise SealBroken(operation="seal", path=folder, cause=incomplete)

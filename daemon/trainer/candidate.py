@@ -14,6 +14,7 @@ from daemon.job import FailureKind, Plan
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.generation import write_generation_config
 from daemon.trainer.model import adapter_tensors, all_finite
+from guard.atomic import apply_umask
 
 
 def require_whole_run(steps_run: int, plan: Plan, mean_loss: float | None) -> None:
@@ -50,3 +51,4 @@ def save_candidate(model: PeftModel, tokenizer: Any, folder: Path, *, generation
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     write_generation_config(folder, generation)
+    apply_umask(folder)

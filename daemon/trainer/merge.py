@@ -22,7 +22,7 @@ from daemon.trainer.errors import RunFailure
 from daemon.trainer.generation import end_ids
 from daemon.trainer.model import ADAPTER_CONFIG, load_adapter, load_network, saved_config
 from daemon.trainer.tokenizer import load_tokenizer
-from guard.atomic import fsync_tree, rename_durable
+from guard.atomic import apply_umask, fsync_tree, rename_durable
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
 # Of the largest logit: adding up in another order differs by less than 1e-5 of it, a weight in the wrong place by far more.
@@ -65,6 +65,7 @@ def merge(version_dir: Path, out: Path, model: ModelSettings) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     merged.save_pretrained(beside)
     load_tokenizer(base).save_pretrained(beside)
+    apply_umask(beside)
     require_saved(merged, beside)
     fsync_tree(beside)
     rename_durable(beside, out)

@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from guard.atomic import apply_umask
+
 CHAT_TEMPLATE = (
     "{% if tools %}{{ '<|tool|>\\n' }}{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}{{ '<|end|>\\n' }}{% endif %}"
     "{% for message in messages %}"
@@ -85,6 +87,7 @@ def build_tiny(folder: Path, texts: list[Path], *, shape: TinyShape | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(folder)
     model.save_pretrained(folder)
+    apply_umask(folder)
     return int(model.num_parameters())
 
 

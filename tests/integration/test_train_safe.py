@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.merge import merge
 from daemon.trainer.model import load_model, lora_config
+from daemon.trainer.tiny_model import TinyShape, build_tiny
 from daemon.trainer.tokenizer import load_tokenizer
 from daemon.versions import promote
 from tests.support.inprocess import Wish, rows, specify, train
@@ -189,6 +191,22 @@ def test_without_permission_nothing_is_fetched(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RunFailure, match="HF_HUB_OFFLINE"):
         resolve_base(ModelSettings(model_name_or_path="some/model", allow_downloads=True))
     assert asked == [True, True]
+
+
+def test_files_that_libraries_write_have_the_umasks_mode(tiny_base: Path, tmp_path: Path) -> None:
+    """Checkpoint, candidate, merged model and tiny base: the unit's group reads the weights as it does the configuration."""
+    spec = specify(tmp_path / "run", rows(16), tiny_base, {"training": {"max_steps": 2, "save_steps": 1}})
+    before = os.umask(0o027)
+    try:
+        candidate = Path(train(spec).candidate or "")
+        merge(candidate, tmp_path / "merged", ModelSettings(model_name_or_path=str(tiny_base)))
+        build_tiny(tmp_path / "base", [Path(spec.dataset.path)], shape=TinyShape(hidden_size=12))
+    finally:
+        os.umask(before)
+    folders = (tmp_path / "run" / "model" / "checkpoint-2", candidate, tmp_path / "merged", tmp_path / "base")
+    modes = {path: path.stat().st_mode & 0o777 for folder in folders for path in folder.iterdir()}
+    assert {path.name for path in modes} >= {"adapter_model.safetensors", "model.safetensors", "optimizer.pt"}
+    assert not {str(path): oct(mode) for path, mode in modes.items() if mode != 0o640}
 
 
 def test_telemetry_is_off() -> None:

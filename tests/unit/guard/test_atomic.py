@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import guard
+from guard.atomic import apply_umask
 
 
 def test_a_file_is_replaced_whole_with_the_mode_asked_for(tmp_path: Path) -> None:
@@ -22,6 +23,26 @@ def test_a_file_is_replaced_whole_with_the_mode_asked_for(tmp_path: Path) -> Non
     assert path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_umasks_mode_is_given_to_files_and_never_taken_from_them(tmp_path: Path) -> None:
+    """A tool that creates its files as 0600 shuts the group out whatever the umask says; links lead elsewhere."""
+    outside = tmp_path / "outside"
+    outside.touch(mode=0o600)
+    (tmp_path / "tree" / "below").mkdir(parents=True)
+    (tmp_path / "tree" / "link").symlink_to(outside)
+    for name, mode in (("private", 0o600), ("below/run", 0o755), ("open", 0o666)):
+        (tmp_path / "tree" / name).touch()
+        (tmp_path / "tree" / name).chmod(mode)
+    before = os.umask(0o027)
+    try:
+        apply_umask(tmp_path / "tree")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    modes = {name: stat.S_IMODE((tmp_path / "tree" / name).stat().st_mode) for name in ("private", "below/run", "open")}
+    assert modes == {"private": 0o640, "below/run": 0o755, "open": 0o666}
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o600
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(
