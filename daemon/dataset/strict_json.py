@@ -20,6 +20,7 @@ Path = Sequence[str | int]
 
 _STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _BRACKETS = re.compile(_STRING + r"|[\[\]{}]", re.DOTALL)
+_KEYS = re.compile(f"({_STRING})(?=[ \\t\\r\\n]*:)|{_STRING}|[\\[\\]{{}}]", re.DOTALL)
 _CONSTANTS = re.compile(_STRING + r"|(NaN|-?Infinity)", re.DOTALL)
 _NUMBERS = re.compile(_STRING + r"|(-?\d[\d.eE+-]*)", re.DOTALL)
 _SURROGATE_HINT = re.compile(r"\\u[dD][89A-Fa-f]")
@@ -58,7 +59,7 @@ def kind_of(value: object) -> str:
 def parse_object(line: bytes) -> dict[str, Any]:
     """The JSON object on `line` (without byte order mark; surrounding white space is allowed).
 
-    Of repeated keys the last counts, as in every common parser. Raises LineError.
+    A key that stands twice in one object is refused: parsers differ in which of its values counts. Raises LineError.
     """
     text = decode_utf8(line).rstrip("\r\n")  # a column beyond the last character is one beyond, not on the next line
     if text.startswith("\ufeff"):
@@ -75,6 +76,8 @@ def parse_object(line: bytes) -> dict[str, Any]:
         _raise_at(_CONSTANTS, text, f"{error}, which is not JSON")
     except _Number as error:
         _raise_at(_NUMBERS, text, str(error), _bad_number)
+    except _Repeated:
+        raise _repeated(text) from None
     if not isinstance(value, dict):
         raise LineError(_skip_space(text, 0) + 1, f"expected an object, found {kind_of(value)}")
     _refuse_surrogates(text)
@@ -120,6 +123,10 @@ class _Number(Exception):
     pass
 
 
+class _Repeated(Exception):
+    pass
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise _Constant(name)
 
@@ -137,7 +144,16 @@ def _finite(digits: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer, parse_float=_finite)
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(members)
+    if len(found) != len(members):
+        raise _Repeated
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_finite
+)
 
 
 def _bad_number(token: str) -> bool:
@@ -188,6 +204,23 @@ def _refuse_surrogates(text: str) -> None:
         raise LineError(high.start() + 1, f"{high.group()} is half of a surrogate pair")
 
 
+def _repeated(text: str) -> LineError:
+    """The first key that stands twice in one object."""
+    open_objects: list[set[str] | None] = []  # the keys so far, None for an array
+    for match in _KEYS.finditer(text):
+        if match.group(1) is not None:
+            key, keys = json.loads(match.group(1)), open_objects[-1]
+            if keys is not None and key in keys:
+                return LineError(match.start() + 1, f"the key {json.dumps(key)} for the second time in one object")
+            if keys is not None:
+                keys.add(key)
+        elif match.group()[0] in "[{":
+            open_objects.append(set() if match.group() == "{" else None)
+        elif match.group()[0] in "]}":
+            open_objects.pop()
+    return LineError(1, "a key for the second time in one object")
+
+
 def _in_words(error: json.JSONDecodeError, text: str) -> LineError:
     """What the parser stumbled over, in words of our own: told from the text, not from the parser's message."""
     at = error.pos
@@ -204,6 +237,8 @@ def _in_words(error: json.JSONDecodeError, text: str) -> LineError:
     if error.msg.startswith("Invalid control"):
         return LineError(at + 1, "a control character, which JSON allows only as an escape")
     column = len(text) - len(rest) + 1
+    if error.msg.startswith("Illegal trailing comma"):
+        return LineError(column, "a comma with nothing behind it")
     if rest[0] in "}]" and before.endswith(","):
         return LineError(len(before), "a comma with nothing behind it")
     if rest[0] == "'":
@@ -249,7 +284,6 @@ def _skip_space(text: str, position: int) -> int:
 
 def _child(text: str, position: int, step: str | int) -> int | None:
     """Where the member `step` of the object or array at `position` begins."""
-    found: int | None = None
     opened = text[position]
     if (opened == "{") is not isinstance(step, str) or opened not in "[{":
         return None
@@ -261,10 +295,10 @@ def _child(text: str, position: int, step: str | int) -> int | None:
             key, position = scanstring(text, position + 1, True)
             position = _skip_space(text, _skip_space(text, position) + 1)
         if key == step:
-            found = position  # not returned yet: of repeated keys the last counts
+            return position
         _, position = _DECODER.raw_decode(text, position)
         position = _skip_space(text, position)
         if text[position] == ",":
             position = _skip_space(text, position + 1)
         index += 1
-    return found
+    return None

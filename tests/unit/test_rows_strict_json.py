@@ -65,13 +65,27 @@ def test_odd_but_sound_lines_are_taken(line: bytes) -> None:
     assert isinstance(parse_object(line), dict)
 
 
-def test_of_repeated_keys_the_last_counts_for_the_value_and_for_its_column() -> None:
-    """As in every common parser, and the report points at the one that counts."""
-    line = b'{"a": 1, "b": {"c": [0, 5]}, "a": 2}'
-    assert parse_object(line)["a"] == 2
-    assert column_of(line, ("a",)) == 35
+def test_the_column_is_that_of_the_value_or_of_what_lacks_it() -> None:
+    """Down a path of keys and places."""
+    line = b'{"a": 1, "b": {"c": [0, 5]}}'
+    assert column_of(line, ("a",)) == 7
     assert column_of(line, ("b", "c", 1)) == 25
     assert column_of(line, ("b", "missing")) == 15
+
+
+@pytest.mark.parametrize(
+    ("line", "column"),
+    [
+        (b'{"a": 1, "b": {"c": [0, 5]}, "a": 2}', 30),
+        (b'{"a": {"x": 1, "\\u0078": 1}}', 16),
+        (b'{"a": [{"x": 1}, {"x": "\\": {"}, {"y": 1, "z": {"y": 1}, "y" : 2}]}', 58),
+    ],
+)
+def test_a_key_that_stands_twice_in_one_object_is_named(line: bytes, column: int) -> None:
+    """One of its values would vanish, and parsers differ in which; the same key in other objects is another one."""
+    with pytest.raises(LineError, match="for the second time") as caught:
+        parse_object(line)
+    assert caught.value.column == column
 
 
 def test_an_excerpt_is_short_and_holds_nothing_that_a_terminal_would_obey() -> None:
