@@ -29,6 +29,8 @@ from daemon.recipe import (
 CONFIG_NAME = "dropforge.toml"
 ENV_PREFIX = "DROPFORGE_"
 ROOT_VARIABLE = "DROPFORGE_ROOT"
+# Tables of which a running daemon holds things open: folders, the lock, its log, an endpoint. SIGHUP leaves them alone.
+RESTART_TABLES = ("paths", "executor", "logging", "metrics")
 
 
 class InboxSettings(Section):
@@ -258,6 +260,21 @@ def load(root: Path, flags: Mapping[str, Any] | None = None) -> Settings:
             cause=explain(error),
             hint="`dropforge init` in an empty folder shows every key with its default",
         ) from error
+
+
+def changes_for_restart(running: Settings, read: Settings) -> list[str]:
+    """Return the settings, as `[table] key`, that differ and that only a restart applies."""
+    return [
+        f"[{table}] {key}"
+        for table in RESTART_TABLES
+        for key in type(getattr(read, table)).model_fields
+        if getattr(getattr(running, table), key) != getattr(getattr(read, table), key)
+    ]
+
+
+def reloaded(running: Settings, read: Settings) -> Settings:
+    """Return `read`, but what only a restart applies as it is in `running`."""
+    return read.model_copy(update={table: getattr(running, table) for table in RESTART_TABLES})
 
 
 def _refuse_unknown_variables() -> None:

@@ -1,6 +1,6 @@
-"""Why the queue may have to wait although jobs are ready: a person paused it, or a folder has no room or no way in.
+"""Holds: why nothing is launched although jobs are ready. A person paused the queue, a folder has no room or no access.
 
-A hold burns no attempt and needs nobody: it goes when its reason goes.
+A hold burns no attempt and goes by itself when its reason goes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from daemon.access import closed
 from daemon.config import Settings
 from daemon.recipe import Recipe
 from daemon.run_dir import RUNS_NAME
+from daemon.text import format_bytes
 
 PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", "at": ..., "reason": ...}
 FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model's configuration tells
@@ -54,12 +54,28 @@ def unwritable(settings: Settings) -> Hold | None:
     model, runs = settings.model_dir, settings.state_dir / RUNS_NAME
     for path in (model, *(model / name for name in ("versions", ".staging", ".cleared")), settings.state_dir, runs):
         try:
-            why = closed(path)
+            why = access_problem(path)
         except FileNotFoundError:
             continue  # the run makes it
         if why:
             return Hold(kind=HoldKind.UNWRITABLE, reason=f"{path} cannot be used: {why}; waits until it can")
     return None
+
+
+def access_problem(path: Path) -> str:
+    """Return why nothing can be read, made and renamed in a folder; empty when all of that can be done.
+
+    Raises FileNotFoundError when there is none.
+    """
+    try:
+        path.stat()
+        if os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            return ""
+        return "read-only file system" if os.statvfs(path).f_flag & os.ST_RDONLY else "permission denied"
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
 
 
 def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
@@ -70,7 +86,7 @@ def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
         return None
     return Hold(
         kind=HoldKind.NO_SPACE,
-        reason=f"{settings.model_dir} has {human_bytes(free)} free, a run needs {human_bytes(needed)}; waits for free space",
+        reason=f"{settings.model_dir} has {format_bytes(free)} free, a run needs {format_bytes(needed)}; waits for free space",
     )
 
 
@@ -108,13 +124,3 @@ def _planned_adapter_bytes(recipe: Recipe) -> int:
     attention = 4 * (hidden + hidden)  # q, k, v, o; k and v may be narrower
     feed_forward = 3 * (hidden + inner)  # gate, up, down
     return recipe.lora.r * layers * (attention + feed_forward) * 4
-
-
-def human_bytes(size: int) -> str:
-    """`3.2 GiB`, for people."""
-    value = float(size)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

@@ -74,6 +74,13 @@ class FailureKind(StrEnum):
     INTERNAL = "internal"
 
 
+class MemoryMeasure(StrEnum):
+    """What a trainer does by itself when memory runs out in a pass."""
+
+    ONE_ROW = "one_row"  # passes so small that the longest row was alone
+    GRADIENT_CHECKPOINTING = "gradient_checkpointing"
+
+
 class Outcome(StrEnum):
     """How one attempt ended, as the trainer itself reports it."""
 
@@ -236,6 +243,7 @@ class RunResult:
     failure: FailureKind | None = None
     message: str = ""
     hint: str = ""
+    tried: tuple[MemoryMeasure, ...] = ()  # against a lack of memory, before it failed of it
     steps_planned: int = 0
     steps_run: int = 0  # the run's step counter at its end, over all attempts
     start_step: int = 0

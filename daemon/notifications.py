@@ -1,82 +1,95 @@
-"""How jobs end, told once: the canonical line of the log, and the hooks.
+"""Notifications: what the log and the hooks are given when a job, or an attempt at one, has ended.
 
-A job is ended by the scheduler, by a pass over its rows, or by a person whose command has no log of its own. All of them
-move it through the store; what is told is read from there, so that every ending is told, whoever brought it about, also
-one that came while no daemon ran. A crash between telling and remembering tells it again, never less than once.
+A job is ended by the scheduler, by the check of its rows, or by a person whose command has no log of its own. All of them
+move it through the store; what is published is read from there, so that every end is published, whoever brought it about,
+also one that came while no daemon ran. A crash between publishing and remembering publishes it again, never less than once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+from daemon.config import HookSettings
 from daemon.errors import NotFound
-from daemon.hooks import Hooks
-from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState, JobTransition
+from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState, JobTransition, to_json
 from daemon.observability.status import finished_job
 from daemon.store import JobStore
 from daemon.text import escape
 
-TOLD_KEY = "told"  # the last move that was looked at
+PUBLISHED_KEY = "told"  # the number of the last transition that was published
 REASON_CHARACTERS = 2000
-# What the log says of a move, by the state that it leads to, and how severe that is.
-_NAMES: Mapping[JobState, tuple[str, str]] = {
+# Event and level of a transition, by the state that it leads to.
+_EVENTS: Mapping[JobState, tuple[str, str]] = {
     JobState.SUCCEEDED: ("job.succeeded", "info"),
     JobState.FAILED: ("job.failed", "error"),
     JobState.CANCELLED: ("job.cancelled", "info"),
     JobState.REJECTED: ("job.rejected", "warning"),
 }
 _REQUEUED = ("job.requeued", "info")
-_IN_THE_JOB = ("outcome", "failure", "message", "candidate")  # of a result: told as the job's own, or gone by now
+_IN_JOB = ("outcome", "failure", "message", "candidate")  # fields of a result that are the job's own, or gone by now
 
 
-class Endings:
-    """Reads the moves of jobs and tells those that end one, or an attempt. One thread calls everything."""
+class Notifier:
+    """Publishes the transitions that end a job or an attempt, and runs the hooks. One thread calls everything."""
 
-    def __init__(self, store: JobStore, *, hooks: Hooks, log: Any) -> None:
+    def __init__(self, store: JobStore, *, hooks: HookSettings, log: Any) -> None:
+        self.hooks = Hooks(hooks, log)
         self._store = store
-        self._hooks = hooks
         self._log = log
-        told = store.control(TOLD_KEY)
-        if told is None:  # a new store, or one of an older version, whose history was told as it happened
-            told = store.last_transition()
-            store.set_control(TOLD_KEY, told)
-        self._told = int(told)
+        published = store.control(PUBLISHED_KEY)
+        if published is None:  # a new store, or one of an older version, whose history was published as it happened
+            published = store.last_transition()
+            store.set_control(PUBLISHED_KEY, published)
+        self._published = int(published)
 
-    def tell(self) -> None:
-        """Tell what ended since the last call, in the order in which it did."""
-        any_told, last = False, None
-        for number, move in self._store.transitions_after(self._told):
-            self._told = number
-            ended = move.new in FINAL_STATES
-            if not ended and (move.old, move.new) != (JobState.RUNNING, JobState.QUEUED):
+    def publish(self) -> None:
+        """Log what ended since the last call, in the order in which it did, start its hooks, collect those that ended."""
+        self._publish_transitions()
+        self.hooks.collect()
+
+    def close(self) -> None:
+        """Publish what is left, and end the hooks."""
+        self._publish_transitions()
+        self.hooks.close()
+
+    def _publish_transitions(self) -> None:
+        any_published, last = False, None
+        for number, transition in self._store.transitions_after(self._published):
+            self._published = number
+            is_final = transition.new in FINAL_STATES
+            if not is_final and (transition.old, transition.new) != (JobState.RUNNING, JobState.QUEUED):
                 continue
             try:
-                job = self._store.get(move.job_id)
+                job = self._store.get(transition.job_id)
             except NotFound:  # forgotten since, by `keep_jobs_days`
                 continue
-            name, level = _NAMES[JobState(move.new)] if ended else _REQUEUED
-            getattr(self._log, level)(name, **canonical(job, move))
-            any_told = True
-            if ended:
+            name, level = _EVENTS[JobState(transition.new)] if is_final else _REQUEUED
+            getattr(self._log, level)(name, **canonical(job, transition))
+            any_published = True
+            if is_final:
                 last = finished_job(job)
-                self._hooks.fire("on_job_finished", {"job": last})
+                self.hooks.fire("on_job_finished", {"job": last})
         if last is not None and not any(self._store.counts()[state] for state in OPEN_STATES):
-            self._hooks.fire("on_queue_empty", {"job": last})
-        if any_told:
-            self._store.set_control(TOLD_KEY, self._told)
+            self.hooks.fire("on_queue_empty", {"job": last})
+        if any_published:
+            self._store.set_control(PUBLISHED_KEY, self._published)
 
 
-def canonical(job: Job, move: JobTransition) -> dict[str, Any]:
+def canonical(job: Job, transition: JobTransition) -> dict[str, Any]:
     """Everything about the end of a job or of one attempt, for one line of the log; what is not known is left out."""
     dataset, result = job.dataset, job.result
     line: dict[str, Any] = {
         "job": job.id,
         "dataset": escape(job.name),
-        "was": move.old,
-        "reason": escape(move.reason, most=REASON_CHARACTERS),
+        "was": transition.old,
+        "reason": escape(transition.reason, most=REASON_CHARACTERS),
         "failure": job.failure,
         "attempt": job.attempt,
         "version": job.version,
@@ -95,12 +108,12 @@ def canonical(job: Job, move: JobTransition) -> dict[str, Any]:
             "skipped_rows": dataset.skipped_rows,
         }
     if result is not None:
-        line |= {name: value for name, value in asdict(result).items() if name not in _IN_THE_JOB}
+        line |= {name: value for name, value in asdict(result).items() if name not in _IN_JOB}
     line |= {
         "max_step": job.max_step if job.attempt else None,
         "created_at": job.created_at,
         "started_at": job.started_at,
-        "total_seconds": _seconds_between(job.created_at, move.at),
+        "total_seconds": _seconds_between(job.created_at, transition.at),
     }
     return {name: value for name, value in line.items() if value is not None and value != ""}
 
@@ -111,3 +124,77 @@ def _seconds_between(begin: str, end: str) -> float | None:
         return round((datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds(), 3)
     except ValueError:
         return None
+
+
+@dataclass
+class _Running:
+    name: str
+    process: subprocess.Popen[bytes]
+    deadline: float  # monotonic
+
+
+class Hooks:
+    """Commands of the administrator's own, run when something happened, with the facts as JSON on stdin.
+
+    They come from dropforge.toml alone; nothing in a dropped file or its sidecar reaches their command line. A hook never
+    delays a job: it runs beside, with a time limit, and its failure is a line in the log. One thread calls everything.
+    """
+
+    def __init__(self, settings: HookSettings, log: Any) -> None:
+        self.settings = settings
+        self._log = log
+        self._running: list[_Running] = []
+
+    def fire(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Start the hook called `name`, if one is configured."""
+        command: Sequence[str] = getattr(self.settings, name)
+        if not command:
+            return
+        stdin = os.memfd_create("dropforge-hook")
+        try:
+            os.write(stdin, to_json({"hook": name, **facts}).encode("ascii"))
+            os.lseek(stdin, 0, os.SEEK_SET)
+            process = subprocess.Popen(
+                list(command),
+                stdin=stdin,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._log.error("hook.failed", hook=name, error=str(error))
+            return
+        finally:
+            os.close(stdin)
+        self._running.append(_Running(name=name, process=process, deadline=time.monotonic() + self.settings.timeout))
+
+    def collect(self) -> None:
+        """Reap hooks that ended, and kill those over their time."""
+        for hook in list(self._running):
+            code = hook.process.poll()
+            if code is None and time.monotonic() < hook.deadline:
+                continue
+            self._running.remove(hook)
+            if code is None:
+                _kill(hook.process)
+                self._log.error("hook.failed", hook=hook.name, error=f"ended after {self.settings.timeout:g} s")
+            elif code:
+                self._log.error("hook.failed", hook=hook.name, error=f"exit code {code}")
+
+    def close(self, patience: float = 2.0) -> None:
+        """Wait at most `patience` seconds for running hooks, then kill them."""
+        deadline = time.monotonic() + patience
+        for hook in self._running:
+            try:
+                hook.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _kill(hook.process)
+        self._running.clear()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # it ended meanwhile
+    process.wait()

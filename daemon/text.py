@@ -23,6 +23,16 @@ def printable(text: str, *, most: int = 200) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
+def format_bytes(size: int) -> str:
+    """Return `3.2 GiB`, for people."""
+    value = float(size)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
 def finite(value: Any) -> Any:
     """`value` with every NaN and infinity, for which JSON has no word, as None."""
     match value:

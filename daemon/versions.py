@@ -13,13 +13,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import guard
 from daemon.errors import DropforgeError, NotFound
-from daemon.job import utc_now
+from daemon.job import Job, RunResult, utc_now
 from guard.atomic import append_line_durable, fsync_dir, fsync_tree, rename_durable, write_atomic
 from guard.digest import digest_file
 from guard.lock import require_lock
+
+if TYPE_CHECKING:  # a trainer has no settings, and what reads them takes time to import
+    from daemon.config import Settings
 
 VERSIONS = "versions"
 LATEST = "latest"
@@ -117,6 +121,46 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
     _record_lineage(model_dir, version)
     point_latest(model_dir, version)
     return version
+
+
+def promote_result(settings: Settings, job: Job, result: RunResult, log: Any) -> Version:
+    """Make a run's candidate the current version, under the model lock; a crash in between is repaired by the next call.
+
+    Raises DropforgeError, GuardError, OSError; the candidate then stays where it is.
+    """
+    model_dir = settings.model_dir
+    record: Mapping[str, Any] = {
+        "dataset": job.dataset.name if job.dataset else job.name,
+        "dataset_digest": job.dataset.digest if job.dataset else None,
+        "rows": result.rows,
+        "steps": result.steps_run,
+        "held_out_before": result.held_out_before,
+        "held_out_after": result.held_out_after,
+        "train_loss": result.train_loss,
+        "adapter_digest": result.adapter_digest,
+    }
+    with guard.ModelLock(model_dir, owner="promotion"):
+        version = promote(model_dir, Path(result.candidate or ""), job_id=job.id, record=record)
+        guard.mark_finished(model_dir, version.name)
+        _purge(settings, log)
+    return version
+
+
+def _purge(settings: Settings, log: Any) -> None:
+    """Delete cleared checkpoints that policy no longer keeps; a failure is logged and changes nothing else."""
+    policy = settings.guard
+    try:
+        purged = guard.purge_cleared(
+            settings.model_dir,
+            keep_sets=policy.keep_cleared_sets,
+            keep_days=policy.keep_cleared_days,
+            keep_bytes=policy.keep_cleared_bytes,
+        )
+    except (guard.GuardError, OSError) as error:
+        log.error("guard.not_purged", error=str(error))
+        return
+    if purged.purged:
+        log.info("guard.cleared_sets_purged", sets=list(purged.purged), size_bytes=purged.size_bytes)
 
 
 def rollback(model_dir: Path, name: str) -> Version:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from daemon.config import ExecutorSettings
 from daemon.executors.base import Executor
 from daemon.executors.local import LocalExecutor
-from daemon.gpu.lock import GpuLock
+from daemon.gpu import GpuLock
 
 
 def make_executor(settings: ExecutorSettings, *, gpu: GpuLock | None = None) -> Executor:

@@ -1,4 +1,4 @@
-"""What the scheduler asks of an executor, whatever runs the trainer in the end."""
+"""The executor's contract with the scheduler: start, adopt, poll, stop and kill one trainer a job."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from daemon.processes import signal_name
 
 @dataclass(frozen=True, kw_only=True)
 class Exit:
-    """How a trainer process ended. Both None: it is gone and nobody of us was its parent."""
+    """How a trainer process ended. Both None: it is gone, and its parent was another daemon."""
 
     code: int | None = None
     signal: int | None = None
-    out_of_memory: bool = False  # the kernel killed something for want of memory meanwhile, and this was not us
+    out_of_memory: bool = False  # an OOM kill happened during the run and we sent no SIGKILL
 
     def __str__(self) -> str:
         if self.out_of_memory:
@@ -27,7 +27,7 @@ class Exit:
 
 
 class Executor(Protocol):
-    """Runs one trainer a job. A run is known by its run directory, also to the daemon's next life."""
+    """Runs one trainer a job. A run is identified by its run directory, also after a restart of the daemon."""
 
     def launch(self, spec: RunSpec) -> None:
         """Start the attempt that `spec` describes; returns as soon as it is started. Raises OSError."""
@@ -36,13 +36,13 @@ class Executor(Protocol):
         """Take charge of a trainer that an earlier daemon left in `run_dir`; False when none is alive."""
 
     def poll(self, run_dir: Path) -> Exit | None:
-        """None while it runs."""
+        """Return how the trainer ended, None while it runs."""
 
-    def ask(self, run_dir: Path) -> None:
+    def request_stop(self, run_dir: Path) -> None:
         """Ask the trainer to seal a checkpoint and leave."""
 
-    def end(self, run_dir: Path) -> None:
-        """End the trainer with everything it started, at once."""
+    def kill(self, run_dir: Path) -> None:
+        """Kill the trainer with everything it started, at once."""
 
     def close(self) -> None:
-        """Give up what is only kept for the next launch; a running trainer goes on."""
+        """Release what is kept only for the next launch; a running trainer goes on."""

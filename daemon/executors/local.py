@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from daemon.executors.base import Exit
-from daemon.gpu.lock import GpuLock
+from daemon.gpu import GpuLock
 from daemon.job import RunSpec
 from daemon.processes import ProcessIdentity, identify, oom_kills
 from daemon.run_dir import LOG_NAME, begin_attempt, read_identity, write_identity
@@ -23,7 +23,7 @@ class LocalExecutor:
         self._gpu = gpu or GpuLock(None)
         self._children: dict[Path, subprocess.Popen[bytes]] = {}
         self._adopted: dict[Path, ProcessIdentity] = {}
-        self._ended: set[Path] = set()  # killed by us
+        self._killed: set[Path] = set()  # by us
         self._environment: dict[str, str] = {}  # what the latest trainer gets besides ours
         self._oom_kills = 0  # of the machine, when the latest trainer was launched
 
@@ -32,7 +32,7 @@ class LocalExecutor:
         run_dir = begin_attempt(spec)
         self._environment = {"CUDA_VISIBLE_DEVICES": spec.gpu} if spec.gpu else {}
         self._oom_kills = oom_kills()
-        self._ended.discard(run_dir)
+        self._killed.discard(run_dir)
         child = self._spawn(run_dir)
         self._children[run_dir] = child
         identity = identify(child.pid)
@@ -83,10 +83,10 @@ class LocalExecutor:
         self._signal(run_dir, signal.SIGKILL)
         code = child.wait()
         del self._children[run_dir]
-        starved = code == -signal.SIGKILL and run_dir not in self._ended and oom_kills() > self._oom_kills
+        starved = code == -signal.SIGKILL and run_dir not in self._killed and oom_kills() > self._oom_kills
         return Exit(signal=-code, out_of_memory=starved) if code < 0 else Exit(code=code)
 
-    def ask(self, run_dir: Path) -> None:
+    def request_stop(self, run_dir: Path) -> None:
         """SIGTERM to the trainer itself."""
         child = self._children.get(run_dir)
         identity = self._adopted.get(run_dir)
@@ -95,9 +95,9 @@ class LocalExecutor:
         elif identity is not None and identity.alive:
             os.kill(identity.pid, signal.SIGTERM)
 
-    def end(self, run_dir: Path) -> None:
+    def kill(self, run_dir: Path) -> None:
         """SIGKILL to the whole process group."""
-        self._ended.add(run_dir)
+        self._killed.add(run_dir)
         identity = self._adopted.get(run_dir)
         if identity is None or identity.alive:
             self._signal(run_dir, signal.SIGKILL)

@@ -12,9 +12,9 @@ from contextlib import nullcontext, suppress
 from enum import Enum, auto
 from pathlib import Path
 
-from daemon.access import closed
 from daemon.config import Settings
 from daemon.dataset.source import COMPRESSIONS
+from daemon.holds import access_problem
 from daemon.job import Job, JobState, Priority
 from guard.atomic import fsync_dir
 
@@ -104,7 +104,7 @@ def unusable_reason(settings: Settings) -> str:
     """Say why no file can be claimed now; empty when one can."""
     for path in (settings.inbox_dir, settings.inbox_dir / PROCESSING):
         try:
-            why = closed(path)
+            why = access_problem(path)
         except FileNotFoundError:
             why = "it is missing" if path == settings.inbox_dir else ""
         if why:

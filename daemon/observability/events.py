@@ -25,7 +25,7 @@ def _event(level: str, meaning: str, keys: str = "") -> Event:
 
 _END = (
     "job dataset was reason failure attempt version duplicate_of priority force overrides base_model size_bytes digest"
-    " format dataset_rows skipped_rows hint steps_planned steps_run start_step resumed_from verdict reasons cleared"
+    " format dataset_rows skipped_rows hint tried steps_planned steps_run start_step resumed_from verdict reasons cleared"
     " train_loss held_out_before held_out_after tokens_per_second tokens_trained rows dropped_rows held_out_rows"
     " truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm warnings max_step created_at started_at"
     " total_seconds"
@@ -35,7 +35,7 @@ EVENTS: Mapping[str, Event] = {
     "daemon.started": _event("info", "Recovery is done and the inbox is watched.", "root watch_mode"),
     "daemon.stopping": _event("info", "It was asked to stop; a running trainer seals a checkpoint.", "running"),
     "daemon.stopped": _event("info", "The last line of a daemon that left in order."),
-    "daemon.reloaded": _event("info", "SIGHUP: the log was opened again, settings were read again."),
+    "daemon.reloaded": _event("info", "SIGHUP: the log was opened again, settings were read again.", "ignored"),
     "daemon.not_reloaded": _event("error", "SIGHUP: the settings have a fault; those of before stay.", "error"),
     "store.set_aside": _event("error", "The queue's database cannot be read and was moved aside.", "path reason"),
     "store.rebuilt": _event("warning", "The queue was made anew from the folders.", "jobs succeeded"),

@@ -23,6 +23,7 @@ from daemon.gpu import Gpu
 from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
 from daemon.text import escape, finite, printable
+from daemon.versions import Version
 
 SCHEMA_VERSION = 1
 STATES = ("starting", "idle", "training", "waiting", "paused", "stopping", "stopped")
@@ -252,6 +253,15 @@ def running_job(job: Job, progress: Progress | None, losses: list[tuple[int, flo
         "losses": list(losses),
     }
     return cast(RunningJob, shown)
+
+
+def current_model(version: Version) -> CurrentModel:
+    """The `model` object."""
+    return {
+        "version": version.name,
+        "dataset": version.record.get("dataset"),
+        "created_at": version.record.get("created_at"),
+    }
 
 
 def gpu_device(found: Gpu) -> GpuDevice:

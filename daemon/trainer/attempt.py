@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -95,7 +96,7 @@ def result_of(error: Exception) -> RunResult:
         case Interrupted():
             return RunResult(outcome=Outcome.INTERRUPTED, message="stopped before the first step")
         case RunFailure():
-            return failed(error.kind, error.message, error.hint)
+            return replace(failed(error.kind, error.message, error.hint), tried=error.tried)
         case FileChanged():
             return failed(FailureKind.BAD_DATA, error.cause, "drop a finished copy")
         case ModelLocked():
@@ -108,7 +109,7 @@ def result_of(error: Exception) -> RunResult:
             return failed(kind_of(error), str(error), "free some space" if is_no_space(error) else "")
     message = f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
-        return failed(FailureKind.OUT_OF_MEMORY, message, "lower per_device_train_batch_size or max_length")
+        return failed(FailureKind.OUT_OF_MEMORY, message)  # what to do about it, the daemon decides
     return failed(FailureKind.INTERNAL, message, "the traceback is in the trainer's log")
 
 

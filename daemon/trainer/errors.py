@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon.errors import is_no_space
-from daemon.job import FailureKind
+from daemon.job import FailureKind, MemoryMeasure
 from guard import WeightsNotFinite
 
 # A run whose disk has less room than this cannot go on, whatever its error was.
@@ -21,19 +21,22 @@ MIN_FREE_BYTES = 1024 * 1024
 class RunFailure(Exception):
     """The run cannot succeed as things are; the kind decides what the daemon does next."""
 
-    def __init__(self, kind: FailureKind, message: str, *, hint: str = "") -> None:
+    def __init__(
+        self, kind: FailureKind, message: str, *, hint: str = "", tried: tuple[MemoryMeasure, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.hint = hint
+        self.tried = tried  # of OUT_OF_MEMORY: what did not suffice
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with kind and hint: it crosses from the processes that tokenise."""
-        return _rebuild, (self.kind, self.message, self.hint)
+        """Pickle with every attribute: it crosses from the processes that tokenise."""
+        return _rebuild, (self.kind, self.message, self.hint, self.tried)
 
 
-def _rebuild(kind: FailureKind, message: str, hint: str) -> RunFailure:
-    return RunFailure(kind, message, hint=hint)
+def _rebuild(kind: FailureKind, message: str, hint: str, tried: tuple[MemoryMeasure, ...]) -> RunFailure:
+    return RunFailure(kind, message, hint=hint, tried=tried)
 
 
 class Interrupted(Exception):

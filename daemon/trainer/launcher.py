@@ -105,11 +105,7 @@ def _unexplained(returncode: int, *, oom_killed: bool) -> RunFailure:
     """Return the failure of a run whose workers left no result that explains it."""
     killed_by = killing_signal(returncode)
     if killed_by == signal.SIGKILL and oom_killed:
-        return RunFailure(
-            FailureKind.OUT_OF_MEMORY,
-            "the kernel ran out of memory and killed one of the processes",
-            hint="lower per_device_train_batch_size or max_length",
-        )
+        return RunFailure(FailureKind.OUT_OF_MEMORY, "the kernel ran out of memory and killed one of the processes")
     return RunFailure(
         FailureKind.LOST,
         f"one of the processes was killed by signal {killed_by}"

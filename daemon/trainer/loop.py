@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from daemon.job import FailureKind, Plan
+from daemon.job import FailureKind, MemoryMeasure, Plan
 from daemon.run_dir import RunWriter
 from daemon.trainer import distributed
 from daemon.trainer.attempt import StopFlag
@@ -67,6 +67,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         self._objective = objective
         self._budget_tokens = collator.budget_tokens
         self._gradient_checkpointing_on_oom = gradient_checkpointing_on_oom
+        self._tried: tuple[MemoryMeasure, ...] = ()  # beyond smaller passes
         self._writer = writer
         self._grad_norm: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
@@ -140,9 +141,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
             raise RunFailure(
                 FailureKind.OUT_OF_MEMORY,
                 f"a row of {longest} tokens does not fit the device's memory",
-                hint="lower max_length under [data], choose a smaller base model, or load_in_4bit under [model]",
+                tried=(MemoryMeasure.ONE_ROW, *self._tried),
             )
         self._gradient_checkpointing_on_oom = False
+        self._tried = (MemoryMeasure.GRADIENT_CHECKPOINTING,)
         enable_gradient_checkpointing(self.model)
         self._event("run.gradient_checkpointing_enabled", longest_row=longest)
         return passes

@@ -239,6 +239,28 @@ def test_out_of_memory_comes_back_with_half_the_batch_and_resumes_its_own_checkp
     assert (done.result.start_step, done.result.steps_run) == (4, 10)
 
 
+def test_out_of_memory_at_one_row_a_pass_is_not_tried_again(make_root: MakeRoot) -> None:
+    """The trainer has computed with less than any smaller batch would be: one attempt, and what is left to do."""
+    fail = {"kind": "out_of_memory", "message": "no memory", "tried": ["one_row", "gradient_checkpointing"]}
+    root = make_root(behaviour={"*": {"fail": fail}}, tables={"training": {"per_device_train_batch_size": 4}})
+    root.start()
+    root.drop("a.jsonl", texts(80))
+    failed = root.finished("a.jsonl")
+    assert (failed.state, failed.attempt, failed.failure) == (JobState.FAILED, 1, FailureKind.OUT_OF_MEMORY)
+    assert "one row at a time is too much already: lower max_length" in failed.reason
+
+
+def test_a_trainer_that_others_end_each_time_backs_off_and_fails_the_job(make_root: MakeRoot) -> None:
+    """An interruption that nobody here asked for, before anything is sealed, is no reason to go round for ever."""
+    root = make_root(behaviour={"*": {"quit_at": 2}}, tables={**STEPS, "queue": {"retry_seconds": 0.01}})
+    root.start()
+    root.drop("a.jsonl", texts(20))
+    failed = root.finished("a.jsonl")
+    assert (failed.state, failed.attempt, failed.failure) == (JobState.FAILED, 3, FailureKind.LOST)
+    assert "a signal that the daemon did not send" in failed.reason
+    assert "3 attempts in a row made no progress" in failed.reason
+
+
 def test_a_trainer_that_stands_still_is_ended_and_the_job_comes_back(make_root: MakeRoot) -> None:
     behaviour = {"1": {"step_seconds": 3600, "ignore_terminate": True}}
     root = make_root(behaviour=behaviour, tables={**STEPS, "queue": {"stall_timeout": 0.5, "stop_timeout": 0.3}})
@@ -299,6 +321,25 @@ def test_a_reload_with_a_broken_file_changes_nothing(make_root: MakeRoot) -> Non
     assert "unknown key [training] lr" in root.events("daemon.not_reloaded")[0]["error"]
     root.drop("a.jsonl", texts(5))
     assert root.finished("a.jsonl").state is JobState.SUCCEEDED
+
+
+def test_a_reload_names_what_only_a_restart_applies(make_root: MakeRoot) -> None:
+    """In the log and, until it comes, in the status: a lock that is not there lets two daemons train at once."""
+    root = make_root(behaviour={}, tables=STEPS)
+    root.start()
+    path, log = root.path / "dropforge.toml", root.settings.log_path
+    before = path.read_text()
+    root.configure(executor={"gpu_lock": "shared.lock"}, metrics={"port": 9099})
+    os.kill(root.start_pid, signal.SIGHUP)
+    wait_until(lambda: "daemon.reloaded" in log.read_text())
+    ignored = root.events("daemon.reloaded")[0]["ignored"]
+    assert ignored == "[executor] gpu_lock, [metrics] port: applied only by a restart"
+    named = "changed, but applied only by a restart: [executor] gpu_lock, [metrics] port"
+    wait_until(lambda: (status := root.status()) and named in status["warnings"])
+    path.write_text(before)
+    os.kill(root.start_pid, signal.SIGHUP)
+    wait_until(lambda: (status := root.status()) and named not in status["warnings"])
+    assert "ignored" not in root.events("daemon.reloaded")[-1]
 
 
 def test_a_second_signal_ends_the_trainer_at_once_and_nothing_is_lost(make_root: MakeRoot) -> None:

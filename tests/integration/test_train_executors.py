@@ -112,7 +112,7 @@ def test_a_trainer_is_the_daemons_child_in_a_group_of_its_own(executor: LocalExe
     assert identity.pid == found["pid"]
     assert identity.alive
     assert executor.poll(Path(spec.run_dir)) is None
-    executor.ask(Path(spec.run_dir))
+    executor.request_stop(Path(spec.run_dir))
     assert ended(executor, spec) == Exit(code=75)
     assert gone(found["pid"])
 
@@ -131,7 +131,7 @@ def test_end_kills_the_whole_group(executor: LocalExecutor, tmp_path: Path) -> N
     spec = specify(tmp_path / "run", wait=True, child=True)
     executor.launch(spec)
     found = facts(spec)
-    executor.end(Path(spec.run_dir))
+    executor.kill(Path(spec.run_dir))
     assert ended(executor, spec) == Exit(signal=signal.SIGKILL)
     wait_until(lambda: gone(found["child"]), what="the trainer's child to go")
 
@@ -144,7 +144,7 @@ def test_the_next_daemon_adopts_what_this_one_left(executor: LocalExecutor, tmp_
     other = LocalExecutor(COLD)
     assert other.adopt(run_dir)
     assert other.poll(run_dir) is None
-    other.ask(run_dir)
+    other.request_stop(run_dir)
     assert ended(executor, spec) == Exit(code=75)
     assert other.poll(run_dir) == Exit()
     assert not LocalExecutor(COLD).adopt(run_dir)
@@ -158,7 +158,7 @@ def test_an_attempt_never_reads_the_results_of_the_one_before(executor: LocalExe
     facts(spec)
     assert not (tmp_path / "run" / "result.json").exists()
     assert not (tmp_path / "run" / "progress.json").exists()
-    executor.end(Path(spec.run_dir))
+    executor.kill(Path(spec.run_dir))
     ended(executor, spec)
 
 
@@ -200,7 +200,7 @@ def test_the_servers_death_costs_nothing_but_the_warmth(warm: Callable[..., Warm
     os.kill(server_pid(executor), signal.SIGKILL)
     wait_until(lambda: not executor.warm, what="the server's end to be noticed")
     assert executor.poll(Path(running.run_dir)) is None
-    executor.ask(Path(running.run_dir))
+    executor.request_stop(Path(running.run_dir))
     assert ended(executor, running) == Exit(code=75)
     cold = specify(tmp_path / "cold")
     executor.launch(cold)
@@ -397,7 +397,7 @@ def test_a_kill_for_want_of_memory_is_told_apart(tmp_path: Path, monkeypatch: py
         pid = facts(spec)["pid"]
         vmstat.write_text("pgfault 7\noom_kill 3\n")
         if ours:
-            executor.end(Path(spec.run_dir))
+            executor.kill(Path(spec.run_dir))
         else:
             os.kill(pid, signal.SIGKILL)
         assert ended(executor, spec).out_of_memory is not ours

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from daemon.dataset.rows import iter_rows
-from daemon.job import FailureKind, Outcome, RunResult, RunSpec
+from daemon.job import FailureKind, MemoryMeasure, Outcome, RunResult, RunSpec
 from daemon.trainer import loop
 from daemon.trainer.arguments import training_arguments
 from daemon.trainer.attention import PACKED, use_packed
@@ -360,6 +360,7 @@ def test_when_memory_runs_out_a_step_is_divided_further_and_computes_the_same(
     with pytest.raises(RunFailure) as caught:
         train(specify(tmp_path / "none", rows(24), tiny_base, tables))
     assert caught.value.kind is FailureKind.OUT_OF_MEMORY
+    assert caught.value.tried == (MemoryMeasure.ONE_ROW, MemoryMeasure.GRADIENT_CHECKPOINTING)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ skipped or taken twice shows.
 BEHAVIOUR.json may hold, by attempt ("1", "2", ...) or "*":
   step_seconds        how long a step takes
   die_at              SIGKILL to itself after this step (before its checkpoint)
-  fail                {"kind": ..., "message": ...}: end with this failure after the first step
+  fail                {"kind": ..., "message": ..., "tried": [...]}: end with this failure after the first step
+  quit_at             leave as if asked to after this step, without a checkpoint
   lie_about_steps     claim success after so many steps fewer than planned
   ignore_terminate    true: do not listen to SIGTERM
   seal_seconds        how long the checkpoint takes that a stop asked for
@@ -31,11 +32,11 @@ import guard
 from daemon import versions
 from daemon.dataset.rows import iter_rows
 from daemon.fingerprint import fingerprint_run
-from daemon.job import FailureKind, Outcome, RunResult, RunSpec
+from daemon.job import FailureKind, MemoryMeasure, Outcome, RunResult, RunSpec
 from daemon.recipe import Recipe
 from daemon.run_dir import RunWriter
 from daemon.trainer.attempt import StopFlag, check_unchanged, run_attempt
-from daemon.trainer.errors import RunFailure
+from daemon.trainer.errors import Interrupted, RunFailure
 
 TOKENS_A_ROW = 10
 STATE_NAME = "trainer_state.json"
@@ -88,7 +89,11 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
             weights = blake3(f"{weights}:{spec.dataset.digest}:{step}".encode()).hexdigest()
             report.progress(phase="training", step=step, total_steps=total, start_step=start, loss=1 / step)
             if "fail" in behaviour:
-                raise RunFailure(FailureKind(behaviour["fail"]["kind"]), behaviour["fail"]["message"], hint="a hint")
+                fail = behaviour["fail"]
+                tried = tuple(map(MemoryMeasure, fail.get("tried", ())))
+                raise RunFailure(FailureKind(fail["kind"]), fail["message"], hint="a hint", tried=tried)
+            if behaviour.get("quit_at") == step:
+                raise Interrupted
             if behaviour.get("die_at") == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             if step % recipe.training.save_steps == 0 or step == last or stop.requested:

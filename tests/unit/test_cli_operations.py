@@ -25,7 +25,7 @@ from daemon.cli.systemd import install
 from daemon.cli.systemd.units import DropIn
 from daemon.config import Settings
 from daemon.errors import ConfigError
-from daemon.gpu.lock import GpuLock
+from daemon.gpu import GpuLock
 from daemon.job import Job, JobState
 from daemon.store import JobStore
 from daemon.versions import Version
@@ -362,17 +362,17 @@ def test_the_doctor_s_json_is_what_it_shows(
 def test_the_lock_is_one_daemon_s_until_it_and_its_trainer_have_let_go(tmp_path: Path) -> None:
     path = tmp_path / "run" / "gpu.lock"
     first, second, alone = GpuLock(path), GpuLock(path), GpuLock(None)
-    assert first.take("a") == ""
-    assert first.take("a") == ""  # it has it already
-    assert "in use by b" not in (told := second.take("b"))
+    assert first.acquire("a") == ""
+    assert first.acquire("a") == ""  # it has it already
+    assert "in use by b" not in (told := second.acquire("b"))
     assert "in use by a" in told
     trainer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=first.descriptors)
-    first.give()
-    assert "in use by a" in second.take("b")  # the trainer still has it
+    first.release()
+    assert "in use by a" in second.acquire("b")  # the trainer still has it
     trainer.communicate(b"")
-    assert second.take("b") == ""
-    second.give()
-    assert alone.take("c") == ""
+    assert second.acquire("b") == ""
+    second.release()
+    assert alone.acquire("c") == ""
     assert alone.descriptors == ()
 
 

@@ -17,10 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.gpu import Gpu
-from daemon.gpu.probe import GpuProbe, GpuSilent
+from daemon.gpu import Gpu, GpuProbe, GpuTimeout
 from daemon.job import FailureKind, Job, JobState, Progress, RunResult
-from daemon.losses import POINTS, LossHistory
 from daemon.observability import status
 from daemon.observability.status import (
     StatusSnapshot,
@@ -32,6 +30,7 @@ from daemon.observability.status import (
     write_status,
 )
 from daemon.processes import identify
+from daemon.status_writer import LOSS_POINTS, LossHistory
 from tests.support.root import REPOSITORY
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "status.schema.json").read_text())
@@ -53,7 +52,7 @@ def full_snapshot() -> StatusSnapshot:
         status="training",
         reason=NASTY,
         queue={state.value: 10**9 for state in JobState},
-        job=running_job(job(name=NASTY), progress, [(n, 1.0 / (n + 1)) for n in range(POINTS)]),
+        job=running_job(job(name=NASTY), progress, [(n, 1.0 / (n + 1)) for n in range(LOSS_POINTS)]),
         waiting=tuple({"file": "f" * 200, "reason": "r" * 200, "since": "s"} for _ in range(status.WAITING_FILES)),
         left_alone=tuple({"file": "f" * 200, "reason": "r" * 200} for _ in range(status.WAITING_FILES)),
         recent=tuple(finished_job(ended) for _ in range(status.RECENT_JOBS)),
@@ -148,13 +147,13 @@ def test_losses_are_few_ascending_and_cover_the_run(
     for step in range(start + 1, total + 1, every):
         points = history.observe(folder, 1, Progress(phase="training", step=step, total_steps=total, loss=1.0 / step))
     steps = [step for step, _ in points]
-    assert len(points) <= POINTS
+    assert len(points) <= LOSS_POINTS
     assert steps == sorted(set(steps))
     if start < total:
         assert all(0 < loss <= 1.00001 / (start + 1) for _, loss in points)
         assert steps[-1] == range(start + 1, total + 1, every)[-1]
         told = len(range(start + 1, total + 1, every))
-        assert len(points) >= min(POINTS * (total - start) // total, told) // 2 - 1
+        assert len(points) >= min(LOSS_POINTS * (total - start) // total, told) // 2 - 1
 
 
 def test_a_run_that_is_met_in_its_middle_is_caught_up_and_a_resumed_one_takes_back(tmp_path: Path) -> None:
@@ -193,7 +192,7 @@ def test_a_gpu_is_shown_by_what_is_used_of_it() -> None:
 
 
 def test_a_driver_that_never_answers_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("daemon.gpu.probe.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("daemon.gpu.TIMEOUT_SECONDS", 0.2)
     answers = threading.Event()
 
     def ask() -> tuple[Gpu, ...]:
@@ -203,9 +202,9 @@ def test_a_driver_that_never_answers_is_waited_for_once(monkeypatch: pytest.Monk
     probe = GpuProbe(ask)
     assert probe.known() == ()  # asked, not waited for
     for _ in range(50):
-        with pytest.raises(GpuSilent):
+        with pytest.raises(GpuTimeout):
             probe.fresh()
     assert sum(thread.name == "gpu" for thread in threading.enumerate()) == 1
     answers.set()
-    monkeypatch.setattr("daemon.gpu.probe.PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr("daemon.gpu.TIMEOUT_SECONDS", 60.0)
     assert probe.fresh() == probe.known() == (GPU,)

@@ -1,0 +1,271 @@
+"""The GPU: which one is ours, how much of its memory is free, who uses it, and the lock that daemons share.
+
+NVML (`nvidia-ml-py`, extra `gpu`) tells without a CUDA context, so that the daemon itself holds no GPU memory. Without the
+package, the driver or a GPU there is nothing to wait for: the trainer then runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daemon.config import Settings
+from daemon.errors import ConfigError
+from daemon.holds import Hold, HoldKind
+from daemon.job import utc_now
+from daemon.processes import command_of
+from daemon.recipe import Recipe
+from daemon.text import escape, format_bytes
+from guard.atomic import write_all
+
+CONTEXT_BYTES = 600 * 2**20  # what CUDA and its libraries take before the first tensor
+# Of the weights: the least that gradients and activations of a LoRA run took where it was measured.
+ACTIVATIONS_SHARE = 0.5
+QUERY_SECONDS = 10.0  # how old the last answer may be
+TIMEOUT_SECONDS = 5.0  # how long a launch waits for the driver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One device at one moment."""
+
+    uuid: str
+    name: str
+    free_bytes: int
+    total_bytes: int
+    processes: tuple[int, ...]  # pids that hold memory on it
+    utilization: float | None  # 0 to 1; None where the driver does not tell
+
+
+def devices() -> tuple[Gpu, ...]:
+    """Every device of this machine, in the driver's order; empty without the package, the driver or a GPU.
+
+    Waits for the driver, and one in trouble may never answer: `GpuProbe` asks for whoever must not wait.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return ()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        return tuple(_read(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError:
+        return ()  # a driver that fell over; the trainer will say what it thinks of it
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def choose(found: Sequence[Gpu], device: str) -> Gpu | None:
+    """The device that `[gpu] device` names: an index, a UUID, or with "auto" the one with most free memory.
+
+    None when there is none to see, or `device` is "none". Raises ConfigError when a named device is not there: a run on
+    the CPU, or on another GPU, is not what was asked for.
+    """
+    if device == "none":
+        return None
+    if device == "auto":
+        return max(found, key=lambda gpu: gpu.free_bytes, default=None)
+    for index, gpu in enumerate(found):
+        if device in (str(index), gpu.uuid):
+            return gpu
+    raise ConfigError(
+        operation="use",
+        subject=f"[gpu] device = {device!r}",
+        cause="there is no such GPU",
+        hint=f"there are {', '.join(gpu.uuid for gpu in found)}"
+        if found
+        else "none can be seen: is the driver loaded, and the extra installed (pip install 'dropforge[gpu]')?",
+    )
+
+
+def memory_hold(gpu: Gpu, recipe: Recipe, *, min_free_bytes: int, own: frozenset[int]) -> Hold | None:
+    """Why a run would not fit beside what others hold; None when it fits. `own` are pids of ours."""
+    needed = min_free_bytes or bytes_needed(recipe)
+    if gpu.free_bytes >= needed:
+        return None
+    others = [f"pid {pid} ({command_of(pid)})" for pid in gpu.processes if pid not in own]
+    by = f", in use by {', '.join(others[:5])}" if others else ""
+    return Hold(
+        kind=HoldKind.GPU,
+        reason=f"{gpu.name} has {format_bytes(gpu.free_bytes)} free, a run needs {format_bytes(needed)}{by}",
+    )
+
+
+def bytes_needed(recipe: Recipe) -> int:
+    """What a run takes at least: the base weights as they lie on the disk, their activations, CUDA itself."""
+    weights = 0
+    folder = Path(recipe.model.model_name_or_path)
+    if folder.is_dir():
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if _stored_as_float32(folder) and recipe.model.dtype in ("auto", "bfloat16"):
+            weights //= 2
+    return CONTEXT_BYTES + int(weights * (1 + ACTIVATIONS_SHARE))
+
+
+def _stored_as_float32(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and (config.get("dtype") or config.get("torch_dtype")) == "float32"
+
+
+def _read(nvml: Any, index: int) -> Gpu:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    try:
+        utilization = int(nvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
+    except nvml.NVMLError:  # a slice of a device does not know
+        utilization = None
+    return Gpu(
+        uuid=str(nvml.nvmlDeviceGetUUID(handle)),
+        name=str(nvml.nvmlDeviceGetName(handle)),
+        free_bytes=int(memory.free),
+        total_bytes=int(memory.total),
+        processes=tuple(int(process.pid) for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+        utilization=utilization,
+    )
+
+
+class GpuTimeout(Exception):
+    """The driver has not answered in time."""
+
+
+class GpuProbe:
+    """Asks the driver in a thread: one in trouble may never answer, and the daemon goes on. One thread calls everything."""
+
+    def __init__(self, query: Callable[[], tuple[Gpu, ...]] = devices) -> None:
+        self._query = query
+        self._known: tuple[Gpu, ...] = ()
+        self._queried_at = float("-inf")
+        self._thread: threading.Thread | None = None
+
+    def known(self) -> tuple[Gpu, ...]:
+        """Return the devices of the last answer; never waits, asks again when that is old."""
+        if time.monotonic() - self._queried_at >= QUERY_SECONDS:
+            self._start()
+        return self._known
+
+    def fresh(self) -> tuple[Gpu, ...]:
+        """Return the devices as they are now, waiting at most TIMEOUT_SECONDS, and only once for one query.
+
+        Raises GpuTimeout.
+        """
+        thread = self._start()
+        thread.join(max(0.0, self._queried_at + TIMEOUT_SECONDS - time.monotonic()))
+        if thread.is_alive():
+            raise GpuTimeout
+        return self._known
+
+    def _start(self) -> threading.Thread:
+        """Start a query, unless the driver still owes the answer to the last one."""
+        if self._thread is None or not self._thread.is_alive():
+            self._queried_at = time.monotonic()
+            self._thread = threading.Thread(target=self._run, name="gpu", daemon=True)
+            self._thread.start()
+        return self._thread
+
+    def _run(self) -> None:
+        self._known = self._query()
+
+
+class GpuLock:
+    """One training at a time among several daemons of one machine: a lock file that they share.
+
+    It is a flock(2) on an open file that the trainer inherits: it lasts as long as either of the two lives, so that a
+    trainer that outlives its daemon still keeps the others away, and nothing has to be cleaned up after a crash. Without a
+    path there is nobody to share with, and it is always ours.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._fd: int | None = None
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What a trainer has to inherit."""
+        return () if self._fd is None else (self._fd,)
+
+    def acquire(self, owner: str) -> str:
+        """Try to take it for `owner`, a text that the others show; returns why not, empty when it is ours.
+
+        Raises OSError when the file cannot be made.
+        """
+        if self.path is None or self._fd is not None:
+            return ""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(fd)
+            os.close(fd)
+            return f"the GPU is in use by {holder}"
+        # Only for people: on a full disk the lock holds all the same.
+        with suppress(OSError):
+            os.ftruncate(fd, 0)
+            write_all(fd, json.dumps({"owner": owner, "since": utc_now()}).encode())
+        self._fd = fd
+        return ""
+
+    def release(self) -> None:
+        """Let go; a trainer that inherited it keeps it until it ends."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def _holder(fd: int) -> str:
+    try:
+        content = json.loads(os.pread(fd, 4096, 0))
+        return f"{escape(str(content['owner']))} since {escape(str(content['since']))}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another daemon"
+
+
+class GpuReservation:
+    """The GPU of the next launch: chosen, with room for the run, and locked against other daemons."""
+
+    def __init__(self, settings: Settings, probe: GpuProbe) -> None:
+        configured = settings.executor.gpu_lock
+        self.lock = GpuLock(settings.root / configured if configured else None)
+        self.device: Gpu | None = None
+        self._follows_device = configured is None  # the lock file is that of the chosen device
+        self._probe = probe
+
+    def reserve(self, settings: Settings, recipe: Recipe) -> Hold | None:
+        """Choose the GPU and lock it; returns what to wait for instead. Without a GPU only the lock counts."""
+        wanted = settings.gpu
+        try:
+            self.device = choose(() if wanted.device == "none" else self._probe.fresh(), wanted.device)
+        except ConfigError as error:  # it was there when the daemon started
+            return Hold(kind=HoldKind.GPU, reason=error.sentence)
+        except GpuTimeout:
+            return Hold(kind=HoldKind.GPU, reason="the GPU's driver does not answer; waits until it does")
+        if self.device is not None:
+            own = frozenset({os.getpid()})
+            hold = memory_hold(self.device, recipe, min_free_bytes=wanted.min_free_bytes, own=own)
+            if hold is not None:
+                return hold
+            if self._follows_device and not self.lock.descriptors:
+                self.lock.path = wanted.lock_dir / f"dropforge-{self.device.uuid}.lock"
+        try:
+            in_use = self.lock.acquire(f"the daemon of {settings.root}")
+        except OSError as error:
+            in_use = f"the GPU lock cannot be opened: {error}"
+        return Hold(kind=HoldKind.GPU, reason=in_use) if in_use else None
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        self.lock.release()

@@ -1,0 +1,248 @@
+"""The status writer: builds the snapshot of what the daemon does, and writes it to status.json and the metrics."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daemon import sd_notify, versions
+from daemon.config import Settings
+from daemon.errors import DropforgeError
+from daemon.gpu import GpuProbe
+from daemon.holds import HoldKind
+from daemon.inbox.intake import Intake
+from daemon.job import Job, JobState, Progress
+from daemon.observability.status import (
+    RECENT_JOBS,
+    WAITING_FILES,
+    CurrentModel,
+    StatusSnapshot,
+    current_model,
+    finished_job,
+    gpu_device,
+    running_job,
+    write_status,
+)
+from daemon.run_dir import read_events
+from daemon.scheduler import Scheduler
+from daemon.store import JobStore
+
+if TYPE_CHECKING:  # its library is imported only where metrics are wanted
+    from daemon.observability.metrics import MetricsPublisher
+
+REFRESH_SECONDS = 60.0  # the current version is read again at least so often, whoever changed it
+LOSS_POINTS = 200
+LOSS_READ_BYTES = 8 * 2**20  # of the trainer's events, from their end; older points are drawn from what is left
+
+
+class StatusWriter:
+    """Writes the status at each change and at each heartbeat. One thread calls everything."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: JobStore,
+        intake: Intake,
+        scheduler: Scheduler,
+        *,
+        gpus: GpuProbe,
+        log: Any,
+        metrics: MetricsPublisher | None = None,
+    ) -> None:
+        self.settings = settings
+        self.stopping = False
+        self.warnings: Sequence[str] = ()  # of the service itself
+        self._store = store
+        self._intake = intake
+        self._scheduler = scheduler
+        self._gpus = gpus
+        self._log = log
+        self._metrics = metrics
+        self._losses = LossHistory()
+        self._model = _CurrentModelReader(log)
+        self._published_at = 0.0  # monotonic
+        self._published: tuple[Any, ...] = ()
+        self._failed = False
+
+    def publish(self, *, status: str | None = None, force: bool = False) -> None:
+        """Write the status when it changed or is due, or with `force`. `status` replaces what the daemon seems to do."""
+        snapshot = self._snapshot()
+        if status is not None:
+            snapshot = replace(snapshot, status=status, reason="")
+        now, job = time.monotonic(), snapshot.job
+        shown = (snapshot.status, snapshot.reason, dict(snapshot.queue), job and (job["id"], job["phase"]))
+        is_due = now - self._published_at >= self.settings.status.status_interval
+        if not (force or is_due or shown != self._published):
+            return
+        if self._metrics is not None:
+            run = self._scheduler.run
+            waited = _waited_seconds(run.job) if run else None
+            self._metrics.publish(snapshot, overflows=self._intake.view().overflows, waited_seconds=waited)
+        if self._write(snapshot):
+            self._published_at, self._published = now, shown
+            sd_notify.notify(sd_notify.status_line(snapshot.status, snapshot.reason))
+
+    def _write(self, snapshot: StatusSnapshot) -> bool:
+        """Replace the file. A failure is logged once: a full disk must not fill the log as well."""
+        try:
+            write_status(self.settings.status_path, snapshot)
+        except OSError as error:
+            if not self._failed:
+                self._log.error("status.not_written", error=str(error))
+            self._failed = True
+            return False
+        if self._failed:
+            self._log.info("status.written_again")
+        self._failed = False
+        return True
+
+    def _snapshot(self) -> StatusSnapshot:
+        view, run, counts = self._intake.view(), self._scheduler.run, self._store.counts()
+        status, reason = self._state()
+        losses = self._losses.observe(run.run_dir, run.job.attempt, run.progress) if run else []
+        return StatusSnapshot(
+            status=status,
+            reason=reason,
+            status_interval=self.settings.status.status_interval,
+            log_path=str(self.settings.log_path),
+            watch_mode=view.watch_mode,
+            events_lost=view.overflows,
+            queue={**counts, "deferred": view.deferred},
+            job=running_job(run.job, run.progress, losses) if run else None,
+            waiting=tuple(
+                {"file": item.name, "reason": item.reason, "since": item.since} for item in view.waiting[:WAITING_FILES]
+            ),
+            left_alone=tuple({"file": item.name, "reason": item.reason} for item in view.left_alone[:WAITING_FILES]),
+            recent=tuple(finished_job(job) for job in self._store.recent(RECENT_JOBS)),
+            model=self._model.read(self.settings.model_dir),
+            gpu=tuple(map(gpu_device, self._gpus.known())),
+            warnings=(*self.warnings, *view.warnings),
+        )
+
+    def _state(self) -> tuple[str, str]:
+        """What the daemon does, and why, as status.json says it."""
+        view, run, hold = self._intake.view(), self._scheduler.run, self._scheduler.hold
+        if self.stopping:
+            return "stopping", "a checkpoint is being sealed" if run else ""
+        if run is not None:
+            return ("waiting", run.waiting_for) if run.waiting_for else ("training", run.job.id)
+        if hold is not None:
+            return "paused" if hold.kind is HoldKind.PAUSED else "waiting", hold.reason
+        if view.waiting:
+            return "waiting", view.waiting[0].reason
+        if view.scanning:
+            return "waiting", "rows are being checked"
+        if self._store.counts()[JobState.QUEUED]:
+            return "waiting", self._store.queue(limit=1)[0].reason
+        return "idle", ""
+
+
+def write_starting(settings: Settings, log: Any) -> None:
+    """Write the status of a daemon that recovers: there is no store yet to read from."""
+    snapshot = StatusSnapshot(
+        status="starting",
+        reason="recovering",
+        status_interval=settings.status.status_interval,
+        log_path=str(settings.log_path),
+    )
+    try:
+        write_status(settings.status_path, snapshot)
+    except OSError as error:
+        log.error("status.not_written", error=str(error))
+        return
+    sd_notify.notify(sd_notify.status_line(snapshot.status, snapshot.reason))
+
+
+class _CurrentModelReader:
+    """Reads the current version again when `latest` leads elsewhere, and every REFRESH_SECONDS."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+        self._model: CurrentModel | None = None
+        self._read_at = float("-inf")  # monotonic
+        self._link = ""
+
+    def read(self, model_dir: Path) -> CurrentModel | None:
+        """Return the `model` object of the status. A version that cannot be read is logged."""
+        now, link = time.monotonic(), _link_target(model_dir / versions.LATEST)
+        if link == self._link and now - self._read_at <= REFRESH_SECONDS:
+            return self._model
+        self._read_at, self._link = now, link
+        try:
+            version = versions.current_version(model_dir)
+        except DropforgeError as error:
+            self._log.error("version.unreadable", error=str(error))
+            version = None
+        self._model = None if version is None else current_model(version)
+        return self._model
+
+
+class LossHistory:
+    """The losses of the running job, few enough to travel in the status, however long the run is.
+
+    At most LOSS_POINTS points, evenly over the run's steps; each is the mean loss of the steps that it stands for.
+    """
+
+    def __init__(self) -> None:
+        self._run: tuple[Path, int, int] | None = None  # run directory, attempt, steps
+        self._sums: dict[int, tuple[float, int, int]] = {}  # by part of the run: sum, count, last step
+        self._last_step = 0
+
+    def observe(self, run_dir: Path, attempt: int, progress: Progress | None) -> list[tuple[int, float]]:
+        """Note where a run is; returns (step, loss) so far, ascending by step.
+
+        A run that is met in its middle, after a restart or by a later attempt, is caught up from the trainer's events.
+        """
+        if progress is None or progress.total_steps < 1:
+            return []
+        run = (run_dir, attempt, progress.total_steps)
+        if run != self._run:
+            self._run, self._sums, self._last_step = run, {}, 0
+            self._catch_up(run_dir)
+        if progress.loss is not None and progress.step > self._last_step:
+            self._add(progress.step, progress.loss)
+        return [(step, float(f"{total / count:.6g}")) for _, (total, count, step) in sorted(self._sums.items())]
+
+    def _add(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss) or self._run is None or step < 1:
+            return
+        part = min((step - 1) * LOSS_POINTS // self._run[2], LOSS_POINTS - 1)
+        total, count, last = self._sums.get(part, (0.0, 0, 0))
+        self._sums[part] = (total + loss, count + 1, max(step, last))
+        self._last_step = max(self._last_step, step)
+
+    def _catch_up(self, run_dir: Path) -> None:
+        """Replay the trainer's events; a run that began again at an earlier step takes back what came after it."""
+        losses: dict[int, float] = {}
+        for name, data in read_events(run_dir, last_bytes=LOSS_READ_BYTES):
+            try:
+                if name == "run.started":
+                    start = int(data["start_step"])
+                    losses = {step: loss for step, loss in losses.items() if step <= start}
+                elif name == "run.stepped":
+                    losses[int(data["step"])] = float(data["loss"])
+            except (ValueError, KeyError, TypeError):
+                continue  # written by a trainer of another version
+        for step, loss in sorted(losses.items()):
+            self._add(step, loss)
+
+
+def _waited_seconds(job: Job) -> float | None:
+    """From the claim of a job's file to the start of its latest attempt."""
+    if job.started_at is None or not job.created_at:
+        return None
+    return (datetime.fromisoformat(job.started_at) - datetime.fromisoformat(job.created_at)).total_seconds()
+
+
+def _link_target(path: Path) -> str:
+    """Where a link leads, empty when it is none."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
