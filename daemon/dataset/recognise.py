@@ -7,6 +7,7 @@ never proposes what would be refused again.
 from __future__ import annotations
 
 import ast
+import binascii
 import bz2
 import csv
 import io
@@ -64,6 +65,8 @@ _CODE = re.compile(
 _SQL = re.compile(r"(?:INSERT INTO|CREATE TABLE|BEGIN TRANSACTION|PRAGMA |SET |DROP TABLE|-- \w+)", re.IGNORECASE)
 _STORAGE_ERROR = re.compile(r"<Code>(\w{1,60})</Code>")
 _CONTROL = bytes(byte for byte in range(32) if byte not in b"\t\n\r\f\x08\x1b\x1e")
+_UTF_16_LINE = re.compile(rb"(?:[\x20-\x7e]\0){8}|(?:\0[\x20-\x7e]){8}")
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]{16,}[A-Za-z0-9+/\r\n]*={0,2}\s*")
 _UNDEFINED_1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
 
 
@@ -88,13 +91,16 @@ def recognise(sample: bytes, *, whole: bool, depth: int = 0) -> Recognised | Non
 
     `whole`: nothing follows the sample. `depth`: wrappers opened so far.
     """
-    if not sample.strip() or depth > DEEPEST:
+    if depth > DEEPEST:
         return None
+    if not sample.strip():
+        return _nothing(sample) if whole else None
     return (
         _compressed(sample, whole, depth)
         or _zip(sample)
         or next((Recognised(what=known.what, hint=known.hint) for known in SIGNATURES if known.matches(sample)), None)
         or _safetensors(sample)
+        or _base64(sample, whole, depth)
         or _zeros(sample)
         or _encoded(sample, whole, depth)
         or _binary(sample)
@@ -103,9 +109,14 @@ def recognise(sample: bytes, *, whole: bool, depth: int = 0) -> Recognised | Non
     )
 
 
+def _nothing(sample: bytes) -> Recognised:
+    what = "nothing but white space: it holds no rows" if sample else "empty: it holds no rows"
+    return Recognised(what=what, hint="write one JSON object a line into it, and drop it again")
+
+
 def recognise_misnamed(raw: bytes, *, compression: str, whole: bool) -> Recognised | None:
     """What a file is whose name claims a compression (`gz`, `zst`) that its bytes do not have."""
-    if not raw or raw.startswith(GZIP if compression == "gz" else ZSTD):
+    if raw.startswith(GZIP if compression == "gz" else ZSTD):
         return None
     found = recognise(raw, whole=whole)
     if found is None or not found.certain:
@@ -119,7 +130,7 @@ def recognise_misnamed(raw: bytes, *, compression: str, whole: bool) -> Recognis
 
 def _wrapped(what: str, inside: bytes, *, first: str, hint: str, whole: bool, depth: int) -> Recognised:
     """`hint` when rows are inside, else `first` and then what the inside needs."""
-    found = recognise(inside, whole=whole, depth=depth + 1)
+    found = recognise(inside, whole=whole, depth=depth + 1) if inside else None  # damage leaves nothing to see
     if found is None:
         return Recognised(what=what, hint=hint)
     what = f"{what}, and what is inside is {found.what}"
@@ -153,6 +164,18 @@ def _compressed(sample: bytes, whole: bool, depth: int) -> Recognised | None:
         return None
     inside = _first_bytes(sample, decompress)
     return _wrapped(what, inside, first=first, hint=hint, whole=whole and len(inside) < SAMPLE_BYTES, depth=depth)
+
+
+def _base64(sample: bytes, whole: bool, depth: int) -> Recognised | None:
+    """Text of letters and digits only is taken for base64 where something known is inside."""
+    if not _BASE64.fullmatch(sample):
+        return None
+    letters = b"".join(sample.split())
+    inside = binascii.a2b_base64(letters[: len(letters) // 4 * 4])
+    if not inside.startswith((b"{", b"[", GZIP, *ZSTD, *ZIP_MAGIC)):
+        return None
+    hint = "decode it: base64 -d FILE > NEW.jsonl"
+    return _wrapped("base64 text", inside, first="decode it (base64 -d)", hint=hint, whole=whole, depth=depth)
 
 
 def _first_bytes(sample: bytes, decompress: Callable[[bytes], bytes]) -> bytes:
@@ -248,6 +271,11 @@ def _safetensors(sample: bytes) -> Recognised | None:
 
 def _zeros(sample: bytes) -> Recognised | None:
     """What a copy leaves that set the size first, and a file system after a power cut."""
+    if _UTF_16_LINE.search(sample) and sample.lstrip().startswith((b"{", BOM)) and sample[1:2] != b"\0":
+        return Recognised(
+            what="text in UTF-8 that goes over into UTF-16 (as PowerShell's >> appends)",
+            hint="write all of it in UTF-8",
+        )
     text = sample.rstrip(b"\0")
     if len(sample) - len(text) <= len(sample) // 2 or b"\0" in text:
         return None
@@ -269,22 +297,25 @@ def _binary(sample: bytes) -> Recognised | None:
 
 
 def _text(sample: bytes, whole: bool) -> Recognised | None:
-    text = sample.removeprefix(BOM).decode("utf-8", "replace").lstrip(" \t\r\n")
+    text = sample.removeprefix(BOM).decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     if not text:
         return None
     start = text[:400].lower()
     for beginning, what, hint in DOWNLOADS:
         if start.startswith(beginning):
             return Recognised(what=what, hint=hint, certain=whole)
-    if text.startswith("<"):
-        return _markup(text, start)
+    if text.startswith("<") and (markup := _markup(text, start)) is not None:
+        return markup
     if "\n" not in text and re.search(r"[\]}]\s*\r\s*[\[{]", text):
         return Recognised(
             what="one line: its lines end in CR, as on old Macs", hint="convert it: tr '\\r' '\\n' < FILE > NEW.jsonl"
         )
     if text.startswith("{"):
         return _object(text, whole)
-    return _array(text, whole) if text.startswith("[") else _other_text(text, whole)
+    if re.match(r"\[\[?[\w .-]+\]\]?[ \t]*\r?\n[\w#;-]", text):
+        return Recognised(what="TOML or an INI file", hint=EXPORT)
+    is_array = text.startswith("[") and not re.match(r"\[[^\]{\"\[]*\] *[^\s\]]", text)  # [INFO] begins a log's line
+    return _array(text, whole) if is_array else _other_text(text, whole)
 
 
 def _markup(text: str, start: str) -> Recognised | None:
@@ -333,6 +364,10 @@ def _of_values(value: Any, what: str, path: str, *, certain: bool = True) -> Rec
         return Recognised(
             what=what, hint=f"jq -c '{pipe}{{{key}: .}}' FILE > NEW.jsonl", first_row={key: value}, certain=certain
         )
+    if isinstance(value, str) and isinstance(inner := _decode(value)[0], dict):
+        what = f"{what}, and the objects are encoded as strings"
+        hint = f"jq -c '{pipe}fromjson' FILE > NEW.jsonl"
+        return Recognised(what=what, hint=hint, first_row=inner, certain=certain)
     if isinstance(value, str):
         return Recognised(
             what=what, hint=f"jq -c '{pipe}{{text: .}}' FILE > NEW.jsonl", first_row={"text": value}, certain=certain
@@ -351,6 +386,10 @@ def _object(text: str, whole: bool) -> Recognised | None:
     if value is None:
         return _no_object(text, line, whole)
     rest = text[end:].lstrip(" \t\r")
+    if rest.startswith(",") and ("\n" in text[:end] or rest[1:].lstrip(" \t").startswith("{")):
+        hint = "put brackets around it, [ and ], and `dropforge submit FILE.json` (under a name with that ending)"
+        what = "JSON objects with commas between them, not one object a line"
+        return Recognised(what=what, hint=hint, first_row=value, certain="\n" in text[:end])
     if "\n" in text[:end]:
         held = _container(value) if whole and not rest.strip() else None
         what = "JSON that spans lines; one object a line is needed"
@@ -458,10 +497,20 @@ def _other_text(text: str, whole: bool) -> Recognised | None:
         return table
     if any(line.lstrip().startswith("{") for line in lines):
         return None  # rows come later: what is before them is told line by line
-    if any(_YAML_KEY.match(line) for line in lines) and all(_YAML_LINE.fullmatch(line) for line in lines):
+    if first.startswith(("//", "/*")):
+        return Recognised(what="JSON with comments, or program text", hint=ANEW, certain=False)
+    if _is_yaml(lines):
         first = next(line for line in lines if not line.startswith(("#", "---")))
         return Recognised(what="YAML", hint=FROM_YAML.format("" if first.startswith("-") else "_all"), certain=False)
     return Recognised(what="plain text, not JSON", hint=AS_TEXT, certain=False)
+
+
+def _is_yaml(lines: Sequence[str]) -> bool:
+    """A list, or keys of which none comes twice in one document: a transcript's speakers do."""
+    keys = [line.partition(":")[0] for line in lines if _YAML_KEY.match(line)]
+    if not keys or not all(_YAML_LINE.fullmatch(line) for line in lines):
+        return False
+    return lines[0].startswith(("- ", "---", "%YAML")) or len(set(keys)) == len(keys)
 
 
 def _table(text: str, whole: bool) -> Recognised | None:

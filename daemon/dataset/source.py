@@ -287,6 +287,11 @@ def _unzstd(raw: Iterator[bytes]) -> Iterator[bytes]:
                         frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
                         begun = False
     except zstandard.ZstdError as error:
+        if "memory" in str(error):
+            reason = f"its zstd window is larger than {MAX_WINDOW_BYTES // 2**20} MiB"
+            raise SourceError(reason, "compress it again without --long and --ultra") from error
+        if "ictionary" in str(error):
+            raise SourceError("its zstd data needs a dictionary", "compress it again without one") from error
         raise SourceError(
             "it is not sound zstd: its data is damaged", "copy or download it again, or compress it again"
         ) from error

@@ -238,6 +238,8 @@ def recognise_source(source: DatasetSource) -> Recognised | None:
         if misnamed := recognise_misnamed(raw, compression=source.compression, whole=len(raw) == size):
             return misnamed
         sample = source.content_head(SAMPLE_BYTES + 1)
+        if not sample:
+            return None  # damaged or empty, which the pass tells
         return recognise(sample[:SAMPLE_BYTES], whole=len(sample) <= SAMPLE_BYTES)
     sample = source.head(SAMPLE_BYTES)
     return recognise(sample, whole=len(sample) == size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import bz2
 import gzip
 import io
@@ -148,6 +149,16 @@ KINDS = {
     "pandas_columns": ('{"prompt": {"0": "a"}, "completion": {"0": "b"}}', "as pandas writes", "orient='records'"),
     "columns": ('{"prompt": ["a", "b"], "completion": ["c", "d"]}', "one JSON object of columns", "from_dict"),
     "notebook": ('{"cells": [], "nbformat": 4, "metadata": {}}', "a Jupyter notebook", "export"),
+    "objects_between_commas": (PRETTY.rstrip() + ",\n" + PRETTY, "with commas between them", "put brackets around it"),
+    "one_line_between_commas": ('{"text": "a"},{"text": "b"}', "with commas between them", "put brackets around it"),
+    "encoded_twice": (f"{json.dumps(json.dumps(OBJECTS[0]))}\n" * 2, "encoded as strings", "jq -c 'fromjson' FILE"),
+    "array_encoded_twice": (json.dumps([json.dumps(OBJECTS[0])]), "encoded as strings", "jq -c '.[] | fromjson' FILE"),
+    "toml": ('[[rows]]\ntext = "a"\n', "TOML", "export its rows"),
+    "ini": ("[section]\nkey = value\n", "INI", "export its rows"),
+    "log": ("[INFO] 12:00 started\n[INFO] 12:01 ended\n", "plain text", "jq -cR"),
+    "transcript": ("User: hi\nAssistant: hello\nUser: bye\nAssistant: bye\n", "plain text", "jq -cR"),
+    "prompts_as_text": ("<s>[INST] Hi [/INST] Hello</s>\n", "plain text", "jq -cR"),
+    "json_with_comments": ("// rows\n[\n]\n", "JSON with comments", "write it anew"),
     "strings": ('"a"\n"b"\n', "a JSON string on each line", "jq -c '{text: .}' FILE"),
     "text_sequence": (f"\x1e{ROW}" * 2, "a JSON text sequence", "tr -d"),
     "server_events": ("data: " + ROW + "\n" + "data: [DONE]\n", "server-sent events", "sed"),
@@ -183,7 +194,12 @@ KINDS = {
     "zeros": (bytes(4096), "nothing but zero bytes", "copy it again"),
     "zeros_at_the_end": (ROWS.encode() + bytes(4096), "text that goes over into zero bytes", "copy it again"),
     "noise": (bytes(range(256)) * 8, "binary data", "drop a text file"),
-    "pickle": (pickle.dumps(OBJECTS), "binary data", "drop a text file"),
+    "pickle": (pickle.dumps(OBJECTS), "a Python pickle", "export its rows"),
+    "empty": (b"", "empty: it holds no rows", "write one JSON object a line"),
+    "white_space": (b" \n\t\r\n", "nothing but white space", "write one JSON object a line"),
+    "utf16_appended": (ROWS.encode() + ROWS.encode("utf-16-le"), "goes over into UTF-16", "write all of it in UTF-8"),
+    "base64": (base64.encodebytes(ROWS.encode() * 9), "base64 text", "base64 -d FILE"),
+    "base64_gzip": (base64.b64encode(gzip.compress(ROWS.encode())), "base64 text, and what is inside is gzip", "base64"),
 }  # fmt: skip
 
 
@@ -227,8 +243,8 @@ def test_a_sample_cut_anywhere_is_never_an_error(kind: str) -> None:
         '{"text": "' + "語" * SAMPLE_BYTES + '"}\n',
         '{"text": "naïve – “quoted” {\'a\': None}"}\n' * 4000,
         '{"text": ["a"]}\n{"text": 1}\n',
-        "",
-        " \n\t\r\n",
+        "\ufeff\ufeff" + ROWS,
+        '{"text": 1}\n' + ROWS,
     ],
 )
 def test_what_begins_as_rows_is_left_to_the_pass(content: str) -> None:
@@ -266,6 +282,7 @@ def test_an_array_is_refused_also_where_bad_rows_are_skipped(tmp_path: Path) -> 
         ("x.jsonl.gz", gzip.compress(gzip.compress(ROWS.encode())), "it is gzip data", "rename it"),
         ("x.jsonl.gz", gzip.compress(ROWS.encode()) + b"garbage!", "other bytes follow its gzip data", "zcat"),
         ("x.jsonl.gz", gzip.compress(ROWS.encode())[:-12], "the gzip data is cut short", "copy it again"),
+        ("x.jsonl.gz", b"", "it is empty: it holds no rows, though its name ends in .gz", "write one JSON"),
         (
             "x.jsonl.zst",
             zstandard.ZstdCompressor().compress(ROWS.encode() * 99)[:-9],
@@ -275,7 +292,7 @@ def test_an_array_is_refused_also_where_bad_rows_are_skipped(tmp_path: Path) -> 
     ],
     ids=[
         "plain_gz", "plain_zst", "zstd_gz", "zip_gz", "page_gz", "array_inside", "tar_inside", "gzip_inside",
-        "garbage_behind", "cut_gz", "cut_zst",
+        "garbage_behind", "cut_gz", "empty", "cut_zst",
     ],
 )  # fmt: skip
 def test_what_a_compressed_name_holds_is_named(tmp_path: Path, name: str, content: bytes, what: str, hint: str) -> None:
@@ -304,7 +321,9 @@ def test_an_archive_that_unpacks_to_itself_has_an_end() -> None:
     assert found.what.count("gzip") <= 6
 
 
-@pytest.mark.parametrize("kind", ["array", "pretty_objects", "objects_on_a_line", "container", "conversation", "text"])
+@pytest.mark.parametrize(
+    "kind", ["array", "pretty_objects", "objects_on_a_line", "container", "conversation", "text", "encoded_twice"]
+)
 def test_the_jq_command_that_is_proposed_makes_a_file_that_passes(tmp_path: Path, kind: str) -> None:
     """A hint does not lead from one refusal to the next."""
     path, made = tmp_path / "x.jsonl", tmp_path / "new.jsonl"
@@ -318,7 +337,7 @@ def test_the_jq_command_that_is_proposed_makes_a_file_that_passes(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "kind", ["commas", "old_mac", "python", "utf16", "utf16_le_unmarked", "windows_1252", "xz", "bz2"]
+    "kind", ["commas", "old_mac", "python", "utf16", "utf16_le_unmarked", "windows_1252", "xz", "bz2", "base64"]
 )
 def test_the_shell_command_that_is_proposed_makes_a_file_that_passes(tmp_path: Path, kind: str) -> None:
     """Run as it is written."""
