@@ -123,3 +123,21 @@ def test_a_start_says_so_in_a_sentence_or_waits_and_the_next_one_finishes(
     assert root.stop() == 0
     assert len(list_versions(root.settings.model_dir)) == 2
     assert_sound(root)
+
+
+def test_a_file_that_may_not_be_read_is_told_in_status_and_log_and_taken_when_it_may(
+    make_root: Callable[..., Root], through: tuple[str, ...]
+) -> None:
+    """Once in the log, first in status."""
+    root = make_root(behaviour={}, tables=TABLES, through=through)
+    root.start()
+    path = root.path / "beside.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    path.chmod(0)
+    path.rename(root.settings.inbox_dir / "closed.jsonl")
+    wait_until(lambda: root.events("file.unreadable"), what="a word in the log")
+    wait_until(lambda: (root.status() or {})["waiting"], what="it in status")
+    assert {event["file"] for event in root.events("file.unreadable")} >= {"closed.jsonl"}
+    (root.settings.inbox_dir / "closed.jsonl").chmod(0o644)
+    assert root.finished("closed.jsonl").state is JobState.SUCCEEDED
+    assert len([event for event in root.events("file.unreadable") if event["file"] == "closed.jsonl"]) == 1
