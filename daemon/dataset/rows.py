@@ -30,7 +30,7 @@ from daemon.dataset.masks import apply_row_masks, is_mask
 from daemon.dataset.source import BOM, TooLong, open_dataset
 from daemon.dataset.strict_json import LineError, column_of, parse_object
 from daemon.dataset.tools import calls_of
-from daemon.dataset.values import RowError, UnusedKeys, optional_text, required, text_of
+from daemon.dataset.values import RowError, UnusedKeys, embedded, optional_text, required, text_of
 
 if TYPE_CHECKING:  # the settings' machinery would double what a child that reads rows imports
     from daemon.recipe import ColumnSettings, DataSettings
@@ -281,7 +281,10 @@ def _conversation(row: Mapping[str, Any], format_: Format) -> RowContent:
     expected = FORMAT_KEYS[format_][0]
     key = next((key for key in CONVERSATION_KEYS if _is_conversation(row.get(key))), expected)
     conversation = Conversation()
-    conversation.read(required(row, key), (key,))
+    turns = required(row, key)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # as tables have them
+        turns = embedded(turns, (key,))
+    conversation.read(turns, (key,))
     if isinstance(row.get(HISTORY_KEY), list) and is_given(row[HISTORY_KEY]):
         raise RowError(
             (HISTORY_KEY,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ STOP_AFTER_BAD_ROWS = 1000  # under "reject": a file of another kind need not be
 DETECT_LINES, DETECT_BYTES = 100, 64 * 2**20  # the first row with known keys among these decides the format
 COUNTED_KEYS = 100  # unused keys that are counted by name
 OTHER_KEYS = "(other keys)"
+
+_NUMBER = re.compile(r"\d+")
 
 EMPTY_ANSWER = "empty_answer"
 NO_ANSWER = "no_answer"
@@ -49,7 +52,7 @@ class Tally:
     bad: int = 0
     blank: int = 0  # lines without a character, before the last row
     problems: list[LineProblem] = field(default_factory=list)  # the first LISTED_PROBLEMS
-    reasons: set[str] = field(default_factory=set)  # of the bad lines, two at most: one, or more than one
+    reasons: set[str] = field(default_factory=set)  # of bad lines, but for places and counts; two stand for more
     bad_lines: list[int] = field(default_factory=list)  # the first LISTED_LINES
     unused_keys: Counter[str] = field(default_factory=Counter)  # rows that have the key
     warned: dict[str, list[int]] = field(default_factory=dict)  # code -> the first lines
@@ -63,7 +66,7 @@ class Tally:
         """Record a bad line."""
         self.bad += 1
         if len(self.reasons) < 2:
-            self.reasons.add(error.reason)
+            self.reasons.add(_NUMBER.sub("0", error.reason))
         if len(self.problems) < LISTED_PROBLEMS:
             shown = excerpt(line, error.column)
             self.problems.append(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from daemon.dataset.keys import Place, is_given, refuses
-from daemon.dataset.rows import AS_CHAT, Columns, Format, Rules, joins_words, normalise
+from daemon.dataset.rows import AS_CHAT, Columns, Format, Rules, detect_format, joins_words, normalise
 from daemon.dataset.values import RowError
 
 PROMPT_NAMES = (
@@ -22,7 +22,19 @@ COMPLETION_NAMES = (
     "completion", "response", "answer", "output", "solution", "reply", "assistant", "target", "ideal", "expected",
     "generation", "generated_text", "answers", "summary", "highlights", "translation", "label_text", "cot",
 )  # fmt: skip
-TEXT_NAMES = ("content", "body", "document", "article", "passage", "sentence", "story", "code", "raw", "page_content")
+TEXT_NAMES = (
+    "text",
+    "content",
+    "body",
+    "document",
+    "article",
+    "passage",
+    "sentence",
+    "story",
+    "code",
+    "raw",
+    "page_content",
+)
 NOT_LEARNED = (
     "id", "uuid", "source", "url", "split", "lang", "language", "category", "subcategory", "topic", "date", "system",
     "data_source", "ability", "dataset", "subset", "model", "generator", "type", "task", "difficulty", "level", "domain",
@@ -40,10 +52,39 @@ def describe_unknown(row: Mapping[str, Any], rules: Rules) -> tuple[str, str]:
     reason = f"no known format has these keys: {shown}{', …' if len(row) > KEYS_SHOWN else ''}"
     if isinstance(row.get("role"), str) and isinstance(row.get("content"), str):
         return f"{reason}; it is one turn", 'write a whole conversation on one line: {"messages": [...]}'
+    for name, inner in row.items():
+        if isinstance(inner, dict) and _passes(inner, rules):
+            return (
+                f"{reason}; a row is inside {json.dumps(name)}",
+                f"take it out: jq -c '.[{json.dumps(name)}]' FILE > NEW.jsonl",
+            )
+    if (renamed := _in_small_letters(row)) != row and _passes(renamed, rules):
+        return (
+            f"{reason}; a format has them in small letters",
+            "rename the keys: jq -c 'with_entries(.key |= ascii_downcase)' FILE > NEW.jsonl",
+        )
     for columns in _columns(row):
         if (proposal := _proposal(row, columns, rules)) is not None:
             return f"{reason}; perhaps {proposal}", f"if those are the columns, set {proposal}"
     return reason, ""
+
+
+def _passes(row: Mapping[str, Any], rules: Rules) -> bool:
+    """Whether a row would be taken."""
+    format_ = detect_format(row, rules.columns)
+    if format_ is None:
+        return False
+    try:
+        normalise(row, format_, rules)
+    except RowError:
+        return False
+    return True
+
+
+def _in_small_letters(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with its own keys in small letters; itself where that would make one key of two."""
+    renamed = {key.lower(): value for key, value in row.items()}
+    return renamed if len(renamed) == len(row) else dict(row)
 
 
 def _columns(row: Mapping[str, Any]) -> Iterator[Columns]:

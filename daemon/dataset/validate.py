@@ -190,7 +190,8 @@ def _bad_rows(tally: Tally) -> str:
     some = "at least " if tally.stopped else ""
     total = tally.rows + tally.bad
     if len(tally.reasons) == 1 and not tally.rows and total > 1:
-        return f"{some}all {tally.bad} rows are refused: {first.reason}"
+        where = "" if first.reason.startswith('"') else f", the first on line {first.line}"  # else the key is the place
+        return f"{some}all {tally.bad} rows are refused{where}: {first.reason}"
     where = f"{'' if tally.bad == 1 else 'the first is '}line {first.line}, column {first.column}: {first.reason}"
     return f"{some}{tally.bad} of {tally.lines} lines {'is' if tally.bad == 1 else 'are'} bad; {where}"
 

@@ -139,6 +139,15 @@ def test_one_fault_in_all_rows_is_one_sentence_and_skipping_them_is_not_proposed
     assert refused(path, SKIP).reason == report.reason
 
 
+def test_one_fault_at_different_places_is_one_sentence_as_well(tmp_path: Path) -> None:
+    """With the first place."""
+    path = write(
+        tmp_path / "x.jsonl", *({"messages": [*[USER] * n, {"role": "cat", "content": "a"}]} for n in range(9))
+    )
+    report = refused(path)
+    assert report.reason.startswith("all 9 rows are refused, the first on line 1: messages[0].role: unknown role 'cat'")
+
+
 @pytest.mark.parametrize(("bad", "good"), [(1, 200), (3, 10), (30, 1)])
 def test_what_the_hint_proposes_makes_the_file_pass(tmp_path: Path, bad: int, good: int) -> None:
     """Leaving bad rows out is proposed with the bound that it needs."""
@@ -199,6 +208,8 @@ REFUSED_AS_THEY_ARE = {
     "picture_and_caption": ({"image": "a.png", "caption": "a barn"}, "only text"),
     "one_turn": ({"role": "user", "content": "q"}, "it is one turn"),
     "verl_prompts": ({"data_source": "x", "prompt": [USER], "ability": "math", "reward_model": {"ground_truth": "4"}}, "no known format"),
+    "openai_batch": ({"custom_id": "1", "method": "POST", "body": {"model": "x", **answer("a")}}, 'inside "body"'),
+    "capital_keys": ({"Messages": answer("a")["messages"]}, "small letters"),
     "glaive_text": ({"system": "SYSTEM: s", "chat": "USER: q ASSISTANT: a"}, "no known format"),
 }  # fmt: skip
 

@@ -118,6 +118,7 @@ LEARNED = {
         ["system: S", *PLAIN],
     ),
     "bedrock": ({"schemaVersion": "x", "system": [{"text": "S"}], "messages": [{"role": "user", "content": [{"text": "Q"}]}, TURNS[1]]}, ["system: S", *PLAIN]),
+    "turns_in_text": ({"messages": json.dumps(TURNS)}, PLAIN),
     "role_model": ({"messages": [TURNS[0], {"role": "model", "content": "A"}]}, PLAIN),
     "developer": ({"messages": [{"role": "developer", "content": "D"}, *TURNS]}, ["developer: D", *PLAIN]),
     "begins_and_ends_with_any_turn": (
@@ -249,6 +250,7 @@ REFUSALS = {
     "history_beside_messages": ({"messages": TURNS, "history": [["a", "b"]]}, '"history"', "earlier turns"),
     "history_in_another_form": ({"instruction": "Q", "output": "A", "history": ["a", "b"]}, "history[0]", "pair"),
     "refusal": (said(content="A", refusal="I can not"), '"refusal"', "refusal"),
+    "turns_in_text_that_are_none": ({"messages": "[{'role': 'user'}]"}, "messages", "should hold JSON"),
     "unknown_role": ({"messages": [{"role": "narrator", "content": "x"}]}, "messages[0].role", "unknown role 'narrator'"),
     "a_result_with_a_picture": ({"messages": [{"role": "tool", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]}, "image_url", "only text"),
     "a_call_of_anthropic": (said(content=[{"type": "tool_use", "name": "f", "input": {}}]), "tool_use", "only text"),
