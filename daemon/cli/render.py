@@ -154,6 +154,10 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
         ("attempt", item.attempt or None),
         ("priority", item.priority if item.priority is not Priority.NORMAL else None),
         ("sidecar", escape(to_json(item.overrides), most=2000) if item.overrides else None),
+        (
+            "continues",
+            f"job {item.continues}, whose file was written to after it had been taken" if item.continues else None,
+        ),
         ("version", item.version),
     ]
     if item.dataset:

@@ -56,7 +56,7 @@ FROM_YAML = (
     " < FILE > NEW.jsonl"
 )
 _DECODER = json.JSONDecoder()
-_COLUMN_NAME = re.compile(r"[\w.-]+(?: [\w.-]+)*")
+_COLUMN_NAME = re.compile(r"\S(?:.{0,58}\S)?")
 _YAML_LINE = re.compile(r"\s*(?:- .*|-|[\w\"'.-]+:(?: .*)?|#.*|---.*|\.\.\.)|\s+\S.*")
 _YAML_KEY = re.compile(r"(?:- )?[\w\"'.-]+:(?: |$)")
 _CODE = re.compile(
@@ -230,9 +230,11 @@ def _eight_bit(sample: bytes, whole: bool, depth: int) -> Recognised | None:
     odd = sample.decode("utf-8", "surrogateescape")
     if not whole:
         odd = odd[:-4]  # a character may be cut in two
-    beyond = [char for char in odd if ord(char) > 127]
-    bad = sum("\udc80" <= char <= "\udcff" for char in beyond)
-    if not bad or bad < 4 * (len(beyond) - bad):  # pairs of odd bytes look like UTF-8 by chance, now and then
+    lines = [line for line in odd.split("\n") if not line.isascii()]
+    beyond = [char for line in lines for char in line if ord(char) > 127]
+    bad = sum(_is_odd(char) for char in beyond)
+    # Pairs of odd bytes look like UTF-8 by chance, now and then; a whole line of text does not.
+    if bad < len(beyond) - bad or not all(any(map(_is_odd, line)) for line in lines):
         return None
     western = re.findall(rb"[A-Za-z \"'][\x80-\xff]{1,2}(?=[A-Za-z \"'.,;:!?)-])", sample)
     if 2 * len(western) < bad or _UNDEFINED_1252.search(sample):
@@ -250,6 +252,11 @@ def _eight_bit(sample: bytes, whole: bool, depth: int) -> Recognised | None:
         depth=depth,
     )
     return replace(found, certain=False)
+
+
+def _is_odd(char: str) -> bool:
+    """Whether it stands for a byte that is not UTF-8."""
+    return "\udc80" <= char <= "\udcff"
 
 
 # -- kinds that are not text
@@ -486,9 +493,10 @@ def _other_text(text: str, whole: bool) -> Recognised | None:
         return Recognised(what="a stream of server-sent events", hint=hint, certain=False)
     if first.startswith("```"):
         return Recognised(what="Markdown", hint="keep only the lines between its ``` marks")
-    scalars = [_decode(line)[0] for line in lines[:TABLE_RECORDS]]
-    if all(isinstance(value, str) for value in scalars):
-        return _of_values(scalars[0], "a JSON string on each line, not an object", ".", certain=False)
+    values = [_decode(line) for line in lines[:TABLE_RECORDS]]
+    if all(end and not line[end:].strip() for line, (_, end) in zip(lines, values, strict=False)):
+        kind = "string" if isinstance(values[0][0], str) else "value"
+        return _of_values(values[0][0], f"a JSON {kind} on each line, not an object", ".", certain=False)
     if _SQL.match(first):
         return Recognised(what="an SQL script", hint=EXPORT, certain=False)
     if _CODE.match(first):

@@ -96,6 +96,7 @@ KINDS = {
     "csv_quoted": ('prompt,completion\n"a, b","two\nlines"\n"c",d\n', "a table (CSV)", "submit FILE.csv"),
     "csv_semicolons": ("prompt;completion\na;b\n", "a table (CSV)", "submit FILE.csv"),
     "csv_of_pandas": (",prompt,completion\n0,a,b\n", "a table (CSV)", "submit FILE.csv"),
+    "csv_odd_names": ("What is asked?,Answer (short)\na,b\nc,d\n", "a table (CSV)", "[data.columns]"),
     "tsv": ("prompt\tcompletion\na\tb\n", "a table (TSV)", "submit FILE.tsv"),
     "csv_unknown_columns": ("question,answer\na,b\n", "a table (CSV)", 'prompt = "question", completion = "answer"'),
     # documents, models, programs, media
@@ -114,6 +115,8 @@ KINDS = {
     "lfs": ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n", "a Git LFS pointer", "git lfs pull"),
     "annex": ("/annex/objects/MD5E-s3--ab.jsonl\n", "a git-annex pointer", "git annex get"),
     "dvc": ("outs:\n- md5: ab\n  path: x.jsonl\n", "a DVC pointer", "dvc pull"),
+    "hub_cache_link": ("../../blobs/0a1b2c3d4e5f", "a link of the Hugging Face cache", "cp -L"),
+    "web_address": ("https://huggingface.co/x/resolve/main/y.jsonl\n", "a web address", "download what it names"),
     "hub_entry": ("Entry not found", '"Entry not found"', "download it again"),
     "hub_login": ("Invalid username or password.", "a refusal", "log in"),
     "raw_404": ("404: Not Found", "not found", "download the file again"),
@@ -151,6 +154,8 @@ KINDS = {
     "notebook": ('{"cells": [], "nbformat": 4, "metadata": {}}', "a Jupyter notebook", "export"),
     "objects_between_commas": (PRETTY.rstrip() + ",\n" + PRETTY, "with commas between them", "put brackets around it"),
     "one_line_between_commas": ('{"text": "a"},{"text": "b"}', "with commas between them", "put brackets around it"),
+    "numbers": ("1\n2\n3\n", "a JSON value on each line", "write each row as a JSON object"),
+    "pairs_without_braces": ('"text": "a"\n"text": "b"\n', "plain text", "jq -cR"),
     "encoded_twice": (f"{json.dumps(json.dumps(OBJECTS[0]))}\n" * 2, "encoded as strings", "jq -c 'fromjson' FILE"),
     "array_encoded_twice": (json.dumps([json.dumps(OBJECTS[0])]), "encoded as strings", "jq -c '.[] | fromjson' FILE"),
     "toml": ('[[rows]]\ntext = "a"\n', "TOML", "export its rows"),
@@ -188,6 +193,8 @@ KINDS = {
         "text,note\ncafé au lait,déjà vu\n".encode("cp1252"), "inside is a table (CSV)", "then `dropforge submit"
     ),
     "shift_jis": ('{"text": "こんにちは世界"}\n'.encode("shift_jis"), "an encoding other than UTF-8", "file -i FILE"),
+    "euc_kr": ('{"text": "안녕하세요 여러분"}\n'.encode("euc_kr"), "an encoding other than UTF-8", "file -i FILE"),
+    "gbk": ('{"text": "你好，世界"}\n'.encode("gbk"), "an encoding other than UTF-8", "file -i FILE"),
     "windows_1251": ('{"text": "привет, мир"}\n'.encode("cp1251"), "an encoding other than UTF-8", "file -i FILE"),
     "old_mac": (ROWS.replace("\n", "\r"), "its lines end in CR", "tr '\\r' '\\n'"),
     # nothing at all
