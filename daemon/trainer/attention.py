@@ -1,4 +1,4 @@
-"""Attention over rows that lie end to end without padding, and the proof that a model computes the same with it."""
+"""Packed attention: rows end to end without padding, and the probe that a model computes the same with it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def packed_attention(  # noqa: PLR0917  transformers calls it so
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each row of one flattened batch.
+    """Compute causal attention inside each row of one flattened batch.
 
     query is (1, H, T, D), key and value (1, H_kv, T, D); returns (1, T, H, D). Rows begin and end at `cu_seq_lens_q`.
-    Without those it is transformers' own scaled_dot_product_attention.
+    Without those it is the "sdpa" attention of transformers.
     """
     if cu_seq_lens_q is None:
         plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -43,11 +43,11 @@ def packed_attention(  # noqa: PLR0917  transformers calls it so
         )
         return plain
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise NotImplementedError("packed attention knows neither soft caps nor sinks")
+        raise NotImplementedError("packed attention has neither soft caps nor sinks")
     if (window := kwargs.get("sliding_window")) is not None and (max_length_q or 0) > window:
         raise NotImplementedError(f"packed attention has no sliding window of {window}")
     grouped = query.shape[1] != key.shape[1]
-    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # 4-bit layers give back float32, whatever they compute in
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # 4-bit layers return float32, whatever they compute in
         query, key, value = (part.to(torch.get_autocast_dtype("cuda")) for part in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
         from torch.nn.attention.varlen import varlen_attn
@@ -71,25 +71,25 @@ AttentionInterface.register(PACKED, packed_attention)
 def use_packed(model: Any, examples: Sequence[Example]) -> bool:
     """Switch `model` to packed attention if it then computes the same; else leave it as it was and return False.
 
-    Tried on two rows: a model whose attention ignores the seams, or knows more than this one does, shows at once.
+    Probed on two rows: a model whose attention ignores row boundaries, or does more than this one, shows at once.
     """
     network = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = network.config._attn_implementation
     longest = max(len(example.input_ids) for example in examples)
-    if before == "flash_attention_2":  # it knows seams by itself, under the same names
-        return _same(network, probe_rows(examples), longest, lambda: None)
+    if before == "flash_attention_2":  # it takes row boundaries itself, under the same names
+        return _is_equivalent(network, probe_rows(examples), longest, lambda: None)
     if before != "sdpa":
         return False
-    if _same(network, probe_rows(examples), longest, lambda: network.set_attn_implementation(PACKED)):
+    if _is_equivalent(network, probe_rows(examples), longest, lambda: network.set_attn_implementation(PACKED)):
         return True
     network.set_attn_implementation(before)
     return False
 
 
-def _same(network: Any, rows: list[Example], longest: int, switch: Callable[[], None]) -> bool:
-    """Whether rows end to end have the logits that each has alone, and gradients. `longest`: of the rows to come."""
+def _is_equivalent(network: Any, rows: list[Example], longest: int, switch: Callable[[], None]) -> bool:
+    """Return whether rows end to end have the logits that each has alone, and gradients. `longest`: of all rows."""
     try:
-        with computing(network) as device:
+        with eval_mode(network) as device:
             with torch.inference_mode():
                 alone = [network(input_ids=torch.tensor([row.input_ids], device=device)).logits[0] for row in rows]
             switch()
@@ -110,8 +110,8 @@ def _same(network: Any, rows: list[Example], longest: int, switch: Callable[[], 
 
 
 @contextmanager
-def computing(network: Any) -> Iterator[torch.device]:
-    """`network` without dropout and in the precision that it trains in; yields its device."""
+def eval_mode(network: Any) -> Iterator[torch.device]:
+    """Evaluate `network` without dropout, in the precision that it trains in; yields its device."""
     device: torch.device = next(network.parameters()).device
     was_training = network.training
     network.eval()
@@ -123,7 +123,7 @@ def computing(network: Any) -> Iterator[torch.device]:
 
 
 def autocast(network: Any) -> torch.autocast:
-    """What the Trainer computes a pass in: bfloat16 on a GPU, where the base weights are, or 4-bit ones compute in it."""
+    """Return the Trainer's autocast: bfloat16 on a GPU when the base weights are, or 4-bit ones compute in it."""
     device = next(network.parameters()).device
     quantized = getattr(network.config, "quantization_config", None)
     low = getattr(quantized, "bnb_4bit_compute_dtype", None) is torch.bfloat16 or any(
@@ -132,19 +132,19 @@ def autocast(network: Any) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" and low)
 
 
-def nearly_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits differ by no more than the rounding of what they were computed in."""
-    kind = found.device.type
-    computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else expected.dtype
-    difference = float((found.float() - expected.float()).abs().max()) / max(float(expected.abs().max()), 1e-6)
-    return difference <= TOLERANCE.get(computed_in, 0.0)
+def nearly_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether logits differ by no more than the rounding of the dtype that they were computed in."""
+    device = actual.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else expected.dtype
+    difference = float((actual.float() - expected.float()).abs().max()) / max(float(expected.abs().max()), 1e-6)
+    return difference <= TOLERANCE.get(dtype, 0.0)
 
 
 def probe_rows(examples: Sequence[Example]) -> list[Example]:
-    """Two short rows of different length, all but their first token trained: enough to show how a model computes."""
+    """Return two short rows of different length, all but their first token trained."""
     return [_short(example, size) for example, size in zip((examples[0], examples[-1]), (PROBE_TOKENS, 9), strict=True)]
 
 
-def _short(example: Example, most: int) -> Example:
-    ids = list(example.input_ids[:most])
+def _short(example: Example, max_tokens: int) -> Example:
+    ids = list(example.input_ids[:max_tokens])
     return replace(example, input_ids=ids, learned=((0, len(ids)),))

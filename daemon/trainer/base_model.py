@@ -1,6 +1,7 @@
-"""Find the base model: a local folder, or a snapshot of the Hub in the local cache, fetched only when that is allowed.
+"""Find the base model and its tokenizer: a local folder, or a Hub snapshot, downloaded only when that is allowed.
 
-Nothing here imports torch, and no code of a model is ever run: a configuration with `auto_map` is refused.
+Nothing here imports torch or peft, so that a check or a preview starts quickly. No code of a model is ever run: a
+configuration with `auto_map` is refused.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
 from daemon.trainer.errors import RunFailure
 
-OFFLINE = "HF_HUB_OFFLINE"
+OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 # What a causal language model in safetensors form consists of; no .bin, no .py.
 SNAPSHOT_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
 
@@ -31,12 +33,12 @@ class BaseModel:
 
     @property
     def reference(self) -> str:
-        """How an adapter names its base: the Hub id, which holds on every machine, or the local folder."""
+        """What an adapter names as its base: the Hub id, which is valid on every machine, or the local folder."""
         return self.name if self.revision is not None else str(self.path)
 
 
 def resolve_base(model: ModelSettings) -> BaseModel:
-    """The base model's folder. Raises RunFailure(CONFIG) when it is missing, incomplete or would need foreign code."""
+    """Return the base model. Raises RunFailure(CONFIG) when it is missing, incomplete or needs code of its own."""
     name = model.model_name_or_path
     if not name:
         raise RunFailure(
@@ -55,28 +57,45 @@ def resolve_base(model: ModelSettings) -> BaseModel:
         )
     else:
         base = _snapshot(model)
-    _check(base)
+    _require_loadable(base)
     return base
+
+
+def load_tokenizer(base: BaseModel) -> Any:
+    """Load the base model's tokenizer; its padding token is set (to EOS where it has none). Raises RunFailure(CONFIG)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise RunFailure(
+            FailureKind.CONFIG,
+            f"the base model in {base.path} has no usable tokenizer: {error}",
+            hint="fetch the model again, tokenizer.json included",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Nothing in here asks the Hub: the base model lies here, and nothing else is wanted.
+    """Keep libraries from requests to the Hub: all that a run needs is on this machine.
 
-    Left alone, peft looks there for the base model's vocabulary at every checkpoint.
+    peft would look up the base model's vocabulary there at every checkpoint.
     """
     from huggingface_hub import constants
 
-    before, variable = constants.HF_HUB_OFFLINE, os.environ.get(OFFLINE)
-    constants.HF_HUB_OFFLINE, os.environ[OFFLINE] = True, "1"
+    before, variable = constants.HF_HUB_OFFLINE, os.environ.get(OFFLINE_VARIABLE)
+    constants.HF_HUB_OFFLINE, os.environ[OFFLINE_VARIABLE] = True, "1"
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
         if variable is None:
-            del os.environ[OFFLINE]
+            del os.environ[OFFLINE_VARIABLE]
         else:
-            os.environ[OFFLINE] = variable
+            os.environ[OFFLINE_VARIABLE] = variable
 
 
 def _snapshot(model: ModelSettings) -> BaseModel:
@@ -84,7 +103,7 @@ def _snapshot(model: ModelSettings) -> BaseModel:
     from huggingface_hub import snapshot_download
 
     name = model.model_name_or_path
-    offline = os.environ.get(OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
+    offline = os.environ.get(OFFLINE_VARIABLE, "").upper() in ("1", "ON", "YES", "TRUE")
     allowed = model.allow_downloads and not offline
     try:
         path = Path(
@@ -110,7 +129,7 @@ def _snapshot(model: ModelSettings) -> BaseModel:
     return BaseModel(name=name, path=path, revision=path.name)
 
 
-def _check(base: BaseModel) -> None:
+def _require_loadable(base: BaseModel) -> None:
     config_path = base.path / "config.json"
     try:
         config = json.loads(config_path.read_bytes())

@@ -1,7 +1,7 @@
-"""Which rows share a step, and which of them share a forward pass: decisions from lengths alone.
+"""Which rows share a step, and which of them share a forward pass: decided from lengths alone.
 
-A step always has the same number of rows, drawn by seed and epoch; how a step is divided into passes changes what it
-costs and nothing that it computes (but for the last bits of a float).
+A step always has the same number of rows, drawn by seed and epoch. How it is divided into passes changes its cost and, but
+for the last bits of a float, nothing that it computes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MAX_GROUP_ROWS = 8
 class StepBatches(torch.utils.data.Sampler[list[int]]):  # type: ignore[misc]  # torch is not followed
     """Row indices of each optimizer step, in an order that depends on lengths, seed and epoch alone.
 
-    Rows of similar length form groups, and groups in random order form steps; every row comes once an epoch. Neither the
-    process's random state nor how a step is divided among passes and devices has a say, so a resumed run that sets the
-    epoch and skips meets the same rows in the same steps.
+    Rows of similar length form groups, and groups in random order form steps; every row comes once an epoch. The order
+    depends neither on the process's random state nor on the division into passes and devices, so that a resumed run, which
+    sets the epoch and skips steps, sees the same rows in the same steps.
     """
 
     def __init__(self, lengths: Sequence[int], *, rows_a_step: int, seed: int, grouped: bool) -> None:
@@ -68,7 +68,7 @@ class StepBatches(torch.utils.data.Sampler[list[int]]):  # type: ignore[misc]  #
 
 
 def group_rows(rows_a_step: int) -> int:
-    """Rows of similar length that stay together: the largest divisor of a step's rows that still mixes two groups."""
+    """Return how many rows of similar length stay together: the largest divisor of a step's rows that leaves two groups."""
     most = max(1, min(MAX_GROUP_ROWS, rows_a_step // 2))
     return next(size for size in range(most, 0, -1) if rows_a_step % size == 0)
 
@@ -76,14 +76,14 @@ def group_rows(rows_a_step: int) -> int:
 def padded_passes(lengths: Sequence[int], *, budget_tokens: int, pass_tokens: int) -> list[list[int]]:
     """Divide rows into passes of similar lengths at the least cost, each within the budget once padded.
 
-    A pass costs its padded tokens and `pass_tokens` on top, the price of a pass itself. A row longer than the budget has
-    a pass of its own. Returns indices into `lengths`, longest pass first: what does not fit the memory shows at once.
+    A pass costs its padded tokens plus `pass_tokens`. A row longer than the budget has a pass of its own. Returns indices
+    into `lengths`, longest pass first, so that running out of memory shows at once.
     """
     order = sorted(range(len(lengths)), key=lambda at: (lengths[at], at))
     best: list[tuple[float, int]] = [(0.0, 0)]  # of the first n rows: least cost, and where the last pass begins
     for end in range(1, len(order) + 1):
         longest, waste = lengths[order[end - 1]], 0
-        found = (math.inf, end - 1)
+        cheapest = (math.inf, end - 1)
         for start in range(end - 1, -1, -1):
             rows = end - start
             waste += longest - lengths[order[start]]
@@ -91,9 +91,9 @@ def padded_passes(lengths: Sequence[int], *, budget_tokens: int, pass_tokens: in
             if rows > 1 and (rows * longest > budget_tokens or waste > 2 * pass_tokens * rows):
                 break
             cost = best[start][0] + rows * longest + pass_tokens
-            if cost < found[0]:
-                found = (cost, start)
-        best.append(found)
+            if cost < cheapest[0]:
+                cheapest = (cost, start)
+        best.append(cheapest)
     passes, end = [], len(order)
     while end:
         start = best[end][1]

@@ -9,7 +9,7 @@ from daemon.job import FailureKind
 from daemon.trainer.base_model import BaseModel
 from daemon.trainer.collate import Examples
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.model import architecture, readable
+from daemon.trainer.model import build_without_weights, report_load_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class Capacity:
 
 def capacity_of(base: BaseModel) -> Capacity:
     """From the architecture, without weights. Raises RunFailure(CONFIG)."""
-    with readable(base):
-        network = architecture(base, "eager")
+    with report_load_errors(base):
+        network = build_without_weights(base, "eager")
     positions = getattr(network.config, "max_position_embeddings", None)
     return Capacity(
         tokens=int(network.get_input_embeddings().weight.shape[0]),

@@ -21,7 +21,7 @@ from daemon.job import FailureKind, MemoryMeasure, Plan
 from daemon.run_dir import RunWriter
 from daemon.trainer import distributed
 from daemon.trainer.attempt import StopFlag
-from daemon.trainer.attention import computing
+from daemon.trainer.attention import eval_mode
 from daemon.trainer.batches import StepBatches
 from daemon.trainer.collate import IGNORE, Collator, Example
 from daemon.trainer.errors import RunFailure
@@ -253,7 +253,7 @@ def held_out_loss(
     if not examples:
         return None
     total, tokens = 0.0, 0
-    with computing(model) as device, torch.inference_mode():
+    with eval_mode(model) as device, torch.inference_mode():
         for inputs in collator.passes(examples):
             if stop.requested and distributed.world_size() == 1:
                 break

@@ -1,4 +1,4 @@
-"""`python -m daemon.trainer.merge VERSION_DIR OUT MODEL_JSON`: base and adapter as one model, in bfloat16.
+"""`python -m daemon.trainer.merge VERSION_DIR OUT MODEL_JSON`: merge base and adapter into one model, in bfloat16.
 
 Prints one JSON object: `parameters`, `size_bytes` and `probe`, or `error` and `hint`. A merge that does not compute what base
 and adapter compute is not written: the logits of a probe batch are compared first, and what was saved is read back.
@@ -17,11 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
-from daemon.trainer.base_model import resolve_base
+from daemon.trainer.base_model import load_tokenizer, resolve_base
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.generation import end_ids
 from daemon.trainer.model import ADAPTER_CONFIG, load_adapter, load_network, saved_config
-from daemon.trainer.tokenizer import load_tokenizer
 from guard.atomic import apply_umask, fsync_tree, rename_durable
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
@@ -85,18 +84,18 @@ def probe_batch(config: Any) -> torch.Tensor:
 
 
 def logits_of(model: Any, probe: torch.Tensor) -> torch.Tensor:
-    """float32 (B, T, vocabulary)."""
+    """Return the logits, float32 (B, T, vocabulary)."""
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=probe).logits
     return logits.float()
 
 
-def compare_logits(expected: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
-    """`largest_difference`, the `largest_logit` beside it, and the share of positions with the same best token."""
+def compare_logits(expected: torch.Tensor, actual: torch.Tensor) -> dict[str, float]:
+    """Return `largest_difference`, `largest_logit` and `same_best_token`, the share of positions that agree."""
     return {
-        "largest_difference": float((expected - found).abs().max()),
+        "largest_difference": float((expected - actual).abs().max()),
         "largest_logit": float(expected.abs().max()),
-        "same_best_token": float((expected.argmax(-1) == found.argmax(-1)).float().mean()),
+        "same_best_token": float((expected.argmax(-1) == actual.argmax(-1)).float().mean()),
     }
 
 
@@ -138,18 +137,18 @@ def tie_again(model: Any) -> None:
 def require_saved(model: Any, folder: Path) -> None:
     """Raise RunFailure(INTERNAL) unless `folder`, read back, holds every weight of `model` to the bit."""
     loaded = load_saved(folder).state_dict()
-    wanted = model.state_dict()
-    different = [name for name in wanted if name not in loaded or not torch.equal(wanted[name], loaded[name])]
+    expected = model.state_dict()
+    different = [name for name in expected if name not in loaded or not torch.equal(expected[name], loaded[name])]
     if different:
         raise RunFailure(
             FailureKind.INTERNAL,
-            f"the merged model reads back with other weights: {', '.join(different[:3])} ({len(different)} of {len(wanted)})",
-            hint=f"what was written is left for a look in {folder}",
+            f"the merged model reads back with other weights: {', '.join(different[:3])} ({len(different)} of {len(expected)})",
+            hint=f"the files are kept in {folder} for inspection",
         )
 
 
 def load_saved(folder: Path) -> Any:
-    """The merged model as anybody will load it."""
+    """Load the merged model as its users will."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
 
 

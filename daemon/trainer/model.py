@@ -1,7 +1,7 @@
 """The base model with its adapter: a new LoRA, or the current version's, continued.
 
 Weights are read from safetensors only and no model's own code is run. There is exactly one place that adds an adapter, and
-it refuses a model that has one: a second adapter would start again from nothing and look like success.
+it refuses a model that has one: a second adapter would start from zero and look like success.
 """
 
 from __future__ import annotations
@@ -24,105 +24,108 @@ from daemon.trainer.base_model import BaseModel
 from daemon.trainer.errors import RunFailure
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Of a saved configuration: what it was called and where it came from, which decides nothing here.
-FREE_FIELDS = frozenset(
+# Of a saved configuration: its name and origin, and what a run may change.
+IGNORED_FIELDS = frozenset(
     {
         *{"task_type", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping"},
         *{"peft_type", "lora_dropout"},
     }
 )
-NAMED_FIELDS = frozenset({"r", "lora_alpha", "bias"})
+REQUIRED_FIELDS = frozenset({"r", "lora_alpha", "bias"})
 
 
 def precision_of(model: ModelSettings) -> str:
-    """The frozen base weights: "float32" or "bfloat16"; with load_in_4bit "nf4", and the one that is computed in."""
+    """Name the precision of the frozen base weights: "float32" or "bfloat16"; with load_in_4bit "nf4" and the compute dtype."""
     return f"nf4, {compute_dtype(model)}" if model.load_in_4bit else compute_dtype(model)
 
 
 def compute_dtype(model: ModelSettings) -> str:
-    """What is computed in: "float32" or "bfloat16"."""
+    """Return the dtype that is computed in: "float32" or "bfloat16"."""
     if model.dtype != "auto":
         return model.dtype
-    # Emulated, as on GPUs before Ampere, it is slower than float32.
-    has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if has_it else "float32"
+    # Emulated, as on GPUs before Ampere, bfloat16 is slower than float32.
+    supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if supported else "float32"
 
 
-def attention_of(base: BaseModel, model: ModelSettings) -> str:
-    """The attention kernel by name: of "auto", "sdpa" where the architecture has it, else "eager", as Gemma 2 needs.
+def resolve_attention(base: BaseModel, model: ModelSettings) -> str:
+    """Name the attention kernel; "auto" is "sdpa" where the architecture has it, else "eager", as Gemma 2 needs.
 
     Raises RunFailure(CONFIG).
     """
     if model.attn_implementation != "auto":
         return model.attn_implementation
     try:
-        architecture(base, "sdpa")
+        build_without_weights(base, "sdpa")
     except (OSError, ValueError, ImportError):
-        with readable(base):
-            architecture(base, "eager")
+        with report_load_errors(base):
+            build_without_weights(base, "eager")
         return "eager"
     return "sdpa"
 
 
-def architecture(base: BaseModel, attention: str) -> Any:
-    """The base model without its weights."""
+def build_without_weights(base: BaseModel, attention: str) -> Any:
+    """Build the base model on the meta device: all its layers, no memory."""
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, trust_remote_code=False)
 
 
 def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent: Path | None) -> PeftModel:
-    """Base model plus a trainable adapter named "default": `parent`'s weights, or a fresh one with lora_B = 0.
+    """Load the base model with a trainable adapter "default": `parent`'s weights, or a fresh one with lora_B = 0.
 
     Raises RunFailure(CONFIG) when the parent's shape is not the recipe's, or not one for this base model.
     """
     if parent is not None:
-        refuse_other_shape(parent, lora, base)
+        require_same_shape(parent, lora, base)
     network = load_network(base, model, dtype=getattr(torch, compute_dtype(model)))
     if model.load_in_4bit:
-        # Norms and the head in float32, as QLoRA has them; gradient checkpointing stays our own decision.
+        # Norms and the head in float32, as QLoRA has them; gradient checkpointing is decided elsewhere.
         network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
     network.config.use_cache = False
-    network.name_or_path = base.reference  # peft writes this into the adapter; it would be the cache's folder
+    network.name_or_path = base.reference  # peft writes this into the adapter; it would be the folder of the cache
     config = lora_config(lora, base)
     if parent is not None:
         return load_adapter(network, parent, config, trainable=True)
-    with _takes_adapter(base):
+    with _report_adapter_errors(base):
         return get_peft_model(network, config)
 
 
 def load_adapter(network: Any, folder: Path, config: LoraConfig, *, trainable: bool = False) -> PeftModel:
-    """The weights in `folder` under our own configuration; peft does not get to see the one that lies there.
+    """Load the weights in `folder` under `config`; the configuration saved there is not read.
 
-    Raises RunFailure(CONFIG) where there are none in safetensors: peft would go on to a pickled file.
+    Raises RunFailure(CONFIG) when there are none in safetensors: peft would load a pickled file.
     """
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise RunFailure(
             FailureKind.CONFIG,
             f"{folder.name} has no {ADAPTER_WEIGHTS}",
-            hint="pickled weights are never loaded; `dropforge versions` lists what else there is to go back to",
+            hint="pickled weights are never loaded; go back to another version (`dropforge versions` lists them)",
         )
     config.inference_mode = not trainable
     return PeftModel.from_pretrained(network, folder, config=config, is_trainable=trainable, local_files_only=True)
 
 
 def saved_config(folder: Path, base: BaseModel) -> LoraConfig:
-    """Our own configuration of which peft makes what is saved in `folder`. Raises RunFailure(CONFIG) when none does."""
+    """Return the configuration, from our own settings, of which peft makes what is saved in `folder`.
+
+    Raises RunFailure(CONFIG) when there is none.
+    """
     saved = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-    named = LoraSettings.model_validate({name: saved[name] for name in LoraSettings.model_fields if saved.get(name)})
-    every = named.model_copy(update={"target_modules": "all-linear"})  # what that comes to is saved layer by layer
+    settings = LoraSettings.model_validate({name: saved[name] for name in LoraSettings.model_fields if saved.get(name)})
+    all_linear = settings.model_copy(update={"target_modules": "all-linear"})  # saved as a list of layers
     with suppress(RunFailure):
-        refuse_other_shape(folder, every, base)
-        return lora_config(every, base)
-    refuse_other_shape(folder, named, base)
-    return lora_config(named, base)
+        require_same_shape(folder, all_linear, base)
+        return lora_config(all_linear, base)
+    require_same_shape(folder, settings, base)
+    return lora_config(settings, base)
 
 
 def load_network(base: BaseModel, model: ModelSettings, *, dtype: torch.dtype) -> Any:
-    """The base model alone, from safetensors. Raises RunFailure(CONFIG)."""
+    """Load the base model alone, from safetensors. Raises RunFailure(CONFIG)."""
     options: dict[str, Any] = {"quantization_config": _four_bits(dtype)} if model.load_in_4bit else {}
-    attention = attention_of(base, model)
-    with readable(base):
+    attention = resolve_attention(base, model)
+    with report_load_errors(base):
         network = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
@@ -142,8 +145,8 @@ def load_network(base: BaseModel, model: ModelSettings, *, dtype: torch.dtype) -
 
 
 @contextmanager
-def readable(base: BaseModel) -> Iterator[None]:
-    """Whatever goes wrong with the base model's files in here is RunFailure(CONFIG)."""
+def report_load_errors(base: BaseModel) -> Iterator[None]:
+    """Report an error with the base model's files as RunFailure(CONFIG)."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
@@ -155,7 +158,8 @@ def readable(base: BaseModel) -> Iterator[None]:
 
 
 @contextmanager
-def _takes_adapter(base: BaseModel) -> Iterator[None]:
+def _report_adapter_errors(base: BaseModel) -> Iterator[None]:
+    """Report an adapter that the base model cannot have as RunFailure(CONFIG)."""
     try:
         yield
     except ValueError as error:  # layers that the architecture does not have, or that peft refuses
@@ -180,7 +184,7 @@ def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def lora_config(lora: LoraSettings, base: BaseModel) -> LoraConfig:
-    """peft's configuration from our own settings, field by field; never from a file that was found or dropped."""
+    """Return peft's configuration from our own settings, field by field; never from a saved or dropped file."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.reference,
@@ -196,20 +200,22 @@ def lora_config(lora: LoraSettings, base: BaseModel) -> LoraConfig:
     )
 
 
-def refuse_other_shape(parent: Path, lora: LoraSettings, base: BaseModel) -> None:
+def require_same_shape(parent: Path, lora: LoraSettings, base: BaseModel) -> None:
     """Raise RunFailure(CONFIG), naming both shapes and the two ways out, unless `parent` has the recipe's shape.
 
-    Whatever it says must be what peft makes of our own settings on this base: settings that we do not know are nobody's
-    wish.
+    All that is saved must be what peft makes of the recipe on this base: a field that no setting stands for was not
+    requested by the user.
     """
     saved = json.loads((parent / ADAPTER_CONFIG).read_bytes())
     made = resolved_config(lora, base).to_dict()
-    wanted = {name: _comparable(value) for name, value in made.items() if name not in FREE_FIELDS}
-    wanted["peft_type"] = "LORA"
-    found = {name: _comparable(saved.get(name, wanted[name] if name not in NAMED_FIELDS else None)) for name in wanted}
-    if found != wanted:
+    expected = {name: _comparable(value) for name, value in made.items() if name not in IGNORED_FIELDS}
+    expected["peft_type"] = "LORA"
+    actual = {
+        name: _comparable(saved.get(name, None if name in REQUIRED_FIELDS else expected[name])) for name in expected
+    }
+    if actual != expected:
         different = ", ".join(
-            f"{name} {found[name]} -> {wanted[name]}" for name in wanted if found[name] != wanted[name]
+            f"{name} {actual[name]} -> {expected[name]}" for name in expected if actual[name] != expected[name]
         )
         raise RunFailure(
             FailureKind.CONFIG,
@@ -219,26 +225,26 @@ def refuse_other_shape(parent: Path, lora: LoraSettings, base: BaseModel) -> Non
 
 
 def resolved_config(lora: LoraSettings, base: BaseModel) -> LoraConfig:
-    """`lora_config` as peft leaves it once it has been applied: layers by name, and what an architecture needs besides.
+    """Return `lora_config` as peft leaves it once applied: layers by name, and what an architecture needs besides.
 
     Experts of a mixture, for example, are tensors rather than layers, and have fields of their own. Raises
     RunFailure(CONFIG).
     """
     config = lora_config(lora, base)
-    with readable(base):
-        network = architecture(base, "eager")
-    with torch.device("meta"), _takes_adapter(base):
+    with report_load_errors(base):
+        network = build_without_weights(base, "eager")
+    with torch.device("meta"), _report_adapter_errors(base):
         get_peft_model(network, config)
     return config
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Name to trainable tensor, as it is now (no copy)."""
+    """Return the trainable tensors by name; not copies."""
     return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
 def lora_b_norm(model: PeftModel) -> float:
-    """Frobenius norm over all lora_B; 0 means that the adapter does nothing."""
+    """Return the Frobenius norm over all lora_B; 0 means that the adapter does nothing."""
     squares = [
         float(tensor.double().pow(2).sum()) for name, tensor in adapter_tensors(model).items() if "lora_B" in name
     ]
@@ -246,12 +252,12 @@ def lora_b_norm(model: PeftModel) -> float:
 
 
 def all_finite(model: PeftModel) -> bool:
-    """Whether no trainable weight is NaN or infinite."""
+    """Return whether no trainable weight is NaN or infinite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in adapter_tensors(model).values())
 
 
 def _whole(value: float) -> float | int:
-    """32 rather than 32.0: peft writes and compares integers."""
+    """Return 32 for 32.0: peft writes and compares integers."""
     return int(value) if float(value).is_integer() else value
 
 

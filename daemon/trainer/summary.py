@@ -1,4 +1,4 @@
-"""What a person is told of a run: how its steps come about, where its time went, what to look at although it succeeded."""
+"""What a run reports to its user: the arithmetic of its steps, where its time went, and warnings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from daemon.trainer.collate import Examples
 
 
 def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
-    """The plan as a table, for the log: what there is, what it is divided by, what comes out."""
+    """Return the plan as a table for the log."""
     training = recipe.training
     tokens_a_sample = planned.tokens / max(planned.samples, 1)
     lines = [
@@ -38,14 +38,14 @@ def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
     return "\n".join(f"{name:<14} {value}" for name, value in lines)
 
 
-def timing(watch: MonitorCallback) -> dict[str, Any]:
-    """Where the training's time went, for the log: shares of the time from the first step to the last."""
-    seconds = watch.train_seconds or math.inf
+def timing(monitor: MonitorCallback) -> dict[str, Any]:
+    """Return where the time from the first step to the last went, for the log."""
+    seconds = monitor.train_seconds or math.inf
     return {
-        "train_seconds": round(watch.train_seconds, 3),
-        "bookkeeping_share": round(watch.bookkeeping_seconds / seconds, 5),
-        "sealing_share": round(watch.sealing_seconds / seconds, 5),
-        "tokens_per_second": round(watch.tokens_per_second or 0.0, 1),
+        "train_seconds": round(monitor.train_seconds, 3),
+        "bookkeeping_share": round(monitor.bookkeeping_seconds / seconds, 5),
+        "sealing_share": round(monitor.sealing_seconds / seconds, 5),
+        "tokens_per_second": round(monitor.tokens_per_second or 0.0, 1),
     }
 
 

@@ -1,4 +1,4 @@
-"""A tiny base model, built on the spot: a Llama of a few million random parameters and a BPE tokenizer with a chat template.
+"""Build a tiny base model: a Llama of a few million random parameters and a BPE tokenizer with a chat template.
 
 It learns real data on a CPU in seconds; `dropforge init --tiny`, the demonstration and the tests train it.
 """

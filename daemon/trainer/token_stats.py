@@ -13,10 +13,9 @@ from typing import Any
 
 from daemon.dataset.rows import iter_rows
 from daemon.recipe import Recipe
-from daemon.trainer.base_model import resolve_base
+from daemon.trainer.base_model import load_tokenizer, resolve_base
 from daemon.trainer.encode import Encoder, RefusedRow, chunks, trained_tokens
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.tokenizer import load_tokenizer
 
 # Upper bounds of the histogram's bins, in tokens; a row longer than the last is counted in one more bin.
 BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

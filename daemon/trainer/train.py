@@ -21,7 +21,7 @@ from daemon.trainer import distributed
 from daemon.trainer.arguments import training_arguments
 from daemon.trainer.attempt import StopFlag, check_unchanged
 from daemon.trainer.attention import use_packed
-from daemon.trainer.base_model import BaseModel, offline, resolve_base
+from daemon.trainer.base_model import BaseModel, load_tokenizer, offline, resolve_base
 from daemon.trainer.callbacks import MonitorCallback, open_scalars
 from daemon.trainer.candidate import require_learned, require_whole_run, save_candidate
 from daemon.trainer.capacity import Capacity, capacity_of, padding_token, refuse_what_does_not_fit
@@ -32,11 +32,10 @@ from daemon.trainer.errors import report_full_disk
 from daemon.trainer.generation import generation_config
 from daemon.trainer.loop import RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.loss import Objective
-from daemon.trainer.model import adapter_tensors, attention_of, load_model, lora_b_norm
+from daemon.trainer.model import adapter_tensors, load_model, lora_b_norm, resolve_attention
 from daemon.trainer.requirements import require_packages
 from daemon.trainer.summary import arithmetic, data_warnings, timing, training_warnings
 from daemon.trainer.tokenise import tokenise, worker_processes
-from daemon.trainer.tokenizer import load_tokenizer
 
 
 def train(spec: RunSpec, writer: RunWriter, stop: StopFlag) -> RunResult:
@@ -114,7 +113,7 @@ def configure(spec: RunSpec, writer: RunWriter, stop: StopFlag) -> Run:
     base = resolve_base(recipe.model)
     require_packages(recipe)
     # The kernel by its name, so that it is part of the fingerprint.
-    settings = recipe.model.model_copy(update={"attn_implementation": attention_of(base, recipe.model)})
+    settings = recipe.model.model_copy(update={"attn_implementation": resolve_attention(base, recipe.model)})
     return Run(
         spec=spec,
         recipe=recipe.model_copy(update={"model": settings}),

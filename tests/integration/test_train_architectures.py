@@ -23,7 +23,7 @@ from daemon.trainer.base_model import resolve_base
 from daemon.trainer.collate import Example, flatten
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.merge import merge
-from daemon.trainer.model import attention_of, load_model
+from daemon.trainer.model import load_model, resolve_attention
 from daemon.versions import promote
 from tests.support.inprocess import StopAfterLoading, events, rows, specify, train
 
@@ -62,7 +62,7 @@ def built(kind: str, tiny_base: Path, folder: Path, **changed: Any) -> Path:
 
 def test_one_job_goes_on_from_another_and_its_version_merges(base: Path, tmp_path: Path) -> None:
     settings = ModelSettings(model_name_or_path=str(base))
-    assert attention_of(resolve_base(settings), settings) == ("eager" if base.name in EAGER else "sdpa")
+    assert resolve_attention(resolve_base(settings), settings) == ("eager" if base.name in EAGER else "sdpa")
     first = specify(tmp_path, rows(24), base, TABLES)
     result = train(first)
     assert (result.outcome, result.steps_run) == (Outcome.SUCCEEDED, 3)

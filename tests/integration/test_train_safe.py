@@ -19,13 +19,12 @@ from daemon.errors import ConfigError
 from daemon.job import FailureKind, Outcome
 from daemon.recipe import LoraSettings, ModelSettings, Recipe
 from daemon.trainer import requirements
-from daemon.trainer.base_model import BaseModel, resolve_base
+from daemon.trainer.base_model import BaseModel, load_tokenizer, resolve_base
 from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.merge import merge
 from daemon.trainer.model import load_model, lora_config
 from daemon.trainer.tiny_model import TinyShape, build_tiny
-from daemon.trainer.tokenizer import load_tokenizer
 from daemon.versions import promote
 from tests.support.inprocess import Wish, rows, specify, train
 from tests.support.root import environment
