@@ -15,14 +15,22 @@ from tests.support.root import REPOSITORY
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard",),
     (
-        *("daemon.access", "daemon.config", "daemon.errors", "daemon.job", "daemon.processes", "daemon.recipe"),
+        *("daemon.config", "daemon.errors", "daemon.job", "daemon.processes", "daemon.recipe"),
         *("daemon.run_dir", "daemon.sd_notify", "daemon.text", "daemon.wakeup"),
     ),
     (
-        *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds", "daemon.hooks"),
-        *("daemon.losses", "daemon.observability", "daemon.promotion", "daemon.store", "daemon.versions"),
+        *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds"),
+        *("daemon.observability", "daemon.store", "daemon.versions"),
     ),
-    ("daemon.control", "daemon.inbox", "daemon.notifications", "daemon.recovery", "daemon.retry", "daemon.scheduler"),
+    (
+        "daemon.control",
+        "daemon.inbox",
+        "daemon.notifications",
+        "daemon.recovery",
+        "daemon.retry",
+        "daemon.scheduler",
+        "daemon.status_writer",
+    ),
     ("daemon.service",),
     ("daemon.__main__", "daemon.cli", "daemon.web"),
 )
@@ -125,6 +133,18 @@ def test_the_trainer_imports_nothing_of_the_daemon_s_effects() -> None:
 def test_a_library_with_effects_is_used_in_one_module_alone(library: str) -> None:
     users = {module for module in MODULES if library in {name.partition(".")[0] for name in imported_names(module)}}
     assert users == {ONE_USER[library]}
+
+
+def test_who_takes_a_models_lock_takes_no_gpus_lock_after_it() -> None:
+    """State, GPU, model: in one order, so that two daemons never wait for each other. The daemon's own is the first."""
+    takers = {
+        module
+        for module in MODULES
+        if is_in(module, "daemon") and "ModelLock(" in MODULES[module].read_text(encoding="utf-8")
+    } - {"daemon.service"}
+    assert takers
+    for module in takers:
+        assert not {name for name in own_imports(module) if is_in(name, "daemon.gpu")}, module
 
 
 def test_an_import_that_goes_up_would_be_seen() -> None:

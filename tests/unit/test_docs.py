@@ -48,7 +48,9 @@ def test_the_product_has_nothing_that_only_pretends(word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))], ids=lambda path: path.name
+    "path",
+    [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))],
+    ids=lambda path: path.name,
 )
 def test_every_file_that_a_document_links_to_exists(path: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
@@ -62,3 +64,10 @@ def test_every_setting_is_documented() -> None:
         assert all(
             field.description for field in section.model_fields.values() if not isinstance(field.default, Section)
         )
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_module_and_test_that_a_builder_s_document_names_exists(name: str) -> None:
+    paths = re.findall(r"\b(?:daemon|guard|tests|docs)/[\w/.-]*\w/?", (REPOSITORY / name).read_text())
+    assert len(paths) > 10
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
