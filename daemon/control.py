@@ -76,7 +76,7 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
     try:
         reopen_files(settings, job)
     except OSError as error:
-        cause = f"its file cannot be moved: {describe_problem(error, settings)}"
+        cause = f"its file cannot be moved: {describe_problem(error)}"
         raise DropforgeError(operation="retry job", subject=job.id, cause=cause) from error
     store.transition(
         job.id,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -68,7 +69,8 @@ def access_problem(path: Path) -> str:
     Raises FileNotFoundError when there is none.
     """
     try:
-        path.stat()
+        if not stat.S_ISDIR(path.stat().st_mode):
+            return "it is not a folder"
         if os.access(path, os.R_OK | os.W_OK | os.X_OK):
             return ""
         return "read-only file system" if os.statvfs(path).f_flag & os.ST_RDONLY else "permission denied"

@@ -79,7 +79,7 @@ class Archive:
         try:
             archive_files(self.settings, job)
         except (DropforgeError, OSError) as error:
-            problem = describe_problem(error, self.settings)
+            problem = describe_problem(error)
             if self._problems.get(job.id) != problem:
                 self._log.error("file.not_moved", job=job.id, error=problem)
             self._problems.pop(job.id, None)
@@ -124,7 +124,12 @@ class Archive:
             return
         before = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="milliseconds")
         done = self.settings.inbox_dir / layout.DONE
-        for folder in sorted(done.iterdir()) if done.is_dir() else ():
+        try:
+            folders = sorted(done.iterdir()) if done.is_dir() else []
+        except OSError as error:
+            self._log.error("file.not_purged", job="", error=str(error))
+            return
+        for folder in folders:
             try:
                 job = self._store.get(folder.name)
             except NotFound:
@@ -319,14 +324,14 @@ def read_rows_report(folder: Path) -> DatasetReport | None:
         return None
 
 
-def describe_problem(error: DropforgeError | OSError, settings: Settings) -> str:
+def describe_problem(error: DropforgeError | OSError) -> str:
     """Say in one sentence why files were not moved."""
     if isinstance(error, DropforgeError):
         return error.sentence
-    if error.errno == errno.EXDEV:
+    if error.errno == errno.EXDEV and error.filename2:
         return (
-            f"{error.filename2 or settings.inbox_dir} is on another file system than {error.filename}, and files are"
-            " moved by renaming; put all folders of the inbox on one"
+            f"{Path(error.filename2).parent} is on another file system than {Path(error.filename).parent}, and files"
+            " are moved by renaming; put all folders of the inbox on one"
         )
     return escape(str(error), most=1000)
 

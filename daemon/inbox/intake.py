@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,8 +193,10 @@ class Intake:
         self._next_rescan = now + (
             min(inbox.rescan_seconds, inbox.poll_seconds) if self._watcher.polling else inbox.rescan_seconds
         )
-        if self._is_usable() and not (self.settings.inbox_dir / layout.PROCESSING).is_dir():
-            layout.create_folders(self.settings)  # another folder took the inbox's place
+        with suppress(OSError):  # what cannot be made is named as unusable
+            if self.settings.inbox_dir.is_dir() and not (self.settings.inbox_dir / layout.PROCESSING).is_dir():
+                layout.create_folders(self.settings)  # another folder took the inbox's place
+        self._is_usable()
         self._scan(now, full=self._scan_requested)
         self._strays = self._stray_finder.find(self.settings)
         self._log_ignored(now)

@@ -106,7 +106,7 @@ def unusable_reason(settings: Settings) -> str:
         try:
             why = access_problem(path)
         except FileNotFoundError:
-            why = "it is missing" if path == settings.inbox_dir else ""
+            why = "it is missing"
         if why:
             return f"{path} cannot be used: {why}"
     return ""

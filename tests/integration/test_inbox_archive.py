@@ -286,3 +286,33 @@ def test_a_job_that_is_cancelled_while_its_report_is_applied_harms_nobody(
     root.pump((root.inbox / "failed" / job.id / "x.jsonl").exists)
     assert not any((root.inbox / "processing").iterdir())
     assert_sound(root.settings, root.store)
+
+
+def test_a_folder_that_cannot_be_listed_ends_no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`done/` under `keep_done_days`: reported, and tried again."""
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "done":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    with Root(tmp_path, inbox={"keep_done_days": 1.0}) as root:
+        monkeypatch.setattr(Path, "iterdir", iterdir)
+        root.pump(lambda: root.log.events("file.not_purged"))
+        root.drop("x.jsonl", OLD)
+        root.wait_for(1)
+
+
+def test_an_inbox_that_cannot_be_completed_is_named_and_used_when_it_can(root: Root) -> None:
+    """Another folder in its place, in which `processing` is a file: nothing is taken, nobody falls over."""
+    root.inbox.rename(root.path / "old")
+    root.inbox.mkdir()
+    (root.inbox / "processing").write_text("a file")
+    dropped = root.drop("x.jsonl", OLD)
+    root.pump(lambda: any("processing cannot be used" in line for line in root.intake.view().warnings))
+    assert dropped.exists()
+    assert not root.jobs()
+    (root.inbox / "processing").unlink()
+    root.wait_for(1)
+    assert not any("cannot be used" in line for line in root.intake.view().warnings)
