@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +39,8 @@ RESULT_NAME = "result.json"
 TENSORBOARD_NAME = "tensorboard"
 # What an attempt leaves behind and the next one must not read as its own.
 ATTEMPT_NAMES = (RESULT_NAME, PROGRESS_NAME, IDENTITY_NAME)
+# Keys of an event that are the log's own, or would be read as parameters of its methods.
+RESERVED_KEYS = ("at", "timestamp", "level", "self", "args", "exc_info", "stack_info")
 PROGRESS_SECONDS = 0.2  # a step of the tiny model takes 10 ms; nobody reads faster than this
 
 T = TypeVar("T")
@@ -133,10 +135,16 @@ def sealed_step(run_dir: Path) -> int:
     step = 0
     for name, data in read_events(run_dir):
         if name == "run.started":  # it may begin below an earlier attempt, whose checkpoints were another run's
-            step = int(data.get("start_step", 0))
+            step = step_in(data, "start_step")
         elif name == "checkpoint.sealed":
-            step = int(data.get("step", 0))
+            step = step_in(data, "step")
     return step
+
+
+def step_in(data: Mapping[str, Any], key: str) -> int:
+    """Return an event's number of steps; 0 for anything else, which a trainer of another version may write."""
+    value = data.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
 
 
 # -- the trainer's side
@@ -148,7 +156,8 @@ def read_spec(run_dir: Path) -> RunSpec:
     Raises ValueError when it is of another version or damaged, OSError when it cannot be read.
     """
     text = (run_dir / SPEC_NAME).read_bytes()
-    version = json.loads(text).get("schema_version")
+    content = json.loads(text)
+    version = content.get("schema_version") if isinstance(content, dict) else None
     if version != RUN_SPEC_VERSION:
         raise ValueError(f"{SPEC_NAME} has version {version}, this trainer knows {RUN_SPEC_VERSION}")
     return from_json(text, RunSpec)
@@ -204,9 +213,10 @@ def _parse(lines: bytes) -> Iterator[RunEvent]:
         try:
             event = json.loads(line)
             name = str(event.pop("event"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # torn by a crash of the trainer, or cut by a seek
-        event.pop("at", None)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # torn by a crash of the trainer, cut by a seek, or no event
+        for key in RESERVED_KEYS:
+            event.pop(key, None)
         yield name, event
 
 

@@ -13,19 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 import guard
 from daemon import versions
 from daemon.config import Settings
-from daemon.errors import DropforgeError, is_no_space
+from daemon.errors import ConfigError, DropforgeError, is_no_space
 from daemon.executors.base import Executor, Exit
 from daemon.gpu import GpuReservation
 from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused, unwritable
 from daemon.inbox.archive import Archive
 from daemon.job import RUN_SPEC_VERSION, FailureKind, Job, JobState, Outcome, Progress, RunResult, RunSpec
 from daemon.notifications import Hooks
-from daemon.recipe import Recipe
+from daemon.recipe import Recipe, explain
 from daemon.retry import RetryDecision, StopReason, decide, decide_not_launched
-from daemon.run_dir import RunReader, run_dir_of, sealed_step
+from daemon.run_dir import RunReader, run_dir_of, sealed_step, step_in
 from daemon.store import JobStore, TransitionRefused
 from daemon.text import escape
 
@@ -136,10 +138,7 @@ class Scheduler:
             return
         if self._finish_duplicate(ready):
             return
-        recipe = Recipe.model_validate(ready.recipe) if ready.recipe else self.settings.recipe
-        self._change_hold(
-            unwritable(self.settings) or no_space(self.settings, recipe) or self._gpu.reserve(self.settings, recipe)
-        )
+        self._change_hold(self._hold_for(ready))
         if self.hold is not None:
             return
         job = self._store.claim_next(time.time())
@@ -186,11 +185,24 @@ class Scheduler:
         except TransitionRefused:  # a command moved it at this moment
             return True
 
+    def _hold_for(self, job: Job) -> Hold | None:
+        """What has to be waited for before this job is launched; reserves the GPU."""
+        try:
+            recipe = _recipe_of(job)
+        except ConfigError:  # it holds nobody up: its job fails at the launch
+            return None
+        return unwritable(self.settings) or no_space(self.settings, recipe) or self._gpu.reserve(self.settings, recipe)
+
     def _launch(self, job: Job) -> None:
         directory = run_dir_of(self.settings.state_dir, job.id)
         self.run = run = Run(job=job, run_dir=directory, reader=RunReader(directory))
         try:
             self._executor.launch(self._spec_of(job, directory))
+        except ConfigError as error:
+            self._log.error("trainer.not_launched", job=job.id, error=str(error))
+            reason = f"{error.sentence}; {error.hint}"
+            self._finish(run, RetryDecision(to=JobState.FAILED, reason=reason, failure=FailureKind.CONFIG), None)
+            return
         except OSError as error:
             self._log.error("trainer.not_launched", job=job.id, error=str(error))
             decision = decide_not_launched(
@@ -201,12 +213,13 @@ class Scheduler:
         self._log.info("job.started", job=job.id, dataset=escape(job.name), attempt=job.attempt)
 
     def _spec_of(self, job: Job, directory: Path) -> RunSpec:
+        recipe = _recipe_of(job)
         if job.dataset is None or job.recipe is None:
-            raise DropforgeError(
-                operation="launch", subject=job.id, cause="the job was queued without dataset or recipe"
+            raise ConfigError(
+                operation="launch", subject=job.id, cause="it was queued without a dataset", hint=_retry_hint(job)
             )
         key_file = self.settings.guard.key_file
-        several = job.recipe.get("training", {}).get("num_processes", 1) > 1  # they need a GPU each
+        several = recipe.training.num_processes > 1  # they need a GPU each
         return RunSpec(
             schema_version=RUN_SPEC_VERSION,
             job_id=job.id,
@@ -231,10 +244,10 @@ class Scheduler:
         run.progress = progress or run.progress
         for name, data in events:
             if name == "run.started":  # it may begin below an earlier attempt, whose checkpoints were another run's
-                start = int(data.get("start_step", 0))
+                start = step_in(data, "start_step")
                 run.job = self._store.update(run.job.id, max_step=start, step_at_launch=start)
             elif name == "checkpoint.sealed":
-                run.job = self._store.update(run.job.id, max_step=max(run.job.max_step, int(data.get("step", 0))))
+                run.job = self._store.update(run.job.id, max_step=max(run.job.max_step, step_in(data, "step")))
             self._log.info(name, **{**data, "job": run.job.id})
 
     def _enforce_limits(self, run: Run) -> None:
@@ -326,3 +339,16 @@ class Scheduler:
             self._hooks.fire("on_hold", {"kind": hold.kind.value, "reason": hold.reason})
         elif hold is None and before is not None:
             self._log.info("queue.released", kind=before.kind.value)
+
+
+def _recipe_of(job: Job) -> Recipe:
+    """The recipe that was frozen when the job was queued. Raises ConfigError when this version cannot read it."""
+    try:
+        return Recipe.model_validate(job.recipe)
+    except ValidationError as error:
+        cause = "; ".join(explain(error).splitlines())
+        raise ConfigError(operation="use the recipe of", subject=job.id, cause=cause, hint=_retry_hint(job)) from error
+
+
+def _retry_hint(job: Job) -> str:
+    return f"`dropforge retry {job.id}` makes it anew from the settings of now"

@@ -29,7 +29,7 @@ from daemon.observability.status import (
     running_job,
     write_status,
 )
-from daemon.run_dir import read_events
+from daemon.run_dir import read_events, step_in
 from daemon.scheduler import Scheduler
 from daemon.store import JobStore
 
@@ -223,12 +223,12 @@ class LossHistory:
         for name, data in read_events(run_dir, last_bytes=LOSS_READ_BYTES):
             try:
                 if name == "run.started":
-                    start = int(data["start_step"])
+                    start = step_in(data, "start_step")
                     losses = {step: loss for step, loss in losses.items() if step <= start}
                 elif name == "run.stepped":
-                    losses[int(data["step"])] = float(data["loss"])
+                    losses[step_in(data, "step")] = float(data["loss"])
             except (ValueError, KeyError, TypeError):
-                continue  # written by a trainer of another version
+                continue  # of a trainer of another version
         for step, loss in sorted(losses.items()):
             self._add(step, loss)
 

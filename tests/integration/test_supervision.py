@@ -6,12 +6,14 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
 
 from daemon.job import FailureKind, JobState
 from daemon.run_dir import run_dir_of
+from daemon.store import JobStore
 from daemon.versions import list_versions
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
@@ -109,6 +111,45 @@ def test_a_trainer_that_never_gets_anywhere_fails_the_job_and_the_next_one_train
     root.drop("b.jsonl", texts(10, "b"))
     assert root.finished("b.jsonl").state is JobState.SUCCEEDED
     assert_sound(root)
+
+
+def test_odd_events_of_a_trainer_do_no_harm_to_the_daemon(make_root: MakeRoot) -> None:
+    """Those of another program behind `[executor] command`, or of one that is not as old as the daemon."""
+    odd = [
+        *({"event": "checkpoint.sealed", "step": step} for step in (None, "x", float("inf"), [])),
+        *({"event": "run.stepped", "step": step, "loss": step} for step in (None, "x", float("inf"))),
+        {"event": "run.odd", "self": 1, "args": 2, "level": 3, "timestamp": 4, "exc_info": True, "stack_info": 1},
+        [1],
+    ]
+    root = make_root(behaviour={"*": {"events": odd}}, tables=ONE_ROW_A_STEP)
+    root.start()
+    root.drop("a.jsonl", texts(3))
+    assert root.finished("a.jsonl").state is JobState.SUCCEEDED
+    assert root.stop() == 0
+    assert root.events("run.odd")
+
+
+def test_a_recipe_that_cannot_be_read_fails_its_job_and_the_next_one_trains(make_root: MakeRoot) -> None:
+    """One that was frozen by a version with other settings, while the job waited for its turn."""
+    root = make_root(behaviour={}, tables=ONE_ROW_A_STEP)
+    root.start()
+    assert root.run("pause").returncode == 0
+    root.drop("a.jsonl", texts(3, "a"))
+    root.drop("b.jsonl", texts(3, "b"))
+    wait_until(lambda: all((job := root.job(name)) and job.recipe for name in ("a.jsonl", "b.jsonl")))
+    assert root.stop() == 0
+    job = root.job("a.jsonl")
+    assert job is not None
+    assert job.recipe is not None
+    with closing(JobStore(root.settings.store_path)) as store:
+        store.update(job.id, recipe={**job.recipe, "training": {**job.recipe["training"], "rows_a_step": 7}})
+    root.start()
+    assert root.run("resume").returncode == 0
+    failed = root.finished("a.jsonl")
+    assert (failed.state, failed.failure, failed.attempt) == (JobState.FAILED, FailureKind.CONFIG, 1)
+    assert "rows_a_step" in failed.reason
+    assert f"dropforge retry {job.id}" in failed.reason
+    assert root.finished("b.jsonl").state is JobState.SUCCEEDED
 
 
 @pytest.mark.parametrize("kind", [FailureKind.BAD_DATA, FailureKind.DIVERGED, FailureKind.CONFIG])

@@ -8,6 +8,7 @@ BEHAVIOUR.json may hold, by attempt ("1", "2", ...) or "*":
   step_seconds        how long a step takes
   die_at              SIGKILL to itself after this step (before its checkpoint)
   fail                {"kind": ..., "message": ..., "tried": [...]}: end with this failure after the first step
+  events              objects that are written as events at each step, whatever they are
   quit_at             leave as if asked to after this step, without a checkpoint
   lie_about_steps     claim success after so many steps fewer than planned
   ignore_terminate    true: do not listen to SIGTERM
@@ -34,7 +35,7 @@ from daemon.dataset.rows import iter_rows
 from daemon.fingerprint import fingerprint_run
 from daemon.job import FailureKind, MemoryMeasure, Outcome, RunResult, RunSpec
 from daemon.recipe import Recipe
-from daemon.run_dir import RunWriter
+from daemon.run_dir import EVENTS_NAME, RunWriter
 from daemon.trainer.attempt import StopFlag, check_unchanged, run_attempt
 from daemon.trainer.errors import Interrupted, RunFailure
 
@@ -92,6 +93,9 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
                 fail = behaviour["fail"]
                 tried = tuple(map(MemoryMeasure, fail.get("tried", ())))
                 raise RunFailure(FailureKind(fail["kind"]), fail["message"], hint="a hint", tried=tried)
+            for event in behaviour.get("events", ()):
+                with (Path(spec.run_dir) / EVENTS_NAME).open("a") as file:
+                    file.write(json.dumps(event) + "\n")
             if behaviour.get("quit_at") == step:
                 raise Interrupted
             if behaviour.get("die_at") == step:
