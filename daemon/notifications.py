@@ -33,7 +33,7 @@ _EVENTS: Mapping[JobState, tuple[str, str]] = {
     JobState.REJECTED: ("job.rejected", "warning"),
 }
 _REQUEUED = ("job.requeued", "info")
-_IN_JOB = ("outcome", "failure", "message", "candidate")  # fields of a result that are the job's own, or gone by now
+RESULT_FIELDS_IN_JOB = ("outcome", "failure", "message", "candidate")  # or gone by now
 
 
 class Notifier:
@@ -108,7 +108,7 @@ def canonical(job: Job, transition: JobTransition) -> dict[str, Any]:
             "skipped_rows": dataset.skipped_rows,
         }
     if result is not None:
-        line |= {name: value for name, value in asdict(result).items() if name not in _IN_JOB}
+        line |= {name: value for name, value in asdict(result).items() if name not in RESULT_FIELDS_IN_JOB}
     line |= {
         "max_step": job.max_step if job.attempt else None,
         "created_at": job.created_at,

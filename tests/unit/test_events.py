@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from daemon.job import Job, JobState, JobTransition, Outcome, RunResult
+from daemon.notifications import RESULT_FIELDS_IN_JOB, canonical
 from daemon.observability.events import EVENTS, by_noun
 from tests.support.root import REPOSITORY
 
@@ -73,6 +76,15 @@ def test_levels_and_keys_are_those_of_the_calls() -> None:
         listed = EVENTS[call.name]
         assert call.level in ("", listed.level), call
         assert call.keys <= set(listed.keys), f"{call}: {call.keys - set(listed.keys)}"
+
+
+def test_the_ends_of_jobs_list_every_field_of_a_result() -> None:
+    """They are not written out at a call: the line is made from the result itself."""
+    job = Job(id="a", name="a", state=JobState.SUCCEEDED, result=RunResult(outcome=Outcome.SUCCEEDED))
+    whole = {field.name for field in fields(RunResult)} - set(RESULT_FIELDS_IN_JOB)
+    end = JobTransition(at="", job_id="a", old="running", new="succeeded", reason="")
+    assert canonical(job, end).keys() <= set(EVENTS["job.succeeded"].keys)
+    assert whole <= set(EVENTS["job.succeeded"].keys)
 
 
 @pytest.mark.parametrize("name", EVENTS)
