@@ -97,3 +97,16 @@ def test_an_excerpt_is_short_and_holds_nothing_that_a_terminal_would_obey() -> N
     assert len(shown) < 100
     assert shown.startswith("…")
     assert shown.endswith("…")
+
+
+@pytest.mark.parametrize("before", ['"\\\\"', '"\\""', '"\\\\\\""', '"[[{"', '"\\u005b]"', "1"])
+@pytest.mark.parametrize(("levels", "sound"), [(MAX_DEPTH - 1, True), (MAX_DEPTH, False), (100_000, False)])
+def test_depth_is_counted_past_strings_that_hold_quotes_and_brackets(before: str, levels: int, sound: bool) -> None:
+    """An unlimited depth would end the process; one level too many is named."""
+    line = f'{{"s": {before}, "x": {"[" * levels}{"]" * levels}, "y": []}}'.encode()
+    if sound:
+        assert len(parse_object(line)["x"]) == 1
+        return
+    with pytest.raises(LineError, match="nested deeper") as caught:
+        parse_object(line)
+    assert line.decode()[caught.value.column - 1] == "["
