@@ -70,7 +70,16 @@ def current_version(model_dir: Path) -> Version | None:
             hint="remove it; the next promotion makes it again",
         ) from error
     folder, _, name = target.rpartition("/")
-    if folder != VERSIONS or not _NAME.fullmatch(name) or not (model_dir / VERSIONS / name).is_dir():
+    try:
+        leads_to_version = folder == VERSIONS and bool(_NAME.fullmatch(name)) and (model_dir / target).is_dir()
+    except OSError as error:  # a folder on the way that may not be entered
+        raise DropforgeError(
+            operation="read",
+            subject=model_dir / target,
+            cause=str(error.strerror),
+            hint=f"let this user enter {model_dir / VERSIONS}",
+        ) from error
+    if not leads_to_version:
         raise DropforgeError(
             operation="follow",
             subject=link,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from daemon import versions
 from daemon.errors import DropforgeError, NotFound
+from tests.unit.guard.conftest import as_user
 
 
 def candidate(model_dir: Path, name: str, weights: bytes, *extra: str) -> Path:
@@ -87,3 +89,20 @@ def test_versions_sort_by_number(tmp_path: Path) -> None:
     assert versions.find_version(tmp_path, "2").name == "0002"
     with pytest.raises(NotFound):
         versions.find_version(tmp_path, "3")
+
+
+def test_a_folder_of_versions_that_may_not_be_entered_is_told_in_words(open_tmp_path: Path) -> None:
+    """The daemon's status reads the current version in every round: an error of the system would end it."""
+    promote(open_tmp_path, "a", b"one")
+    folder = open_tmp_path / versions.VERSIONS
+    folder.chmod(0)
+
+    def read() -> str:
+        with pytest.raises(DropforgeError) as caught:
+            versions.current_version(open_tmp_path)
+        return str(caught.value)
+
+    told = as_user(65534, read) if os.geteuid() == 0 else read()
+    folder.chmod(0o755)
+    assert "Permission denied" in told
+    assert str(folder) in told

@@ -6,9 +6,8 @@ import json
 import os
 import pickle
 import struct
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +98,3 @@ def as_user(uid: int, act: Callable[[], Any]) -> Any:
     if isinstance(result, BaseException):
         raise result
     return result
-
-
-@pytest.fixture
-def open_tmp_path() -> Iterator[Path]:
-    """A temporary folder that every user can enter; pytest's own are closed to others."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
