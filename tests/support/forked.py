@@ -71,12 +71,13 @@ class Forked:
 class ForkServer:
     """The process that forks, and our end of the channel to it."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(self, env: Mapping[str, str], through: Sequence[str] = ()) -> None:
+        """`through`: a command that starts the process."""
         self._env = dict(env)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tests.support.forked", str(theirs.fileno())],
+                [*through, sys.executable, "-P", "-m", "tests.support.forked", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env=self._env,

@@ -1,7 +1,7 @@
 """A Dropforge root in a temporary folder, with the real daemon as a process.
 
-Daemon and commands are forks of one process that has their imports done, except where an interpreter has to be started:
-by another program (`through`), or with an environment that is read before anything else (`variables`).
+Daemon and commands are forks of one process that has their imports done, except where an interpreter has to be started
+with an environment that is read before anything else (`variables`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Root:
     ) -> None:
         """`through`: a command that the daemon is started by; `variables`: of its environment."""
         self.path = path
-        self._through = list(through)
+        self._through = tuple(through)
         self._variables = dict(variables or {})
         self._daemon: subprocess.Popen[bytes] | Forked | None = None
         self.tables: dict[str, dict[str, Any]] = {name: dict(values) for name, values in QUICK.items()}
@@ -112,7 +112,8 @@ class Root:
         arguments = ["--root", str(self.path), "run"]
         env = {**environment(), **self._variables}
         with (self.path / "daemon.err").open("ab") as errors, Path(os.devnull).open("wb") as nothing:
-            if self._through or not fork_server().suits(env):
+            server = fork_server(self._through)
+            if not server.suits(env):
                 self._daemon = subprocess.Popen(
                     [*self._through, *DROPFORGE, *arguments],
                     stdin=subprocess.DEVNULL,
@@ -121,7 +122,7 @@ class Root:
                     env=env,
                 )
             else:
-                self._daemon = fork_server().start(arguments, stdout=nothing.fileno(), stderr=errors.fileno(), env=env)
+                self._daemon = server.start(arguments, stdout=nothing.fileno(), stderr=errors.fileno(), env=env)
         pid = self._daemon.pid
 
         def watches() -> bool:
@@ -284,9 +285,9 @@ ENVIRONMENT = environment()  # before any test changes it
 
 
 @cache
-def fork_server() -> ForkServer:
-    """The one of this test process; it ends when this process does."""
-    return ForkServer(ENVIRONMENT)
+def fork_server(through: tuple[str, ...] = ()) -> ForkServer:
+    """The one of this test process, started by a command that its forks shall descend from; ends with this process."""
+    return ForkServer(ENVIRONMENT, through)
 
 
 def dropforge(*arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:

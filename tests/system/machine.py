@@ -26,7 +26,18 @@ SYSTEMD = Path("/lib/systemd/systemd")
 HOME = Path("/opt/dropforge")  # where the documents install Dropforge, from a checkout that lies there
 PYTHON_HOME = Path("/opt/python")
 PACKAGES_HOME = Path("/opt/packages")  # what a package index would give
-PARTS = ("daemon", "guard", "docs", "examples", "systemd", "tests", "pyproject.toml", "README.md", "LICENSE")
+PARTS = (
+    "daemon",
+    "guard",
+    "dropforge.py",
+    "docs",
+    "examples",
+    "systemd",
+    "tests",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT_SECONDS = 60.0
 STATES = {"started": "running", "requeued": "queued"}  # what an event says of a job, where it is not the state's name
