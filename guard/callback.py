@@ -32,8 +32,9 @@ _PICKLED_ARGUMENTS = "training_args.bin"
 
 
 class SealCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
-    """Seals, moves into place and rotates checkpoints; refuses to train from another state than was decided.
+    """Seal, move into place and rotate a Trainer's checkpoints.
 
+    Refuses to train from another state than was decided.
     Give it a `PreparedRun`, or a model directory and a fingerprint. `keep` is the number of sealed
     checkpoints that stay (the Trainer's `save_total_limit` counts only what is in its own `output_dir`; None
     leaves rotation to it). `on_sealed` is called with each sealed Checkpoint, in world process zero.
@@ -78,6 +79,7 @@ class SealCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Every process has to be done with its part (each writes its own random state) before the seal, and
         # none may go on to the next save before the rename.
+        """Seal the checkpoint that was just written, in the main process."""
         _wait_for_all_processes()
         try:
             if state.is_world_process_zero:

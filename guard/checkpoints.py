@@ -29,6 +29,8 @@ CHECKPOINT_NAME: Final = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointState(StrEnum):
+    """What a look at a checkpoint and its seal found."""
+
     INTACT = "intact"
     TORN = "torn"
     ALTERED = "altered"
@@ -53,6 +55,7 @@ class Checkpoint:
 
     @property
     def is_intact(self) -> bool:
+        """Whether the seal verifies."""
         return self.state is CheckpointState.INTACT
 
     def belongs_to(self, fingerprint: Fingerprint) -> bool:
@@ -62,14 +65,17 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Stray:
-    """Something that is named like a checkpoint and is none. It is reported and not touched."""
+    """Something named like a checkpoint that is none.
+
+    It is reported and not touched.
+    """
 
     path: Path
     reason: str
 
 
 def list_checkpoints(model_dir: PathLike) -> tuple[list[tuple[int, Path]], list[Stray]]:
-    """The checkpoint folders as (step, path) by step, and what is only named like one.
+    """List the checkpoint folders as (step, path) by step, and strays.
 
     A model directory that does not exist has none. Raises StorageError.
     """
@@ -109,8 +115,9 @@ def _verify_listed(path: Path, *, key: bytes | None, digests: bool) -> Checkpoin
 def scan_until_resumable(
     model_dir: PathLike, *, fingerprint: Fingerprint, key: bytes | None = None, digests: bool = True
 ) -> tuple[Checkpoint, ...]:
-    """From the newest down to the first that `fingerprint` can resume from; ascending by step.
+    """Verify from the newest down to the first that `fingerprint` can resume from.
 
+    Returns them ascending by step.
     The older ones are not looked at: a decision does not depend on them, and there may be thousands.
     `digests` are taken of those alone whose seal is of this run.
     """
@@ -130,7 +137,7 @@ def scan_until_resumable(
 def newest_intact(
     model_dir: PathLike, *, fingerprint: Fingerprint | None = None, key: bytes | None = None
 ) -> Checkpoint | None:
-    """The newest checkpoint whose seal and digests verify (and, if given, that is of this run)."""
+    """Return the newest checkpoint whose seal and digests verify; with `fingerprint`, of this run."""
     for _, path in reversed(list_checkpoints(model_dir)[0]):
         for digests in (False, True):  # structure first: it is cheap, and finds most of what is wrong
             checkpoint = _verify_listed(path, key=key, digests=digests)
@@ -144,8 +151,9 @@ def newest_intact(
 
 
 def verify_checkpoint(path: PathLike, *, key: bytes | None = None, digests: bool = True) -> Checkpoint:
-    """Compare a checkpoint with its seal: structure first (names, sizes), then, with `digests`, every byte.
+    """Compare a checkpoint with its seal.
 
+    Structure first (names, sizes), then, with `digests`, every byte.
     Whatever is found in the folder is told by the state and the reason; nothing is unpickled. Raises
     NotFound.
     """
@@ -252,8 +260,9 @@ def seal_checkpoint(
 def rotate(
     model_dir: PathLike, *, keep: int, fingerprint: Fingerprint | None = None, key: bytes | None = None
 ) -> tuple[Path, ...]:
-    """Remove all but the newest `keep` checkpoints of the run in progress; returns what was removed.
+    """Remove all but the newest `keep` checkpoints of the run in progress.
 
+    Returns what was removed.
     That run is the one of `fingerprint`; without it, that of the newest checkpoint that is structurally
     intact. Checkpoints of other runs, and torn, altered or unsealed ones, are not touched: rotation is not a
     way to lose evidence.
@@ -273,7 +282,10 @@ def rotate(
 
 
 def give_up(model_dir: PathLike, folders: Iterable[Path]) -> None:
-    """Remove checkpoint folders, each first renamed: a folder that is half removed is never a checkpoint."""
+    """Remove checkpoint folders, each renamed first.
+
+    A folder that is half removed is never a checkpoint.
+    """
     staging = ensure_staging(model_dir)
     for folder in folders:
         trash = staging / unused_name(staging, TRASH_PREFIX + folder.name)

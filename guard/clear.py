@@ -36,7 +36,7 @@ JOURNAL_NAME: Final = "journal.jsonl"
 
 
 def cleared_at(set_name: str) -> datetime | None:
-    """When a set was cleared, from its name; None for a name that no set has."""
+    """Read from a set's name when it was cleared; None for a name that no set has."""
     if SET_NAME.fullmatch(set_name) is None:
         return None
     with suppress(ValueError):  # digits that are no moment
@@ -90,10 +90,12 @@ class ClearPlan:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of everything that is moved."""
         return sum(move.size_bytes for move in self.moves)
 
     @property
     def cleared(self) -> int:
+        """How many checkpoints are moved, leftovers of `.staging/` not counted."""
         return sum(move.is_checkpoint for move in self.moves)
 
     def __str__(self) -> str:
@@ -111,6 +113,7 @@ class ClearPlan:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as `--json` and the set's record have it."""
         return {
             "model_dir": str(self.model_dir),
             "set": self.set_path.name if self.moves else None,
@@ -124,7 +127,7 @@ class ClearPlan:
         }
 
     def execute(self, logger: Logger | None = None) -> ClearResult:
-        """Move everything, under the model directory's lock; all or nothing unless the process is killed.
+        """Move everything, under the model lock; all or nothing unless the process is killed.
 
         Raises ClearRefused, with everything as it was, when something changed since the plan, does not belong
         to us, or the file system says no; also the second time.
@@ -221,6 +224,7 @@ def _note(journal: Path, **entry: Any) -> None:
 
 
 def sync_folders(folders: Iterable[Path]) -> None:
+    """Make the entries of each folder durable, once each."""
     for folder in dict.fromkeys(folders):
         fsync_dir(folder)
 

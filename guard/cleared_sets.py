@@ -29,12 +29,17 @@ _PURGING_PREFIX = ".purging-"
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreResult:
+    """What came back into the model directory."""
+
     restored: tuple[Path, ...]
     metadata_restored: bool
 
 
 def list_cleared_sets(model_dir: PathLike) -> list[Path]:
-    """The sets under `.cleared/`, oldest first; anything that is not named like a set is not one."""
+    """List the sets under `.cleared/`, oldest first.
+
+    Anything that is not named like a set is not one.
+    """
     root = Path(model_dir, CLEARED_NAME)
     if root.is_symlink() or not root.is_dir():
         return []
@@ -42,7 +47,7 @@ def list_cleared_sets(model_dir: PathLike) -> list[Path]:
 
 
 def restore_set(model_dir: PathLike, set_name: str) -> RestoreResult:
-    """Move the checkpoints of a set back, with the metadata that they had; under the model directory's lock.
+    """Move a set's checkpoints back with their metadata; under the model lock.
 
     Raises NotFound, and ClearRefused, with everything as it was, when a name is taken or checkpoints of
     another run are there. A crash half way is finished by calling it again.
@@ -100,6 +105,8 @@ def _refusal(path: Path, cause: str, hint: str) -> ClearRefused:
 
 @dataclass(frozen=True, kw_only=True)
 class SetToPurge:
+    """A set that is to be deleted, and why."""
+
     path: Path
     size_bytes: int
     reason: str
@@ -107,6 +114,8 @@ class SetToPurge:
 
 @dataclass(frozen=True, kw_only=True)
 class PurgeResult:
+    """The names of the sets that were deleted, and their bytes."""
+
     purged: tuple[str, ...]
     size_bytes: int
 
@@ -123,6 +132,7 @@ class PurgePlan:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of everything that is deleted."""
         return sum(item.size_bytes for item in self.sets)
 
     def __str__(self) -> str:
@@ -136,6 +146,7 @@ class PurgePlan:
         return "\n".join([*lines, f"kept: {len(self.kept)} sets"])
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as `--json` prints it."""
         return {
             "sets": [
                 {"set": item.path.name, "size_bytes": item.size_bytes, "reason": item.reason} for item in self.sets

@@ -51,7 +51,10 @@ from .verdict import VerdictKind
 
 @dataclass(frozen=True, kw_only=True)
 class OwnModel:
-    """A model directory whose settings the caller knows: they stand in for options that are not given."""
+    """A model directory whose settings the caller knows.
+
+    They stand in for options that are not given.
+    """
 
     model_dir: Path
     key_file: Path | None = None

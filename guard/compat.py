@@ -39,7 +39,10 @@ def save_dataset_metadata(output_dir: PathLike, dataset_path: PathLike, lora_con
 
 
 def load_dataset_metadata(output_dir: PathLike) -> dict[str, Any] | None:
-    """The metadata as it stands in the file; None when missing, unreadable or not an object."""
+    """Return the metadata as the file has it.
+
+    None when missing, unreadable or not an object.
+    """
     return load_raw_metadata(output_dir)
 
 

@@ -28,7 +28,10 @@ _MAX_STATE_BYTES = 256 * 1024 * 1024
 
 
 def why_incomplete(folder: Path, *, step: int | None = None) -> str | None:
-    """What is missing for the Trainer to resume from `folder` as it was, or None. Raises OSError."""
+    """Return what is missing for the Trainer to resume from `folder`, or None.
+
+    Raises OSError.
+    """
     files = {entry.name: entry for entry in folder.iterdir()}
     if "trainer_state.json" not in files:
         return "trainer_state.json is missing"

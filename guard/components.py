@@ -14,6 +14,8 @@ from typing import Final
 
 
 class ComponentKind(StrEnum):
+    """Whether a component's change makes checkpoints stale."""
+
     IDENTITY = "identity"
     NOTE = "note"
 
@@ -179,13 +181,16 @@ _SECTION_END: Final = {_section_of(component.name): index for index, component i
 
 
 def component_of(name: str) -> Component:
-    """The table's line for a name; identity for one that the table does not know."""
+    """Return the table's line for a name; identity for an unknown one."""
     known = _BY_NAME.get(name) or _BY_NAME.get(f"{_section_of(name)}.*")
     return known or _identity(name, "not in the table: when unsure, refuse")
 
 
 def reading_order(name: str) -> tuple[int, str]:
-    """Sort key: the table's order; a name that it does not know after its section, or at the end."""
+    """Sort key: the table's order.
+
+    A name that it does not know comes after its section, or at the end.
+    """
     if name in _POSITION:
         return _POSITION[name], ""
     return _SECTION_END.get(_section_of(name), len(COMPONENTS)), name

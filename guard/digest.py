@@ -45,7 +45,10 @@ _MAPPED_READER = (
 
 @dataclass(frozen=True, kw_only=True)
 class FileDigest:
-    """Size in bytes and BLAKE3 (64 hex digits) of a file that did not change while it was read."""
+    """Size in bytes and BLAKE3 (64 hex digits) of a file.
+
+    It did not change while it was read.
+    """
 
     size_bytes: int
     blake3_hex: str
@@ -159,8 +162,9 @@ def _unreadable(path: PathLike, exc: OSError) -> GuardError:
 
 
 class DigestCache:
-    """Digests of large files that rarely change, in a JSON file; keyed by path, size, times and inode.
+    """Digests of large files that rarely change, in a JSON file.
 
+    Keyed by path, size, times and inode.
     A cache that cannot be read is an empty one. A file changed within the last two seconds is digested but
     not remembered: a second change could hide behind the same times.
     """
@@ -224,8 +228,9 @@ _TOKENIZER_PATTERNS = (
 
 
 def digest_model_files(model_dir: PathLike, cache: DigestCache | None = None) -> str:
-    """One digest (64 hex digits) over the names, sizes and contents of a model's config and weight files.
+    """Digest the names, sizes and contents of a model's config and weights.
 
+    Returns 64 hex digits.
     Pickled weights (`pytorch_model*.bin`) count only when there are no safetensors, as transformers loads
     them; they are read as bytes, never unpickled. Not covered: tokenizer, generation config, cards, training
     records.
@@ -238,8 +243,9 @@ def digest_model_files(model_dir: PathLike, cache: DigestCache | None = None) ->
 
 
 def digest_tokenizer_files(model_dir: PathLike, cache: DigestCache | None = None) -> str:
-    """One digest (64 hex digits) over every file that decides how text becomes token ids.
+    """Digest every file that decides how text becomes token ids.
 
+    Returns 64 hex digits.
     The chat template is among them. Raises NotFound when there is no such folder, or none of these files in
     it.
     """

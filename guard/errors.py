@@ -51,12 +51,17 @@ def _rebuild(cls: type[GuardError], fields: dict[str, Any]) -> GuardError:
 
 
 class UsageError(GuardError):
-    """The request itself is wrong: a bad argument, an unreadable recipe, a key file open to others."""
+    """The request itself is wrong.
+
+    A bad argument, an unreadable recipe, a key file open to others.
+    """
 
     exit_code = EXIT_USAGE
 
 
 class NotFound(GuardError):
+    """There is no such file, folder or set."""
+
     exit_code = EXIT_NOT_FOUND
 
 
@@ -73,7 +78,10 @@ class FileChanged(GuardError):
 
 
 class MetadataTooNew(GuardError):
-    """The metadata was written by a later version of this program; it is neither judged nor overwritten."""
+    """The metadata was written by a later version of this program.
+
+    It is neither judged nor overwritten.
+    """
 
 
 class MetadataUnusable(GuardError):
@@ -114,7 +122,7 @@ class WeightsNotFinite(GuardError):
 
 
 class RunRefused(GuardError):
-    """The Trainer is about to run from another state than the one that the guard decided on."""
+    """The Trainer is about to run from another state than was decided."""
 
 
 class StorageError(GuardError):
@@ -134,7 +142,7 @@ _HINTS = {
 
 @contextmanager
 def storage_errors(operation: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an OSError of the block into a StorageError that says what it meant to do."""
+    """Turn an OSError of the block into a StorageError of this operation."""
     try:
         yield
     except OSError as exc:
@@ -142,9 +150,11 @@ def storage_errors(operation: str, path: str | os.PathLike[str]) -> Iterator[Non
 
 
 def explain_os_error(exc: OSError) -> str:
+    """Return an OSError's cause in words, with its file if it names one."""
     text = (exc.strerror or str(exc)).lower()
     return f"{text} ({exc.filename})" if exc.filename else text
 
 
 def hint_for(exc: OSError) -> str:
+    """Return what to do about an OSError; empty when nothing general can be said."""
     return _HINTS.get(exc.errno or 0, "")

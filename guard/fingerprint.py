@@ -65,7 +65,7 @@ class DatasetFingerprint:
 
 
 def fingerprint_dataset(path: PathLike, *, mode: DatasetMode = "content") -> DatasetFingerprint:
-    """Identify a dataset by its content, or, for files too large to read, by name and size.
+    """Identify a dataset by its content, or by name and size (`mode`).
 
     Raises DatasetUnreadable, NotFound, and FileChanged when the file changes while it is read.
     """
@@ -81,7 +81,10 @@ def fingerprint_dataset(path: PathLike, *, mode: DatasetMode = "content") -> Dat
 
 
 def name_size_hash(path: PathLike) -> tuple[int, str]:
-    """Size in bytes and md5 of `name:size`: what old metadata holds. It does not see a same-size edit."""
+    """Return size in bytes and md5 of `name:size`, as old metadata has it.
+
+    It does not see a same-size edit.
+    """
     file = Path(path)
     try:
         size_bytes = file.stat().st_size
@@ -153,7 +156,7 @@ class Fingerprint:
         return component.kind
 
     def differences(self, new: Fingerprint) -> tuple[Difference, ...]:
-        """Every component that differs from `new`, notes included, in the order in which a person looks."""
+        """List every component that differs from `new`, notes included, in reading order."""
         names = sorted({*self.components, *new.components}, key=reading_order)
         return tuple(
             Difference(
@@ -188,7 +191,10 @@ def _component_value(name: str, value: Any) -> JSON:
 
 
 def to_json_value(value: Any) -> JSON:
-    """A value as it will read after a round trip through JSON, so that old and new compare as equals."""
+    """Return a value as it reads after a round trip through JSON.
+
+    So old and new compare as equals.
+    """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, enum.Enum):

@@ -20,6 +20,7 @@ TRASH_PREFIX: Final = "trash-"
 
 
 def ensure_staging(model_dir: PathLike) -> Path:
+    """Make the staging folder if it is missing; returns it."""
     return ensure_own_folder(model_dir, STAGING_NAME)
 
 

@@ -44,9 +44,11 @@ class ModelLock:
 
     @property
     def is_held(self) -> bool:
+        """Whether this object holds the lock."""
         return self._fd is not None
 
     def acquire(self) -> None:
+        """Take the lock. Raises ModelLocked, StorageError."""
         if self._fd is not None:
             raise RuntimeError(f"the lock of {self.model_dir} is already held by this object")
         path = self.model_dir / LOCK_NAME
@@ -132,6 +134,7 @@ def _same_folder(one: Path, other: Path) -> bool:
 
 
 def require_lock(model_dir: PathLike, operation: str) -> None:
+    """Raise NotLocked unless this process holds the lock of `model_dir`."""
     if not is_locked_here(model_dir):
         raise NotLocked(
             operation=operation,
@@ -143,7 +146,7 @@ def require_lock(model_dir: PathLike, operation: str) -> None:
 
 @contextmanager
 def locked(model_dir: PathLike, *, owner: str) -> Iterator[None]:
-    """Hold the lock for the block: the one that this process has already, or a new one."""
+    """Hold the lock for the block: this process's own, or a new one."""
     if is_locked_here(model_dir):
         yield
         return
@@ -152,7 +155,10 @@ def locked(model_dir: PathLike, *, owner: str) -> Iterator[None]:
 
 
 def describe_self(owner: str) -> dict[str, Any]:
-    """Who holds the lock. Process id, boot id and start time together name one process for good."""
+    """Describe this process as a lock's holder.
+
+    Process id, boot id and start time together name one process for good.
+    """
     return {
         "pid": os.getpid(),
         "owner": owner,
@@ -171,7 +177,7 @@ def _boot_id() -> str:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None when there is no such process."""
+    """Return when a process started, in clock ticks since boot; None without one."""
     try:
         status = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:

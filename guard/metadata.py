@@ -29,6 +29,8 @@ _MAX_BYTES = 16 * 1024 * 1024
 
 
 class MetadataKind(StrEnum):
+    """What stands in the metadata's place."""
+
     MISSING = "missing"
     UNREADABLE = "unreadable"
     LEGACY = "legacy"
@@ -53,6 +55,7 @@ class RunMetadata:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
+        """The object that the file holds."""
         return {
             "schema_version": self.schema_version,
             "dataset_name": self.dataset_name,
@@ -66,7 +69,7 @@ class RunMetadata:
 
 @dataclass(frozen=True, kw_only=True)
 class MetadataReading:
-    """`run` for LEGACY and CURRENT; `reason` says in words what is wrong with the other kinds."""
+    """What was read: `run` for LEGACY and CURRENT, `reason` for the others."""
 
     kind: MetadataKind
     run: RunMetadata | None = None
@@ -94,7 +97,10 @@ def read_metadata(model_dir: PathLike) -> MetadataReading:
 
 
 def load_raw_metadata(model_dir: PathLike) -> dict[str, Any] | None:
-    """The metadata as it stands in the file; None when missing, unreadable or not an object."""
+    """Return the metadata as the file has it.
+
+    None when missing, unreadable or not an object.
+    """
     raw, _ = _read_raw(Path(model_dir, METADATA_NAME))
     try:
         value = json.loads(raw.decode()) if raw is not None else None
@@ -130,6 +136,7 @@ def _unreadable(reason: str) -> MetadataReading:
 
 
 def parse_metadata(value: dict[str, Any]) -> MetadataReading:
+    """Tell the form of a JSON object, and read it; never raises."""
     version = value.get("schema_version", 1)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         return _unreadable(f"its schema_version is {version!r}")
@@ -182,6 +189,7 @@ def write_metadata(model_dir: PathLike, metadata: RunMetadata) -> None:
 
 
 def require_known_form(model_dir: PathLike, reading: MetadataReading) -> None:
+    """Raise MetadataTooNew for metadata of a later form."""
     if reading.kind is MetadataKind.NEWER:
         raise MetadataTooNew(
             operation="use the metadata in",

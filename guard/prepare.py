@@ -69,7 +69,7 @@ def prepare_run(
     key: bytes | None = None,
     log: Log | None = None,
 ) -> PreparedRun:
-    """Decide, clear what does not belong, record the run, and say where to resume from.
+    """Decide, clear what does not belong, record the run, return where to resume.
 
     `lora_config` (a mapping, or peft's LoraConfig) is written into the metadata for readers of old; what decides
     is in the fingerprint.
@@ -131,7 +131,10 @@ def _publish_decision(verdict: Verdict, fingerprint: Fingerprint, publish: Log) 
 
 
 def plain_lora_config(lora_config: Any) -> dict[str, Any]:
-    """A mapping as it is; of peft's own class the three numbers that old metadata holds. Raises TypeError."""
+    """Return a mapping as it is, of peft's LoraConfig the three old numbers.
+
+    Raises TypeError.
+    """
     if not isinstance(lora_config, Mapping):
         try:
             lora_config = {
@@ -147,7 +150,10 @@ def _silent(_event: str, _data: dict[str, Any]) -> None:
 
 
 def make_metadata(*, fingerprint: Fingerprint, dataset_path: PathLike, lora_config: Any) -> RunMetadata:
-    """The metadata of a run; `lora_config` as for prepare_run. Raises NotFound when there is no such dataset."""
+    """Make a run's metadata; `lora_config` as for prepare_run.
+
+    Raises NotFound when there is no such dataset.
+    """
     path = Path(dataset_path)
     _, name_size = name_size_hash(path)
     return RunMetadata(

@@ -14,8 +14,9 @@ from .metadata import MetadataReading
 
 
 def read_recipe(path: PathLike) -> dict[str, Any]:
-    """Components from a JSON or TOML file, with dotted names or one level of sections. Raises UsageError.
+    """Read components from JSON or TOML, with dotted names or sections.
 
+    Raises UsageError.
     `{"lora": {"r": 8}}` and `{"lora.r": 8}` are the same recipe.
     """
     file = Path(path)
@@ -48,7 +49,7 @@ def _unusable(path: PathLike, cause: str) -> UsageError:
 def proposed_run(
     *, dataset: PathLike, recipe: PathLike | None, metadata: MetadataReading, mode: DatasetMode = "content"
 ) -> Fingerprint:
-    """The fingerprint of a run over `dataset` with `recipe`, or else with the recipe that was recorded.
+    """Fingerprint a run over `dataset` with `recipe`, or with the recorded one.
 
     What a file cannot tell (how many rows were kept) is taken from the metadata when the dataset is the same.
     """

@@ -46,6 +46,7 @@ class Seal:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all files together."""
         return sum(size for size, _ in self.files.values())
 
 
@@ -59,11 +60,15 @@ class Tree:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all files together."""
         return sum(self.files.values())
 
 
 def list_tree(folder: PathLike) -> Tree:
-    """Every file below `folder` with its size in bytes; paths are relative, symlinks are not followed."""
+    """List every file below `folder` with its size in bytes.
+
+    Paths are relative; symlinks are not followed.
+    """
     files: dict[str, int] = {}
     folders: list[str] = []
     others: list[str] = []
@@ -131,6 +136,7 @@ def _fsync_all(folder: Path, names: list[str], folders: tuple[str, ...]) -> None
 
 
 def render_seal(seal: Seal, key: bytes | None) -> bytes:
+    """Return the bytes of seal.json, in the only spelling that verifies."""
     document: dict[str, Any] = {
         "schema_version": SEAL_VERSION,
         "algorithm": "blake3" if key is None else "hmac-sha256",
@@ -214,8 +220,9 @@ def _broken(path: Path, cause: str, hint: str = "") -> SealBroken:
 
 
 def load_key(path: PathLike) -> bytes:
-    """The key for sealing: at least 16 bytes in a regular file of ours that nobody else can read (0600).
+    """Read the key for sealing: at least 16 bytes.
 
+    In a regular file of ours that nobody else can read (0600).
     Raises UsageError. A trailing newline is not part of the key.
     """
 

@@ -13,13 +13,15 @@ from .metadata import MetadataReading, require_known_form
 
 
 class VerdictKind(StrEnum):
+    """What a run may do with the checkpoints that are there."""
+
     FRESH = "fresh"
     RESUME = "resume"
     STALE = "stale"
 
 
 class VerdictCause(StrEnum):
-    """Why a verdict is what it is, in a few words; `reasons` has the sentences."""
+    """Why a verdict is what it is; `reasons` has the sentences."""
 
     NO_CHECKPOINTS = "no checkpoints"
     SAME_RUN = "same run"
@@ -61,6 +63,7 @@ class Verdict:
         return "\n".join([f"{self.kind.value.upper()}{where}", *(f"  {reason}" for reason in self.reasons)])
 
     def to_json(self) -> dict[str, Any]:
+        """The verdict as `--json` prints it."""
         return {
             "verdict": self.kind.value,
             "checkpoint": str(self.checkpoint.path) if self.checkpoint is not None else None,
@@ -117,7 +120,10 @@ def decide(*, metadata: MetadataReading, fingerprint: Fingerprint, checkpoints: 
 
 
 def explain_skipped(checkpoint: Checkpoint, fingerprint: Fingerprint) -> str:
-    """`checkpoint-30 is torn: ...`, or, for an intact one of another run, in what that run differs."""
+    """Say why a checkpoint cannot be resumed from.
+
+    `checkpoint-30 is torn: ...`, or, for an intact one of another run, in what that run differs.
+    """
     name = checkpoint.path.name
     if checkpoint.is_intact and checkpoint.fingerprint is not None:
         changes = "; ".join(str(d) for d in checkpoint.fingerprint.differences(fingerprint) if d.is_identity)
