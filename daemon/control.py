@@ -14,11 +14,15 @@ from daemon.errors import DropforgeError
 from daemon.holds import PAUSED_KEY
 from daemon.inbox.archive import Archive, describe_problem, reopen_files
 from daemon.job import FINAL_STATES, Job, JobState, Priority, utc_now
+from daemon.retry import StopReason
 from daemon.store import JobStore, TransitionRefused
 
 
 def pause(store: JobStore, *, after_job: bool, reason: str = "") -> str:
-    """Hold the queue until `resume`; a running job seals a checkpoint first, or with `after_job` ends first."""
+    """Hold the queue until `resume`.
+
+    A running job seals a checkpoint first, or with `after_job` comes to its end.
+    """
     store.set_control(PAUSED_KEY, {"mode": "after_job" if after_job else "now", "at": utc_now(), "reason": reason})
     running = store.jobs({JobState.RUNNING}, limit=1)
     if not running:
@@ -37,9 +41,10 @@ def resume(store: JobStore) -> str:
 
 
 def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) -> str:
-    """Cancel a job that is not finished; its file goes to failed/, or with `hand_back` back to the inbox.
+    """Cancel a job that is not finished.
 
-    Raises DropforgeError when the job is finished already.
+    Its file goes to failed/, or with `hand_back` back to the inbox. Raises DropforgeError when the job is finished
+    already.
     """
     archive = Archive(settings, store)
     for _ in range(3):  # the daemon may change its state in between
@@ -51,7 +56,7 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
             if job.state is JobState.RUNNING:
                 store.update(job.id, expected=JobState.RUNNING, cancel_request=request)
                 return f"job {job.id} is asked to leave; its checkpoints stay until the next run"
-            archive.finish(job, JobState.CANCELLED, "a person cancelled the job", cancel_request=request)
+            archive.finish(job, JobState.CANCELLED, StopReason.CANCEL.value, cancel_request=request)
         except TransitionRefused:
             continue
         if problem := archive.problem(job.id):
@@ -61,9 +66,10 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
 
 
 def retry(settings: Settings, store: JobStore, job: Job) -> str:
-    """Put a failed, rejected or cancelled job back: it is validated again, under the settings of now.
+    """Put a failed, rejected or cancelled job back into the queue.
 
-    Raises DropforgeError when it is not finished, has succeeded or its file cannot be moved, NotFound when that is gone.
+    It is validated again, under the settings of now. Raises DropforgeError when it is not finished, has succeeded or
+    its file cannot be moved, NotFound when that is gone.
     """
     if job.state is JobState.SUCCEEDED or job.state not in FINAL_STATES:
         raise DropforgeError(

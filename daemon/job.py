@@ -101,7 +101,7 @@ def new_job_id() -> str:
 
 
 def claimed_on(job_id: str) -> date | None:
-    """Read the day (UTC) of the claim from a job's id; None for an id of another form."""
+    """Read the day (UTC) of the claim from an id; None from another form."""
     try:
         return date.fromisoformat(job_id.partition("-")[0])
     except ValueError:

@@ -36,9 +36,10 @@ _REPORTS = frozenset({ROWS_JSON, REPORT_JSON, REPORT_TEXT})
 
 
 def open_store(settings: Settings, log: Any) -> JobStore:
-    """Open the root's store, checked; one that cannot be read is set aside and rebuilt from the folders.
+    """Open the root's store, checked.
 
-    Raises NewerStore, StoreError (another process holds it), OSError.
+    One that cannot be read is set aside and rebuilt from the folders. Raises NewerStore, StoreError (another process
+    holds it), OSError.
     """
     path = settings.store_path
     try:
@@ -53,9 +54,9 @@ def open_store(settings: Settings, log: Any) -> JobStore:
 
 
 def repair_inbox(settings: Settings, store: JobStore, archive: Archive, log: Any) -> list[str]:
-    """Make the folders, then finish every claim and every move that was begun; returns what to warn of.
+    """Make the folders, and finish every claim and move that was begun.
 
-    Raises OSError when there is no inbox to work in, StoreError.
+    Returns what to warn of. Raises OSError when there is no inbox to work in, StoreError.
     """
     layout.create_folders(settings)
     processing = settings.inbox_dir / layout.PROCESSING
@@ -101,7 +102,7 @@ def _warned(warnings: list[str], job_id: str, log: Any) -> Iterator[None]:
 
 
 def _finish_claim(settings: Settings, archive: Archive, job: Job, log: Any) -> None:
-    """Do the rename of a row that lacks it, if the dropped file is still the one that the row means."""
+    """Do the rename that a row lacks, if the dropped file is still the same."""
     if layout.locate(settings, job) is not None:
         return
     source = Path(job.source)
@@ -122,10 +123,11 @@ def _finish_claim(settings: Settings, archive: Archive, job: Job, log: Any) -> N
 
 
 def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any, *, run: RunSpec | None) -> Iterator[str]:
-    """Make the file of a folder without a row a job again, under the same id; yields what to warn of.
+    """Make the file of a folder without a row a job again, under the same id.
 
-    The row is missing when the store was lost or set aside. The run that was launched last is taken for running: the
-    scheduler then adopts its trainer, or concludes what it left. Every other file is validated again.
+    Yields what to warn of. The row is missing when the store was lost or set aside. The run that was launched last is
+    taken for running: the scheduler then adopts its trainer, or concludes what it left. Every other file is validated
+    again.
     """
     if not is_job_folder(folder.name) or not folder.is_dir() or folder.is_symlink():
         return  # a stray, which the intake tells of as long as it lies there
@@ -185,7 +187,8 @@ def set_aside(path: Path) -> Path:
 def jobs_on_disk(settings: Settings) -> Iterator[Job]:
     """Return the finished jobs that reports and versions tell of, oldest first, each once.
 
-    Unfinished ones are adopted from processing/ by `repair_inbox`; the history of transitions is in the store set aside.
+    Unfinished ones are adopted from processing/ by `repair_inbox`; the history of transitions is in the store set
+    aside.
     """
     trained = {str(version.record.get("job")): version for version in versions.list_versions(settings.model_dir)}
     found = {job.id: job for job in _reported(settings, trained)}

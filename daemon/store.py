@@ -152,10 +152,10 @@ class JobStore:
         return stamped
 
     def transition(self, job_id: str, expected: JobState, to: JobState, reason: str, **fields: Any) -> Job:
-        """Change a job's state and set `fields` with it, if it is in `expected`; returns the job as it is now.
+        """Change a job's state, and set `fields`, if it is in `expected`.
 
-        Raises TransitionRefused when it is in another state or the transition is not in TRANSITIONS, NotFound when
-        there is no such job.
+        Returns the job as it is now. Raises TransitionRefused when it is in another state or the transition is not in
+        TRANSITIONS, NotFound when there is no such job.
         """
         with self._transaction():
             job = self.get(job_id)
@@ -181,7 +181,10 @@ class JobStore:
         return self.transition(job_id, expected, to, reason, **{"finished_at": utc_now(), **fields})
 
     def update(self, job_id: str, *, expected: JobState | None = None, **fields: Any) -> Job:
-        """Set fields other than the state. Raises TransitionRefused when the job is in another state than `expected`."""
+        """Set fields other than the state.
+
+        Raises TransitionRefused when the job is in another state than `expected`.
+        """
         if "state" in fields:
             raise ValueError("a state changes by transition alone")
         with self._transaction():
@@ -193,7 +196,9 @@ class JobStore:
         return job
 
     def claim_next(self, now: float) -> Job | None:
-        """Start the next attempt of the first queued job that is due; None when there is none.
+        """Start the next attempt of the first queued job that is due.
+
+        Returns None when there is none.
 
         `now` is seconds since the epoch, against which `not_before` counts.
         """
@@ -232,7 +237,7 @@ class JobStore:
         return from_json(row[0], Job) if row and row[1] else None
 
     def next_due(self, now: float) -> float | None:
-        """Return when the next back-off of a queued job ends, in seconds since the epoch; None without one."""
+        """Return when the next back-off ends, in seconds since the epoch; None without one."""
         found = self._db.execute(
             "SELECT min(not_before) FROM jobs WHERE state = ? AND not_before > ?", (JobState.QUEUED, now)
         ).fetchone()[0]
@@ -246,7 +251,10 @@ class JobStore:
         return from_json(row[0], Job)
 
     def find(self, text: str) -> Job:
-        """Return the one job whose id begins or ends with `text`. Raises NotFound when none or several do."""
+        """Return the one job whose id begins or ends with `text`.
+
+        Raises NotFound when none or several do.
+        """
         rows = (
             self._db.execute(
                 "SELECT body FROM jobs WHERE id >= ?1 AND id < ?1 || char(0x10FFFF) LIMIT 2", (text,)
@@ -346,7 +354,7 @@ class JobStore:
                 self._db.execute("INSERT OR REPLACE INTO controls VALUES (?, ?)", (key, json.dumps(value)))
 
     def reorder(self, job_id: str, *, first: bool = False, priority: Priority | None = None) -> Job:
-        """Give a queued job another priority, and with `first` the place before all others of its priority.
+        """Give a queued job another priority or, with `first`, the first place in it.
 
         Raises TransitionRefused when it is not queued.
         """
@@ -375,9 +383,10 @@ class JobStore:
         return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
     def prune(self, before: str, *, most: int = 1000) -> int:
-        """Delete at most about `most` jobs that ended before `before` (ISO 8601), oldest first; returns how many.
+        """Delete jobs that ended before `before` (ISO 8601), oldest first, at most about `most`.
 
-        Their transitions go. The rows of trained jobs stay, so that old content is still recognised by its digest.
+        Returns how many. Their transitions go. The rows of trained jobs stay, so that old content is still recognised
+        by its digest.
         """
         deleted = 0
         with self._transaction():
@@ -456,7 +465,7 @@ class JobStore:
 
 
 def _may_pass(error: sqlite3.Error | StoreError) -> bool:
-    """Whether an error has a cause that may pass (no room, no permission, a lock), and says nothing of the file."""
+    """Whether an error (no room, no permission, a lock) may pass and says nothing of the file."""
     known = error if isinstance(error, sqlite3.Error) else error.__cause__
     code = getattr(known, "sqlite_errorcode", None)
     return code is not None and code & 0xFF in _PASSING

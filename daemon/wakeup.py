@@ -33,10 +33,6 @@ class Wakeup:
         except BlockingIOError:
             return  # it was not set
 
-    def is_set(self) -> bool:
-        """Whether it has been set since it was cleared."""
-        return self.wait(0)
-
     def wait(self, timeout: float | None) -> bool:
         """Wait at most `timeout` seconds, without end for None; returns whether it is set."""
         poll = select.poll()

@@ -57,9 +57,10 @@ class Archive:
         self._problems: dict[str, str] = {}  # job id -> why its files were not moved
 
     def finish(self, job: Job, to: JobState, reason: str, **fields: Any) -> Job:
-        """End a job that is in the state of `job`: the final state with its time, then the files.
+        """End a job: its final state first, then its files.
 
-        Files that cannot be moved now are moved later. Raises StoreError, TransitionRefused.
+        It has to be in the state of `job` still. Files that cannot be moved now are moved later. Raises StoreError,
+        TransitionRefused.
         """
         finished = self._store.finish(job.id, job.state, to, reason, **fields)
         self.move_files(finished)
@@ -75,7 +76,7 @@ class Archive:
         return True
 
     def move_files(self, job: Job) -> None:
-        """Move a finished job's folder to done/ or failed/; a failure is a warning until it succeeds."""
+        """Move a finished job's folder; a failure is a warning until it succeeds."""
         try:
             archive_files(self.settings, job)
         except (DropforgeError, OSError) as error:
@@ -93,7 +94,7 @@ class Archive:
         return self._problems.get(job_id, "")
 
     def retry(self) -> None:
-        """Try again what could not be moved, by this process or by a command that ended a job."""
+        """Try again what this process, or a command, could not move."""
         for job in self._store.recent(RECENT_JOBS):
             lies_there = os.path.lexists(layout.processing_dir(self.settings, job.id))
             if lies_there and job.id not in self._problems and _seconds_since(job.updated_at) > COMMAND_SECONDS:
@@ -146,10 +147,11 @@ class Archive:
 
 
 def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None) -> Path:
-    """Rename a dropped file, and its sidecar, into the job's folder; the job's row is written already.
+    """Rename a dropped file, and its sidecar, into its job's folder.
 
-    The sidecar goes first: left behind alone, it would be taken for the next file of that name. Where that lies there
-    already (`x.jsonl.gz` beside `x.jsonl`), the sidecar is copied. `sync_claims` makes it durable. Raises OSError.
+    The job's row is written already. The sidecar goes first: left behind alone, it would be taken for the next file of
+    that name. Where that lies there already (`x.jsonl.gz` beside `x.jsonl`), the sidecar is copied. `sync_claims` makes
+    it durable. Raises OSError.
     """
     folder = layout.processing_dir(settings, job.id)
     folder.mkdir(exist_ok=True)
@@ -184,7 +186,7 @@ def sync_claims(settings: Settings, jobs: Iterable[Job]) -> None:
 
 
 def unclaim_sidecar(settings: Settings, job: Job) -> None:
-    """Put a sidecar back to where it was dropped, when its file was not taken after all.
+    """Put a sidecar back whose file was not taken after all.
 
     It goes back under its own name or not at all: another name would give it to another file. Where a newer one lies,
     it stays in the job's folder. Raises OSError.
@@ -197,10 +199,10 @@ def unclaim_sidecar(settings: Settings, job: Job) -> None:
 
 
 def return_pair(settings: Settings, job: Job, inbox_folder: Path) -> Path:
-    """Move a job's file and its sidecar back into a watched folder; returns where the file lies.
+    """Move a job's file and its sidecar back into a watched folder.
 
-    Both get the job's name, or one number, so that neither meets another file or sidecar of that name. Can be repeated
-    after a crash. Raises OSError.
+    Returns the file's path. Both get the job's name, or one number, so that neither meets another file or sidecar of
+    that name. Can be repeated after a crash. Raises OSError.
     """
     folder = layout.processing_dir(settings, job.id)
     data, sidecar, chosen = folder / job.name, folder / layout.sidecar_name(job.name), folder / RETURNED_AS
@@ -220,7 +222,10 @@ def return_pair(settings: Settings, job: Job, inbox_folder: Path) -> Path:
 
 
 def _take_back_sidecar(sidecar: Path, chosen: Path, inbox_folder: Path) -> None:
-    """Undo the first half of a return that was cut short: the sidecar, or a link to it, lies in the folder."""
+    """Undo the first half of a return that was cut short.
+
+    The sidecar, or a link to it, lies in the folder then.
+    """
     with suppress(FileNotFoundError):
         returned = inbox_folder / layout.sidecar_name(os.fsdecode(chosen.read_bytes()))
         if not os.path.lexists(sidecar):
@@ -230,7 +235,7 @@ def _take_back_sidecar(sidecar: Path, chosen: Path, inbox_folder: Path) -> None:
 
 
 def _free_name(name: str, inbox_folder: Path) -> str:
-    """The name, or the first numbered one, whose stem no file and no sidecar in the folder has."""
+    """The first of NAME, NAME-2, ... whose stem is not used in the folder."""
     others = (path.name for path in inbox_folder.iterdir())
     taken = {layout.stem(other) for other in others if layout.name_kind(other) in PAIRED}
     names = (layout.numbered_name(name, number) for number in itertools.count(1))
@@ -238,7 +243,10 @@ def _free_name(name: str, inbox_folder: Path) -> str:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Give a file a second name; where the file system has no links, only that. Returns whether it has two."""
+    """Give a file a second name; where links are refused, only that.
+
+    Returns whether it has two.
+    """
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
@@ -250,9 +258,9 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def archive_files(settings: Settings, job: Job) -> Path:
-    """Move a finished job's folder to done/ or failed/, with report.txt and report.json in it; returns that folder.
+    """Move a finished job's folder, with its reports, to done/ or failed/.
 
-    The file of a cancelled job that is to be returned goes to the inbox first. Can be repeated.
+    Returns that folder. The file of a cancelled job that is to be returned goes to the inbox first. Can be repeated.
     Raises OSError, ValueError when the job is not finished.
     """
     if job.state not in FINAL_STATES:
@@ -277,7 +285,7 @@ def archive_files(settings: Settings, job: Job) -> Path:
 
 
 def _dropped_into(settings: Settings, job: Job) -> Path:
-    """The watched folder that the job's file came from; where that is none now, the one of its priority."""
+    """The folder that the job's file came from; when it is not watched now, the one of its priority."""
     watched = layout.watched_folders(settings)
     source = Path(job.source).parent
     return source if source in watched.values() else watched[job.priority]
@@ -303,7 +311,7 @@ def reopen_files(settings: Settings, job: Job) -> Path:
 
 
 def _move_folder(source: Path, target: Path) -> None:
-    """Rename a job's folder; what lies at the target already is kept beside it under a free name."""
+    """Rename a job's folder; an older one at the target is kept beside it, as `ID~1`."""
     target.parent.mkdir(exist_ok=True)
     if os.path.lexists(target):
         numbers = itertools.count(1)

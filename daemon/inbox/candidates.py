@@ -170,7 +170,10 @@ class CandidateTracker:
         return None
 
     def next_settled(self, now: float) -> SettledFile | None:
-        """Return the next settled file, high before normal before low, examined anew; None when there is none."""
+        """Return the next settled file, examined anew; None when there is none.
+
+        High priority comes before normal, and normal before low.
+        """
         for settled in (self._settled[priority] for priority in Priority):
             while settled:
                 candidate = settled.popleft()
@@ -207,7 +210,10 @@ class CandidateTracker:
         return self._claims.get(key)
 
     def ignored(self, now: float) -> Iterator[IgnoredFile]:
-        """Return everything that will not be taken as it is: other kinds of files, and sidecars without a file."""
+        """Return everything that will not be taken as it is.
+
+        That is other kinds of files, and sidecars whose file has not come.
+        """
         yield from self._ignored.values()
         for (priority, name), file in self._unfinished.items():
             if now - file.unchanged_since >= UNFINISHED_SECONDS:
@@ -321,7 +327,10 @@ class CandidateTracker:
         heapq.heappush(self._due, (candidate.due, next(self._order), candidate.key))
 
     def _examine(self, candidate: Candidate, now: float, *, thorough: bool = True) -> SettledFile | None:
-        """Decide by one lstat whether the file is settled; when it is not, the candidate gets reason and due time."""
+        """Decide by one lstat whether the file is settled.
+
+        When it is not, the candidate gets a reason and the time at which it is due again.
+        """
         # Plain strings here: Path objects are slow to make, and keep every part of every path they ever saw.
         folder = self._folders[candidate.priority]
         path = f"{folder}/{candidate.name}"

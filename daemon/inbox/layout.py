@@ -118,12 +118,12 @@ def processing_dir(settings: Settings, job_id: str) -> Path:
 
 
 def final_dir(settings: Settings, job: Job) -> Path:
-    """Return the folder of a finished job: in done/ when its content is trained, else in failed/."""
+    """Return the folder of a finished job: in done/ for trained content, else in failed/."""
     return settings.inbox_dir / (DONE if is_trained(job) else FAILED) / job.id
 
 
 def is_trained(job: Job) -> bool:
-    """Whether a version holds the job's content: its own, or that of the job which it duplicates."""
+    """Whether a version holds the job's content: its own, or the original's of a duplicate."""
     return job.state is JobState.SUCCEEDED or job.duplicate_of is not None
 
 

@@ -97,16 +97,16 @@ class Validator:
                     self.submit(job)
 
     def adopt_claimed(self) -> None:
-        """Submit the claimed jobs that are not in the pool: after a start, or a retry by a command."""
+        """Submit the claimed jobs that are not in the pool, as after a start or a retry."""
         for job in self._store.jobs({JobState.CLAIMED}):
             if job.id not in self._submitted and job.id not in self._repeats:
                 self.submit(job)
 
     def submit(self, job: Job) -> None:
-        """Send a claimed job's file to the pool, under the rules that its sidecar leaves in force.
+        """Send a claimed job's file to the pool, under its sidecar's rules.
 
-        The sidecar is read where it lies now: a crash after the claim, and a sidecar that was mended before a retry, are
-        the same case.
+        The sidecar is read where it lies now: a crash after the claim, and a sidecar that was mended before a retry,
+        are the same case.
         """
         try:
             self._submit(job)

@@ -95,7 +95,7 @@ class ValidationPool:
         return tuple(lane.child.process.pid for lane in self._lanes() if lane.child)
 
     def warm_up(self) -> None:
-        """Start the child for ordinary files now, so that the first drop does not wait for it."""
+        """Start the child for ordinary files before the first drop."""
         if self._small.child is None:
             self._small.child = _Child(self._wakeup)
 
@@ -124,7 +124,7 @@ class ValidationPool:
                 lane.child = None
 
     def busy(self) -> tuple[tuple[str, int, int], ...]:
-        """Return job, bytes read and size of each file that is being read or waits for it."""
+        """Return job, bytes read and size of each file that is in the pool."""
         return tuple(
             (task.request.job_id, task.bytes_read, task.size_bytes)
             for lane in self._lanes()
@@ -162,7 +162,10 @@ class ValidationPool:
             yield reply
 
     def _replace(self, lane: _Lane, child: _Child) -> Iterator[Reply]:
-        """End a dead child: the first of its tasks is the file that it was reading, the others go to the next child."""
+        """Clean up after a dead child, and pass its tasks to the next one.
+
+        The first of them is the file that it was reading.
+        """
         child.end()
         lane.child = None
         ending = describe_exit(child.process.returncode)
@@ -192,7 +195,10 @@ def _read_replies(stdout: IO[bytes] | None, replies: queue.SimpleQueue[Reply | N
 
 
 def validate_once(request: Request) -> Reply:
-    """Validate a file in a child of its own and wait for it; for commands. Replies `failed` when the child dies."""
+    """Validate a file in a child of its own and wait for it; for commands.
+
+    Replies `failed` when the child dies.
+    """
     child = subprocess.run(
         [*SERVE, str(os.getpid())],
         input=to_json(request).encode() + b"\n",

@@ -242,7 +242,10 @@ class FolderWatcher:
             self._inotify = None
 
     def _send_canaries(self) -> None:
-        """Open and close a hidden file for writing. It stays, so that the folder's own times do not move."""
+        """Open and close a hidden file for writing.
+
+        It stays, so that the folder's own times do not move.
+        """
         self._canaries_seen.clear()
         self._canaries_sent.clear()
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

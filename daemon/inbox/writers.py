@@ -30,10 +30,11 @@ class Writer:
 
 
 def writer_state(descriptor: int) -> WriterState:
-    """Tell whether a process has the file open for writing, by a read lease, which is granted only while none has.
+    """Tell whether a process has the file open for writing.
 
-    `descriptor` is open for reading. The lease is given back at once; an open in between waits for
-    microseconds. Where leases are not to be had (another owner's file, a network file system), /proc is searched.
+    A read lease is granted only while none has. `descriptor` is open for reading. The lease is given back at once; an
+    open in between waits for microseconds. Where leases are not to be had (another owner's file, a network file
+    system), /proc is searched.
     """
     try:
         # A broken lease raises SIGIO, which would end this process; SIGURG is ignored by default.
