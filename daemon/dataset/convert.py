@@ -30,7 +30,7 @@ READ_CHARACTERS = 256 * 1024
 PARQUET_ROWS = 1024  # in memory at once
 TEXT_SUFFIXES = (".json", ".csv", ".tsv")
 CONVERTED_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
-_LINE_BREAK = re.compile(r"[ \t]*[\r\n]+[ \t\r\n]*")
+_LINE_BREAKS = re.compile(r"[\r\n]+")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -219,7 +219,8 @@ class _JsonText:
             raise self.error(f"expected an object, found {kind_of(value)}")
         start = self._at
         self._value()
-        return _LINE_BREAK.sub(" ", self._buffer[start : self._at])
+        # No string of JSON holds a line break as it is: what stands around one is layout.
+        return " ".join(part.strip(" \t") for part in _LINE_BREAKS.split(self._buffer[start : self._at]))
 
     def error(self, reason: str) -> ConversionError:
         """At this place."""
@@ -232,14 +233,16 @@ class _JsonText:
         while True:
             try:
                 value, self._at = _DECODER.raw_decode(self._buffer, self._at)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except json.JSONDecodeError as error:
                 # Perhaps it only goes on beyond the buffer, which is doubled: each character is read twice at most.
-                if isinstance(error, RecursionError) or len(self._buffer) - self._at > 2 * self._longest:
+                if len(self._buffer) - self._at > 2 * self._longest:
                     raise self.error("it is not sound JSON, or longer than a line may be") from error
                 if not self._more(max(READ_CHARACTERS, len(self._buffer) - self._at)):
                     self._at = min(error.pos, len(self._buffer))
                     ended = self._at >= len(self._buffer.rstrip())
                     raise self.error("the file ends inside it" if ended else "it is not sound JSON here") from error
+            except (ValueError, RecursionError) as error:
+                raise self.error("it holds a number of too many digits, or is nested too deeply") from error
             else:
                 return value
 

@@ -14,6 +14,7 @@ import io
 import json
 import lzma
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -66,7 +67,7 @@ _SQL = re.compile(r"(?:INSERT INTO|CREATE TABLE|BEGIN TRANSACTION|PRAGMA |SET |D
 _STORAGE_ERROR = re.compile(r"<Code>(\w{1,60})</Code>")
 _CONTROL = bytes(byte for byte in range(32) if byte not in b"\t\n\r\f\x08\x1b\x1e")
 _UTF_16_LINE = re.compile(rb"(?:[\x20-\x7e]\0){8}|(?:\0[\x20-\x7e]){8}")
-_BASE64 = re.compile(rb"[A-Za-z0-9+/]{16,}[A-Za-z0-9+/\r\n]*={0,2}\s*")
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]{16}[A-Za-z0-9+/\r\n]*={0,2}\s*")
 _UNDEFINED_1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
 
 
@@ -313,7 +314,7 @@ def _text(sample: bytes, whole: bool) -> Recognised | None:
             return Recognised(what=what, hint=hint, certain=whole)
     if text.startswith("<") and (markup := _markup(text, start)) is not None:
         return markup
-    if "\n" not in text and re.search(r"[\]}]\s*\r\s*[\[{]", text):
+    if "\n" not in text and re.search(r"[\]}][ \t]*\r[\r \t]*[\[{]", text):
         return Recognised(
             what="one line: its lines end in CR, as on old Macs", hint="convert it: tr '\\r' '\\n' < FILE > NEW.jsonl"
         )
@@ -508,7 +509,7 @@ def _other_text(text: str, whole: bool) -> Recognised | None:
     if first.startswith(("//", "/*")):
         return Recognised(what="JSON with comments, or program text", hint=ANEW, certain=False)
     if _is_yaml(lines):
-        first = next(line for line in lines if not line.startswith(("#", "---")))
+        first = next((line for line in lines if not line.startswith(("#", "---"))), "")
         return Recognised(what="YAML", hint=FROM_YAML.format("" if first.startswith("-") else "_all"), certain=False)
     return Recognised(what="plain text, not JSON", hint=AS_TEXT, certain=False)
 
@@ -590,7 +591,9 @@ def _place_of_fault(text: str) -> str:
 def _python(text: str) -> bool:
     """Whether it is a literal of Python."""
     try:
-        ast.literal_eval(text.strip())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes, which are none of our business
+            ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return False
     return True

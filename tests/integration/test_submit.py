@@ -131,6 +131,13 @@ def test_parquet_is_converted_and_its_rows_counted(root: Root, tmp_path: Path) -
         ("x.json", "[" + '{"text": "a"},' * 9000, "the file ends", "anew"),
         ("x.json", "[" + '{"text": "a"},' * 9000 + "{bad}]", "line 1, value 9001: it is not sound JSON here", "anew"),
         ("x.json", "[" + '{"text": "a"},' * 9000 + '{"text": "b"}] more', "more after the array's end", "anew"),
+        (
+            "x.json",
+            "[" + '{"text": "a"},' * 9000 + '{"text": ' + "9" * 5000 + "}]",
+            "a number of too many digits",
+            "anew",
+        ),
+        ("x.json", "[" + '{"text": "a"},' * 9000 + '{"text": ' + "[" * 50_000, "nested too deeply", "anew"),
         ("x.json", "[]", "an empty JSON array", "export"),
         ("x.json", "prompt,completion\na,b\n", "a table (CSV)", "FILE.csv"),
         ("x.json", "<html></html>", "an HTML page", "download"),

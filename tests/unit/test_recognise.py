@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from daemon.dataset import RejectedDataset, scan_dataset
 from daemon.dataset.recognise import SAMPLE_BYTES, recognise
@@ -239,6 +241,23 @@ def test_a_sample_cut_anywhere_is_never_an_error(kind: str) -> None:
     for end in {1, 2, 3, 4, 7, 15, 64, 259, len(raw) // 2}:
         recognise(raw[:end], whole=True)
         recognise(raw[:end], whole=False)
+
+
+CONTENTS = st.sampled_from(
+    [content.encode() if isinstance(content, str) else content for content, _, _ in KINDS.values()]
+)
+
+
+@given(CONTENTS, CONTENTS, st.integers(0, 300), st.integers(0, 300), st.binary(max_size=4), st.sampled_from([1, 5000]))
+@settings(max_examples=400, deadline=2000)
+def test_what_is_damaged_or_put_together_is_named_or_left_to_the_pass(
+    first: bytes, second: bytes, cut: int, start: int, odd: bytes, times: int
+) -> None:
+    """Never an error, and never slow: no expression looks at the same text again and again."""
+    content = (first[:cut] + odd * times + second[start:])[:SAMPLE_BYTES]
+    for whole in (True, False):
+        found = recognise(content, whole=whole)
+        assert found is None or (found.what and found.hint)
 
 
 @pytest.mark.parametrize(
