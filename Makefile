@@ -24,9 +24,9 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# Ids and labels against TRL's own, which the product does without; `make test` has its golden values.
+# Ids and labels against TRL's own, and every chat template that it ships against the rule; `make test` has golden values.
 oracle: peers
-	$(BIN)/python -m pytest tests/integration/test_trainer_oracle.py
+	$(BIN)/python -m pytest -m '' tests/integration/test_trainer_oracle.py tests/oracle
 
 peers: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -1,7 +1,7 @@
 """The forms in which a chat template takes what messages hold.
 
 Templates differ: a content as text or as a list of parts, a call's arguments as an object or as JSON text, a content beside
-calls as null, absent or empty, a `developer` as such or as the system, a thought inside the content or apart from it. Which
+calls as absent, empty or null, a `developer` as such or as the system, a thought inside the content or apart from it. Which
 a template takes is found by rendering made-up messages in each form, so it depends on the template alone, never on a row.
 """
 
@@ -30,7 +30,7 @@ class Forms:
 
     content: Literal["text", "parts"] = "text"
     arguments: Literal["object", "text"] = "object"  # of a call
-    no_content: Literal["null", "absent", "empty"] = "null"  # beside calls
+    no_content: Literal["absent", "empty", "null"] = "absent"  # beside calls
     developer: Literal["developer", "system"] = "developer"
     thought: Literal["inside", "apart"] = "inside"  # what a content holds between <think> tags
 
@@ -72,7 +72,7 @@ def find_forms(render: Render) -> Forms:
     calls = [
         replace(forms, arguments=arguments, no_content=no_content)
         for arguments in ("object", "text")
-        for no_content in ("null", "absent", "empty")
+        for no_content in ("absent", "empty", "null")  # apply_chat_template leaves out what is null
     ]
     forms = _best(calls, lambda one: _shows_call(render, one))
     developers = [replace(forms, developer=value) for value in ("developer", "system")]
