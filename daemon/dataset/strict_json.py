@@ -66,14 +66,11 @@ def parse_object(line: bytes) -> dict[str, Any]:
     text = decode_utf8(line).rstrip("\r\n")  # a column beyond the last character is one beyond, not on the next line
     if text.startswith("\ufeff"):
         raise LineError(1, "a byte order mark inside the file")
-    if control := _CONTROL.search(text):
-        name = "NUL" if control.group() == "\0" else f"control character U+{ord(control.group()):04X}"
-        raise LineError(control.start() + 1, f"{name}, which JSON allows only as an escape")
     _refuse_depth(text)
     try:
         value = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise _in_words(error, text) from error
+    except json.JSONDecodeError as error:  # a control character among what it refuses
+        raise _control_character(text) or _in_words(error, text) from error
     except _Constant as error:
         _raise_at(_CONSTANTS, text, f"{error}, which is not JSON")
     except _Number as error:
@@ -196,7 +193,7 @@ def _refuse_depth(text: str) -> None:
 
 
 def _refuse_surrogates(text: str) -> None:
-    if not _SURROGATE_HINT.search(text):
+    if "\\u" not in text or not _SURROGATE_HINT.search(text):
         return
     high: re.Match[str] | None = None
     for match in _ESCAPES.finditer(text):
@@ -227,6 +224,15 @@ def _repeated(text: str) -> LineError:
         elif match.group()[0] in "]}":
             open_objects.pop()
     return LineError(1, "a key for the second time in one object")
+
+
+def _control_character(text: str) -> LineError | None:
+    """The first control character, which is what is wrong then, whatever the parser stumbled over."""
+    control = _CONTROL.search(text)
+    if control is None:
+        return None
+    name = "NUL" if control.group() == "\0" else f"control character U+{ord(control.group()):04X}"
+    return LineError(control.start() + 1, f"{name}, which JSON allows only as an escape")
 
 
 def _in_words(error: json.JSONDecodeError, text: str) -> LineError:
