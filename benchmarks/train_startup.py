@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks._table import print_goal
 from daemon.cli.init import build_tiny_in_child, examples_dir
-from daemon.executors.forked import WarmExecutor
+from daemon.executors.forked import ForkedExecutor
 from daemon.executors.local import LocalExecutor
 from tests.support.inprocess import rows, specify
 
@@ -86,11 +86,11 @@ def ours(executor: LocalExecutor, folder: Path, base: Path) -> tuple[float, floa
     return datetime.fromisoformat(first).timestamp() - began, ended - began
 
 
-def heated(executor: WarmExecutor, folder: Path, base: Path) -> None:
+def heated(executor: ForkedExecutor, folder: Path, base: Path) -> None:
     """The first job is cold and starts the server; wait until that has its imports."""
     ours(executor, folder, base)
     deadline = time.monotonic() + 60
-    while not executor.warm and time.monotonic() < deadline:
+    while not executor.is_ready and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -108,7 +108,7 @@ def main() -> None:
         def folder() -> Path:
             return root / f"job{next(count)}"
 
-        cold, warm = LocalExecutor(COMMAND), WarmExecutor(COMMAND)
+        cold, warm = LocalExecutor(COMMAND), ForkedExecutor(COMMAND)
         heated(warm, folder(), root / "base")
         arms: dict[str, Callable[[], tuple[float, float]]] = {
             "plain script": lambda: plain(folder(), root / "base"),

@@ -82,7 +82,7 @@ class ExecutorSettings(Section):
         None, description="Lock file that several daemons share, so that they train one at a time."
     )
     warm_start: bool = Field(
-        False, description="Keep a process with all imports done, about 500 MB, from which trainers start in a second."
+        False, description="Fork trainers from a process with all imports done: 3 s less a job, for about 500 MB."
     )
     idle_timeout: PositiveFloat = Field(900.0, description="That process ends after so many seconds without a job.")
 
@@ -132,7 +132,7 @@ class StatusSettings(Section):
 class LogSettings(Section):
     """`[logging]`: `dropforge.jsonl`, the complete log."""
 
-    folder: Path | None = Field(None, description="Where it lies; unset: logs/ under [paths] state.")
+    folder: Path | None = Field(None, description="Its folder; unset: logs/ under [paths] state.")
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level written.")
     max_bytes: int = Field(
         64 * 2**20, ge=0, description="Rotate above this size; 0: never, for logrotate (reopened on SIGHUP)."

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 
 class DropforgeError(Exception):
-    """One failed operation, told in one sentence and a hint.
+    """One failed operation, as one sentence and a hint.
 
     `str(error)` is `cannot OPERATION SUBJECT: CAUSE`, with `hint: HINT` on a second line when there is one.
     """

@@ -1,6 +1,6 @@
 """The GPU: which one is ours, how much of its memory is free, who uses it, and the lock that daemons share.
 
-NVML (`nvidia-ml-py`, extra `gpu`) tells without a CUDA context, so that the daemon itself holds no GPU memory. Without the
+NVML (`nvidia-ml-py`, extra `gpu`) answers without a CUDA context, so that the daemon itself holds no GPU memory. Without the
 package, the driver or a GPU there is nothing to wait for: the trainer then runs on the CPU.
 """
 
@@ -42,13 +42,13 @@ class Gpu:
     free_bytes: int
     total_bytes: int
     processes: tuple[int, ...]  # pids that hold memory on it
-    utilization: float | None  # 0 to 1; None where the driver does not tell
+    utilization: float | None  # 0 to 1; None where the driver does not know
 
 
 def devices() -> tuple[Gpu, ...]:
-    """Every device of this machine, in the driver's order; empty without the package, the driver or a GPU.
+    """Return every device of this machine, in the driver's order; empty without the package, the driver or a GPU.
 
-    Waits for the driver, and one in trouble may never answer: `GpuProbe` asks for whoever must not wait.
+    Waits for the driver, and one in trouble may never answer: use `GpuProbe` where waiting is no option.
     """
     try:
         import pynvml
@@ -66,8 +66,8 @@ def devices() -> tuple[Gpu, ...]:
         pynvml.nvmlShutdown()
 
 
-def choose(found: Sequence[Gpu], device: str) -> Gpu | None:
-    """The device that `[gpu] device` names: an index, a UUID, or with "auto" the one with most free memory.
+def choose(gpus: Sequence[Gpu], device: str) -> Gpu | None:
+    """Return the device that `[gpu] device` names: an index, a UUID, or with "auto" the one with most free memory.
 
     None when there is none to see, or `device` is "none". Raises ConfigError when a named device is not there: a run on
     the CPU, or on another GPU, is not what was asked for.
@@ -75,22 +75,22 @@ def choose(found: Sequence[Gpu], device: str) -> Gpu | None:
     if device == "none":
         return None
     if device == "auto":
-        return max(found, key=lambda gpu: gpu.free_bytes, default=None)
-    for index, gpu in enumerate(found):
+        return max(gpus, key=lambda gpu: gpu.free_bytes, default=None)
+    for index, gpu in enumerate(gpus):
         if device in (str(index), gpu.uuid):
             return gpu
     raise ConfigError(
         operation="use",
         subject=f"[gpu] device = {device!r}",
         cause="there is no such GPU",
-        hint=f"there are {', '.join(gpu.uuid for gpu in found)}"
-        if found
-        else "none can be seen: is the driver loaded, and the extra installed (pip install 'dropforge[gpu]')?",
+        hint=f"there are {', '.join(gpu.uuid for gpu in gpus)}"
+        if gpus
+        else "none is visible: is the driver loaded, and the extra installed (pip install 'dropforge[gpu]')?",
     )
 
 
 def memory_hold(gpu: Gpu, recipe: Recipe, *, min_free_bytes: int, own: frozenset[int]) -> Hold | None:
-    """Why a run would not fit beside what others hold; None when it fits. `own` are pids of ours."""
+    """Return the hold of a GPU without room for a run, None when it fits. `own`: pids of ours."""
     needed = min_free_bytes or bytes_needed(recipe)
     if gpu.free_bytes >= needed:
         return None
@@ -103,7 +103,7 @@ def memory_hold(gpu: Gpu, recipe: Recipe, *, min_free_bytes: int, own: frozenset
 
 
 def bytes_needed(recipe: Recipe) -> int:
-    """What a run takes at least: the base weights as they lie on the disk, their activations, CUDA itself."""
+    """Return what a run takes at least: the base weights as stored, their activations, CUDA itself."""
     weights = 0
     folder = Path(recipe.model.model_name_or_path)
     if folder.is_dir():
@@ -185,7 +185,7 @@ class GpuLock:
 
     It is a flock(2) on an open file that the trainer inherits: it lasts as long as either of the two lives, so that a
     trainer that outlives its daemon still keeps the others away, and nothing has to be cleaned up after a crash. Without a
-    path there is nobody to share with, and it is always ours.
+    path it is not shared, and always ours.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -235,7 +235,7 @@ def _holder(fd: int) -> str:
 
 
 class GpuReservation:
-    """The GPU of the next launch: chosen, with room for the run, and locked against other daemons."""
+    """The GPU of the next launch: chosen, with room for the run, locked against other daemons."""
 
     def __init__(self, settings: Settings, probe: GpuProbe) -> None:
         configured = settings.executor.gpu_lock
@@ -246,20 +246,20 @@ class GpuReservation:
 
     def reserve(self, settings: Settings, recipe: Recipe) -> Hold | None:
         """Choose the GPU and lock it; returns what to wait for instead. Without a GPU only the lock counts."""
-        wanted = settings.gpu
+        configured = settings.gpu
         try:
-            self.device = choose(() if wanted.device == "none" else self._probe.fresh(), wanted.device)
+            self.device = choose(() if configured.device == "none" else self._probe.fresh(), configured.device)
         except ConfigError as error:  # it was there when the daemon started
             return Hold(kind=HoldKind.GPU, reason=error.sentence)
         except GpuTimeout:
             return Hold(kind=HoldKind.GPU, reason="the GPU's driver does not answer; waits until it does")
         if self.device is not None:
             own = frozenset({os.getpid()})
-            hold = memory_hold(self.device, recipe, min_free_bytes=wanted.min_free_bytes, own=own)
+            hold = memory_hold(self.device, recipe, min_free_bytes=configured.min_free_bytes, own=own)
             if hold is not None:
                 return hold
             if self._follows_device and not self.lock.descriptors:
-                self.lock.path = wanted.lock_dir / f"dropforge-{self.device.uuid}.lock"
+                self.lock.path = configured.lock_dir / f"dropforge-{self.device.uuid}.lock"
         try:
             in_use = self.lock.acquire(f"the daemon of {settings.root}")
         except OSError as error:

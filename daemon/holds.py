@@ -20,7 +20,7 @@ from daemon.run_dir import RUNS_NAME
 from daemon.text import format_bytes
 
 PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", "at": ..., "reason": ...}
-FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model's configuration tells
+FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model's configuration is known
 OPTIMIZER_COPIES = 2  # AdamW keeps two values a weight
 EXTRAS_BYTES = 32 * 2**20  # tokenizer, configuration, records
 
@@ -43,7 +43,7 @@ class Hold:
 
 
 def paused(control: Mapping[str, Any] | None) -> Hold | None:
-    """The hold of a queue that a person paused."""
+    """Return the hold of a queue that was paused."""
     if not control:
         return None
     why = f": {control['reason']}" if control.get("reason") else ""
@@ -51,7 +51,7 @@ def paused(control: Mapping[str, Any] | None) -> Hold | None:
 
 
 def unwritable(settings: Settings) -> Hold | None:
-    """The hold of a folder that a run has to write to and cannot: its mode, or a file system that became read-only."""
+    """Return the hold of a folder that a run cannot write to: its mode, or a file system that became read-only."""
     model, runs = settings.model_dir, settings.state_dir / RUNS_NAME
     for path in (model, *(model / name for name in ("versions", ".staging", ".cleared")), settings.state_dir, runs):
         try:
@@ -81,7 +81,7 @@ def access_problem(path: Path) -> str:
 
 
 def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
-    """The hold of a disk that a run would fill."""
+    """Return the hold of a disk that a run would fill."""
     needed = bytes_needed(recipe, settings.model_dir) + settings.queue.min_free_bytes
     free = free_bytes(settings.model_dir)
     if free >= needed:
@@ -93,13 +93,13 @@ def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write on the file system of `path`."""
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize
+    """Return the bytes that this user may still write on the file system of `path`."""
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize
 
 
 def bytes_needed(recipe: Recipe, model_dir: Path) -> int:
-    """What a run writes at most at one time: its checkpoints, the one being staged, and the version.
+    """Return what a run has on disk at most at one time: its checkpoints, the one being staged, and the version.
 
     An adapter's size is that of the current version; before the first one it follows from base model and rank.
     """

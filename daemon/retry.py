@@ -102,7 +102,7 @@ def _decide_success(result: RunResult) -> RetryDecision:
 def _failure_of(
     result: RunResult | None, ended: Exit, stop: StopReason | None, job: Job
 ) -> tuple[FailureKind | None, str]:
-    """The failure's kind, None for an interruption that we wanted, and its sentence."""
+    """The failure's kind, None for an interruption that we requested, and its sentence."""
     if stop is StopReason.STALL:
         return FailureKind.STALLED, stop.value
     if result is not None and result.outcome is Outcome.INTERRUPTED:

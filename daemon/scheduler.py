@@ -189,7 +189,7 @@ class Scheduler:
         """What has to be waited for before this job is launched; reserves the GPU."""
         try:
             recipe = _recipe_of(job)
-        except ConfigError:  # it holds nobody up: its job fails at the launch
+        except ConfigError:  # nothing to wait for: its job fails at the launch
             return None
         return unwritable(self.settings) or no_space(self.settings, recipe) or self._gpu.reserve(self.settings, recipe)
 

@@ -10,7 +10,7 @@ STATUS_CHARACTERS = 200
 
 
 def notify(*lines: str) -> bool:
-    """Send `KEY=VALUE` lines in one datagram; True when there was somebody to tell."""
+    """Send `KEY=VALUE` lines in one datagram; returns whether a supervisor took it."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return False
@@ -27,13 +27,13 @@ def notify(*lines: str) -> bool:
 
 
 def status_line(status: str, reason: str = "") -> str:
-    """`STATUS=` for `systemctl status`: one line of bounded length."""
+    """Return `STATUS=` for `systemctl status`: one line of bounded length."""
     text = f"{status}: {reason}" if reason else status
     return f"STATUS={text if len(text) <= STATUS_CHARACTERS else text[: STATUS_CHARACTERS - 1] + '…'}"
 
 
 def reloading() -> tuple[str, str]:
-    """What Type=notify-reload waits for, and Type=notify shows; READY=1 ends it."""
+    """Return the lines that announce a reload to Type=notify-reload; READY=1 ends it."""
     return "RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
 
 
@@ -43,7 +43,7 @@ def extend_timeout(seconds: float) -> str:
 
 
 def watchdog_seconds() -> float | None:
-    """How often at least WATCHDOG=1 has to come; None when nobody waits for it."""
+    """Return how often at least WATCHDOG=1 has to come, in seconds; None without a watchdog."""
     try:
         limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
         pid = int(os.environ.get("WATCHDOG_PID") or os.getpid())

@@ -27,7 +27,7 @@ from daemon.scheduler import Scheduler
 from daemon.status_writer import StatusWriter, write_starting
 from daemon.wakeup import Wakeup
 
-if TYPE_CHECKING:  # its library is imported only where metrics are wanted
+if TYPE_CHECKING:  # its library is imported only where metrics are configured
     from daemon.observability.metrics import MetricsPublisher
 
 POLL_SECONDS = 0.25  # between two looks at a running trainer's progress
@@ -227,7 +227,7 @@ class Service:
         """
         self._reload_requested = False
         sd_notify.notify(*sd_notify.reloading())
-        logs.reopen()  # for whoever moved the file away
+        logs.reopen()  # after logrotate
         try:
             settings = config.load(self.settings.root)
         except ConfigError as error:

@@ -33,10 +33,10 @@ from daemon.run_dir import read_events, step_in
 from daemon.scheduler import Scheduler
 from daemon.store import JobStore
 
-if TYPE_CHECKING:  # its library is imported only where metrics are wanted
+if TYPE_CHECKING:  # its library is imported only where metrics are configured
     from daemon.observability.metrics import MetricsPublisher
 
-REFRESH_SECONDS = 60.0  # the current version is read again at least so often, whoever changed it
+REFRESH_SECONDS = 60.0  # the current version is read again at least so often
 LOSS_POINTS = 200
 LOSS_READ_BYTES = 8 * 2**20  # of the trainer's events, from their end; older points are drawn from what is left
 

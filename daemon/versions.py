@@ -48,15 +48,18 @@ class Version:
 
 
 def list_versions(model_dir: Path) -> list[Version]:
-    """All versions, oldest first."""
+    """Return all versions, oldest first."""
     folder = model_dir / VERSIONS
     names = sorted((entry.name for entry in os.scandir(folder)), key=len) if folder.is_dir() else []
-    found = [_version(folder / name) for name in names if _NAME.fullmatch(name) and (folder / name).is_dir()]
-    return sorted(found, key=lambda version: int(version.name))
+    versions = [_version(folder / name) for name in names if _NAME.fullmatch(name) and (folder / name).is_dir()]
+    return sorted(versions, key=lambda version: int(version.name))
 
 
 def current_version(model_dir: Path) -> Version | None:
-    """The version that `latest` names, None before the first. Raises DropforgeError when the link leads astray."""
+    """Return the version that `latest` names, None before the first.
+
+    Raises DropforgeError when the link leads to no version.
+    """
     link = model_dir / LATEST
     try:
         target = os.readlink(link)
@@ -90,7 +93,7 @@ def current_version(model_dir: Path) -> Version | None:
 
 
 def find_version(model_dir: Path, name: str) -> Version:
-    """The version called `name`, with or without leading zeros. Raises NotFound."""
+    """Return the version called `name`, with or without leading zeros. Raises NotFound."""
     for version in list_versions(model_dir):
         if version.name == name or (name.isdecimal() and int(version.name) == int(name)):
             return version
@@ -175,7 +178,7 @@ def _purge(settings: Settings, log: Any) -> None:
 def rollback(model_dir: Path, name: str) -> Version:
     """Make the version called `name` the current one; the caller holds the model lock. A no-op when it is already.
 
-    The lineage says so first: after a crash between the two, the same call carries on. Raises NotFound.
+    The lineage is written first: after a crash between the two, the same call carries on. Raises NotFound.
     """
     require_lock(model_dir, "roll back")
     version, replaced = find_version(model_dir, name), current_version(model_dir)

@@ -67,14 +67,14 @@ def logs(
     path = log_path(context.obj.settings)
     if not path.exists():
         raise context.obj.not_yet("read", path, "there is no log yet")
-    wanted = log_reader.Wanted(job=job, level=level.value)
+    wanted = log_reader.EventFilter(job=job, level=level.value)
     most = lines if lines is not None else None if job else BACKLOG
     reader = log_reader.LogReader(path)
     colours = sys.stdout.isatty() and not out.no_color
 
     def print_event(raw: bytes, event: dict[str, object]) -> None:
         print(
-            raw.decode("ascii", "backslashreplace") if as_json else log_reader.line(event, colours=colours),
+            raw.decode("ascii", "backslashreplace") if as_json else log_reader.format_line(event, colours=colours),
             flush=follow,
         )
 

@@ -52,7 +52,7 @@ def run(
 
         metrics = Metrics()
     try:
-        log = logs.configure(settings, listeners=[metrics.hear] if has_metrics else [])
+        log = logs.configure(settings, listeners=[metrics.count] if has_metrics else [])
     except OSError as error:
         raise DropforgeError(
             operation="write the log",

@@ -1,4 +1,4 @@
-"""Ways to run a trainer."""
+"""Executors: ways to run a trainer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from daemon.gpu import GpuLock
 
 
 def make_executor(settings: ExecutorSettings, *, gpu: GpuLock | None = None) -> Executor:
-    """The executor that the settings ask for. Only our own trainer, in our own environment, can be kept warm."""
+    """Return the executor that the settings ask for. Only our own trainer, in our own environment, can be forked."""
     own = ExecutorSettings.model_fields["command"].default
     if settings.warm_start and settings.command == own:
-        from daemon.executors.forked import WarmExecutor
+        from daemon.executors.forked import ForkedExecutor
 
-        return WarmExecutor(settings.command, idle_seconds=settings.idle_timeout, gpu=gpu)
+        return ForkedExecutor(settings.command, idle_seconds=settings.idle_timeout, gpu=gpu)
     return LocalExecutor(settings.command, gpu=gpu)

@@ -24,11 +24,11 @@ class LocalExecutor:
         self._children: dict[Path, subprocess.Popen[bytes]] = {}
         self._adopted: dict[Path, ProcessIdentity] = {}
         self._killed: set[Path] = set()  # by us
-        self._environment: dict[str, str] = {}  # what the latest trainer gets besides ours
+        self._environment: dict[str, str] = {}  # of the latest trainer, beyond ours
         self._oom_kills = 0  # of the machine, when the latest trainer was launched
 
     def launch(self, spec: RunSpec) -> None:
-        """Write the specification, start the process, note who it is."""
+        """Write the specification, start the process, note its identity."""
         run_dir = begin_attempt(spec)
         self._environment = {"CUDA_VISIBLE_DEVICES": spec.gpu} if spec.gpu else {}
         self._oom_kills = oom_kills()
@@ -36,8 +36,8 @@ class LocalExecutor:
         child = self._spawn(run_dir)
         self._children[run_dir] = child
         identity = identify(child.pid)
-        # A crash before this line leaves a trainer that nobody knows: its own death signal ends it, and until then
-        # the model lock keeps a second one from doing harm.
+        # A crash before this line leaves a trainer without a record: its own death signal ends it, and until then the
+        # model lock keeps a second one from doing harm.
         if identity is not None:
             try:
                 write_identity(run_dir, identity)
@@ -72,38 +72,38 @@ class LocalExecutor:
         return True
 
     def poll(self, run_dir: Path) -> Exit | None:
-        """How the trainer ended, None while it runs."""
+        """Return how the trainer ended, None while it runs."""
         child = self._children.get(run_dir)
         if child is None:
             identity = self._adopted.get(run_dir)
             return None if identity is not None and identity.alive else Exit()
         if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return None
-        # What it may have left in its group; before it is reaped, because its number is somebody else's afterwards.
+        # What it may have left in its group; before it is reaped, because its pid may be given again afterwards.
         self._signal(run_dir, signal.SIGKILL)
         code = child.wait()
         del self._children[run_dir]
-        starved = code == -signal.SIGKILL and run_dir not in self._killed and oom_kills() > self._oom_kills
-        return Exit(signal=-code, out_of_memory=starved) if code < 0 else Exit(code=code)
+        out_of_memory = code == -signal.SIGKILL and run_dir not in self._killed and oom_kills() > self._oom_kills
+        return Exit(signal=-code, out_of_memory=out_of_memory) if code < 0 else Exit(code=code)
 
     def request_stop(self, run_dir: Path) -> None:
-        """SIGTERM to the trainer itself."""
+        """Send SIGTERM to the trainer itself."""
         child = self._children.get(run_dir)
         identity = self._adopted.get(run_dir)
-        if child is not None:  # not reaped before `poll` does it, so its number is its own
+        if child is not None:  # not reaped before `poll` does it, so its pid is its own
             os.kill(child.pid, signal.SIGTERM)
         elif identity is not None and identity.alive:
             os.kill(identity.pid, signal.SIGTERM)
 
     def kill(self, run_dir: Path) -> None:
-        """SIGKILL to the whole process group."""
+        """Send SIGKILL to the whole process group."""
         self._killed.add(run_dir)
         identity = self._adopted.get(run_dir)
         if identity is None or identity.alive:
             self._signal(run_dir, signal.SIGKILL)
 
     def close(self) -> None:
-        """Nothing is kept between launches."""
+        """Do nothing: nothing is kept between launches."""
 
     def _signal(self, run_dir: Path, number: signal.Signals) -> None:
         child = self._children.get(run_dir)

@@ -1,1 +1,1 @@
-"""What the daemon tells: log, journal, metrics, status file."""
+"""What the daemon reports: log, journal, metrics, status file."""

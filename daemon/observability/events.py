@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What an event tells. Keys that are not always there are listed as well."""
+    """What an event means. Keys that are not always there are listed as well."""
 
     level: str
     meaning: str
@@ -39,9 +39,9 @@ EVENTS: Mapping[str, Event] = {
     "daemon.not_reloaded": _event("error", "SIGHUP: the settings have a fault; those of before stay.", "error"),
     "store.set_aside": _event("error", "The queue's database cannot be read and was moved aside.", "path reason"),
     "store.rebuilt": _event("warning", "The queue was made anew from the folders.", "jobs succeeded"),
-    "status.not_written": _event("error", "The status file cannot be written; told once, training goes on.", "error"),
+    "status.not_written": _event("error", "The status file cannot be written; logged once, training goes on.", "error"),
     "status.written_again": _event("info", "The status file can be written again."),
-    "metrics.not_written": _event("error", "The metrics file cannot be written; told once.", "path error"),
+    "metrics.not_written": _event("error", "The metrics file cannot be written; logged once.", "path error"),
     "metrics.not_served": _event("error", "The metrics endpoint cannot be opened; training goes on.", "port error"),
     "queue.held": _event("warning", "Nothing is launched although jobs are ready.", "kind reason"),
     "queue.released": _event("info", "The reason to hold the queue is gone.", "kind"),

@@ -25,11 +25,11 @@ PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 
 def is_stderr() -> bool:
-    """Whether stderr leads to the journal: JOURNAL_STREAM names the very device and inode, as systemd.exec(5) has it."""
+    """Return whether stderr leads to the journal: JOURNAL_STREAM names its device and inode, as in systemd.exec(5)."""
     try:
         device, inode = os.environ.get("JOURNAL_STREAM", "").split(":")
-        found = os.fstat(2)
-        return (found.st_dev, found.st_ino) == (int(device), int(inode)) and os.path.exists(SOCKET)  # noqa: PTH110  a socket
+        stderr = os.fstat(2)
+        return (stderr.st_dev, stderr.st_ino) == (int(device), int(inode)) and os.path.exists(SOCKET)  # noqa: PTH110  a socket
     except (ValueError, OSError):
         return False
 
@@ -46,24 +46,24 @@ class JournalHandler(logging.Handler):
         """Send one event."""
         try:
             self._socket.sendto(self.format(record).encode("latin-1"), self._address)
-        except Exception as error:  # a log that fails must not end what it tells of
+        except Exception as error:  # a log that fails must not end the daemon
             print(f"<4>not in the journal ({error}): {record.getMessage()!a:.2000}", file=sys.stderr)
 
     def close(self) -> None:
-        """Give the socket back."""
+        """Close the socket."""
         self._socket.close()
         super().close()
 
 
 def render(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
-    """The event as a datagram: MESSAGE for people, PRIORITY, and DROPFORGE_* fields.
+    """Return the event as a datagram: MESSAGE for people, PRIORITY, and DROPFORGE_* fields.
 
     Each character is one byte of it: formatters speak in texts.
     """
     event.pop("timestamp", None)  # the journal has its own
     level = str(event.get("level", "info"))
     fields = {
-        "MESSAGE": log_reader.words(finite(event), most=FIELD_CHARACTERS),
+        "MESSAGE": log_reader.format_data(finite(event), most=FIELD_CHARACTERS),
         "PRIORITY": str(PRIORITIES.get(level, 6)),
         "SYSLOG_IDENTIFIER": IDENTIFIER,
     }

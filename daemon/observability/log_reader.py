@@ -20,8 +20,8 @@ VALUE_CHARACTERS = 2000
 _COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "1;31", "critical": "1;31"}
 
 
-def line(event: Mapping[str, Any], *, colours: bool) -> str:
-    """`2026-11-23 04:41:07 info  job.started  job=... attempt=1`: one line, plus one for each line of a traceback."""
+def format_line(event: Mapping[str, Any], *, colours: bool) -> str:
+    """Return `2026-11-23 04:41:07 info  job.started  job=...`: one line, and one for each of a traceback."""
     level = str(event.get("level", "info"))
     when = escape(str(event.get("timestamp", "")).replace("T", " ")[:19])
     mark = f"{escape(level, most=8):<7}"
@@ -40,8 +40,8 @@ def line(event: Mapping[str, Any], *, colours: bool) -> str:
     return text
 
 
-def words(event: Mapping[str, Any], *, most: int) -> str:
-    """`job.started  job=... attempt=1`, cut to `most` characters: the event without its time and level."""
+def format_data(event: Mapping[str, Any], *, most: int) -> str:
+    """Return `job.started  job=... attempt=1`, cut to `most` characters: the event without time and level."""
     text = f"{escape(str(event.get('event', '')))}  {_data(event, most)}".rstrip()
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
@@ -55,7 +55,7 @@ def _data(event: Mapping[str, Any], most: int) -> str:
 
 
 def _value(value: Any, most: int) -> str:
-    """A text bare where it is one word, in quotes elsewhere, so that no text can pass for another key."""
+    """Format one value; a text is quoted unless it is one word, so that it cannot pass for another key."""
     if isinstance(value, str):
         shown = printable(value, most=most)
         return shown if shown and not set(' "=') & set(shown) else '"' + shown.replace('"', '\\"') + '"'
@@ -66,8 +66,8 @@ def _value(value: Any, most: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """Which events are shown."""
+class EventFilter:
+    """Which events of the log are shown."""
 
     job: str = ""  # beginning or end of a job's id
     level: str = "debug"  # the least severe one
@@ -95,7 +95,7 @@ class LogReader:
         self._rest = b""
 
     def read(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Every whole line since the last call, as it is and parsed; what is no JSON object is left out."""
+        """Iterate over the whole lines since the last call, raw and parsed; what is no JSON object is left out."""
         while True:
             yield from self._read_open()
             following = self._following()
@@ -114,7 +114,7 @@ class LogReader:
             self._file, self._rest = opened, b""
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -136,7 +136,7 @@ class LogReader:
                     yield text, event
 
     def _following(self) -> _LogFile | None:
-        """The file that comes after the one that is open, None when that is the newest."""
+        """The file after the open one, None when that is the newest."""
         files = self._files()
         if self._file is None:
             return files[0] if files else None
@@ -154,22 +154,22 @@ class LogReader:
             for entry in self._path.parent.glob(f"{self._path.name}.*")
             if entry.name.removeprefix(prefix).isdecimal()
         ]
-        found = []
+        files = []
         for path in [*(entry for _, entry in sorted(numbered, reverse=True)), self._path]:
             try:
-                found.append(_LogFile(path=path, identity=_identity(path.stat())))
+                files.append(_LogFile(path=path, identity=_identity(path.stat())))
             except FileNotFoundError:
                 continue
-        return found
+        return files
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
 
 
 def newest(
-    events: Iterable[tuple[bytes, dict[str, Any]]], wanted: Wanted, most: int | None
+    events: Iterable[tuple[bytes, dict[str, Any]]], matches: EventFilter, most: int | None
 ) -> Iterable[tuple[bytes, dict[str, Any]]]:
-    """The last `most` of the events that are wanted, in their order; all of them when it is None."""
-    found = ((raw, event) for raw, event in events if wanted(event))
-    return found if most is None else deque(found, maxlen=most)
+    """Return the last `most` events that match, in their order; all of them when it is None."""
+    chosen = ((raw, event) for raw, event in events if matches(event))
+    return chosen if most is None else deque(chosen, maxlen=most)

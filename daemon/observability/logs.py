@@ -29,7 +29,7 @@ Listener = Callable[[str, Mapping[str, Any]], None]  # (event name, its data)
 def configure(settings: Settings, *, terminal: bool = True, listeners: Sequence[Listener] = ()) -> Any:
     """Set up the log of a daemon and return its logger.
 
-    Raises OSError when the log file cannot be opened. `terminal=False` writes to the file alone. `listeners` hear every
+    Raises OSError when the log file cannot be opened. `terminal=False` writes to the file alone. `listeners` get every
     event, also those below the level that is written.
     """
     settings.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def configure(settings: Settings, *, terminal: bool = True, listeners: Sequence[
         native = journald.JournalHandler() if journald.is_stderr() else None
         handlers.append((native, journald.render) if native else (logging.StreamHandler(sys.stderr), _pretty))
 
-    def tell(logger: Any, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    def publish(logger: Any, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         for listener in listeners:
             listener(str(event.get("event", "")), event)
         return event
@@ -63,10 +63,10 @@ def configure(settings: Settings, *, terminal: bool = True, listeners: Sequence[
             )
         )
         logger.addHandler(handler)
-    # watchdog tells of a queue overflow in its log alone; it belongs into ours.
+    # watchdog reports a queue overflow in its log alone; it belongs in ours.
     logging.getLogger("watchdog").handlers = [file]
     structlog.configure(
-        processors=[*shared, tell, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*shared, publish, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
@@ -75,45 +75,45 @@ def configure(settings: Settings, *, terminal: bool = True, listeners: Sequence[
 
 
 def reopen() -> None:
-    """Open the log file again by its name: whoever rotated it (logrotate) has moved ours away."""
+    """Open the log file again by its name, after logrotate has moved ours away."""
     for handler in logging.getLogger("dropforge").handlers:
         if isinstance(handler, CompleteFile):
             handler.reopen()
 
 
-def fault() -> str:
-    """Why the last event is missing from the log file; empty when it was written."""
+def write_error() -> str:
+    """Return why the last event is missing from the log file; empty when it was written."""
     for handler in logging.getLogger("dropforge").handlers:
         if isinstance(handler, CompleteFile):
-            return handler.fault
+            return handler.write_error
     return ""
 
 
 class CompleteFile(logging.handlers.RotatingFileHandler):
-    """The log file. One that cannot be written is said so on stderr, once, and the daemon goes on."""
+    """The log file. A write that fails is reported on stderr, once, and the daemon goes on."""
 
     def __init__(self, path: Path, *, max_bytes: int, backups: int) -> None:
         super().__init__(path, maxBytes=max_bytes, backupCount=backups, encoding="ascii")
-        self.fault = ""
+        self.write_error = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line, rotating first when the file is full."""
-        before, self.fault = self.fault, ""
+        before, self.write_error = self.write_error, ""
         super().emit(record)
-        if self.fault and self.fault != before:
-            print(f"dropforge: cannot write the log {self.baseFilename}: {self.fault}", file=sys.stderr)
+        if self.write_error and self.write_error != before:
+            print(f"dropforge: cannot write the log {self.baseFilename}: {self.write_error}", file=sys.stderr)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the name is the base class's
         """Remember why; the base class would print a traceback for every line."""
         error = sys.exc_info()[1]
-        self.fault = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        self.write_error = getattr(error, "strerror", None) or str(error) or type(error).__name__
 
     def _open(self) -> Any:
-        """Called by the base class, also after a rotation."""
+        """Open the file; the base class calls this, also after a rotation."""
         return _WholeLines(Path(self.baseFilename))
 
     def reopen(self) -> None:
-        """Close the file and open the one that has its name now. One that cannot be opened is told at the next event."""
+        """Close the file; the next event opens the one that has its name now, and reports when it cannot."""
         self.acquire()
         try:
             if self.stream is not None:
@@ -143,17 +143,17 @@ class _WholeLines:
             raise
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Do nothing: every line is written at once."""
 
     def seek(self, offset: int, whence: int) -> None:
-        """To the end is where every write goes."""
+        """Do nothing: every write goes to the end."""
 
     def tell(self) -> int:
-        """The file's size."""
+        """Return the file's size."""
         return os.fstat(self._fd).st_size
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         os.close(self._fd)
 
 
@@ -164,4 +164,4 @@ def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
 
 
 def _pretty(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
-    return log_reader.line(finite(event), colours=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
+    return log_reader.format_line(finite(event), colours=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))

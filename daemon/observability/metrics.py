@@ -51,8 +51,8 @@ class Metrics:
         )  # fmt: skip
         self._started: set[str] = set()
 
-    def hear(self, name: str, data: Mapping[str, Any]) -> None:
-        """One event of the log."""
+    def count(self, name: str, data: Mapping[str, Any]) -> None:
+        """Count one event of the log."""
         if name in _ENDS:
             self._finished.labels(name.partition(".")[2], str(data.get("failure") or "none")).inc()
             if data.get("was") == JobState.RUNNING:  # else the numbers are those of an attempt that was counted
@@ -68,7 +68,7 @@ class Metrics:
             self._cleared.inc(_number(data.get("cleared")))
 
     def observe(self, snapshot: StatusSnapshot, *, overflows: int, waited_seconds: float | None) -> None:
-        """The daemon's present state. `waited_seconds`: how long the running job waited for its first attempt."""
+        """Take the daemon's present state. `waited_seconds`: how long the running job waited for its first attempt."""
         self._snapshot.take(snapshot, overflows)
         job = snapshot.job
         if job is not None and job["id"] not in self._started and job["attempt"] == 1 and waited_seconds is not None:
@@ -86,21 +86,21 @@ class Metrics:
 
 
 class _Snapshot(Collector):
-    """Gauges that are made anew at each scrape, so that a job that is over leaves no old numbers behind."""
+    """Gauges that are made anew at each scrape, so that a finished job leaves no old numbers behind."""
 
     def __init__(self) -> None:
-        self._told: tuple[StatusSnapshot, int, float] | None = None  # replaced as a whole: another thread reads it
+        self._latest: tuple[StatusSnapshot, int, float] | None = None  # replaced as a whole: another thread reads it
 
     def take(self, snapshot: StatusSnapshot, overflows: int) -> None:
-        self._told = (snapshot, overflows, time.time())
+        self._latest = (snapshot, overflows, time.time())
 
     def collect(self) -> list[GaugeMetricFamily]:
-        """Everything that the last snapshot says."""
-        if self._told is None:
+        """Return the gauges of the last snapshot."""
+        if self._latest is None:
             return []
-        snapshot, overflows, at = self._told
+        snapshot, overflows, at = self._latest
         families = [
-            _gauge("heartbeat_timestamp_seconds", "When the main loop last told its state.", at),
+            _gauge("heartbeat_timestamp_seconds", "When the main loop last published its state.", at),
             _gauge("watcher_overflows", "Times that the kernel dropped inbox events since the start.", overflows),
             _gauge("warnings", "Warnings in the status file.", len(snapshot.warnings)),
             _labelled("jobs", "Jobs by state.", "state", dict(snapshot.queue)),
@@ -133,7 +133,7 @@ class _Snapshot(Collector):
 
 
 class MetricsPublisher:
-    """Sends metrics where the settings say; a place that cannot be reached is told once, and training goes on."""
+    """Sends metrics where the settings say; a failure is logged once, and training goes on."""
 
     def __init__(self, metrics: Metrics, settings: MetricsSettings, root: Path, log: Any) -> None:
         self.metrics = metrics
@@ -147,7 +147,7 @@ class MetricsPublisher:
                 log.error("metrics.not_served", port=settings.port, error=str(error))
 
     def publish(self, snapshot: StatusSnapshot, *, overflows: int, waited_seconds: float | None) -> None:
-        """Take over a snapshot and write the file, when there is one."""
+        """Take a snapshot and write the textfile, when there is one."""
         self.metrics.observe(snapshot, overflows=overflows, waited_seconds=waited_seconds)
         if self._textfile is None:
             return

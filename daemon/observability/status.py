@@ -1,4 +1,4 @@
-"""The status file: one value, written whole, from which a reader can tell a living daemon from a dead one.
+"""The status file: one value, written whole, by which a reader knows a living daemon from a dead one.
 
 Its form is `StatusSnapshot`; docs/status.schema.json is made from it. Everything in it is bounded: names and reasons in
 length, lists in number.
@@ -28,7 +28,7 @@ from daemon.versions import Version
 SCHEMA_VERSION = 1
 STATES = ("starting", "idle", "training", "waiting", "paused", "stopping", "stopped")
 RECENT_JOBS = 20
-WAITING_FILES = 50  # of more, the count is told
+WAITING_FILES = 50  # of more, the count is shown
 WARNINGS = 50
 TEXT_CHARACTERS = 300
 # A heartbeat that is so much older than it should be means that the loop hangs: a tick never takes that long.
@@ -93,12 +93,12 @@ class RunningJob(TypedDict):
 
 
 class GpuDevice(TypedDict):
-    """One GPU, whoever uses it."""
+    """One GPU, in use by any process."""
 
     name: str
     used_bytes: int
     total_bytes: int
-    utilization: Annotated[float | None, Meta(description="0 to 1; null where the driver does not tell.")]
+    utilization: Annotated[float | None, Meta(description="0 to 1; null where the driver does not know.")]
 
 
 class FinishedJob(TypedDict):
@@ -136,7 +136,9 @@ class StatusSnapshot:
     watch_mode: Annotated[str, Meta(description="inotify, or polling with the reason.")] = ""
     events_lost: Annotated[
         int,
-        Meta(description="Times that the kernel dropped inbox events since the start; scans found what they told of."),
+        Meta(
+            description="Times that the kernel dropped inbox events since the start; scans found what they were about."
+        ),
     ] = 0
     queue: Annotated[Mapping[str, int], Meta(description="Jobs by state, and deferred files.")] = field(
         default_factory=dict
@@ -146,18 +148,18 @@ class StatusSnapshot:
     left_alone: Annotated[tuple[LeftAlone, ...], Meta(max_length=WAITING_FILES)] = ()
     recent: Annotated[tuple[FinishedJob, ...], Meta(max_length=RECENT_JOBS)] = ()
     model: CurrentModel | None = None
-    gpu: Annotated[tuple[GpuDevice, ...], Meta(description="As NVML tells; empty without it.")] = ()
+    gpu: Annotated[tuple[GpuDevice, ...], Meta(description="As NVML reports; empty without it.")] = ()
     warnings: Annotated[tuple[str, ...], Meta(max_length=WARNINGS)] = ()
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of the status file."""
+    """Return the JSON Schema of the status file."""
     (definition,), components = msgspec.json.schema_components([StatusSnapshot], ref_template="#/$defs/{name}")
     whole = components.pop(str(definition["$ref"]).rpartition("/")[2])
     # The defaults are those of the code, not of a reader: a file always has every key.
-    for found in [whole, *components.values()]:
-        found["required"] = sorted(found["properties"])
-        for value in found["properties"].values():
+    for schema in [whole, *components.values()]:
+        schema["required"] = sorted(schema["properties"])
+        for value in schema["properties"].values():
             value.pop("default", None)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -176,14 +178,14 @@ def write_status(path: Path, snapshot: StatusSnapshot) -> None:
 
 
 def render(snapshot: StatusSnapshot) -> str:
-    """The file's text, with who wrote it and when: ASCII, without NaN, of bounded size."""
-    me = identify(os.getpid())
+    """Return the file's text, stamped with process and time: ASCII, without NaN, of bounded size."""
+    writer = identify(os.getpid())
     stamped = replace(
         snapshot,
         reason=printable(snapshot.reason, most=TEXT_CHARACTERS),
         warnings=tuple(printable(warning, most=TEXT_CHARACTERS) for warning in snapshot.warnings[:WARNINGS]),
         pid=os.getpid(),
-        start_ticks=me.start_ticks if me else 0,
+        start_ticks=writer.start_ticks if writer else 0,
         boot_id=boot_id(),
         timestamp=utc_now(),
         monotonic_seconds=round(time.monotonic(), 3),
@@ -192,16 +194,16 @@ def render(snapshot: StatusSnapshot) -> str:
 
 
 class Liveness(StrEnum):
-    """What became of the daemon that wrote a status file, whatever the file claims."""
+    """The state of the daemon that wrote a status file, whatever the file claims."""
 
     ALIVE = "alive"
     HUNG = "hung"  # the process is there, its heartbeat is not
     DEAD = "dead"
-    STOPPED = "stopped"  # it left in order
+    STOPPED = "stopped"  # it shut down in order
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """The status file's content with `alive`, `liveness` and `age_seconds` of its heartbeat; None without a file.
+    """Return the status file's content with `alive`, `liveness` and `age_seconds` of its heartbeat; None without a file.
 
     Raises ValueError when the file is not a status file.
     """
@@ -210,13 +212,13 @@ def read_status(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     try:
-        return {**content, **judge(content)}
+        return {**content, **liveness_of(content)}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a status file ({type(error).__name__}: {error})") from error
 
 
-def judge(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`alive`, `liveness` and `age_seconds`. The process first (pid, start time and boot), then the age of its heartbeat.
+def liveness_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `alive`, `liveness` and `age_seconds`: from the process (pid, start time, boot), then from its heartbeat.
 
     Raises KeyError, TypeError or ValueError when a key that it needs is missing or odd.
     """
@@ -264,13 +266,13 @@ def current_model(version: Version) -> CurrentModel:
     }
 
 
-def gpu_device(found: Gpu) -> GpuDevice:
+def gpu_device(gpu: Gpu) -> GpuDevice:
     """One entry of `gpu`."""
     return {
-        "name": escape(found.name, most=60),
-        "used_bytes": found.total_bytes - found.free_bytes,
-        "total_bytes": found.total_bytes,
-        "utilization": found.utilization,
+        "name": escape(gpu.name, most=60),
+        "used_bytes": gpu.total_bytes - gpu.free_bytes,
+        "total_bytes": gpu.total_bytes,
+        "utilization": gpu.utilization,
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from daemon.executors.forked import WarmExecutor
+from daemon.executors.forked import ForkedExecutor
 from daemon.job import FailureKind, Outcome
 from daemon.trainer import loop
 from daemon.trainer.attention import PACKED, use_packed
@@ -151,17 +151,17 @@ def test_a_divergence_is_found_although_numbers_arrive_late(
 def test_a_forked_trainer_starts_cuda_of_its_own(tiny_base: Path, tmp_path: Path) -> None:
     import sys
 
-    executor = WarmExecutor((sys.executable, "-P", "-m", "daemon.trainer"))
+    executor = ForkedExecutor((sys.executable, "-P", "-m", "daemon.trainer"))
     try:
         for number in range(3):
             spec = replace(specify(tmp_path / str(number), rows(24), tiny_base, SHORT), daemon_pid=os.getpid())
-            was_warm = executor.warm
+            was_warm = executor.is_ready
             executor.launch(spec)
             wait_until(lambda: executor.poll(Path(spec.run_dir)), 120, "the job")  # noqa: B023  waited for here
             result = json.loads((Path(spec.run_dir) / "result.json").read_text())
             assert result["outcome"] == "succeeded", result["message"]
             if number == 0:
-                wait_until(lambda: executor.warm, 120, "the fork server")
+                wait_until(lambda: executor.is_ready, 120, "the fork server")
         assert was_warm
     finally:
         executor.close()

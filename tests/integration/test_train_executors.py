@@ -16,7 +16,7 @@ import pytest
 from daemon.config import ExecutorSettings
 from daemon.executors import make_executor
 from daemon.executors.base import Exit
-from daemon.executors.forked import WarmExecutor
+from daemon.executors.forked import ForkedExecutor
 from daemon.executors.local import LocalExecutor
 from daemon.job import RUN_SPEC_VERSION, Dataset, RunSpec, from_json
 from daemon.processes import ProcessIdentity, identify, oom_kills
@@ -40,19 +40,19 @@ def executor(
     if request.param == "local":
         yield LocalExecutor(COLD)
         return
-    warm = WarmExecutor(COLD, server=SERVER, idle_seconds=60)
+    warm = ForkedExecutor(COLD, server=SERVER, idle_seconds=60)
     if request.param == "warm":
         heat(warm, tmp_path)
     yield warm
     warm.close()
 
 
-def heat(executor: WarmExecutor, folder: Path) -> None:
+def heat(executor: ForkedExecutor, folder: Path) -> None:
     """The first job starts the server; wait until that is ready."""
     first = specify(folder / "first")
     executor.launch(first)
     ended(executor, first)
-    wait_until(lambda: executor.warm, what="the fork server")
+    wait_until(lambda: executor.is_ready, what="the fork server")
 
 
 def specify(run_dir: Path, **script: Any) -> RunSpec:
@@ -172,12 +172,12 @@ def test_odd_folder_names_are_no_obstacle(executor: LocalExecutor, tmp_path: Pat
 
 
 @pytest.fixture
-def warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., WarmExecutor]]:
+def warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ForkedExecutor]]:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    made: list[WarmExecutor] = []
+    made: list[ForkedExecutor] = []
 
-    def make(**options: Any) -> WarmExecutor:
-        made.append(WarmExecutor(COLD, server=SERVER, **{"idle_seconds": 60, **options}))
+    def make(**options: Any) -> ForkedExecutor:
+        made.append(ForkedExecutor(COLD, server=SERVER, **{"idle_seconds": 60, **options}))
         heat(made[-1], tmp_path)
         return made[-1]
 
@@ -186,29 +186,29 @@ def warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         executor.close()
 
 
-def server_pid(executor: WarmExecutor) -> int:
+def server_pid(executor: ForkedExecutor) -> int:
     assert executor._server is not None
     return executor._server._process.pid
 
 
-def test_the_servers_death_costs_nothing_but_the_warmth(warm: Callable[..., WarmExecutor], tmp_path: Path) -> None:
+def test_the_servers_death_costs_nothing_but_the_warmth(warm: Callable[..., ForkedExecutor], tmp_path: Path) -> None:
     """A running trainer goes on, the next job starts cold, the one after it warm again."""
     executor = warm()
     running = specify(tmp_path / "running", wait=True)
     executor.launch(running)
     facts(running)
     os.kill(server_pid(executor), signal.SIGKILL)
-    wait_until(lambda: not executor.warm, what="the server's end to be noticed")
+    wait_until(lambda: not executor.is_ready, what="the server's end to be noticed")
     assert executor.poll(Path(running.run_dir)) is None
     executor.request_stop(Path(running.run_dir))
     assert ended(executor, running) == Exit(code=75)
     cold = specify(tmp_path / "cold")
     executor.launch(cold)
     assert ended(executor, cold) == Exit(code=0)
-    wait_until(lambda: executor.warm, what="a new server")
+    wait_until(lambda: executor.is_ready, what="a new server")
 
 
-def test_an_idle_server_ends_by_itself(warm: Callable[..., WarmExecutor], tmp_path: Path) -> None:
+def test_an_idle_server_ends_by_itself(warm: Callable[..., ForkedExecutor], tmp_path: Path) -> None:
     executor = warm(idle_seconds=0.3)
     pid = server_pid(executor)
     wait_until(lambda: gone(pid), what="the idle server to end")
@@ -218,7 +218,7 @@ def test_an_idle_server_ends_by_itself(warm: Callable[..., WarmExecutor], tmp_pa
 
 
 def test_a_server_of_other_settings_or_versions_is_replaced(
-    warm: Callable[..., WarmExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warm: Callable[..., ForkedExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from daemon.executors import forked as module
 
@@ -233,7 +233,7 @@ def test_a_server_of_other_settings_or_versions_is_replaced(
 
 
 def test_a_package_upgraded_on_the_disk_replaces_the_server(
-    warm: Callable[..., WarmExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warm: Callable[..., ForkedExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has imported is of yesterday; also a reinstallation of the same version counts."""
     from daemon.executors import forked as module
@@ -269,7 +269,7 @@ def test_where_nothing_can_be_forked_no_server_is_started_again_and_again(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("QUICK_WARM_THREAD", "1")
-    executor = WarmExecutor(COLD, server=SERVER, idle_seconds=60)
+    executor = ForkedExecutor(COLD, server=SERVER, idle_seconds=60)
     first = specify(tmp_path / "first")
     executor.launch(first)
     assert ended(executor, first) == Exit(code=0)
@@ -279,7 +279,7 @@ def test_where_nothing_can_be_forked_no_server_is_started_again_and_again(
     executor.launch(second)
     assert ended(executor, second) == Exit(code=4)
     assert server_pid(executor) == pid
-    assert not executor.warm
+    assert not executor.is_ready
     executor.close()
 
 
@@ -380,7 +380,7 @@ def test_no_library_can_abort_a_trainer_that_is_done(executor: LocalExecutor, tm
 def test_only_our_own_trainer_is_kept_warm() -> None:
     assert type(make_executor(ExecutorSettings())) is LocalExecutor
     assert type(make_executor(ExecutorSettings(warm_start=True, command=("other",)))) is LocalExecutor
-    assert type(make_executor(ExecutorSettings(warm_start=True))) is WarmExecutor
+    assert type(make_executor(ExecutorSettings(warm_start=True))) is ForkedExecutor
 
 
 def test_a_kill_for_want_of_memory_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,14 +69,14 @@ def test_an_event_is_one_line_that_has_it_whole(
 @given(name=TEXT, data=EVENTS)
 def test_a_line_for_people_is_one_line_of_visible_characters(name: str, data: dict[str, Any]) -> None:
     event = {"timestamp": "2026-11-23T04:41:07Z", "level": "info", "event": name, **data}
-    text = log_reader.line(event, colours=False)
+    text = log_reader.format_line(event, colours=False)
     assert all(is_visible(character) for character in text)
 
 
 @given(text=TEXT, job=TEXT)
 def test_no_text_passes_for_another_key(text: str, job: str) -> None:
     """What stands outside quotes is written by us: `reason=x job=forged` in a value stays inside its quotes."""
-    shown = log_reader.line({"event": "e", "reason": text, "job": job}, colours=False)
+    shown = log_reader.format_line({"event": "e", "reason": text, "job": job}, colours=False)
     outside = shown.replace("\\\\", "").replace('\\"', "")
     bare = "".join(part for number, part in enumerate(outside.split('"')) if number % 2 == 0)
     assert bare.count("=") == 2
@@ -89,7 +89,7 @@ def test_an_exception_s_own_text_cannot_pass_for_an_event(make_log: Callable[...
     except ValueError:
         log.exception("file.not_moved", job="j")
     (event,) = lines(tmp_path)
-    text = log_reader.line(event, colours=False)
+    text = log_reader.format_line(event, colours=False)
     assert "ValueError" in text
     assert "\x1b" not in text
     assert all(line.startswith("    | ") for line in text.split("\n")[1:])
@@ -179,7 +179,7 @@ def test_a_log_that_cannot_be_written_is_told_once(
     for _ in range(5):
         log.info("file.settled")
     assert capsys.readouterr().err.count("cannot write the log") == 1
-    assert "space" in logs.fault().lower()
+    assert "space" in logs.write_error().lower()
 
 
 def test_a_listener_hears_also_what_is_not_written(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_events_are_chosen_by_job_and_level(job: str, level: str, expected: list
         {"n": 2, "job": "abc-1", "level": "warning"},
         {"n": 3, "level": "error"},
     ]
-    wanted = log_reader.Wanted(job=job, level=level)
+    wanted = log_reader.EventFilter(job=job, level=level)
     assert [event["n"] for event in events if wanted(event)] == expected
 
 

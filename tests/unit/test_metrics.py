@@ -52,13 +52,13 @@ def test_the_endpoint_tells_the_snapshot_and_the_log_s_events() -> None:
     metrics = Metrics()
     metrics.observe(SNAPSHOT, overflows=2, waited_seconds=12.0)
     metrics.observe(SNAPSHOT, overflows=2, waited_seconds=12.0)
-    metrics.hear("job.succeeded", {"was": "running", "steps_run": 90, "start_step": 40, "tokens_trained": 1000})
+    metrics.count("job.succeeded", {"was": "running", "steps_run": 90, "start_step": 40, "tokens_trained": 1000})
     # A person cancelled it after an attempt that was counted when it ended.
-    metrics.hear("job.cancelled", {"was": "queued", "steps_run": 7, "start_step": 0, "tokens_trained": 70})
-    metrics.hear("job.failed", {"failure": "diverged"})
-    metrics.hear("dataset.checked", {"size_bytes": 77})
-    metrics.hear("queue.held", {"kind": "no_space"})
-    metrics.hear("something.else", {"steps_run": "odd"})
+    metrics.count("job.cancelled", {"was": "queued", "steps_run": 7, "start_step": 0, "tokens_trained": 70})
+    metrics.count("job.failed", {"failure": "diverged"})
+    metrics.count("dataset.checked", {"size_bytes": 77})
+    metrics.count("queue.held", {"kind": "no_space"})
+    metrics.count("something.else", {"steps_run": "odd"})
     found = told(metrics)
     expected = {
         "dropforge_jobs{state=queued}": 3,

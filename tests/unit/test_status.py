@@ -24,7 +24,7 @@ from daemon.observability.status import (
     StatusSnapshot,
     finished_job,
     gpu_device,
-    judge,
+    liveness_of,
     read_status,
     running_job,
     write_status,
@@ -102,7 +102,7 @@ def test_a_daemon_is_alive_hung_dead_or_stopped_whatever_its_file_claims() -> No
         ({"timestamp": "2031-01-01T00:00:00.000Z"}, "alive"),  # the clock was set back; the heartbeat does not mind
     ]
     for changes, expected in cases:
-        assert judge(content(**changes))["liveness"] == expected, changes
+        assert liveness_of(content(**changes))["liveness"] == expected, changes
 
 
 @pytest.mark.parametrize(
