@@ -17,6 +17,11 @@ def escape(text: str, *, most: int = 200) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
+def escape_block(text: str) -> str:
+    """The same for text of several lines, which keeps its newlines and tabs, and its length."""
+    return "".join(character if character in "\n\t" else _visible(character, backslash="\\") for character in text)
+
+
 def printable(text: str, *, most: int = 200) -> str:
     """Text that was escaped when it was written (a status file's), made safe to print all the same: its backslashes stay."""
     shown = "".join(character if character == "\\" else _visible(character) for character in text)
@@ -45,9 +50,9 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _visible(character: str) -> str:
+def _visible(character: str, *, backslash: str = "\\\\") -> str:
     if character == "\\":
-        return "\\\\"
+        return backslash
     if 0xDC80 <= ord(character) <= 0xDCFF:  # a byte that is not UTF-8, kept by surrogateescape
         return f"\\x{ord(character) - 0xDC00:02x}"
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):

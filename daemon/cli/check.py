@@ -23,6 +23,7 @@ from daemon.dataset.requests import Request
 from daemon.dataset.rows import Row, Rules, iter_rows
 from daemon.dataset.source import SourceError
 from daemon.dataset.strict_json import LineError
+from daemon.errors import RejectedData
 from daemon.inbox.layout import NameKind, name_kind, sidecar_name
 from daemon.inbox.other_files import explain_other_file
 from daemon.inbox.report import remarks, rows_text
@@ -34,10 +35,11 @@ from daemon.recipe import Recipe
 from daemon.store import JobStore
 from daemon.text import escape
 
-LENGTHS_COMMAND = (sys.executable, "-P", "-m", "daemon.trainer.token_stats")
-LENGTHS_TIMEOUT_SECONDS = 3600.0
+VERDICT_COMMAND = (sys.executable, "-P", "-m", "daemon.trainer.check")
+VERDICT_TIMEOUT_SECONDS = 3600.0
 REPEATS_ROWS = 5_000_000  # rows among which repeats are counted: each costs about 100 bytes
 REPEATS_SHOWN = 5
+SHOWN = 20  # lines at fault in the text; the JSON has up to a thousand
 _BAR = 40
 
 
@@ -52,12 +54,20 @@ class Repeats:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """What the trainer's tokenizer makes of the rows; `reason` says why it is not known."""
+    """What a run would make of the rows; `reason` says why it is not known."""
 
-    tokens: int | None = None
-    trained_tokens: int | None = None
-    lengths: Any = None  # histogram of tokens a row: [{"up_to": 32, "rows": 7}, ...], up_to null for the longest
+    tokens: int | None = None  # before truncation
+    trained_tokens: int | None = None  # after it
+    samples: int | None = None
+    lengths: Any = None  # histogram of tokens a sample: [{"up_to": 32, "rows": 7}, ...], up_to null for the longest
     rows_over_max_length: int = 0
+    truncated_lines: tuple[int, ...] = ()  # rows that lose trained tokens to max_length
+    unlearned_lines: tuple[int, ...] = ()  # rows of which nothing would be learned
+    refused_rows: int = 0
+    refused: tuple[Mapping[str, Any], ...] = ()  # {line, reason, hint} of rows that cannot be trained as they should
+    warnings: tuple[str, ...] = ()  # what the run would warn of
+    failure: str | None = None  # why a run would refuse the dataset
+    failure_hint: str = ""
     reason: str = ""
 
     @property
@@ -96,34 +106,50 @@ def check_files(
     settings: Settings,
     store: JobStore | None,
     *,
-    lengths_command: Sequence[str] = LENGTHS_COMMAND,
+    verdict_command: Sequence[str] = VERDICT_COMMAND,
 ) -> list[CheckReport]:
     """Check each file under the settings and the sidecar beside it.
 
-    `store` tells what was trained before. `lengths_command` gets a file, its format and a recipe as JSON, and prints what
-    `daemon.trainer.token_stats.measure` returns; without a configured model it is not run.
+    `store` tells what was trained before. `verdict_command` gets a file, its format and a recipe as JSON, and prints what
+    `daemon.trainer.check.verdict` returns; without a configured model it is not run.
     """
-    return [_check(Path(path), settings, store, lengths_command) for path in paths]
+    return [_check(Path(path), settings, store, verdict_command) for path in paths]
 
 
-def _check(path: Path, settings: Settings, store: JobStore | None, lengths_command: Sequence[str]) -> CheckReport:
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A file to read, and the rules that its sidecar leaves in force."""
+
+    request: Request
+    recipe: Recipe
+    sidecar: str | None = None  # name of the sidecar that was applied
+
+
+def prepare(path: Path, settings: Settings) -> Prepared:
+    """Look at a file's name and sidecar as the daemon does. Raises RejectedData, RejectedSidecar."""
     if not os.path.lexists(path):
-        return CheckReport(path=str(path), accepted=False, reason="there is no such file")
+        raise RejectedData(operation="read", subject=escape(str(path)), cause="there is no such file")
     if name_kind(path.name) is not NameKind.DATA and path.is_file():
         reason, hint = explain_other_file(path)
-        return CheckReport(path=str(path), accepted=False, reason=reason, hint=hint)
+        raise RejectedData(operation="read", subject=escape(str(path)), cause=reason, hint=hint)
     sidecar, sidecar_path = Sidecar(), path.with_name(sidecar_name(path.name))
     beside = os.path.lexists(sidecar_path)
     if beside:
-        try:
-            sidecar = read_sidecar(sidecar_path, settings.recipe)
-        except RejectedSidecar as error:
-            return CheckReport(path=str(path), accepted=False, reason=error.sentence, hint=error.hint)
-    applied = sidecar_path.name if beside else None
+        sidecar = read_sidecar(sidecar_path, settings.recipe)
     recipe = settings.recipe.with_overrides(sidecar.overrides)
-    rules = Rules.of(recipe.data)
-    request = Request(job_id="check", path=str(path.absolute()), rules=rules)
-    reply = validate_once(request)
+    request = Request(job_id="check", path=str(path.absolute()), rules=Rules.of(recipe.data))
+    return Prepared(request=request, recipe=recipe, sidecar=sidecar_path.name if beside else None)
+
+
+def _check(path: Path, settings: Settings, store: JobStore | None, verdict_command: Sequence[str]) -> CheckReport:
+    try:
+        prepared = prepare(path, settings)
+    except RejectedSidecar as error:
+        return CheckReport(path=str(path), accepted=False, reason=error.sentence, hint=error.hint)
+    except RejectedData as error:
+        return CheckReport(path=str(path), accepted=False, reason=error.cause, hint=error.hint)
+    recipe, rules, applied = prepared.recipe, prepared.request.rules, prepared.sidecar
+    reply = validate_once(prepared.request)
     if reply.dataset is None:
         found = reply.report
         return CheckReport(
@@ -138,15 +164,18 @@ def _check(path: Path, settings: Settings, store: JobStore | None, lengths_comma
         repeats, lengths = _read_rows(path, reply.dataset.format, rules)
     except (LineError, SourceError, OSError) as error:
         return CheckReport(path=str(path), accepted=False, reason=f"it changed while it was read: {error}")
+    tokens = _ask_trainer(path, reply.dataset.format, recipe, verdict_command)
     trained = store.with_digest(reply.dataset.digest, {JobState.SUCCEEDED}) if store is not None else []
     return CheckReport(
         path=str(path),
-        accepted=True,
+        accepted=tokens.failure is None,
+        reason=tokens.failure or "",
+        hint=tokens.failure_hint,
         dataset=reply.dataset,
         rows=reply.report,
         repeats=repeats,
         lengths=lengths,
-        tokens=_count_tokens(path, reply.dataset.format, recipe, lengths_command),
+        tokens=tokens,
         sidecar=applied,
         trained_before=tuple({"job": job.id, "version": job.version} for job in trained),
     )
@@ -181,7 +210,7 @@ def _characters(row: Row) -> int:
     return total
 
 
-def _count_tokens(path: Path, format_: str, recipe: Recipe, command: Sequence[str]) -> Tokens:
+def _ask_trainer(path: Path, format_: str, recipe: Recipe, command: Sequence[str]) -> Tokens:
     """Ask the trainer's side; whatever goes wrong there is a reason, not an error."""
     if not recipe.model.model_name_or_path:
         return Tokens(reason="no base model is configured")
@@ -192,7 +221,7 @@ def _count_tokens(path: Path, format_: str, recipe: Recipe, command: Sequence[st
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env=child_environment(),
-            timeout=LENGTHS_TIMEOUT_SECONDS,
+            timeout=VERDICT_TIMEOUT_SECONDS,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -204,19 +233,17 @@ def _count_tokens(path: Path, format_: str, recipe: Recipe, command: Sequence[st
         value = json.loads(child.stdout)
         if "error" in value:
             return Tokens(reason=escape(str(value["error"])))
-        return Tokens(
-            tokens=int(value["tokens"]),
-            trained_tokens=int(value["trained_tokens"]),
-            lengths=value["lengths"],
-            rows_over_max_length=int(value["rows_over_max_length"]),
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        failure = value.pop("failure", None)
+        if failure is not None:
+            value |= {"failure": failure["message"], "failure_hint": failure["hint"]}
+        return msgspec.convert(value, Tokens)
+    except (ValueError, KeyError, TypeError, msgspec.ValidationError) as error:
         return Tokens(reason=f"the trainer's answer was not understood: {error!r}")
 
 
 def render_text(report: CheckReport) -> str:
     """The same for people: plain text, safe on any terminal, without a last newline."""
-    lines = [f"{escape(report.path)}: {'good' if report.accepted else 'refused'}"]
+    lines = [f"{escape(report.path)}: {_headline(report)}"]
     if report.reason:
         lines.append(f"  {escape(report.reason, most=1000)}")
     if report.hint:
@@ -233,6 +260,12 @@ def render_text(report: CheckReport) -> str:
         lines += [f"  {label:<11} {text}" for label, text in remarks(found)]
     if report.repeats is not None:
         lines.append(f"  repeats     {_repeats_text(report.repeats)}")
+    lines += [
+        f"  refused     line {row['line']}: {escape(row['reason'], most=300)}" for row in report.tokens.refused[:SHOWN]
+    ]
+    if report.tokens.refused_rows > SHOWN:
+        lines.append(f"  refused     and {report.tokens.refused_rows - SHOWN:,} more lines")
+    lines += [f"  warning     {escape(warning, most=500)}" for warning in report.tokens.warnings]
     if report.accepted:
         lines.append(f"  tokens      {_tokens_text(report.tokens)}")
         before = ", ".join(f"job {item['job']} (version {item['version'] or '?'})" for item in report.trained_before)
@@ -247,6 +280,14 @@ def render_text(report: CheckReport) -> str:
     return "\n".join(lines)
 
 
+def _headline(report: CheckReport) -> str:
+    if not report.accepted:
+        return "refused"
+    if report.tokens.trained_share is None:
+        return f"rows good, tokens not checked: {report.tokens.reason or 'there are none'}"
+    return "good"
+
+
 def _repeats_text(repeats: Repeats) -> str:
     if not repeats.rows:
         return f"none among {repeats.counted_rows:,} rows"
@@ -257,7 +298,7 @@ def _repeats_text(repeats: Repeats) -> str:
 
 def _tokens_text(tokens: Tokens) -> str:
     if tokens.trained_share is None:
-        return f"not available: {tokens.reason or 'no tokens'}"
+        return f"not checked: {tokens.reason or 'there are none'}"
     text = f"{tokens.tokens:,}, of them {tokens.trained_tokens:,} trained ({tokens.trained_share:.1%})"
     many = tokens.rows_over_max_length
     return f"{text}; {many:,} {'row is' if many == 1 else 'rows are'} longer than max_length" if many else text

@@ -152,6 +152,29 @@ def check(
     raise typer.Exit(0 if all(report.accepted for report in reports) else 3)
 
 
+@app.command(rich_help_panel=DATA)
+def preview(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A file that could be dropped; nothing is moved or queued.")],
+    rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="How many rows to show.")] = 3,
+    row: Annotated[int | None, typer.Option("--row", min=1, help="Show the row on this line alone.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show rows exactly as the trainer would see them, with what is learned in colour. Exit 3 when one is refused.
+
+    Example: dropforge preview chats.jsonl -n 2
+    """
+    from daemon.cli.preview import preview as show_rows
+    from daemon.cli.preview import render as render_rows
+
+    shown = show_rows(file, context.obj.settings, rows=rows, line=row)
+    if as_json:
+        print_json(shown)
+    else:
+        out.print(render_rows(shown, colour=out.color_system is not None), soft_wrap=True)
+    raise typer.Exit(3 if shown["refused"] else 0)
+
+
 @app.command("cancel", rich_help_panel=QUEUE)
 def cancel_job(
     context: typer.Context,

@@ -59,6 +59,12 @@ class Examples:
     control_lines: tuple[int, ...] = ()  # rows whose messages hold the text of a control token, learned as text
     notes: Mapping[Note, tuple[int, ...]] = field(default_factory=dict)  # what a person should know, and the lines
     end_ids: frozenset[int] = frozenset()  # the tokens that the model learns to stop with
+    whole_sizes: Sequence[int] = ()  # tokens of each sample before truncation
+
+    @property
+    def rows(self) -> int:
+        """All rows that were read."""
+        return self.train_rows + self.held_out_rows + len(self.dropped_lines) + len(self.refused)
 
 
 def plan(examples: Examples, training: TrainingSettings) -> Plan:

@@ -351,18 +351,21 @@ def truncate(tokens: Sample, max_length: int, bos: int | None) -> Sample:
     ids, learned = tokens.ids, tokens.learned
     if len(ids) <= max_length:
         return tokens
-    first, end = (learned[0][0], learned[-1][1]) if learned else (0, 0)
-    if end <= max_length:
-        start = 0
-    elif end - first < max_length:
-        start = end - max_length
-    else:
-        start = max(0, first - max_length // 4)
+    start = kept_from(tokens, max_length)
     kept = ids[start : start + max_length]
     spans = _apart((max(begin - start, 0), min(stop - start, max_length)) for begin, stop in learned)
     if start and bos is not None and ids[0] == bos and not (spans and spans[0][0] == 0):
         kept[0] = bos
     return replace(tokens, ids=kept, learned=spans)
+
+
+def kept_from(tokens: Sample, max_length: int) -> int:
+    """Where the `max_length` tokens begin that `truncate` keeps."""
+    learned = tokens.learned
+    first, end = (learned[0][0], learned[-1][1]) if learned else (0, 0)
+    if end <= max_length:
+        return 0
+    return end - max_length if end - first < max_length else max(0, first - max_length // 4)
 
 
 def _apart(spans: Iterable[Span]) -> tuple[Span, ...]:

@@ -51,36 +51,22 @@ def timing(monitor: MonitorCallback) -> dict[str, Any]:
 
 def data_warnings(examples: Examples, planned: Plan, capacity: Capacity) -> tuple[str, ...]:
     """What a person should know of the dataset before it is trained."""
-    found = []
-    if examples.dropped_lines:
-        found.append(
-            f"{len(examples.dropped_lines)} rows had no token to train on (lines {_shown(examples.dropped_lines)})"
-        )
-    if examples.truncated_rows:
-        found.append(f"{examples.truncated_rows} rows were cut to max_length")
-    if examples.truncated_lines:
-        found.append(
-            f"{len(examples.truncated_lines)} rows lost trained tokens to max_length"
-            f" (lines {_shown(examples.truncated_lines)})"
-        )
-    if examples.control_lines:
-        found.append(
-            f"{len(examples.control_lines)} rows hold control tokens, which were read as text"
-            f" (lines {_shown(examples.control_lines)})"
-        )
-    if examples.refused:
-        found.append(
-            f"{len(examples.refused)} rows were left out: they cannot be rendered as they should"
-            f" (lines {_shown(tuple(row.line for row in examples.refused))}); the first: {examples.refused[0].reason}"
-        )
-    found += [f"{len(lines)} rows {note} (lines {_shown(lines)})" for note, lines in examples.notes.items()]
     most = capacity.positions or math.inf
-    beyond = tuple(dict.fromkeys(example.line for example in examples.train if len(example.input_ids) > most))
-    if beyond:
-        found.append(
-            f"{len(beyond)} rows are longer than the {capacity.positions} positions that the base model was made for"
-            f" (lines {_shown(beyond)})"
-        )
+    refused = tuple(row.line for row in examples.refused)
+    first = f"; the first: {examples.refused[0].reason}" if refused else ""
+    lines_of = {
+        "rows without a token to train on": examples.dropped_lines,
+        "rows that lost trained tokens to max_length": examples.truncated_lines,
+        "rows that hold the text of control tokens, which was read as text": examples.control_lines,
+        f"rows that cannot be rendered as they should, and were left out{first}": refused,
+        **{f"rows that {note}": lines for note, lines in examples.notes.items()},
+        f"rows longer than the {capacity.positions} positions that the base model was made for": tuple(
+            dict.fromkeys(example.line for example in examples.train if len(example.input_ids) > most)
+        ),
+    }
+    found = [f"{what}: {len(lines):,} (lines {_shown(lines)})" for what, lines in lines_of.items() if lines]
+    if examples.truncated_rows:
+        found.append(f"rows that were cut to max_length: {examples.truncated_rows:,}")
     if planned.trained_tokens < 0.05 * planned.tokens:
         found.append(f"only {planned.trained_tokens / planned.tokens:.1%} of the tokens are trained")
     return tuple(found)

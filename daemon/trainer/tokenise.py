@@ -47,6 +47,7 @@ class _Chunk:
     control_lines: list[int] = field(default_factory=list)
     notes: dict[Note, list[int]] = field(default_factory=dict)
     end_ids: set[int] = field(default_factory=set)
+    whole_sizes: array[int] = field(default_factory=lambda: array("i"))
 
     def examples(self) -> Iterator[tuple[_EncodedRow, list[Example]]]:
         """Each row, and its samples that have a trained token."""
@@ -108,6 +109,7 @@ class _Work:
         for note in encoded.notes:
             chunk.notes.setdefault(note, []).append(row.line)
         chunk.end_ids |= encoded.end_ids
+        chunk.whole_sizes.extend(len(whole.ids) for whole in encoded.samples)
 
 
 @dataclass(kw_only=True)
@@ -125,11 +127,7 @@ class _Tally:
     control_lines: list[int] = field(default_factory=list)
     notes: dict[Note, list[int]] = field(default_factory=dict)
     end_ids: set[int] = field(default_factory=set)
-
-    @property
-    def rows(self) -> int:
-        """All rows that were read."""
-        return self.train_rows + self.held_out_rows + len(self.dropped) + len(self.refused)
+    whole_sizes: array[int] = field(default_factory=lambda: array("i"))
 
     def add(self, chunk: _Chunk, held_out_fraction: float) -> None:
         self.refused += chunk.refused
@@ -137,6 +135,7 @@ class _Tally:
         self.truncated_lines += chunk.truncated_lines
         self.control_lines += chunk.control_lines
         self.end_ids |= chunk.end_ids
+        self.whole_sizes += chunk.whole_sizes
         for note, lines in chunk.notes.items():
             self.notes.setdefault(note, []).extend(lines)
         for row, examples in chunk.examples():
@@ -164,6 +163,7 @@ class _Tally:
             control_lines=tuple(self.control_lines),
             notes={note: tuple(lines) for note, lines in sorted(self.notes.items())},
             end_ids=frozenset(self.end_ids),
+            whole_sizes=self.whole_sizes,
         )
 
 
@@ -175,6 +175,7 @@ def tokenise(
     read: Callable[[Item], Row | None],
     processes: int = 1,
     day: date | None = None,
+    keep_refused: bool = False,
 ) -> Examples:
     """Turn rows into Examples and split off the held-out ones by their content.
 
@@ -182,30 +183,40 @@ def tokenise(
     of the split, with all its samples, whatever else the file holds. When all rows fall on the held-out side (a file of
     one or two rows), they are trained and nothing is held out. More than one process only before CUDA starts: they are
     forks of this one. Raises what `read` raises, RunFailure(BAD_DATA) when no row has a trained token or one is at fault
-    that may not be skipped, RunFailure(CONFIG) when the tokenizer lacks what the rows need.
+    that may not be skipped, RunFailure(CONFIG) when the tokenizer lacks what the rows need. With `keep_refused` nothing of the
+    first two kinds is raised: `require_trainable` does.
     """
     encoder = Encoder(tokenizer, data, day=day)
     work = _Work(read=read, encoder=encoder, max_length=data.max_length, bos=tokenizer.bos_token_id)
     tally = _Tally()
     for chunk in _encode_all(chunks(items), work, processes):
         tally.add(chunk, data.held_out_fraction)
-        if tally.refused and data.on_bad_rows == "reject":
-            raise tally.refused[0].failure()
-    if len(tally.refused) > data.max_bad_fraction * tally.rows:
-        first = tally.refused[0]
+        if not keep_refused and tally.refused and data.on_bad_rows == "reject":
+            break
+    examples = tally.examples()
+    if not keep_refused:
+        require_trainable(examples, data)
+    return examples
+
+
+def require_trainable(examples: Examples, data: DataSettings) -> None:
+    """Raise RunFailure(BAD_DATA) when a row is at fault that may not be skipped, or when nothing would be learned."""
+    refused, rows = examples.refused, examples.rows
+    if refused and data.on_bad_rows == "reject":
+        raise refused[0].failure()
+    if len(refused) > data.max_bad_fraction * rows:
         raise RunFailure(
             FailureKind.BAD_DATA,
-            f"{len(tally.refused)} of {tally.rows} rows cannot be trained as they should, more than max_bad_fraction ="
-            f" {data.max_bad_fraction:g}; the first, line {first.line}: {first.reason}",
-            hint=first.hint,
+            f"{len(refused)} of {rows} rows cannot be trained as they should, more than max_bad_fraction ="
+            f" {data.max_bad_fraction:g}; the first, line {refused[0].line}: {refused[0].reason}",
+            hint=refused[0].hint,
         )
-    if not tally.train and not tally.held_out:
+    if not examples.train:
         raise RunFailure(
             FailureKind.BAD_DATA,
-            f"none of {tally.rows} rows has a token to train on within max_length = {data.max_length}",
+            f"none of {rows} rows has a token to train on within max_length = {data.max_length}",
             hint="look at train_on and max_length under [data], at empty answers, and at messages with weight 0",
         )
-    return tally.examples()
 
 
 def digest_tokens(examples: Iterable[Example]) -> str:

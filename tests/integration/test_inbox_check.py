@@ -94,13 +94,13 @@ def test_the_share_of_trained_tokens_comes_from_a_child_process(tmp_path: Path) 
             counting,
             "200, of them 77 trained (38.5%); 1 row is longer than max_length\n  trained     not before\n  tokens a row\n",
         ),
-        ("raise SystemExit('no tokenizer')", "not available: the trainer could not say: no tokenizer"),
-        ("print('hello')", "not available: the trainer's answer was not understood"),
+        ("raise SystemExit('no tokenizer')", "not checked: the trainer could not say: no tokenizer"),
+        ("print('hello')", "not checked: the trainer's answer was not understood"),
     ):
-        (report,) = check_files([path], settings, None, lengths_command=(sys.executable, "-c", code))
+        (report,) = check_files([path], settings, None, verdict_command=(sys.executable, "-c", code))
         assert report.accepted
         assert expected in render_text(report)
-    (report,) = check_files([path], settings, None, lengths_command=("/no/such/program",))
+    (report,) = check_files([path], settings, None, verdict_command=("/no/such/program",))
     assert "could not be asked" in report.tokens.reason
 
 
