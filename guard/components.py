@@ -59,6 +59,9 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     _identity("data.order_seed", "the resumed run skips rows by position: the order must be the same"),
     _identity("data.format", "decides which text of a row is trained"),
     _identity("data.columns", "decides which text of a row is trained"),
+    _identity(
+        "data.prompt_completion", "decides whether a prompt and its completion are turns or joined as they stand"
+    ),
     _identity("data.train_on", "decides which tokens carry loss"),
     _identity("data.max_length", "decides where rows are cut or dropped"),
     _identity("data.truncation", "decides what happens to rows that are too long"),
