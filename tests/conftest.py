@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from daemon.trainer.bootstrap import collector_paused
 from tests.support.root import Root
 
 # A shell that starts tests in the background has them ignore SIGINT, and every process that they start as well.
@@ -33,6 +34,13 @@ def pytest_xdist_auto_num_workers() -> int:
     """Half as many workers again as cores: tests of processes wait most of the time, for each other's ticks and ends."""
     cores = len(os.sched_getaffinity(0))
     return cores + cores // 2
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Import the tests without garbage collection: what they import stays, and is never looked at again."""
+    with collector_paused():
+        return (yield)
 
 
 @pytest.fixture
