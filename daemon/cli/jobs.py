@@ -102,7 +102,8 @@ def submit_file(
     placed = submit(settings, file, priority=priority, force=force, encoding=_known_encoding(encoding))
     if placed.converted is not None:
         notes = "".join(f"; {note}" for note in placed.converted.notes)
-        out.print(f"converted {placed.converted.rows:,} rows of {escape(str(file))}{notes}", markup=False)
+        rows = f"{placed.converted.rows:,} {'row' if placed.converted.rows == 1 else 'rows'}"
+        out.print(f"converted {rows} of {escape(str(file))}{notes}", markup=False)
     out.print(f"dropped {escape(str(placed.path))}", markup=False)
     if not wait:
         return

@@ -6,6 +6,7 @@ does not understand it refuses with the place: nothing is guessed or left out wi
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
 
+from daemon.dataset.keys import CONVERSATION_KEYS
 from daemon.dataset.recognise import SAMPLE_BYTES, marked_encoding, recognise, table_delimiter
 from daemon.dataset.rows import Rules
 from daemon.dataset.source import COMPRESSIONS, DatasetSource, SourceError, open_dataset
@@ -31,6 +33,7 @@ PARQUET_ROWS = 1024  # in memory at once
 TEXT_SUFFIXES = (".json", ".csv", ".tsv")
 CONVERTED_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 _LINE_BREAKS = re.compile(r"[\r\n]+")
+_PYTHON_LIST = re.compile(r"\s*\[\s*\{\s*'")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -285,7 +288,7 @@ def _table_lines(
                     "texts that hold the delimiter, quotes or line breaks need quotation marks around them",
                 )
             else:
-                row = {name: value for name, value in zip(header, record, strict=True) if name}
+                row = {name: _cell(name, value, found) for name, value in zip(header, record, strict=True) if name}
                 yield json.dumps(row, ensure_ascii=False)
     except csv.Error as error:
         words = str(error)
@@ -300,6 +303,21 @@ def _table_lines(
         ) from error
     finally:
         csv.field_size_limit(before)
+
+
+def _cell(name: str, value: str, found: Converted) -> object:
+    """A field's text; a conversation as Python prints lists, which is how pandas and `datasets` write it, as a list."""
+    if name not in CONVERSATION_KEYS or not _PYTHON_LIST.match(value):
+        return value
+    try:
+        turns = ast.literal_eval(value)
+        json.dumps(turns)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return value  # told by its row, which holds no conversation
+    note = f"{json.dumps(name)} was read as Python prints lists"
+    if note not in found.notes:
+        found.notes.append(note)
+    return turns
 
 
 def _header(record: Sequence[str], found: Converted) -> list[str]:

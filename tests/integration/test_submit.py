@@ -72,7 +72,7 @@ def test_rows_arrive_as_they_were(root: Root, tmp_path: Path, name: str, content
     assert done.returncode == 0, done.stderr
     stem = name.partition(".")[0]
     assert dropped(root) == {f"{stem}.jsonl": rows}
-    assert f"converted {len(rows):,} rows" in done.stdout
+    assert f"converted {len(rows):,} row" in done.stdout
 
 
 def test_numbers_are_not_rewritten(root: Root, tmp_path: Path) -> None:
@@ -87,6 +87,19 @@ def test_a_column_without_a_name_is_left_out_and_told(root: Root, tmp_path: Path
     done = root.run("submit", str(write(tmp_path / "x.csv", ",text\n0,a\n1,b\n")))
     assert dropped(root) == {"x.jsonl": [{"text": "a"}, {"text": "b"}]}
     assert "1 column without a name left out" in done.stdout
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr], ids=["json", "python"])
+def test_a_conversation_in_a_field_arrives_as_one(root: Root, tmp_path: Path, written: Callable[[Any], str]) -> None:
+    """As JSON, or as pandas and `datasets` print lists, which is told; the file then passes."""
+    turns = [{"role": "user", "content": "it's"}, {"role": "assistant", "content": 'a "test"'}]
+    field = written(turns).replace('"', '""')
+    path = write(tmp_path / "x.csv", f'messages,note\n"{field}","[{{\'a\': 1}}]"\n')
+    done = root.run("submit", str(path))
+    assert ("as Python prints lists" in done.stdout) is (written is repr)
+    (row,) = dropped(root)["x.jsonl"]
+    assert row == {"messages": turns if written is repr else json.dumps(turns), "note": "[{'a': 1}]"}
+    assert root.run("check", str(root.settings.inbox_dir / "x.jsonl")).returncode == 0
 
 
 def test_text_of_another_encoding_is_converted_when_it_is_named(root: Root, tmp_path: Path) -> None:
