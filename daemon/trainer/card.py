@@ -10,7 +10,7 @@ from daemon.versions import Version
 
 
 def model_card(spec: RunSpec, recipe: Recipe, planned: Plan, result: RunResult, parent: Version | None) -> str:
-    """Markdown with the metadata header that the Hub and peft read."""
+    """Return Markdown with the metadata header that the Hub and peft read."""
     training, lora = recipe.training, recipe.lora
     held_out = (
         f"{result.held_out_before:.4f} before, {result.held_out_after:.4f} after, over {planned.held_out_rows} rows"
@@ -52,7 +52,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 
 def _warnings(result: RunResult) -> str:
-    """What a person should look at, as a section; nothing where there is nothing."""
+    """Return the warnings as a section, empty when there are none."""
     if not result.warnings:
         return ""
     return "\n## Warnings of the run\n\n" + "".join(f"- {escape(warning, most=1000)}\n" for warning in result.warnings)

@@ -26,7 +26,6 @@ REQUEST_BYTES = 65_536
 # What a run imports beyond the three libraries, some of it late.
 PRELOADED_MODULES = (
     "daemon.trainer.train",
-    "daemon.trainer.card",
     "guard.callback",
     "peft.utils.transformers_weight_conversion",
     "torch.utils.serialization.config",

@@ -88,7 +88,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         self.remove_callback(PrinterCallback)  # the log has it all already
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Steps in `StepBatches`' order. Every process reads every step, and computes its share of the rows."""
+        """Return the steps in `StepBatches`' order. Every process reads every step, and computes its share of the rows."""
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
@@ -156,7 +156,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """This pass's share of the step's loss: the sum over its trained tokens, divided by those of the whole step.
+        """Return this pass's share of the step's loss: the sum over its trained tokens, divided by those of the step.
 
         Times the number of processes, because gradients are averaged over them.
         """
@@ -165,7 +165,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         return loss * distributed.world_size()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """A pass on the device, without waiting for what the device is computing: from pinned memory."""
+        """Move a pass to the device from pinned memory, without waiting for what the device computes."""
         if self.args.device.type != "cuda":
             return super()._prepare_inputs(inputs)
         return {

@@ -50,7 +50,7 @@ def timing(monitor: MonitorCallback) -> dict[str, Any]:
 
 
 def data_warnings(examples: Examples, planned: Plan, capacity: Capacity) -> tuple[str, ...]:
-    """What a person should know of the dataset before it is trained."""
+    """Return what the user should know of the dataset before it is trained."""
     most = capacity.positions or math.inf
     refused = tuple(row.line for row in examples.refused)
     first = f"; the first: {examples.refused[0].reason}" if refused else ""
@@ -75,7 +75,7 @@ def data_warnings(examples: Examples, planned: Plan, capacity: Capacity) -> tupl
 def training_warnings(
     *, before: float | None, after: float | None, spikes: list[tuple[int, float, float]]
 ) -> tuple[str, ...]:
-    """What a person should look at although the run succeeded."""
+    """Return what the user should look at although the run succeeded."""
     rose = before is not None and after is not None and after > before
     return (
         *([f"held-out loss rose from {before:.4f} to {after:.4f}"] if rose else []),

@@ -239,29 +239,7 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
     An interrupted run leaves its last checkpoint and no candidate. Raises RunFailure for a run that is not whole.
     """
     planned, monitor, model = data.plan, fitted.monitor, loaded.model
-    result = RunResult(
-        outcome=Outcome.SUCCEEDED,
-        steps_planned=planned.total_steps,
-        steps_run=fitted.steps_run,
-        start_step=start.step,
-        resumed_from=start.resumed_from,
-        verdict=start.prepared.verdict.kind.name.lower(),
-        reasons=start.prepared.verdict.reasons,
-        cleared=start.cleared,
-        train_loss=monitor.mean_loss,
-        held_out_before=loaded.held_out_before,
-        tokens_per_second=monitor.tokens_per_second,
-        tokens_trained=monitor.tokens,
-        rows=planned.rows,
-        samples=planned.samples,
-        refused_rows=len(data.examples.refused),
-        dropped_rows=planned.dropped_rows,
-        held_out_rows=planned.held_out_rows,
-        truncated_rows=data.examples.truncated_rows,
-        trained_share=planned.trained_tokens / planned.tokens,
-        spikes=tuple(step for step, _, _ in monitor.spikes),
-        warnings=data_warnings(data.examples, planned, data.capacity),
-    )
+    result = trained_result(data, start, loaded, fitted)
     if fitted.interrupted:
         return replace(
             result,
@@ -302,6 +280,34 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
     card = model_card(run.spec, run.recipe, planned, result, start.parent)
     (candidate / "README.md").write_text(card, encoding="utf-8")
     return result
+
+
+def trained_result(data: TrainingData, start: Start, loaded: LoadedModel, fitted: Fitted) -> RunResult:
+    """Return what is known when the training loop has ended, as that of a run that succeeds."""
+    planned, monitor = data.plan, fitted.monitor
+    return RunResult(
+        outcome=Outcome.SUCCEEDED,
+        steps_planned=planned.total_steps,
+        steps_run=fitted.steps_run,
+        start_step=start.step,
+        resumed_from=start.resumed_from,
+        verdict=start.prepared.verdict.kind.name.lower(),
+        reasons=start.prepared.verdict.reasons,
+        cleared=start.cleared,
+        train_loss=monitor.mean_loss,
+        held_out_before=loaded.held_out_before,
+        tokens_per_second=monitor.tokens_per_second,
+        tokens_trained=monitor.tokens,
+        rows=planned.rows,
+        samples=planned.samples,
+        refused_rows=len(data.examples.refused),
+        dropped_rows=planned.dropped_rows,
+        held_out_rows=planned.held_out_rows,
+        truncated_rows=data.examples.truncated_rows,
+        trained_share=planned.trained_tokens / planned.tokens,
+        spikes=tuple(step for step, _, _ in monitor.spikes),
+        warnings=data_warnings(data.examples, planned, data.capacity),
+    )
 
 
 def make_collator(model: PeftModel, recipe: Recipe, examples: Examples, pad_token_id: int) -> Collator:
