@@ -35,7 +35,8 @@ from daemon.dataset.values import JsonPath, RowError, UnusedKeys, first_present,
 Message = dict[str, Any]
 
 _TEXT_PARTS = (None, "", "text", "input_text", "output_text")
-_THOUGHT_PARTS = ("thinking", "reasoning", "reasoning_content")
+_THOUGHT_PARTS = ("thinking", "reasoning", "reasoning_content", "reasoning.text", "reasoning.summary")
+_THOUGHT_KEYS = ("thinking", "reasoning", "reasoning_content", "summary")
 _PART_TEXT_KEYS = ("text", "value", "content")
 _MASKS, _SYSTEM, _TOOLS = frozenset(ROW_MASK_KEYS), frozenset(SYSTEM_KEYS), frozenset(TOOLS_KEYS)
 _PLAIN_TURN = frozenset(("role", "content"))
@@ -49,6 +50,7 @@ _READ_BY_ROLE: Mapping[str, frozenset[str]] = {
 }
 _READ_IN_PAIRS = frozenset((*USER_KEYS, *ASSISTANT_KEYS, *MASK_KEYS, "system"))
 _KNOWN_ROLES = ", ".join(ROLES)
+_DETAILS = REASONING_KEYS[-1]
 _USE_TOOL_CALLS = 'give calls as "tool_calls" of the assistant\'s turn, and results as turns of the role "tool"'
 
 
@@ -190,13 +192,16 @@ class Conversation:
         return json.dumps(value, ensure_ascii=False)
 
     def _reasoning(self, turn: Mapping[str, Any], thought: str, path: JsonPath) -> str:
-        key = single_key(turn, REASONING_KEYS, path)
-        if key is None:
+        """The turn's reasoning; the details that some services repeat it in count where nothing else says it."""
+        words = REASONING_KEYS[:-1]
+        key = single_key(turn, words, path) or (_DETAILS if is_given(turn.get(_DETAILS)) else None)
+        if key is None or (key == _DETAILS and thought):
             return thought
-        value, _ = read_content(turn[key], (*path, key), self.unused)
-        if thought and value != thought:
+        value, parts = read_content(turn[key], (*path, key), self.unused)
+        said = value or parts
+        if thought and said != thought:
             raise RowError((*path, key), "it contradicts the reasoning among the content's parts")
-        return value or ""
+        return said
 
 
 def read_content(content: Any, path: JsonPath, unused: UnusedKeys) -> tuple[str | None, str]:
@@ -218,11 +223,11 @@ def read_content(content: Any, path: JsonPath, unused: UnusedKeys) -> tuple[str 
         elif kind in _THOUGHT_PARTS:
             if any(texts):
                 raise RowError(here, "reasoning behind the content; it must come before it")
-            thoughts.append(_part_text(part, (*_THOUGHT_PARTS, *_PART_TEXT_KEYS), here, unused))
+            thoughts.append(_part_text(part, (*_THOUGHT_KEYS, *_PART_TEXT_KEYS), here, unused))
         else:
             hint = _USE_TOOL_CALLS if str(kind).startswith("tool") else "leave the row out, or keep its text only"
             raise RowError((*here, "type"), f"a part of type {kind!r}; only text can be trained", hint)
-    return ("".join(texts) if content else None), "".join(thoughts)
+    return ("".join(texts) if texts or not thoughts else None), "".join(thoughts)
 
 
 def _part_text(part: Mapping[str, Any], keys: Sequence[str], path: JsonPath, unused: UnusedKeys) -> str:

@@ -21,11 +21,14 @@ TOOLS_KEYS = ("tools", "functions")
 HISTORY_KEY = "history"
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "parts")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
-MASK_KEYS = (
-    "weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale", "loss_weight", "train_mask", "mask"
+REASONING_KEYS = (
+    "reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think", "thinking_content", "reasoning_text",
+    "chain_of_thought", "cot", "tool_plan", "reasoning_details"
 )  # fmt: skip
-ROW_MASK_KEYS = (*MASK_KEYS, "weights", "loss_masks", "loss_scales", "loss_weights", "masks", "turn_mask")
+MASK_KEYS = (
+    "weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale", "loss_weight", "train_mask"
+)  # fmt: skip
+ROW_MASK_KEYS = (*MASK_KEYS, "weights", "loss_masks", "loss_scales", "loss_weights", "turn_mask")
 SAMPLE_WEIGHT_KEYS = ("sample_weight", "example_weight")
 USER_KEYS = ("human", "user", "input", "query")  # of a turn that is a pair
 ASSISTANT_KEYS = ("assistant", "gpt", "bot", "model", "output", "response")
@@ -125,6 +128,10 @@ def _text_or_list(value: Any, answers: bool) -> bool:
     return isinstance(value, str | list | dict)
 
 
+def _answer_or_verdict(value: Any, answers: bool) -> bool:
+    return isinstance(value, str | list | dict | bool)
+
+
 def _scores(value: Any, answers: bool) -> bool:
     return answers and isinstance(value, list)
 
@@ -157,6 +164,16 @@ def _verdict(value: Any, answers: bool) -> bool:
     if isinstance(value, str):
         return answers and value.strip().casefold() in _VERDICTS
     return isinstance(value, bool) or (answers and is_number(value))
+
+
+def _true(value: Any, answers: bool) -> bool:
+    return value is True or (is_number(value) and value != 0)
+
+
+def _any_mask(value: Any, answers: bool) -> bool:
+    if isinstance(value, str):  # NeMo's: the speaker who is not learned
+        return role_named(value) == "assistant"
+    return isinstance(value, bool | list) or is_number(value)
 
 
 def _not_one(value: Any, answers: bool) -> bool:
@@ -258,8 +275,8 @@ REFUSED: tuple[Refused, ...] = (
         names=("positive", "negative", "better", "worse", "winner", "loser", "accepted", "accepted_response"),
         meaning="holds an answer or a text to prefer or to avoid (preference data), which cannot be trained here",
         advice=_WITHOUT_PAIRS,
-        values="text or a list",
-        applies=_text_or_list,
+        values="text, a list, true or false",
+        applies=_answer_or_verdict,
     ),
     Refused(
         names=("completions", "responses", "candidates"),
@@ -270,7 +287,10 @@ REFUSED: tuple[Refused, ...] = (
         applies=_list,
     ),
     Refused(
-        names=("label", "kto_tag", "kto_label", "desirable", "is_desirable", "is_chosen", "is_preferred", "is_rejected"),
+        names=(
+            "label", "kto_tag", "kto_label", "desirable", "is_desirable", "is_chosen", "is_preferred", "is_rejected",
+            "is_good", "is_bad", "good", "bad", "thumbs_up", "thumbs_down", "is_accepted",
+        ),
         meaning="says whether the answer is good or bad, or which class it is of (KTO, reward models, classification); "
         "bad answers would be learned as good ones",
         advice="keep the rows whose answers are to be learned, and remove the key from them",
@@ -287,6 +307,20 @@ REFUSED: tuple[Refused, ...] = (
         advice="keep the rows and turns that are to be learned, and remove the key",
         values="a list beside answers",
         applies=_scores,
+    ),
+    Refused(
+        names=("mask", "masks"),
+        meaning="chooses what is learned, and trainers differ in whether 1 is learned or left out",
+        advice='say it as "weight": 1 for turns that are learned, 0 for the others',
+        values="true, false, a number, a list, or a name of the assistant",
+        applies=_any_mask,
+    ),
+    Refused(
+        names=("masked", "mute", "muted", "ignore", "ignored", "ignore_loss", "no_loss", "skip_loss"),
+        meaning="leaves something out of what is learned, under a name of no known trainer",
+        advice='say it as "weight": 0 in the turns that are not to be learned',
+        values="true, or a number that is not 0",
+        applies=_true,
     ),
     Refused(
         names=SAMPLE_WEIGHT_KEYS,
@@ -376,7 +410,11 @@ _BY_NAME: Mapping[Place, Mapping[str, Refused]] = {
 @lru_cache(maxsize=4096)
 def refused(key: str, place: Place) -> Refused | None:
     """The group of refused keys that a key belongs to, however it is capitalised or joined."""
-    return _BY_NAME[place].get(key.casefold().replace("-", "_").replace(" ", "_"))
+    name = key.casefold().replace("-", "_").replace(" ", "_")
+    groups = _BY_NAME[place]
+    if name not in groups and (name.startswith("rejected_") or name.endswith("_rejected")):
+        return groups["rejected"]  # the worse of two, of whatever kind
+    return groups.get(name)
 
 
 def refuses(key: str, value: Any, place: Place, *, answers: bool) -> Refused | None:

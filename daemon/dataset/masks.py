@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from daemon.dataset.keys import MASK_KEYS, ROW_MASK_KEYS, is_given, is_number, role_named
+from daemon.dataset.keys import MASK_KEYS, ROW_MASK_KEYS, is_given, is_number
 from daemon.dataset.values import JsonPath, RowError, UnusedKeys
 
 
@@ -50,10 +50,6 @@ def apply_row_masks(row: Mapping[str, Any], messages: list[dict[str, Any]], unus
             if not value:
                 for message in answers:
                     _set_weight(message, value, path)
-        elif _names_muted_speaker(value):
-            continue
-        elif isinstance(value, str) and key == "mask" and role_named(value) == "assistant":
-            raise RowError(path, "it mutes the assistant, and only the assistant's turns can be learned")
         elif is_mask(key, value):
             raise _not_binary(path)
         else:
@@ -68,11 +64,6 @@ def is_mask(key: str, value: Any) -> bool:
 def is_binary(value: Any) -> bool:
     """Whether a mask's value is one: 0, 1, false or true."""
     return isinstance(value, bool) or (is_number(value) and value in (0, 1))
-
-
-def _names_muted_speaker(value: Any) -> bool:
-    """Whether it is NeMo's `"mask": "User"`, the speaker who is not learned."""
-    return isinstance(value, str) and role_named(value) in ("user", "system")
 
 
 def _set_weight(message: dict[str, Any], value: Any, path: JsonPath) -> None:

@@ -40,6 +40,7 @@ NOT_LEARNED = (
     "data_source", "ability", "dataset", "subset", "model", "generator", "type", "task", "difficulty", "level", "domain",
     "license", "version", "name", "author", "tags", "label", "hash", "status", "conversation_id", "timestamp", "role",
 )  # fmt: skip
+ASKING_NAMES = PROMPT_NAMES[:8]  # a text of these alone is a question without its answer
 KEYS_SHOWN = 8
 
 
@@ -101,7 +102,7 @@ def _columns(row: Mapping[str, Any]) -> Iterator[Columns]:
     if len(rest) == 2:
         yield Columns(prompt=rest[0], completion=rest[1])
     named = [key for key in rest if texts[key] in TEXT_NAMES]
-    if len(rest) == 1 or named:
+    if named or (len(rest) == 1 and texts[rest[0]] not in ASKING_NAMES):
         yield Columns(text=(named or rest)[0])
 
 
