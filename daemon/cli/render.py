@@ -61,7 +61,8 @@ def status_view(snapshot: Mapping[str, Any]) -> RenderableType:
         grid.add_row("warning", Text(printable(str(warning), most=400), style="yellow"))
     parts.append(grid)
     if snapshot.get("recent"):
-        parts += ["", recent_jobs(snapshot["recent"][:10])]
+        recent = snapshot["recent"][:10]
+        parts += ["", recent_jobs(recent), *(_run_warnings(entry) for entry in recent if entry.get("warnings"))]
     return Group(*parts)
 
 
@@ -260,6 +261,13 @@ def recent_jobs(entries: Sequence[Mapping[str, Any]]) -> Table:
             )
         )
     return _job_table(rows)
+
+
+def _run_warnings(entry: Mapping[str, Any]) -> Text:
+    """What the run of a finished job warned of first, and where the rest stands."""
+    first, *more = entry["warnings"]
+    rest = f"; {len(more)} more in `dropforge show {printable(str(entry['id']))}`" if more else ""
+    return Text(f"{printable(str(entry['dataset']), most=60)}: {printable(str(first), most=300)}{rest}", style="yellow")
 
 
 def _job_table(rows: Sequence[tuple[Text, ...]]) -> Table:

@@ -60,6 +60,7 @@ def report_json(
         "file_deleted": file_deleted,
         "dataset": job.dataset,
         "rows": rows,
+        "warnings": job.result.warnings if job.result is not None else (),
         "trainer": trainer,
         "retry": retry_command(job),
     }
@@ -94,6 +95,8 @@ def report_text(
         lines.append(f"  failure   {job.failure}")
     if job.result is not None and job.result.hint and job.state is JobState.FAILED:
         lines.append(f"  hint      {escape(job.result.hint, most=1000)}")
+    for warning in job.result.warnings if job.result is not None else ():
+        lines.append(f"  warning   {escape(warning, most=1000)}")
     if file_deleted:
         lines.append('  the file was deleted after training, as on_success = "delete" says')
     if rows is not None:

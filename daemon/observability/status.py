@@ -30,6 +30,7 @@ STATES = ("starting", "idle", "training", "waiting", "paused", "stopping", "stop
 RECENT_JOBS = 20
 WAITING_FILES = 50  # of more, the count is shown
 WARNINGS = 50
+RUN_WARNINGS = 5  # of each finished job
 TEXT_CHARACTERS = 300
 # A heartbeat that is so much older than it should be means that the loop hangs: a tick never takes that long.
 MISSED_HEARTBEATS = 10
@@ -114,6 +115,7 @@ class FinishedJob(TypedDict):
     steps: int | None
     held_out_before: float | None
     held_out_after: float | None
+    warnings: Annotated[list[str], Meta(description="Of its run, the first few; `dropforge show` has all.")]
     updated_at: str
 
 
@@ -290,5 +292,8 @@ def finished_job(job: Job) -> FinishedJob:
         "steps": result.steps_run if result else None,
         "held_out_before": result.held_out_before if result else None,
         "held_out_after": result.held_out_after if result else None,
+        "warnings": [escape(warning, most=TEXT_CHARACTERS) for warning in result.warnings[:RUN_WARNINGS]]
+        if result
+        else [],
         "updated_at": job.updated_at,
     }

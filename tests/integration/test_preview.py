@@ -211,3 +211,23 @@ def test_check_says_when_tokens_were_not_checked(make_root: MakeRoot, tmp_path: 
     assert done.returncode == 0
     assert "rows good, tokens not checked: " in done.stdout
     assert ": good" not in done.stdout
+
+
+def test_what_a_run_warns_of_stands_beside_the_data_and_in_show_status_and_card(
+    make_root: MakeRoot, tiny_base: Path, tmp_path: Path
+) -> None:
+    root = make_root(base_model=tiny_base, tables={"data": {"held_out_fraction": 0.0}})
+    root.drop("x.jsonl", write(tmp_path, CHAT, {"messages": CHAT["messages"][:1]}))
+    root.run("run", "--once")
+    job = root.finished("x.jsonl")
+    assert job.state is JobState.SUCCEEDED, job.reason
+    folder = root.settings.inbox_dir / "done" / job.id
+    said = "rows without a token to train on: 1 (lines 2)"
+    assert said in (folder / "report.txt").read_text()
+    assert said in json.loads((folder / "report.json").read_text())["warnings"]
+    assert said in root.run("show", job.id).stdout
+    status = root.status()
+    assert status is not None
+    assert said in status["recent"][0]["warnings"]
+    assert said in root.run("status").stdout
+    assert said in (root.settings.model_dir / "latest" / "README.md").read_text()
