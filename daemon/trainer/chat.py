@@ -101,7 +101,7 @@ def split(template: OneTemplate, messages: Sequence[Message], tools: Any, learn:
 
     Raises ConversationError.
     """
-    rendering = _Rendering(template, template.adapted(messages), tools)
+    rendering = _Rendering(template, template.adapted(messages), template.adapted_tools(tools))
     try:
         if learn.all_from is None:
             return rendering.turns(learn.turns)

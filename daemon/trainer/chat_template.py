@@ -16,7 +16,18 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from daemon.job import FailureKind
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.message_forms import QUESTION, Forms, Message, adapt, answered, called, find_forms, user
+from daemon.trainer.message_forms import (
+    QUESTION,
+    Forms,
+    Message,
+    adapt,
+    answered,
+    bare_tool,
+    called,
+    fill_tool,
+    find_forms,
+    user,
+)
 
 Span = tuple[int, int]  # characters, end exclusive
 Switches = Mapping[str, Any]  # what a caller of apply_chat_template may pass besides messages and tools
@@ -97,6 +108,15 @@ class OneTemplate:
         """The messages in the forms that this template takes."""
         return [adapt(message, self.forms) for message in messages]
 
+    def adapted_tools(self, tools: Any) -> Any:
+        """The definitions of functions, filled up where this template cannot do without what they lack."""
+        return [fill_tool(tool) for tool in tools] if tools and self._fills_tools else tools
+
+    @cached_property
+    def _fills_tools(self) -> bool:
+        question, tool = self.adapted([user(QUESTION)]), bare_tool()
+        return self._tried(question, [tool]) is None and self._tried(question, [fill_tool(tool)]) is not None
+
     @cached_property
     def forms(self) -> Forms:
         """The forms that it takes."""
@@ -153,9 +173,9 @@ class OneTemplate:
             return ""
         return next((token for token in self.special if longer.startswith(token, len(shorter))), "")
 
-    def _tried(self, messages: list[Message], *, generation_prompt: bool = False) -> str | None:
+    def _tried(self, messages: list[Message], tools: Any = None, *, generation_prompt: bool = False) -> str | None:
         try:
-            return self.text(messages, None, generation_prompt=generation_prompt)
+            return self.text(messages, tools, generation_prompt=generation_prompt)
         except TemplateError:
             return None
 

@@ -64,6 +64,17 @@ def thought_apart(message: Message) -> Message:
     return {**message, "reasoning_content": found[1].strip("\n"), "content": found[2].lstrip("\n")}
 
 
+def fill_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A function's definition with a description and parameters, empty where it has none."""
+    empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    return {**tool, "function": {**empty, **tool["function"]}}
+
+
+def bare_tool() -> dict[str, Any]:
+    """A made-up function of which nothing but the name is known."""
+    return {"type": "function", "function": {"name": _NAME}}
+
+
 def find_forms(render: Render) -> Forms:
     """Of every form the first that loses nothing; else the first that is rendered at all."""
     forms = _best(

@@ -331,6 +331,15 @@ def test_what_is_lost_from_a_context_is_noted(tiny: Any, kind: str) -> None:
     assert divided(tiny, template, messages, tools).notes == notes
 
 
+def test_a_function_without_description_is_one_with_an_empty_one_where_the_template_needs_it(tiny: Any) -> None:
+    needs = (
+        "{% for tool in tools %}{{ tool.function.name + ': ' + tool.function.description + ' ' }}{% endfor %}" + NESTING
+    )
+    bare = [{"type": "function", "function": {"name": "look"}}]
+    [sample] = divided(tiny, needs, CHAT[:2], bare).samples
+    assert sample.text.startswith("look:  <|user|>one?")
+
+
 def test_learned_ends_are_named(tiny: Any) -> None:
     assert divided(tiny, NESTING, CHAT).ends == {"<|end|>"}
     assert divided(tiny, CLOSES, CHAT).ends == {"<|tool|>"}
