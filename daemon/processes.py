@@ -12,6 +12,7 @@ from pathlib import Path
 from daemon.text import escape
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 VMSTAT = Path("/proc/vmstat")
 
 
@@ -77,6 +78,11 @@ def die_with_parent(parent_pid: int | None = None, *, by: signal.Signals = signa
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
     if parent_pid is not None and os.getppid() != parent_pid:
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of its descendants whose own parent ends, so that it can reap them."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def prefer_oom_kill() -> None:

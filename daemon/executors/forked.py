@@ -8,7 +8,6 @@ than those installed now) a job starts as with LocalExecutor, and a server is st
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import socket
@@ -23,9 +22,9 @@ from typing import Any
 from daemon.executors.base import Exit
 from daemon.executors.local import LocalExecutor
 from daemon.job import RunSpec
+from daemon.processes import adopt_orphans
 from daemon.run_dir import LOG_NAME
 
-_PR_SET_CHILD_SUBREAPER = 36
 ANSWER_SECONDS = 5.0
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "dropforge")
 SERVER = (sys.executable, "-P", "-m", "daemon.trainer.fork_server")
@@ -46,7 +45,7 @@ class ForkedExecutor(LocalExecutor):
         self._idle_seconds = idle_seconds
         self._server: ForkServer | None = None
         self._groups: set[int] = set()  # process groups of ended trainers, whose orphans are ours to reap
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
 
     @property
     def is_ready(self) -> bool:

@@ -178,7 +178,7 @@ def test_order_can_be_changed_while_jobs_wait(make_root: MakeRoot) -> None:
 def test_a_lost_run_keeps_its_checkpoints_while_others_wait(make_root: MakeRoot) -> None:
     """A trainer that died backs off; what waits behind it, or comes urgently meanwhile, does not take its place."""
     root = make_root(
-        behaviour={"1": {"die_at": 45, "step_seconds": 0.02}}, tables={**STEPS, "queue": {"retry_seconds": 2.0}}
+        behaviour={"1": {"die_at": 45, "step_seconds": 0.02}}, tables={**STEPS, "queue": {"retry_seconds": 6.0}}
     )
     root.start()
     root.drop("a.jsonl", texts(60, "a"))
