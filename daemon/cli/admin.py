@@ -67,7 +67,7 @@ def logs(
     path = log_path(context.obj.settings)
     if not path.exists():
         raise context.obj.not_yet("read", path, "there is no log yet")
-    wanted = log_reader.EventFilter(job=job, level=level.value)
+    selection = log_reader.EventFilter(job=job, level=level.value)
     most = lines if lines is not None else None if job else BACKLOG
     reader = log_reader.LogReader(path)
     colours = sys.stdout.isatty() and not out.no_color
@@ -78,7 +78,7 @@ def logs(
             flush=follow,
         )
 
-    found = log_reader.newest(reader.read(), wanted, most)
+    found = log_reader.newest(reader.read(), selection, most)
     is_known = not job
     for raw, event in found:
         print_event(raw, event)
@@ -91,7 +91,7 @@ def logs(
     try:
         while follow:
             for raw, event in reader.read():
-                if wanted(event):
+                if selection(event):
                     print_event(raw, event)
             time.sleep(FOLLOW_SECONDS)
     except KeyboardInterrupt:
@@ -103,10 +103,10 @@ def logs(
 def log_path(settings: Settings) -> Path:
     """Where the daemon of this root writes its log; under systemd the unit decides that, and the status file says it."""
     try:
-        told = (read_status(settings.status_path) or {}).get("log_path")
+        reported = (read_status(settings.status_path) or {}).get("log_path")
     except (OSError, ValueError):
-        told = None
-    return Path(told) if isinstance(told, str) and told and Path(told).exists() else settings.log_path
+        reported = None
+    return Path(reported) if isinstance(reported, str) and reported and Path(reported).exists() else settings.log_path
 
 
 @app.command("doctor", rich_help_panel=MACHINE)

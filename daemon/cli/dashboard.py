@@ -74,11 +74,11 @@ def _job(job: Mapping[str, Any], width: int) -> list[RenderableType]:
     name = f"{printable(str(job['id']))}  {printable(str(job['dataset']))}  attempt {job['attempt']}"
     step, total = int(job.get("step") or 0), int(job.get("total_steps") or 0)
     eta = job.get("eta_seconds")
-    told = f" {step}/{total}  {step / total:4.0%}" if total else f" {escape(str(job.get('phase', '')))}"
-    told += f"  {format_duration(float(eta))} left" if eta is not None else ""
-    room = max(10, width - len(told) - 2)
+    tail = f" {step}/{total}  {step / total:4.0%}" if total else f" {escape(str(job.get('phase', '')))}"
+    tail += f"  {format_duration(float(eta))} left" if eta is not None else ""
+    room = max(10, width - len(tail) - 2)
     filled = round(room * step / total) if total else 0
-    bar = Text.assemble((("━" * filled), "cyan"), (("━" * (room - filled)), "dim"), told)
+    bar = Text.assemble((("━" * filled), "cyan"), (("━" * (room - filled)), "dim"), tail)
     lines: list[RenderableType] = [_fit(Text(name, style="bold")), _fit(bar)]
     losses = [loss for _, loss in job.get("losses") or ()]
     if losses:
@@ -94,12 +94,12 @@ def _facts(snapshot: Mapping[str, Any]) -> Table:
     counts = {name: number for name, number in snapshot.get("queue", {}).items() if number}
     grid.add_row("queue", ", ".join(f"{number} {printable(str(name))}" for name, number in counts.items()) or "empty")
     model = snapshot.get("model")
-    told = (
+    current = (
         f"version {printable(str(model['version']))}, from {printable(str(model['dataset']))}"
         if model
         else "no version yet"
     )
-    grid.add_row("model", told)
+    grid.add_row("model", current)
     for device in snapshot.get("gpu") or ():
         used, size = float(device["used_bytes"]) / 2**30, float(device["total_bytes"]) / 2**30
         grid.add_row("gpu", f"{escape(str(device['name']))}  {used:.1f} of {size:.1f} GiB")

@@ -31,10 +31,10 @@ from daemon.observability.status import read_status
 from daemon.store import JobStore
 from daemon.versions import current_version
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 DROPFORGE = (sys.executable, "-P", "-m", "daemon")
 MARGIN = 22  # time and word before each text
-TIMEOUT_SECONDS = 900.0  # a hang ends; a busy machine does not
+HANG_SECONDS = 900.0  # a hang ends; a busy machine does not
 TABLES: Mapping[str, Mapping[str, Any]] = {
     "inbox": {"settle_seconds": 0.5},
     "queue": {"retry_seconds": 3.0},
@@ -155,10 +155,10 @@ class _Stage:
 
     def __init__(self, console: Console, settings: Settings, daemon: subprocess.Popen[bytes]) -> None:
         self._settings, self._daemon = settings, daemon
-        self._deadline = time.monotonic() + TIMEOUT_SECONDS
+        self._deadline = time.monotonic() + HANG_SECONDS
         self.story = Story(console, settings.log_path)
 
-    def until(self, condition: Callable[[], T]) -> T:
+    def until(self, condition: Callable[[], _T]) -> _T:
         """Print the log until `condition` is true; returns its value. Raises DropforgeError when it cannot become so."""
         while True:
             for _ in self.story.tell():
@@ -175,7 +175,7 @@ class _Stage:
             if time.monotonic() > self._deadline:
                 raise DropforgeError(
                     operation="show the demonstration",
-                    cause=f"it took longer than {TIMEOUT_SECONDS:.0f} s",
+                    cause=f"it took longer than {HANG_SECONDS:.0f} s",
                     hint=f"is the machine very busy? The log is {self._settings.log_path}",
                 )
             time.sleep(0.05)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 from daemon import config
 from daemon.config import Settings
 from daemon.errors import DropforgeError
-from daemon.inbox.layout import NameKind, name_kind, watched_folders
+from daemon.inbox.layout import UNFINISHED_SECONDS, NameKind, name_kind, watched_folders
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
 from daemon.inbox.strays import find_strays
 from daemon.inbox.watcher import mounted_type, remote_type
@@ -36,7 +36,6 @@ LEAST_FREE_BYTES, LITTLE_FREE_BYTES = 2**30, 10 * 2**30
 LEAST_INOTIFY_WATCHES, LEAST_INOTIFY_INSTANCES = 1024, 16
 OLDEST_SYSTEMD = 252
 SHOWN_FILES = 10  # of the inbox
-UNFINISHED_SECONDS = 600.0  # without a change, before a file that is still to be renamed is told of
 EARLIEST_CLOCK = 1_767_225_600  # 2026: a clock before this was never set
 # What a trainer would meet; in a process of its own, because only the trainer's packages import torch.
 _PROBE = """
@@ -64,12 +63,12 @@ class Finding:
 
     name: str
     verdict: Severity
-    told: str
+    message: str
     hint: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json."""
-        return asdict(self)
+        """For --json, where the message has the key `told`."""
+        return {"name": self.name, "verdict": self.verdict, "told": self.message, "hint": self.hint}
 
 
 def examine(root: Path) -> list[Finding]:
@@ -94,19 +93,21 @@ def _guarded(name: str, check: Callable[[Any], Iterator[Finding]], settings: Set
 
 
 def _python(settings: Settings | None) -> Iterator[Finding]:
-    told = f"Python {sys.version.split()[0]}, dropforge {_version('dropforge') or 'not installed as a package'}"
+    message = f"Python {sys.version.split()[0]}, dropforge {_version('dropforge') or 'not installed as a package'}"
     yield (
-        _ok("python", told) if sys.version_info >= (3, 11) else _fail("python", told, "Python 3.11 or newer is needed")
+        _ok("python", message)
+        if sys.version_info >= (3, 11)
+        else _fail("python", message, "Python 3.11 or newer is needed")
     )
 
 
 def _packages(settings: Settings) -> Iterator[Finding]:
     for other in sorted(set(packages_distributions().get("daemon", ())) - {"dropforge"}):
-        told = f"{other} {_version(other)} has the import name `daemon` too: the one installed last overwrote a file of both"
-        yield _warn("packages", told, "install dropforge into a virtual environment of its own")
+        message = f"{other} {_version(other)} has the import name `daemon` too: the one installed last overwrote a file of both"
+        yield _warn("packages", message, "install dropforge into a virtual environment of its own")
     ours = tuple(settings.executor.command) == tuple(config.ExecutorSettings().command)
     missing = [name for name in TRAINING_PACKAGES if _version(name) is None]
-    told = ", ".join(f"{name} {_version(name)}" for name in TRAINING_PACKAGES if _version(name))
+    message = ", ".join(f"{name} {_version(name)}" for name in TRAINING_PACKAGES if _version(name))
     for name, found, least in _too_old():
         yield _fail("packages", f"{name} {found} is older than {least}", f"`pip install --upgrade '{name}>={least}'`")
     if missing and ours:
@@ -114,7 +115,7 @@ def _packages(settings: Settings) -> Iterator[Finding]:
     elif missing:
         yield _ok("packages", f"the trainer has an environment of its own: {settings.executor.command[0]}")
     else:
-        yield _ok("packages", told)
+        yield _ok("packages", message)
 
 
 def _gpu(settings: Settings) -> Iterator[Finding]:
@@ -138,8 +139,8 @@ def _gpu(settings: Settings) -> Iterator[Finding]:
         for name, free, total in found["devices"]:
             yield _ok("gpu", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {found['cuda']}")
     elif has_card:
-        told = f"there is an NVIDIA card, but torch {found['torch']} (CUDA {found['cuda']}) does not see it"
-        yield _fail("gpu", told, "is torch a build for this driver's CUDA? May this user open /dev/nvidia*?")
+        message = f"there is an NVIDIA card, but torch {found['torch']} (CUDA {found['cuda']}) does not see it"
+        yield _fail("gpu", message, "is torch a build for this driver's CUDA? May this user open /dev/nvidia*?")
     else:
         yield _warn("gpu", "no GPU: training runs on the CPU", "fine for a first try; real models want a GPU")
     if driver.exists():
@@ -155,24 +156,24 @@ def _disk(settings: Settings) -> Iterator[Finding]:
             continue
         seen.add(device)
         free = shutil.disk_usage(existing).free
-        told = f"{free / 2**30:.1f} GiB free for {folder}"
+        message = f"{free / 2**30:.1f} GiB free for {folder}"
         if free < LEAST_FREE_BYTES:
-            yield _fail("disk", told, "checkpoints need room; free some, or move [paths] to another disk")
+            yield _fail("disk", message, "checkpoints need room; free some, or move [paths] to another disk")
         elif free < LITTLE_FREE_BYTES:
-            yield _warn("disk", told, "a large model's checkpoints may not fit")
+            yield _warn("disk", message, "a large model's checkpoints may not fit")
         else:
-            yield _ok("disk", told)
+            yield _ok("disk", message)
 
 
 def _inotify(settings: Settings) -> Iterator[Finding]:
     limits = Path("/proc/sys/fs/inotify")
     watches = int((limits / "max_user_watches").read_text())
     instances = int((limits / "max_user_instances").read_text())
-    told = f"{watches} watches, {instances} instances a user"
+    message = f"{watches} watches, {instances} instances a user"
     if watches < LEAST_INOTIFY_WATCHES or instances < LEAST_INOTIFY_INSTANCES:
-        yield _warn("inotify", told, "`sysctl fs.inotify.max_user_watches=65536 fs.inotify.max_user_instances=256`")
+        yield _warn("inotify", message, "`sysctl fs.inotify.max_user_watches=65536 fs.inotify.max_user_instances=256`")
     else:
-        yield _ok("inotify", told)
+        yield _ok("inotify", message)
 
 
 def _inbox(settings: Settings) -> Iterator[Finding]:
@@ -191,15 +192,15 @@ def _inbox(settings: Settings) -> Iterator[Finding]:
 
 def _dropped(settings: Settings) -> Iterator[Finding]:
     """What lies in the inbox and is not taken as it is."""
-    told = [f"{escape(stray.folder)}/{escape(stray.name)}: {stray.reason}" for stray in find_strays(settings)]
+    message = [f"{escape(stray.folder)}/{escape(stray.name)}: {stray.reason}" for stray in find_strays(settings)]
     for folder in watched_folders(settings).values():
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if (reason := _why_not_taken(path)) is not None:
-                told.append(f"{escape(str(path.relative_to(settings.inbox_dir)))}: {reason}")
-    for line in told[:SHOWN_FILES]:
+                message.append(f"{escape(str(path.relative_to(settings.inbox_dir)))}: {reason}")
+    for line in message[:SHOWN_FILES]:
         yield _warn("inbox", line, "")
-    if len(told) > SHOWN_FILES:
-        yield _warn("inbox", f"and {len(told) - SHOWN_FILES} more files that are not taken as they are", "")
+    if len(message) > SHOWN_FILES:
+        yield _warn("inbox", f"and {len(message) - SHOWN_FILES} more files that are not taken as they are", "")
 
 
 def _why_not_taken(path: Path) -> str | None:
@@ -233,8 +234,10 @@ def _permissions(settings: Settings) -> Iterator[Finding]:
         yield _ok("permissions", f"{name} may write to inbox, model and state")
     owner = _nearest(settings.state_dir).stat().st_uid
     if os.geteuid() == 0 and owner != 0:  # root may do everything, which says nothing of the service
-        told = f"this is root's view; {settings.state_dir} belongs to {_user(owner)}"
-        yield _warn("permissions", told, f"`runuser -u {_user(owner)} -- dropforge doctor` sees what the service sees")
+        message = f"this is root's view; {settings.state_dir} belongs to {_user(owner)}"
+        yield _warn(
+            "permissions", message, f"`runuser -u {_user(owner)} -- dropforge doctor` sees what the service sees"
+        )
     key_file = settings.guard.key_file
     if (
         key_file is not None
@@ -245,8 +248,8 @@ def _permissions(settings: Settings) -> Iterator[Finding]:
     config_path = settings.root / config.CONFIG_NAME
     if config_path.exists() and config_path.stat().st_mode & 0o022:
         group = grp.getgrgid(config_path.stat().st_gid).gr_name
-        told = f"{config_path} may be changed by others (group {group} or everybody): it names what the daemon runs"
-        yield _warn("settings", told, f"`chmod go-w {config_path}`")
+        message = f"{config_path} may be changed by others (group {group} or everybody): it names what the daemon runs"
+        yield _warn("settings", message, f"`chmod go-w {config_path}`")
 
 
 def _model(settings: Settings) -> Iterator[Finding]:
@@ -285,11 +288,11 @@ def _clock(settings: Settings) -> Iterator[Finding]:
     if time.time() < EARLIEST_CLOCK:
         yield _fail("clock", f"it is {time.strftime('%Y-%m-%d')} here", "set the clock: `timedatectl set-ntp true`")
         return
-    told = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    message = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     if Path("/run/systemd/system").is_dir() and not Path("/run/systemd/timesync/synchronized").exists():
-        yield _ok("clock", f"{told}; not synchronised by systemd-timesyncd (another program may)")
+        yield _ok("clock", f"{message}; not synchronised by systemd-timesyncd (another program may)")
     else:
-        yield _ok("clock", told)
+        yield _ok("clock", message)
 
 
 def _systemd(settings: Settings) -> Iterator[Finding]:
@@ -363,13 +366,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _ok(name: str, told: str) -> Finding:
-    return Finding(name=name, verdict=Severity.OK, told=told)
+def _ok(name: str, message: str) -> Finding:
+    return Finding(name=name, verdict=Severity.OK, message=message)
 
 
-def _warn(name: str, told: str, hint: str) -> Finding:
-    return Finding(name=name, verdict=Severity.WARN, told=told, hint=hint)
+def _warn(name: str, message: str, hint: str) -> Finding:
+    return Finding(name=name, verdict=Severity.WARN, message=message, hint=hint)
 
 
-def _fail(name: str, told: str, hint: str) -> Finding:
-    return Finding(name=name, verdict=Severity.FAIL, told=told, hint=hint)
+def _fail(name: str, message: str, hint: str) -> Finding:
+    return Finding(name=name, verdict=Severity.FAIL, message=message, hint=hint)

@@ -42,13 +42,13 @@ def list_jobs(
             [{**finished_job(job), "created_at": job.created_at, "eta_seconds": etas.get(job.id)} for job in found]
         )
     elif found:
-        told = [
+        shown = [
             replace(job, reason=f"{job.reason}; done in about {format_duration(etas[job.id])}")
             if job.id in etas
             else job
             for job in found
         ]
-        out.print(render.job_list(told))
+        out.print(render.job_list(shown))
     else:
         out.print(f"no jobs that are {' or '.join(state)}" if state else "no jobs yet")
 

@@ -51,8 +51,8 @@ def complain(text: str, code: int) -> int:
     return code
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         out.print(f"dropforge {version('dropforge')}")

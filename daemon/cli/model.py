@@ -67,15 +67,15 @@ def merge_version(
         check=False,
     )
     try:
-        told = json.loads(done.stdout.splitlines()[-1])
+        reply = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        told = {"error": (done.stderr.strip().splitlines() or ["it ended without a word"])[-1], "hint": ""}
-    if "error" in told:
+        reply = {"error": (done.stderr.strip().splitlines() or ["it ended without a word"])[-1], "hint": ""}
+    if "error" in reply:
         raise DropforgeError(
-            operation="merge", subject=f"version {found.name}", cause=told["error"], hint=told.get("hint", "")
+            operation="merge", subject=f"version {found.name}", cause=reply["error"], hint=reply.get("hint", "")
         )
-    out_size = f"{told['parameters']:,} parameters, {told['size_bytes'] / 1e6:,.1f} MB"
-    probe = told["probe"]
+    out_size = f"{reply['parameters']:,} parameters, {reply['size_bytes'] / 1e6:,.1f} MB"
+    probe = reply["probe"]
     out_console.print(f"version {found.name} merged into {out}: {out_size}", markup=False)
     out_console.print(
         f"checked against base and adapter: in bfloat16 logits differ by at most {probe['largest_difference']:.3g}"
@@ -93,7 +93,7 @@ def roll_back(
     """Make an earlier version the current one. The next dataset continues from it; nothing is deleted."""
     settings: Settings = context.obj.settings
     versions.find_version(settings.model_dir, version)  # before any waiting
-    told = False
+    has_waited = False
     while True:
         running = _running(settings)
         if not running:
@@ -109,9 +109,9 @@ def roll_back(
                 cause=running,
                 hint="--after-job waits for its end; `dropforge cancel` ends it",
             )
-        if not told:
+        if not has_waited:
             out_console.print(f"waiting: {running}", markup=False)
-            told = True
+            has_waited = True
         time.sleep(WAIT_SECONDS)
     out_console.print(
         f"version {done.name} is current now: {escape(str(done.record.get('dataset', '')))}", markup=False

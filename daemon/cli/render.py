@@ -224,17 +224,17 @@ def version_tree(found: Sequence[Version], current: Version | None) -> Renderabl
 
 
 def findings(found: Sequence[Finding]) -> RenderableType:
-    """What the doctor found, worst last in each line's own words."""
+    """The doctor's findings, one a line."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     for item in found:
-        told = Text(escape(item.told, most=400))
+        message = Text(escape(item.message, most=400))
         if item.hint:
-            told.append(f"\n-> {escape(item.hint, most=400)}", style="dim")
-        grid.add_row(Text(item.verdict.value, style=styles[item.verdict.value]), item.name, told)
+            message.append(f"\n-> {escape(item.hint, most=400)}", style="dim")
+        grid.add_row(Text(item.verdict.value, style=styles[item.verdict.value]), item.name, message)
     return grid
 
 

@@ -27,7 +27,7 @@ from daemon.store import JobStore
 from daemon.text import escape
 from guard.atomic import fsync_dir
 
-POLL_SECONDS = 0.2
+STATE_POLL_SECONDS = 0.2
 COPY_BYTES = 4 * 2**20
 PROGRESS_BYTES = 32 * 2**20  # a smaller file is copied before a bar is drawn
 
@@ -214,7 +214,7 @@ def wait_for(settings: Settings, placed: Submitted) -> Job:
                     cause="no daemon is running on this root; the file waits for one",
                     hint="`dropforge run` starts one",
                 )
-            time.sleep(POLL_SECONDS)
+            time.sleep(STATE_POLL_SECONDS)
     finally:
         if store is not None:
             store.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 from daemon.config import InboxSettings
 from daemon.dataset.source import COMPRESSIONS, SourceError, kind_of_mode, open_regular
 from daemon.errors import is_gone
-from daemon.inbox.layout import OWN_FOLDERS, NameKind, name_kind, sidecar_name
+from daemon.inbox.layout import OWN_FOLDERS, UNFINISHED_SECONDS, NameKind, name_kind, sidecar_name
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
 from daemon.inbox.settle import Candidate, EarlierClaim, FileStat, Settled, Wait, decide, required_stillness
 from daemon.inbox.watcher import EventBatch
@@ -31,7 +31,6 @@ ORPHAN_SECONDS = 60.0  # a sidecar without its file is reported after so long
 THOROUGH_BELOW = 100  # settled files; beyond, who writes to the next ones is asked only when their turn comes
 SHOWN = 100  # files whose reasons are published
 REMEMBER_SECONDS = 600.0  # how long a claim is remembered, for a writer that goes on under the same name
-UNFINISHED_SECONDS = 600.0  # without a change, before a file that is still to be renamed is reported
 SINGLE_LINE_BYTES = 64 * 1024  # of a file that is looked through for a second line
 SIDECAR_PAUSE = 0.05  # before a file whose sidecar is being written is examined again
 OPEN = "open for writing"

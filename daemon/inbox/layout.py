@@ -26,6 +26,7 @@ ROW_SUFFIXES = (".jsonl", ".ndjson")  # one format under two names
 DATA_SUFFIXES = tuple(row + packed for row in ROW_SUFFIXES for packed in ("", *COMPRESSIONS))
 SIDECAR_SUFFIX = ".job.toml"
 UNFINISHED_SUFFIXES = (".part", ".tmp", ".partial", ".crdownload", "~")
+UNFINISHED_SECONDS = 600.0  # without a change, before a file that is still to be renamed is reported
 MAX_NAME_BYTES = 255
 
 

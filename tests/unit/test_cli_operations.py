@@ -336,12 +336,16 @@ def test_the_doctor_tells_packages_that_are_too_old_and_whose_view_this_is(
     monkeypatch.setattr(doctor, "version", lambda name: {"peft": "0.9.1", "torch": "2.13.0+cpu"}.get(name, "99"))
     (tmp_path / "dropforge.toml").write_text("")
     found = doctor.examine(tmp_path)
-    assert [finding.told for finding in found if finding.verdict is Severity.FAIL] == ["peft 0.9.1 is older than 0.18"]
+    assert [finding.message for finding in found if finding.verdict is Severity.FAIL] == [
+        "peft 0.9.1 is older than 0.18"
+    ]
     if os.geteuid() != 0:
         return
     (tmp_path / "state").mkdir()
     os.chown(tmp_path / "state", 65534, -1)
-    assert any("root's view" in finding.told and "runuser -u" in finding.hint for finding in doctor.examine(tmp_path))
+    assert any(
+        "root's view" in finding.message and "runuser -u" in finding.hint for finding in doctor.examine(tmp_path)
+    )
 
 
 def test_the_doctor_s_json_is_what_it_shows(
@@ -390,7 +394,9 @@ def test_the_doctor_tells_what_lies_in_the_inbox_and_is_not_taken(
     os.utime(inbox / "high" / "z.jsonl.part", (0, 0))
     monkeypatch.setattr(doctor, "CHECKS", {"dropped": doctor.CHECKS["dropped"]})
     monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "secret.jsonl")
-    told = {found.told.partition(": ")[0]: found.told for found in doctor.examine(tmp_path) if found.name == "inbox"}
+    told = {
+        found.message.partition(": ")[0]: found.message for found in doctor.examine(tmp_path) if found.name == "inbox"
+    }
     assert set(told) == {"x.csv", "done/y.jsonl", "failed/notes.txt", "high/z.jsonl.part", "link.jsonl", "secret.jsonl"}
     assert "dropforge submit" in told["x.csv"]
     assert "move it into the inbox itself" in told["done/y.jsonl"]

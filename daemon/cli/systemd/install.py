@@ -81,12 +81,12 @@ def plan_install(
 
 def wanted_drop_ins(settings: Settings) -> tuple[DropIn, ...]:
     """What the settings and this machine's devices call for."""
-    wanted = {
+    required = {
         DropIn.DOWNLOADS: settings.model.allow_downloads,
         DropIn.METRICS: settings.metrics.port is not None,
         DropIn.NVIDIA: Path("/dev/nvidiactl").exists(),
     }
-    return tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
+    return tuple(kind for kind, is_required in required.items() if is_required)
 
 
 def _unit(settings: Settings, kind: UnitKind, python: Path) -> Unit:
