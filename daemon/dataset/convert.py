@@ -21,7 +21,8 @@ from typing import IO, Any
 from uuid import UUID
 
 from daemon.dataset.keys import CONVERSATION_KEYS
-from daemon.dataset.recognise import SAMPLE_BYTES, marked_encoding, recognise, table_delimiter
+from daemon.dataset.recognise import SAMPLE_BYTES, marked_encoding, recognise
+from daemon.dataset.recognise_text import table_delimiter
 from daemon.dataset.rows import Rules
 from daemon.dataset.source import COMPRESSIONS, DatasetSource, SourceError, open_dataset
 from daemon.dataset.strict_json import kind_of

@@ -1,8 +1,10 @@
-"""First bytes by which other kinds of files are known, and what their owner can do with them."""
+"""What a file can turn out to be: the value that says so, and the first bytes by which other kinds are known."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 UNPACK = "unpack it, and drop the .jsonl file that is in it"
 EXPORT = "export its rows as one JSON object a line, and drop that file"
@@ -10,6 +12,22 @@ WORKBOOK = "save the sheet as CSV (UTF-8), then `dropforge submit FILE.csv`"
 FEATHER = "convert it: pandas.read_feather(FILE).to_json(NEW, orient='records', lines=True)"
 OTHER = "drop the .jsonl file itself"
 PAGE = "it is not the data: download the file again, by its raw or resolve link"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognised:
+    """A file that does not hold a JSON object a line. `what` completes "it is ...", `hint` says what to do."""
+
+    what: str
+    hint: str
+    certain: bool = True  # False: its later lines may be rows; told only when the file is refused
+    first_row: Mapping[str, Any] | None = None  # what the hint makes the first row of, where it can be seen
+    converts: str = ""  # the suffix under which `dropforge submit` makes rows of it
+
+    @property
+    def reason(self) -> str:
+        """One clause."""
+        return f"it is {self.what}"
 
 
 @dataclass(frozen=True)

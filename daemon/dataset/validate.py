@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from daemon.dataset.recognise import SAMPLE_BYTES, Recognised, recognise, recognise_misnamed
+from daemon.dataset.recognise import SAMPLE_BYTES, recognise, recognise_misnamed
 from daemon.dataset.rows import AS_CHAT, Format, Line, Rules, detect_format
 from daemon.dataset.scan import EMPTY_ANSWER, NO_ANSWER, LineProblem, Tally, scan_lines
+from daemon.dataset.signatures import Recognised
 from daemon.dataset.source import DatasetSource, SourceError, open_dataset
 from daemon.dataset.suggest import describe_unknown
 from daemon.errors import RejectedData, TryLater
