@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from daemon.cli.doctor import Finding
 from daemon.cli.estimates import format_duration
 from daemon.config import Settings
 from daemon.inbox import layout
@@ -19,6 +18,9 @@ from daemon.job import Job, JobState, JobTransition, Priority, to_json
 from daemon.run_dir import run_dir_of
 from daemon.text import escape, printable
 from daemon.versions import Version
+
+if TYPE_CHECKING:  # what the doctor imports would be loaded by every command
+    from daemon.cli.doctor import Finding
 
 STATE_STYLES = {
     JobState.SUCCEEDED: "green",

@@ -93,6 +93,11 @@ def layer_of(module: str) -> int:
     raise AssertionError(f"{module} has no layer: name one in LAYERS, and in docs/architecture.md")
 
 
+def test_every_package_of_a_layer_exists() -> None:
+    named = {package for layer in LAYERS for package in layer} | TRAINER_USES
+    assert {package for package in named if package not in MODULES} <= {"daemon.web"}  # whose place is kept
+
+
 DAEMON = [module for module in MODULES if module != "daemon" and not is_in(module, "daemon.trainer")]
 
 

@@ -27,6 +27,13 @@ def test_the_daemon_never_loads_the_training_libraries(module: str) -> None:
     assert not loaded & {"torch", "transformers", "peft", "accelerate", "numpy"}
 
 
+def test_a_command_loads_nothing_that_only_the_daemon_or_the_doctor_uses() -> None:
+    """Completion asks for every word that is typed: what a command does not need costs a person's time."""
+    loaded = modules_after("import daemon.cli.main")
+    assert not {name for name in loaded if name.partition(".")[0] in ("watchdog", "prometheus_client")}
+    assert not loaded & {"daemon.cli.doctor", "daemon.service", "daemon.scheduler"}
+
+
 def test_the_guard_knows_nothing_of_the_daemon() -> None:
     loaded = modules_after("import guard, guard.cli")
     assert not {name for name in loaded if name.partition(".")[0] in ("daemon", "torch", "transformers", "msgspec")}
