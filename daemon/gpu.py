@@ -29,6 +29,7 @@ from guard.atomic import write_all
 CONTEXT_BYTES = 600 * 2**20  # what CUDA and its libraries take before the first tensor
 # Of the weights: the least that gradients and activations of a LoRA run took where it was measured.
 ACTIVATIONS_SHARE = 0.5
+CPU_HINT = 'or set device = "none" under [gpu] to train on the CPU'
 QUERY_SECONDS = 10.0  # how old the last answer may be
 TIMEOUT_SECONDS = 5.0  # how long a launch waits for the driver
 
@@ -45,10 +46,19 @@ class Gpu:
     utilization: float | None  # 0 to 1; None where the driver does not know
 
 
+class GpuUnavailable(Exception):
+    """The driver is there, but shows no GPU that works; the message is a sentence."""
+
+
+class GpuTimeout(GpuUnavailable):
+    """The driver has not answered in time."""
+
+
 def devices() -> tuple[Gpu, ...]:
     """Return every device of this machine, in the driver's order; empty without the package, the driver or a GPU.
 
-    Waits for the driver, and one in trouble may never answer: use `GpuProbe` where waiting is no option.
+    Waits for the driver, and one in trouble may never answer: use `GpuProbe` where waiting is no option. A device that is
+    lost is left out while there are others; raises GpuUnavailable when there are none.
     """
     try:
         import pynvml
@@ -58,12 +68,21 @@ def devices() -> tuple[Gpu, ...]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
+    gpus: list[Gpu] = []
+    failure = None
     try:
-        return tuple(_read(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
-    except pynvml.NVMLError:
-        return ()  # a driver that fell over; the trainer will say what it thinks of it
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                gpus.append(_read(pynvml, index))
+            except pynvml.NVMLError as error:
+                failure = error
+    except pynvml.NVMLError as error:
+        failure = error
     finally:
         pynvml.nvmlShutdown()
+    if failure is not None and not gpus:
+        raise GpuUnavailable(f"the GPU's driver reports: {failure}")
+    return tuple(gpus)
 
 
 def choose(gpus: Sequence[Gpu], device: str) -> Gpu | None:
@@ -138,16 +157,13 @@ def _read(nvml: Any, index: int) -> Gpu:
     )
 
 
-class GpuTimeout(Exception):
-    """The driver has not answered in time."""
-
-
 class GpuProbe:
     """Asks the driver in a thread: one in trouble may never answer, and the daemon goes on. One thread calls everything."""
 
     def __init__(self, query: Callable[[], tuple[Gpu, ...]] = devices) -> None:
         self._query = query
         self._known: tuple[Gpu, ...] = ()
+        self._failure = ""  # of the last query, as a sentence
         self._queried_at = float("-inf")
         self._thread: threading.Thread | None = None
 
@@ -160,12 +176,14 @@ class GpuProbe:
     def fresh(self) -> tuple[Gpu, ...]:
         """Return the devices as they are now, waiting at most TIMEOUT_SECONDS, and only once for one query.
 
-        Raises GpuTimeout.
+        Raises GpuUnavailable.
         """
         thread = self._start()
         thread.join(max(0.0, self._queried_at + TIMEOUT_SECONDS - time.monotonic()))
         if thread.is_alive():
-            raise GpuTimeout
+            raise GpuTimeout("the GPU's driver does not answer")
+        if self._failure:
+            raise GpuUnavailable(self._failure)
         return self._known
 
     def _start(self) -> threading.Thread:
@@ -177,7 +195,10 @@ class GpuProbe:
         return self._thread
 
     def _run(self) -> None:
-        self._known = self._query()
+        try:
+            self._known, self._failure = self._query(), ""
+        except GpuUnavailable as error:
+            self._known, self._failure = (), str(error)
 
 
 class GpuLock:
@@ -243,6 +264,7 @@ class GpuReservation:
         self.device: Gpu | None = None
         self._follows_device = configured is None  # the lock file is that of the chosen device
         self._probe = probe
+        self._had_gpu = False  # a run on the CPU is then not what is expected, and its precision would be another
 
     def reserve(self, settings: Settings, recipe: Recipe) -> Hold | None:
         """Choose the GPU and lock it; returns what to wait for instead. Without a GPU only the lock counts."""
@@ -251,9 +273,14 @@ class GpuReservation:
             self.device = choose(() if configured.device == "none" else self._probe.fresh(), configured.device)
         except ConfigError as error:  # it was there when the daemon started
             return Hold(kind=HoldKind.GPU, reason=error.sentence)
-        except GpuTimeout:
-            return Hold(kind=HoldKind.GPU, reason="the GPU's driver does not answer; waits until it does")
+        except GpuUnavailable as error:
+            return Hold(kind=HoldKind.GPU, reason=f"{error}; waits until it works, {CPU_HINT}")
+        if self.device is None and self._had_gpu and configured.device != "none":
+            return Hold(
+                kind=HoldKind.GPU, reason=f"the GPU of earlier runs cannot be seen; waits until it can, {CPU_HINT}"
+            )
         if self.device is not None:
+            self._had_gpu = True
             own = frozenset({os.getpid()})
             hold = memory_hold(self.device, recipe, min_free_bytes=configured.min_free_bytes, own=own)
             if hold is not None:

@@ -101,7 +101,7 @@ class Service:
         self.wakeup.wait(self._max_sleep_seconds())
 
     def _serve(self, *, once: bool) -> int:
-        with suppress(gpu.GpuTimeout):  # a device that is not there is an error now, not when a file comes
+        with suppress(gpu.GpuUnavailable):  # a device that is not there is an error now, not when a file comes
             gpu.choose(self._gpus.fresh(), self.settings.gpu.device)
         self._install_signal_handlers()
         write_starting(self.settings, self.log)

@@ -26,9 +26,9 @@ class Device:
     def __init__(self, folder: Path) -> None:
         self.state = folder / "nvml-state"
 
-    def set(self, free_bytes: int, pid: int = 0) -> None:
+    def set(self, free_bytes: int, pid: int = 0, *, lost: bool = False) -> None:
         beside = self.state.with_suffix(".new")
-        beside.write_text(f"{free_bytes} {80 * GIB} {pid}\n")
+        beside.write_text(f"{free_bytes} {0 if lost else 80 * GIB} {pid}\n")
         beside.rename(self.state)
 
 
@@ -65,6 +65,27 @@ def test_a_run_waits_for_memory_that_others_hold_and_says_for_whom(
     assert (job.state, job.attempt) == (JobState.QUEUED, 0)
     device.set(80 * GIB)
     assert root.finished("a.jsonl").attempt == 1
+
+
+def test_a_run_waits_for_a_gpu_that_fell_over_and_is_not_trained_on_the_cpu_instead(
+    make_root: Callable[..., Root], device: Device, tmp_path: Path
+) -> None:
+    """It would take days there, and its other precision would have the GPU run's checkpoints cleared."""
+    root = make_root(behaviour={}, tables={**STEPS, "gpu": {"lock_dir": str(tmp_path)}})
+    root.start()
+    root.drop("a.jsonl", texts(5, "a"))
+    assert root.finished("a.jsonl").state is JobState.SUCCEEDED
+    device.set(0, lost=True)
+    root.drop("b.jsonl", texts(5, "b"))
+    status = wait_until(lambda: (now := root.status()) and "GPU" in now["reason"] and now)
+    assert status
+    assert status["status"] == "waiting"
+    assert "GPU is lost" in status["reason"]
+    job = root.job("b.jsonl")
+    assert job is not None
+    assert (job.state, job.attempt) == (JobState.QUEUED, 0)
+    device.set(80 * GIB)
+    assert root.finished("b.jsonl").attempt == 1
 
 
 def test_the_trainer_sees_the_chosen_device_by_its_uuid_alone(

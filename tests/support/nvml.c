@@ -1,4 +1,5 @@
 /* A driver library with one GPU whose state is a line of the file FAKE_NVML: "FREE TOTAL PID" (PID 0: nobody).
+ * TOTAL 0: the GPU is lost, as after it fell off the bus.
  * It lets the real binding, and everything above it, run where there is no GPU. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,7 +29,7 @@ int nvmlDeviceGetMemoryInfo(void *device, memory_t *memory) {
     unsigned int pid;
     state(&memory->free, &memory->total, &pid);
     memory->used = memory->total - memory->free;
-    return 0;
+    return memory->total ? 0 : 15;
 }
 int nvmlDeviceGetUtilizationRates(void *device, unsigned int *percent) {
     percent[0] = 37; /* of the GPU; percent[1]: of its memory's bandwidth */
