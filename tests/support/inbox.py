@@ -80,7 +80,7 @@ class Root:
         due = self.intake.next_due_seconds()
         self.wakeup.wait(min(wait, wait if due is None else due))
 
-    def pump(self, until: Callable[[], object], timeout: float = 10.0, *, accept: bool = True) -> None:
+    def pump(self, until: Callable[[], object], timeout: float = 60.0, *, accept: bool = True) -> None:
         """Tick until the condition holds."""
         end = time.monotonic() + timeout
         while not until():
@@ -91,7 +91,7 @@ class Root:
         """Jobs in order of arrival."""
         return self.store.jobs(set(states) or None)
 
-    def wait_for(self, count: int, *states: JobState, timeout: float = 10.0) -> list[Job]:
+    def wait_for(self, count: int, *states: JobState, timeout: float = 60.0) -> list[Job]:
         """Tick until so many jobs are in these states (default: queued); returns them."""
         wanted = states or (JobState.QUEUED,)
         self.pump(lambda: len(self.jobs(*wanted)) >= count, timeout)
