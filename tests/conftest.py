@@ -43,6 +43,11 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What has a time limit of its own takes long: it begins first, so that no worker is left alone with it."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 @pytest.fixture
 def make_root(tmp_path: Path) -> Iterator[Callable[..., Root]]:
     """Make roots; whatever still runs in them is ended afterwards."""
