@@ -106,7 +106,9 @@ def test_every_command_that_a_text_names_exists_with_its_options(path: Path) -> 
             assert {word for word in words if re.match("--?[a-z]", word)} <= options, told
 
 
-def test_the_readme_s_quick_start(tmp_path: Path, path_with_dropforge: str, make_root: Callable[..., Root]) -> None:
+def test_the_readme_s_quick_start(
+    tmp_path: Path, path_with_dropforge: str, make_root: Callable[..., Root], tiny_base: Path
+) -> None:
     """A new root, its model set, a daemon on it; then what is typed in another terminal, on a root that trains quickly."""
     begin, use = commands_of(README, "Quick start on a GPU machine")
     done = type_in(possible_here(begin), tmp_path, path_with_dropforge, HOME=str(tmp_path))
@@ -128,6 +130,7 @@ def test_the_readme_s_quick_start(tmp_path: Path, path_with_dropforge: str, make
         daemon.wait()
 
     root = make_root(behaviour={})
+    root.configure(model={"model_name_or_path": str(tiny_base)})  # a preview asks its tokenizer
     (root.path / "data.jsonl").write_text('{"text": "a row"}\n' * 5)
     root.start()
     done = type_in(possible_here(use), root.path, path_with_dropforge)
