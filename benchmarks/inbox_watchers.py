@@ -46,6 +46,7 @@ def dropforge(root: Path, seen: Seen, max_queued: int) -> None:
     from daemon.inbox.candidates import CandidateTracker
     from daemon.inbox.intake import Intake
     from daemon.recovery import repair_inbox
+    from daemon.root_identity import establish
     from daemon.store import JobStore
     from daemon.wakeup import Wakeup  # type: ignore[import-not-found,unused-ignore]
 
@@ -74,7 +75,9 @@ def dropforge(root: Path, seen: Seen, max_queued: int) -> None:
     store, wakeup = JobStore(settings.store_path), Wakeup()
     archive = Archive(settings, store, Log())
     intake = Intake(settings, store, archive, wakeup=wakeup, log=Log())
-    intake.open(repair_inbox(settings, store, archive, Log()))
+    establish(settings)
+    intake.open()
+    intake.resume_claimed(repair_inbox(settings, store, archive, Log()))
     print("ready", flush=True)
     while not seen.stop.is_set():
         wakeup.clear()

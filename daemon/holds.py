@@ -14,7 +14,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from daemon import root_identity, versions
 from daemon.config import Settings
+from daemon.errors import DropforgeError
 from daemon.recipe import Recipe
 from daemon.run_dir import RUNS_NAME
 from daemon.text import format_bytes
@@ -29,6 +31,7 @@ class HoldKind(StrEnum):
     """What holds the queue."""
 
     PAUSED = "paused"
+    IDENTITY = "identity"
     UNWRITABLE = "unwritable"
     NO_SPACE = "no_space"
     GPU = "gpu"
@@ -48,6 +51,19 @@ def paused(control: Mapping[str, Any] | None) -> Hold | None:
         return None
     why = f": {control['reason']}" if control.get("reason") else ""
     return Hold(kind=HoldKind.PAUSED, reason=f"paused by a person at {control.get('at', '?')}{why}; `dropforge resume`")
+
+
+def contradicted(settings: Settings) -> Hold | None:
+    """The hold of a root whose parts do not belong together, or whose current version cannot be told."""
+    reason = root_identity.contradiction(root_identity.read_parts(settings))
+    if not reason:
+        try:
+            versions.current_version(settings.model_dir)
+        except DropforgeError as error:
+            reason = f"{error.sentence}; {error.hint}"
+        except OSError:
+            return None  # a folder that cannot be entered is the next hold's matter
+    return Hold(kind=HoldKind.IDENTITY, reason=reason) if reason else None
 
 
 def unwritable(settings: Settings) -> Hold | None:

@@ -30,7 +30,9 @@ from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, Job
 from daemon.run_dir import latest_spec, run_dir_of, sealed_step
 from daemon.store import BrokenStore, JobStore
 from daemon.text import escape
-from guard.atomic import fsync_dir
+from guard.atomic import fsync_dir, write_atomic
+
+SETTING_ASIDE = ".set-aside"  # beside the database while it is renamed: its new name
 
 _REPORTS = frozenset({ROWS_JSON, REPORT_JSON, REPORT_TEXT})
 
@@ -42,15 +44,46 @@ def open_store(settings: Settings, log: Any) -> JobStore:
     holds it), OSError.
     """
     path = settings.store_path
+    if path.with_name(path.name + SETTING_ASIDE).exists():
+        set_aside(path)  # a crash came in between: an older database without its log would look sound
     try:
-        return JobStore(path, check=True)
+        # A store that is lost or emptied is one that cannot be read; on a new root there is nothing to rebuild it from.
+        intact = path.exists() and path.stat().st_size > 0
+        store = JobStore(path, check=intact)
     except BrokenStore as error:
-        aside = set_aside(path)
-        log.error("store.set_aside", path=str(aside), reason=error.cause)
-    store = JobStore(path)
-    found = [store.add(job) for job in jobs_on_disk(settings)]
-    log.warning("store.rebuilt", jobs=len(found), succeeded=sum(job.state is JobState.SUCCEEDED for job in found))
+        intact = False
+        log.error("store.set_aside", path=str(set_aside(path)), reason=error.cause)
+        store = JobStore(path)
+    found = [] if intact else [store.add(job) for job in jobs_on_disk(settings)]
+    if found:
+        log.warning("store.rebuilt", jobs=len(found), succeeded=sum(job.state is JobState.SUCCEEDED for job in found))
     return store
+
+
+def bring_forward(settings: Settings, store: JobStore, log: Any) -> None:
+    """Mark every job as succeeded whose version the lineage has: a queue may have been restored from before it.
+
+    Such a job is neither trained nor promoted again. A running one is left to the scheduler, which reads its result.
+    """
+    for version in versions.list_versions(settings.model_dir):
+        job_id = str(version.record.get("job") or "")
+        try:
+            known = store.get(job_id)
+        except NotFound:
+            if not job_id or _is_forgotten(settings, version):
+                continue
+        else:
+            if known.state in FINAL_STATES or known.state is JobState.RUNNING:
+                continue
+        store.bring_forward(_from_version(settings, job_id, version))
+        log.warning("job.brought_forward", job=job_id, version=version.name)
+
+
+def _is_forgotten(settings: Settings, version: versions.Version) -> bool:
+    """Whether `keep_jobs_days` has had the job of a version forgotten."""
+    days = settings.queue.keep_jobs_days
+    oldest = datetime.fromtimestamp(time.time() - days * 86_400, UTC).isoformat()
+    return bool(days) and str(version.record.get("created_at") or "") < oldest
 
 
 def repair_inbox(settings: Settings, store: JobStore, archive: Archive, log: Any) -> list[str]:
@@ -173,13 +206,22 @@ def _shown(settings: Settings, path: Path) -> str:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a database and its write-ahead log to `NAME.unreadable-TIME`; returns the database's new path."""
+    """Rename a database and its write-ahead log to `NAME.unreadable-TIME`; returns the database's new path.
+
+    The new name is noted first, so that a crash between the renames is carried on from: never is a database opened
+    without the log that belongs to it.
+    """
+    note = path.with_name(path.name + SETTING_ASIDE)
     stamp = f"unreadable-{datetime.fromtimestamp(time.time(), UTC):%Y%m%dT%H%M%S}"
-    target = path.with_name(f"{path.name}.{stamp}")
-    for suffix in ("-wal", "-shm", ""):  # the database last: until it is gone, the next start does the same again
+    if not note.exists():
+        write_atomic(note, f"{path.name}.{stamp}")
+    target = path.with_name(note.read_text())
+    for suffix in ("", "-wal", "-shm"):
         source = path.with_name(path.name + suffix)
         if source.exists():
             source.rename(target.with_name(target.name + suffix))
+    fsync_dir(path.parent)
+    note.unlink()
     fsync_dir(path.parent)
     return target
 

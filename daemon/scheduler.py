@@ -16,12 +16,12 @@ from typing import Any
 from pydantic import ValidationError
 
 import guard
-from daemon import versions
+from daemon import root_identity, versions
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, is_no_space
 from daemon.executors.base import Executor, Exit
 from daemon.gpu import GpuReservation
-from daemon.holds import PAUSED_KEY, Hold, HoldKind, no_space, paused, unwritable
+from daemon.holds import PAUSED_KEY, Hold, HoldKind, contradicted, no_space, paused, unwritable
 from daemon.inbox.archive import Archive
 from daemon.job import RUN_SPEC_VERSION, FailureKind, Job, JobState, Outcome, Progress, RunResult, RunSpec
 from daemon.notifications import Hooks
@@ -136,9 +136,10 @@ class Scheduler:
             self._gpu.release()
             self._change_hold(None)
             return
-        if self._finish_duplicate(ready):
+        contradiction = contradicted(self.settings)
+        if contradiction is None and self._finish_duplicate(ready):
             return
-        self._change_hold(self._hold_for(ready))
+        self._change_hold(contradiction or self._hold_for(ready))
         if self.hold is not None:
             return
         job = self._store.claim_next(time.time())
@@ -175,6 +176,11 @@ class Scheduler:
         """Return the seconds until a queued job's back-off ends, None when nothing waits for that."""
         due = self._store.next_due(time.time())
         return None if due is None else max(0.0, due - time.time())
+
+    def hold_contradicted(self) -> None:
+        """Hold the queue while the parts of the root do not belong together, whether or not a job is ready."""
+        if not self._is_paused():
+            self._change_hold(contradicted(self.settings))
 
     # -- launching
 
@@ -292,7 +298,7 @@ class Scheduler:
             version = versions.promote_result(self.settings, run.job, result, self._log)
         except (DropforgeError, guard.GuardError, OSError) as error:
             self._log.error("version.not_promoted", job=run.job.id, error=str(error))
-            run.promote_failures += not is_no_space(error)
+            run.promote_failures += not (is_no_space(error) or contradicted(self.settings))
             if run.promote_failures < self.settings.queue.max_attempts:
                 run.promote_at = time.monotonic() + self.settings.queue.retry_seconds
                 run.waiting_for = f"the finished adapter cannot be promoted yet: {error}".splitlines()[0]
@@ -300,6 +306,8 @@ class Scheduler:
             reason = f"the finished adapter could not be promoted: {error}".splitlines()[0]
             self._finish(run, RetryDecision(to=JobState.FAILED, reason=reason, failure=FailureKind.INTERNAL), result)
             return
+        with suppress(OSError):  # the job's row tells it as well
+            root_identity.remember_version(self.settings, version.name)
         self._log.info("version.promoted", job=run.job.id, version=version.name)
         self._finish(run, decision, result, version=version.name)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import guard
-from daemon import config, control, gpu, sd_notify
+from daemon import config, control, gpu, root_identity, sd_notify, versions
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors import make_executor
@@ -21,7 +22,7 @@ from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.notifications import Notifier
 from daemon.observability import logs
-from daemon.recovery import open_store, repair_inbox
+from daemon.recovery import bring_forward, open_store, repair_inbox
 from daemon.retry import StopReason
 from daemon.scheduler import Scheduler
 from daemon.status_writer import StatusWriter, write_starting
@@ -53,6 +54,8 @@ class Service:
         self._metrics = metrics
         self._ticks = 0
         self._next_prune = 0.0  # monotonic
+        self._recovered = False
+        self._contradiction = ""  # why it is not
 
     def run(self, *, once: bool = False) -> int:
         """Serve until asked to stop; with `once`, until inbox and queue are empty.
@@ -61,8 +64,8 @@ class Service:
         owns the root.
         """
         try:
+            root_identity.require_state(self.settings)
             self.settings.state_dir.mkdir(parents=True, exist_ok=True)
-            self.settings.model_dir.mkdir(parents=True, exist_ok=True)
             lock = guard.ModelLock(self.settings.state_dir, owner="dropforge daemon")
             lock.acquire()
         except OSError as error:
@@ -87,6 +90,8 @@ class Service:
         """Run one round: a file's way, from the end that is nearest to done."""
         self.wakeup.clear()
         self._ticks += 1
+        self._require_same_store()
+        self._recover()  # once, where the start could not
         self._handle_signals()  # SIGHUP reload, SIGTERM stop
         self._prune()
         if self.scheduler.poll_control():  # pause, cancel: written by the command line
@@ -94,7 +99,9 @@ class Service:
         self.intake.tick(accept=not self.stopping)  # inbox -> claimed -> queued
         self.scheduler.poll_run()  # running -> succeeded | failed | queued
         self.notifier.publish()  # log line and hooks for what ended
-        if not self.stopping:
+        if not self._recovered:
+            self.scheduler.hold_contradicted()
+        elif not self.stopping:
             self.scheduler.dispatch()  # queued -> running
         self.status.publish()
         self._feed_watchdog()
@@ -124,7 +131,9 @@ class Service:
     def _open(self) -> None:
         """Open the store, repair what a crash left, begin to watch."""
         self.store = open_store(self.settings, self.log)
-        archive = Archive(self.settings, self.store, self.log)
+        self._store_identity = _identity(self.settings.store_path)
+        root_identity.establish(self.settings, newest_known=self._newest_known)
+        self._archive = archive = Archive(self.settings, self.store, self.log)
         self.intake = Intake(self.settings, self.store, archive, wakeup=self.wakeup, log=self.log)
         self.notifier = Notifier(self.store, hooks=self.settings.hooks, log=self.log)
         self.scheduler = Scheduler(
@@ -145,8 +154,43 @@ class Service:
             log=self.log,
             metrics=self._metrics,
         )
-        self.intake.open(repair_inbox(self.settings, self.store, archive, self.log))
+        self.intake.open()
+        self._recover()
+
+    def _recover(self) -> None:
+        """Finish what an earlier daemon left; once, as soon as the parts of the root are known to belong together."""
+        if self._recovered:
+            return
+        if reason := root_identity.contradiction(root_identity.read_parts(self.settings)):
+            if reason != self._contradiction:
+                self.log.error("root.contradicted", reason=reason)
+            self._contradiction = reason
+            return
+        versions.mend_latest(self.settings, self.log)
+        bring_forward(self.settings, self.store, self.log)
+        self.intake.resume_claimed(repair_inbox(self.settings, self.store, self._archive, self.log))
         self.scheduler.recover()
+        self._recovered = True
+
+    def _newest_known(self) -> int:
+        """Return the newest version that a job of the queue became; 0 when there is none."""
+        return max((int(job.version) for job in self.store.jobs({JobState.SUCCEEDED}) if job.version), default=0)
+
+    def _require_same_store(self) -> None:
+        """Raise DropforgeError when the queue's file is not the one that was opened: another daemon may start on a new one."""
+        try:
+            is_same = _identity(self.settings.store_path) == self._store_identity
+        except FileNotFoundError:
+            is_same = False
+        except OSError:
+            return  # nothing can be told of it now
+        if not is_same:
+            raise DropforgeError(
+                operation="serve",
+                subject=self.settings.root,
+                cause=f"{self.settings.store_path} was deleted or replaced while the daemon ran",
+                hint="bring it back, or start again: what can be told from the other folders is put back",
+            )
 
     def _close(self) -> None:
         self.intake.close()
@@ -159,6 +203,8 @@ class Service:
     def _is_done(self, *, once: bool) -> bool:
         if self.stopping:
             return self.scheduler.run is None
+        if once and not self._recovered:  # nobody is there to mend it
+            raise DropforgeError(operation="serve", subject=self.settings.root, cause=self._contradiction)
         if not once or self._ticks == 0 or self._stop_signals:
             return False
         view = self.intake.view()
@@ -242,3 +288,9 @@ class Service:
             self.status.warnings = (f"changed, but applied only by a restart: {names}",) if ignored else ()
             self.log.info("daemon.reloaded", **({"ignored": f"{names}: applied only by a restart"} if ignored else {}))
         sd_notify.notify("READY=1")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return device and inode. Raises OSError."""
+    found = path.stat()
+    return found.st_dev, found.st_ino

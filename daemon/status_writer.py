@@ -176,7 +176,7 @@ class _CurrentModelReader:
         self._read_at, self._link = now, link
         try:
             version = versions.current_version(model_dir)
-        except DropforgeError as error:
+        except (DropforgeError, OSError) as error:
             self._log.error("version.unreadable", error=str(error))
             version = None
         self._model = None if version is None else current_model(version)

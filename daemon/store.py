@@ -180,6 +180,32 @@ class JobStore:
             raise ValueError(f"{to} ends no job")
         return self.transition(job_id, expected, to, reason, **{"finished_at": utc_now(), **fields})
 
+    def bring_forward(self, job: Job) -> Job:
+        """Record what the folders prove of a job that this store does not know, or knows only an earlier state of.
+
+        For recovery alone: it is the one move that TRANSITIONS does not hold. A job in a final state is left as it is.
+        """
+        with self._transaction():
+            try:
+                known = self.get(job.id)
+            except NotFound:
+                known = None
+            if known is not None and known.state not in FINAL_STATES:
+                moved = replace(
+                    known,
+                    state=job.state,
+                    version=job.version,
+                    reason=job.reason,
+                    finished_at=job.finished_at or utc_now(),
+                    updated_at=utc_now(),
+                )
+                self._write(moved)
+                self._count(known.state, -1)
+                self._count(moved.state, 1)
+                self._record(job.id, known.state, moved.state, moved.reason)
+                return moved
+        return known or self.add(job)
+
     def update(self, job_id: str, *, expected: JobState | None = None, **fields: Any) -> Job:
         """Set fields other than the state.
 

@@ -3,6 +3,9 @@
 A version is a folder that is complete before it gets its name. `latest` moves by one rename, and the adapter's files in
 the model directory are links through it, so that a reader meets the old adapter or the new one and nothing between.
 Torch-free: the trainer writes a candidate, the daemon promotes it.
+
+The lineage is the authority: append-only, each line with the digest of the one before it. It says which numbers were used,
+also when a folder is gone, and which version is current when `latest` is lost.
 """
 
 from __future__ import annotations
@@ -10,14 +13,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 import guard
 from daemon.errors import DropforgeError, NotFound
 from daemon.job import Job, RunResult, utc_now
+from daemon.text import escape
 from guard.atomic import append_line_durable, fsync_dir, fsync_tree, rename_durable, write_atomic
 from guard.digest import digest_file
 from guard.lock import require_lock
@@ -47,6 +53,62 @@ class Version:
         return digest_file(self.path / "adapter_model.safetensors").blake3_hex
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """The events of a model directory's lineage, oldest first, and where their chain breaks."""
+
+    events: tuple[Mapping[str, Any], ...] = ()
+    broken: tuple[str, ...] = ()  # a sentence for each line that is not JSON or does not follow from the one before
+
+    @property
+    def newest_number(self) -> int:
+        """The highest number that any line names; 0 before the first."""
+        return max((_number(event.get("version")) for event in self.events), default=0)
+
+    @property
+    def current(self) -> str | None:
+        """The version that the last line made current."""
+        return str(self.events[-1].get("version")) if self.events else None
+
+    def promoted(self) -> dict[str, Mapping[str, Any]]:
+        """Each promotion by its version's name."""
+        return {str(event["version"]): event for event in self.events if event.get("event") == "promoted"}
+
+
+def read_lineage(model_dir: Path) -> Lineage:
+    """Read `lineage.jsonl`; empty where there is none. Raises OSError."""
+    events: list[Mapping[str, Any]] = []
+    broken: list[str] = []
+    before = b""
+    try:
+        lines = (model_dir / LINEAGE).read_bytes().splitlines()
+    except FileNotFoundError:
+        return Lineage()
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None  # torn by a crash: it was never acknowledged, and the record follows
+        if not isinstance(event, dict) or not event.get("version"):
+            broken.append(f"line {number} of {LINEAGE} is not an event")
+            continue
+        # Lines of before there was a chain have no `previous`; from the first that has one, all must.
+        if event.get("previous", None if not _chained(events) else "") not in (None, _line_digest(before)):
+            broken.append(f"line {number} of {LINEAGE} does not follow from the line before it")
+        events.append(event)
+        before = line
+    return Lineage(events=tuple(events), broken=tuple(broken))
+
+
+def newest_number(model_dir: Path) -> int:
+    """The highest version number that was ever used here, as far as lineage and folders tell; 0 before the first.
+
+    Raises OSError.
+    """
+    used = read_lineage(model_dir).newest_number
+    return max(used, *(int(version.name) for version in list_versions(model_dir)), 0)
+
+
 def list_versions(model_dir: Path) -> list[Version]:
     """Return all versions, oldest first."""
     folder = model_dir / VERSIONS
@@ -58,19 +120,27 @@ def list_versions(model_dir: Path) -> list[Version]:
 def current_version(model_dir: Path) -> Version | None:
     """Return the version that `latest` names, None before the first.
 
-    Raises DropforgeError when the link leads to no version.
+    Raises DropforgeError when the link leads astray, or is missing although versions were made: going on from the base model
+    would forget them all.
     """
     link = model_dir / LATEST
     try:
         target = os.readlink(link)
     except FileNotFoundError:
+        if newest_number(model_dir):
+            raise DropforgeError(
+                operation="find the current version",
+                subject=link,
+                cause="the link is missing, and versions were made here",
+                hint="`dropforge rollback N` makes version N the current one",
+            ) from None
         return None
     except OSError as error:
         raise DropforgeError(
             operation="read",
             subject=link,
             cause=f"it is not a link ({error.strerror})",
-            hint="remove it; the next promotion makes it again",
+            hint="move it away; `dropforge rollback N` makes version N the current one",
         ) from error
     folder, _, name = target.rpartition("/")
     try:
@@ -86,10 +156,29 @@ def current_version(model_dir: Path) -> Version | None:
         raise DropforgeError(
             operation="follow",
             subject=link,
-            cause=f"it leads to {target!r}, which is no version",
-            hint=f"`ln -sfn versions/NNNN {link}` points it at one that exists",
+            cause=f"it leads to {escape(target)}, which is no version",
+            hint="bring that folder back, or make version N current with `dropforge rollback N`",
         )
     return _version(model_dir / VERSIONS / name)
+
+
+def repair_latest(model_dir: Path) -> Version | None:
+    """Point `latest` at the version that the lineage says is current, when the link is lost or leads astray.
+
+    Returns the version when something was mended; the caller holds the model lock. Raises DropforgeError when the lineage does
+    not tell, or its version is gone too.
+    """
+    require_lock(model_dir, "repair `latest`")
+    try:
+        current_version(model_dir)
+        return None
+    except DropforgeError as error:
+        name = read_lineage(model_dir).current
+        found = {version.name: version for version in list_versions(model_dir)}
+        if name not in found or ((model_dir / LATEST).exists() and not (model_dir / LATEST).is_symlink()):
+            raise error
+        point_latest(model_dir, found[name])
+        return found[name]
 
 
 def find_version(model_dir: Path, name: str) -> Version:
@@ -100,6 +189,27 @@ def find_version(model_dir: Path, name: str) -> Version:
     raise NotFound(
         operation="find version", subject=name, cause="there is none", hint="`dropforge versions` lists them"
     )
+
+
+def damage(version: Version) -> tuple[str, ...]:
+    """Say what of a version is not as it was promoted, a sentence each; empty when all of it is.
+
+    A version of before its files were recorded is judged by its adapter alone, or by nothing. Raises OSError.
+    """
+    record = version.record
+    recorded = record.get("files") or {}
+    if not recorded and record.get("adapter_digest"):
+        recorded = {"adapter_model.safetensors": record["adapter_digest"]}
+    if not record:
+        return (f"version {version.name} has no {RECORD} that can be read",)
+    found = []
+    for name, digest in sorted(recorded.items()):
+        path = version.path / Path(name).name
+        if not path.is_file():
+            found.append(f"version {version.name} lacks {escape(name)}")
+        elif digest_file(path).blake3_hex != digest:
+            found.append(f"version {version.name}: {escape(name)} is not the file that was promoted")
+    return tuple(found)
 
 
 def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[str, Any]) -> Version:
@@ -117,21 +227,28 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
             )
         for leftover in candidate.glob(".*.tmp"):  # of a record that was being written when its writer died
             leftover.unlink()
-        existing = list_versions(model_dir)
-        for earlier in existing:  # one whose promotion failed for good half-way is part of the line all the same
-            _record_lineage(model_dir, earlier)
-        name = f"{int(existing[-1].name) + 1 if existing else 1:04d}"
+        for earlier in list_versions(model_dir):  # one whose promotion failed half-way is part of the line all the same
+            _record_promotion(model_dir, earlier)
+        name = f"{newest_number(model_dir) + 1:04d}"  # never one that was used, also when its folder is gone
         parent = current_version(model_dir)
-        full = {"version": name, "job": job_id, "parent": parent.name if parent else None, "created_at": utc_now()}
-        write_atomic(candidate / RECORD, json.dumps({**full, **record}, indent=1))
+        full = {
+            "version": name,
+            "job": job_id,
+            "parent": parent.name if parent else None,
+            "parent_digest": parent.digest if parent else None,
+            "created_at": utc_now(),
+        }
+        files = {path.name: digest_file(path).blake3_hex for path in sorted(candidate.iterdir()) if path.name != RECORD}
+        write_atomic(candidate / RECORD, json.dumps({**full, **record, "files": files}, indent=1))
         fsync_tree(candidate)
         folder = model_dir / VERSIONS
         folder.mkdir(exist_ok=True)
         fsync_dir(model_dir)
         rename_durable(candidate, folder / name)
         version = _version(folder / name)
-    _record_lineage(model_dir, version)
-    point_latest(model_dir, version)
+    _record_promotion(model_dir, version)
+    if read_lineage(model_dir).current == version.name:  # else it was promoted long ago: `latest` never moves back
+        point_latest(model_dir, version)
     return version
 
 
@@ -181,13 +298,35 @@ def rollback(model_dir: Path, name: str) -> Version:
     The lineage is written first: after a crash between the two, the same call carries on. Raises NotFound.
     """
     require_lock(model_dir, "roll back")
-    version, replaced = find_version(model_dir, name), current_version(model_dir)
+    version = find_version(model_dir, name)
+    try:
+        replaced = current_version(model_dir)
+    except DropforgeError:
+        replaced = None  # this command is the way out of a `latest` that is lost
     if replaced is not None and replaced.name == version.name:
         return version
-    line = {"event": "rolled_back", "version": version.name, "replaced": replaced.name if replaced else None}
-    append_line_durable(model_dir / LINEAGE, json.dumps({**line, "at": utc_now()}))
+    _append(
+        model_dir,
+        {
+            "event": "rolled_back",
+            "version": version.name,
+            "replaced": replaced.name if replaced else None,
+            "at": utc_now(),
+        },
+    )
     point_latest(model_dir, version)
     return version
+
+
+def mend_latest(settings: Settings, log: Any) -> None:
+    """Bring `latest` back from the lineage where it is lost; what cannot be told holds the queue at the next dispatch."""
+    try:
+        with guard.ModelLock(settings.model_dir, owner="repair"):
+            mended = repair_latest(settings.model_dir)
+    except (DropforgeError, guard.GuardError, OSError):
+        return
+    if mended is not None:
+        log.warning("version.latest_repaired", version=mended.name)
 
 
 def point_latest(model_dir: Path, version: Version) -> None:
@@ -222,16 +361,37 @@ def _of_job(model_dir: Path, job_id: str) -> Version | None:
     return mine[-1] if mine else None
 
 
-def _record_lineage(model_dir: Path, version: Version) -> None:
+def _record_promotion(model_dir: Path, version: Version) -> None:
+    if version.name not in read_lineage(model_dir).promoted():
+        _append(model_dir, {"event": "promoted", **version.record, "version": version.name})
+
+
+def _append(model_dir: Path, event: Mapping[str, Any]) -> None:
+    """Append one line that carries the digest of the last whole one."""
     path = model_dir / LINEAGE
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-            if entry.get("version") == version.name and entry.get("event") == "promoted":
-                return
-        except (ValueError, AttributeError):
-            continue  # a line torn by a crash; append_line_durable ends it and the record follows
-    append_line_durable(path, json.dumps({"event": "promoted", **version.record}))
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    whole = next((line for line in reversed(lines) if _is_event(line)), b"")
+    append_line_durable(path, json.dumps({**event, "previous": _line_digest(whole)}))
+
+
+def _is_event(line: bytes) -> bool:
+    try:
+        return bool(json.loads(line).get("version"))
+    except (ValueError, AttributeError):
+        return False
+
+
+def _chained(events: Sequence[Mapping[str, Any]]) -> bool:
+    return bool(events) and "previous" in events[-1]
+
+
+def _line_digest(line: bytes) -> str:
+    """BLAKE3 of a line without its newline, 32 hex characters."""
+    return blake3(line).hexdigest(length=16)
+
+
+def _number(name: Any) -> int:
+    return int(name) if isinstance(name, str) and _NAME.fullmatch(name) else 0
 
 
 def _link(path: Path, target: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from daemon import root_identity
 from daemon.config import CONFIG_NAME, Settings
 from daemon.errors import ConfigError, DropforgeError
 from daemon.recipe import Section
@@ -44,8 +45,7 @@ def init(root: Path, *, tiny: bool = False, tables: Mapping[str, Mapping[str, An
     for name, values in (tables or {}).items():
         chosen.setdefault(name, {}).update(values)
     settings = Settings.model_validate({"root": root, **chosen})
-    for folder in (settings.inbox_dir, settings.model_dir, settings.state_dir):
-        folder.mkdir(parents=True, exist_ok=True)
+    root_identity.establish(settings)
     if tiny:
         build_tiny_in_child(root / TINY_FOLDER)
     write_atomic(path, render_config(chosen))  # last: a root with this file is complete

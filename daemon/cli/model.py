@@ -118,6 +118,19 @@ def roll_back(
     )
 
 
+@app.command(rich_help_panel=MODEL)
+def adopt(context: typer.Context) -> None:
+    """Say that what lies in state/, current_model/ and inbox/ now is meant, after the queue was held for it.
+
+    For example after `current_model` was emptied on purpose: `dropforge adopt`. Nothing is deleted or moved.
+    """
+    from daemon import root_identity
+
+    settings: Settings = context.obj.settings
+    for change in root_identity.adopt(settings) or ["the parts of this root belong together: nothing to adopt"]:
+        out_console.print(change, markup=False)
+
+
 def _running(settings: Settings) -> str:
     """Which job runs, or was running when its daemon died: its promotion may be half done."""
     if not settings.store_path.exists():

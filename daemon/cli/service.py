@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from daemon import config
+from daemon import config, root_identity
 from daemon.cli import render
 from daemon.cli.app import BEGIN, WATCH, JsonFlag, RootContext, app, out, print_json
 from daemon.errors import DropforgeError
@@ -46,6 +46,7 @@ def run(
     from daemon.service import Service
 
     settings = context.obj.settings
+    root_identity.require_state(settings)
     has_metrics = settings.metrics.port is not None or settings.metrics.textfile is not None
     if has_metrics:
         from daemon.observability.metrics import Metrics, MetricsPublisher

@@ -22,6 +22,7 @@ from daemon.inbox.strays import Stray, StrayFinder
 from daemon.inbox.validation import Validator
 from daemon.inbox.watcher import FolderWatcher
 from daemon.job import Job, JobState
+from daemon.root_identity import contradiction, read_parts
 from daemon.store import JobStore
 from daemon.text import escape
 from daemon.wakeup import SupportsSet
@@ -90,14 +91,18 @@ class Intake:
         self._ignored_logged: set[tuple[str, str, str]] = set()  # event, name and reason
         self._overflows_logged = 0
 
-    def open(self, warnings: Iterable[str] = ()) -> None:
-        """Start to watch, and validate what an earlier daemon had claimed.
+    def open(self) -> None:
+        """Start to watch, and the child that validates."""
+        self._watcher.start(time.monotonic())
+        self._validator.open()
+
+    def resume_claimed(self, warnings: Iterable[str]) -> None:
+        """Validate what an earlier daemon had claimed.
 
         `warnings`: what `daemon.recovery.repair_inbox`, which comes first, could not repair.
         """
         self._repair_warnings = tuple(warnings)
-        self._watcher.start(time.monotonic())
-        self._validator.open()
+        self.adopt_claimed()
 
     def close(self) -> None:
         """Stop watching and reading; claimed jobs stay claimed and are validated at the next start."""
@@ -130,7 +135,8 @@ class Intake:
 
     def adopt_claimed(self) -> None:
         """Validate claimed jobs that no child has: another process put them back."""
-        self._validator.adopt_claimed()
+        if not self._unusable:  # where the folders are not ours, no file can be said to be gone
+            self._validator.adopt_claimed()
 
     def next_due_seconds(self) -> float | None:
         """Return how long the service may sleep when nothing wakes it."""
@@ -194,14 +200,16 @@ class Intake:
             min(inbox.rescan_seconds, inbox.poll_seconds) if self._watcher.polling else inbox.rescan_seconds
         )
         with suppress(OSError):  # what cannot be made is named as unusable
-            if self.settings.inbox_dir.is_dir() and not (self.settings.inbox_dir / layout.PROCESSING).is_dir():
-                layout.create_folders(self.settings)  # another folder took the inbox's place
-        self._is_usable()
+            if not (self.settings.inbox_dir / layout.PROCESSING).is_dir() and not contradiction(
+                read_parts(self.settings)
+            ):
+                layout.create_folders(self.settings)  # another folder took the inbox's place, and that is meant
+        if self._is_usable():
+            self._archive.retry()
         self._scan(now, full=self._scan_requested)
         self._strays = self._stray_finder.find(self.settings)
         self._log_ignored(now)
-        self._archive.retry()
-        self._validator.adopt_claimed()
+        self.adopt_claimed()
 
     def _scan(self, now: float, *, full: bool) -> None:
         self._scan_requested = False
@@ -211,8 +219,10 @@ class Intake:
 
     def _is_usable(self) -> bool:
         """Whether files can be taken from the inbox; a change is logged."""
-        reason = layout.unusable_reason(self.settings)
-        before, self._unusable = self._unusable, f"{reason}; files are taken again when it can" if reason else ""
+        reason = contradiction(read_parts(self.settings))
+        if not reason and (closed := layout.unusable_reason(self.settings)):
+            reason = f"{closed}; files are taken again when it can"
+        before, self._unusable = self._unusable, reason
         if self._unusable and self._unusable != before:
             self._log.warning("inbox.unusable", reason=self._unusable)
         elif before and not self._unusable:

@@ -90,11 +90,10 @@ def watched_folders(settings: Settings) -> dict[Priority, Path]:
 
 
 def create_folders(settings: Settings) -> None:
-    """Make the inbox and all its folders that are missing.
+    """Make the inbox's own folders that are missing; never the inbox, whose absence is told.
 
     Raises OSError; not for done/ and failed/, of which the archive reports what it cannot move there.
     """
-    settings.inbox_dir.mkdir(parents=True, exist_ok=True)
     for name in sorted(OWN_FOLDERS):
         with suppress(OSError) if name in (DONE, FAILED) else nullcontext():
             (settings.inbox_dir / name).mkdir(exist_ok=True)

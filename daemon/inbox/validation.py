@@ -51,9 +51,8 @@ class Validator:
         self._repeats: dict[str, _Repeat] = {}
 
     def open(self) -> None:
-        """Start the child for ordinary files, and validate what an earlier daemon had claimed."""
+        """Start the child for ordinary files."""
         self._pool.warm_up()
-        self.adopt_claimed()
 
     def close(self) -> None:
         """End the children; their jobs stay claimed and are validated at the next start."""

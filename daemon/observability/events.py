@@ -38,6 +38,10 @@ EVENTS: Mapping[str, Event] = {
     "daemon.reloaded": _event("info", "SIGHUP: the log was opened again, settings were read again.", "ignored"),
     "daemon.not_reloaded": _event("error", "SIGHUP: the settings have a fault; those of before stay.", "error"),
     "store.set_aside": _event("error", "The queue's database cannot be read and was moved aside.", "path reason"),
+    "root.contradicted": _event("error", "Parts of the root do not belong together; the queue is held.", "reason"),
+    "job.brought_forward": _event(
+        "warning", "The queue was older than the lineage, which has the job's version.", "job version"
+    ),
     "store.rebuilt": _event("warning", "The queue was made anew from the folders.", "jobs succeeded"),
     "status.not_written": _event("error", "The status file cannot be written; logged once, training goes on.", "error"),
     "status.written_again": _event("info", "The status file can be written again."),
@@ -139,6 +143,9 @@ EVENTS: Mapping[str, Event] = {
         "job train_seconds bookkeeping_share sealing_share tokens_per_second",
     ),
     "checkpoint.sealed": _event("info", "A checkpoint is on disk, whole.", "job step path size_bytes"),
+    "version.latest_repaired": _event(
+        "warning", "`latest` was lost; the lineage told which version it names.", "version"
+    ),
     "version.promoted": _event("info", "A finished adapter became the current one.", "job version"),
     "version.not_promoted": _event("error", "A finished adapter could not become a version.", "job error"),
     "version.unreadable": _event("error", "The current version cannot be read.", "error"),

@@ -75,6 +75,7 @@ def hand_back(root: str, job_id: str) -> None:
 
 def prepare_drop(text: str, sidecar: str | None) -> Any:
     def prepare(root: Path) -> Mapping[str, str]:
+        settings_of(root).inbox_dir.mkdir(parents=True, exist_ok=True)
         layout.create_folders(settings_of(root))
         JobStore(settings_of(root).store_path).close()
         (root / "inbox" / "x.jsonl").write_text(text)
@@ -90,6 +91,7 @@ def prepare_job(state: JobState, **tables: Any) -> Any:
 
     def prepare(root: Path) -> Mapping[str, str]:
         settings = settings_of(root)
+        settings.inbox_dir.mkdir(parents=True, exist_ok=True)
         layout.create_folders(settings)
         store = JobStore(settings.store_path)
         job = Job(id="20260101-000000-0000", name="x.jsonl", state=JobState.CLAIMED, source=str(root / "inbox/x.jsonl"))

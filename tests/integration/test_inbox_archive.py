@@ -16,6 +16,7 @@ from daemon.errors import DropforgeError
 from daemon.inbox import archive, claim, layout
 from daemon.job import Job, JobState
 from daemon.recovery import repair_inbox
+from daemon.root_identity import adopt
 from daemon.store import JobStore, TransitionRefused
 from tests.support.inbox import ROW, Root, assert_sound
 
@@ -308,6 +309,7 @@ def test_an_inbox_that_cannot_be_completed_is_named_and_used_when_it_can(root: R
     """Another folder in its place, in which `processing` is a file: nothing is taken, nobody falls over."""
     root.inbox.rename(root.path / "old")
     root.inbox.mkdir()
+    adopt(root.settings)
     (root.inbox / "processing").write_text("a file")
     dropped = root.drop("x.jsonl", OLD)
     root.pump(lambda: any("processing cannot be used" in line for line in root.intake.view().warnings))

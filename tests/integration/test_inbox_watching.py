@@ -17,6 +17,7 @@ import pytest
 from daemon.config import InboxSettings
 from daemon.inbox import candidates, watcher
 from daemon.job import JobState, Priority
+from daemon.root_identity import adopt
 from tests.support.inbox import ROW, Root, assert_sound
 
 SLOW_RESCAN = {"rescan_seconds": 30.0}  # a drop that is claimed sooner was found by its event
@@ -134,12 +135,15 @@ def test_a_folder_that_is_deleted_and_made_again_is_watched_again(root: Root) ->
 
 
 def test_another_inbox_in_the_place_of_the_first_is_watched_and_completed(tmp_path: Path) -> None:
-    """Renamed away and replaced: what is dropped under the name is taken."""
+    """Renamed away and replaced: once a person says that it is meant, what is dropped under the name is taken."""
     with Root(tmp_path) as root:
         root.tick()
         root.inbox.rename(tmp_path / "old")
         root.pump(lambda: any("missing" in line for line in root.intake.view().warnings))
         root.inbox.mkdir()
+        root.pump(lambda: any("carries no mark" in line for line in root.intake.view().warnings))
+        assert not list(root.inbox.glob("[a-z]*")), "nothing is made in its place unasked"
+        adopt(root.settings)
         root.pump((root.inbox / "processing").is_dir)
         root.drop("x.jsonl")
         root.wait_for(1)
@@ -156,6 +160,8 @@ def test_a_mount_over_the_inbox_is_noticed(tmp_path: Path) -> None:
         if done.returncode != 0:
             pytest.skip("mounting is not permitted here")
         try:
+            root.pump(lambda: any("carries no mark" in line for line in root.intake.view().warnings))
+            adopt(root.settings)
             root.pump((root.inbox / "processing").is_dir)
             (root.inbox / "x.jsonl").write_text(ROW)
             root.wait_for(1)

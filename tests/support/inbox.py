@@ -14,6 +14,7 @@ from daemon.inbox.archive import Archive
 from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState
 from daemon.recovery import repair_inbox
+from daemon.root_identity import establish
 from daemon.store import JobStore
 
 ROW = '{"text": "a row"}\n'
@@ -59,7 +60,9 @@ class Root:
         self.store = JobStore(self.settings.store_path)
         self.archive = Archive(self.settings, self.store, self.log)
         self.intake = Intake(self.settings, self.store, self.archive, wakeup=self.wakeup, log=self.log)
-        self.intake.open(repair_inbox(self.settings, self.store, self.archive, self.log))
+        establish(self.settings)
+        self.intake.open()
+        self.intake.resume_claimed(repair_inbox(self.settings, self.store, self.archive, self.log))
         self.opened = True
 
     def close(self) -> None:

@@ -40,7 +40,9 @@ def assert_sound(root: Root) -> None:
 
     succeeded = {job.version: job for job in jobs.values() if job.state is JobState.SUCCEEDED}
     for job in succeeded.values():
-        assert job.result is not None
+        if job.result is None:  # only the folders tell of it: the queue was lost, or older than they
+            assert job.reason == f"known from version {job.version}"
+            continue
         assert job.result.steps_run == job.result.steps_planned >= 1
     assert len(succeeded) == sum(job.state is JobState.SUCCEEDED for job in jobs.values()), "two jobs claim one version"
     running = {job.id for job in jobs.values() if job.state is JobState.RUNNING}

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds"),
-        *("daemon.observability", "daemon.store", "daemon.versions"),
+        *("daemon.observability", "daemon.store", "daemon.root_identity", "daemon.versions"),
     ),
     (
         "daemon.control",

@@ -44,8 +44,8 @@ ONCE = [
 FROM_THEN_ON = [
     ("daemon", "write", errno.EIO, 30),
     ("daemon", "fsync", errno.EIO, 12),
-    ("daemon", "rename", errno.EROFS, 7),
-    ("daemon", "rename", errno.EIO, 9),
+    ("daemon", "rename", errno.EROFS, 11),
+    ("daemon", "rename", errno.EIO, 13),
     ("fake_trainer", "write", errno.EROFS, 6),
     ("fake_trainer", "rename", errno.EIO, 3),
 ]
