@@ -56,7 +56,7 @@ class Examples:
     refused: tuple[RefusedRow, ...] = ()  # rows at fault, left out under on_bad_rows = "skip"
     truncated_rows: int = 0
     truncated_lines: tuple[int, ...] = ()  # of them, those that lost trained tokens
-    control_lines: tuple[int, ...] = ()  # rows whose messages hold the text of a control token, learned as text
+    special_token_lines: tuple[int, ...] = ()  # rows whose messages hold the text of a special token, learned as text
     notes: Mapping[Note, tuple[int, ...]] = field(default_factory=dict)  # what a person should know, and the lines
     end_ids: frozenset[int] = frozenset()  # the tokens that the model learns to stop with
     whole_sizes: Sequence[int] = ()  # tokens of each sample before truncation

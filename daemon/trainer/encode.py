@@ -34,7 +34,7 @@ from daemon.trainer.chat import ConversationError, Learn, Note, Split, assistant
 from daemon.trainer.chat_template import ChatTemplate, Span, special_strings
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.message_forms import Message
-from daemon.trainer.special_tokens import ControlTokens
+from daemon.trainer.special_tokens import SpecialTokens
 
 ROWS_AT_ONCE = 128  # more make tokenising no faster
 
@@ -50,7 +50,7 @@ class Sample:
 
     ids: Ids  # (T,)
     learned: tuple[Span, ...]
-    spells_control: bool = False  # a message holds the text of a control token, which is learned as text
+    spells_special: bool = False  # a message holds the text of a special token, which is learned as text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ class _Text:
 
     text: str
     learned: Sequence[Span]  # characters
-    marked: bool  # control tokens that are to be text stand between marks
+    marked: bool  # special tokens that are to be text stand between marks
 
 
 class Encoder:
@@ -92,7 +92,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._day = day
         self._data = data
-        self._control = ControlTokens(tokenizer)
+        self._special = SpecialTokens(tokenizer)
         self._template: ChatTemplate | None = None
         self._backend = _backend_of(tokenizer)
         self._bytes = TokenBytes(tokenizer) if self._backend and TokenBytes.may_fit(self._backend) else None
@@ -153,10 +153,10 @@ class Encoder:
             return None
         self._template = self._template or ChatTemplate(self._tokenizer, self._day)
         tools: Any = row.tools
-        marked = self._control.found_in(messages) or self._control.found_in(tools)
+        marked = self._special.found_in(messages) or self._special.found_in(tools)
         learn = what_to_learn(messages, first_trained, self._data.train_on)
         if marked:
-            messages, tools = self._control.mark(messages), self._control.mark(tools)
+            messages, tools = self._special.mark(messages), self._special.mark(tools)
         found = split(self._template.for_tools(tools), messages, tools, learn)
         return _Rendered(
             texts=[_Text(sample.text, sample.learned, marked) for sample in found.samples], split=found, marked=marked
@@ -257,20 +257,20 @@ class Encoder:
         )
 
     def _spelled(self, row: Row, rendered: _Rendered) -> EncodedRow | RefusedRow:
-        """The same where messages hold the text of control tokens, which are marked."""
+        """The same where messages hold the text of special tokens, which are marked."""
         if not self._tokenizer.is_fast:  # it cannot do that: nothing is learned, so the row is left out and named
-            bare = tuple(Sample(self._alone(text.text), (), spells_control=True) for text in rendered.texts)
+            bare = tuple(Sample(self._alone(text.text), (), spells_special=True) for text in rendered.texts)
             return self._encoded(row, rendered, bare)
         samples = []
         for text in rendered.texts:
             try:
-                tokens = self._control.tokens(text.text)
+                tokens = self._special.tokens(text.text)
             except RunFailure as failure:
                 return RefusedRow(line=row.line, reason=failure.message, hint=failure.hint)
             places = [(begin, end) for _, begin, end in tokens]
             ids = array("i", (token for token, _, _ in tokens))
             learned = _apart(_overlapping(places, span) for span in text.learned)
-            samples.append(Sample(ids, learned, spells_control=True))
+            samples.append(Sample(ids, learned, spells_special=True))
         return self._encoded(row, rendered, tuple(samples))
 
     def _alone(self, text: str) -> Ids:

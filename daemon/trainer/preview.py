@@ -28,7 +28,7 @@ def preview(path: Path, format_: str, recipe: Recipe, *, rows: int, line: int | 
 
     Returns `rows` ({line, samples, warnings}) and `refused` ({line, reason}). A sample has `segments`, which together are
     its whole text, `tokens` and `learned_tokens` after truncation, and whether it is `truncated`. A segment has `text`,
-    `learned`, and where there is one `truncated` (cut off by max_length) and `control` (the control tokens in it). Raises RunFailure(CONFIG), SourceError, OSError.
+    `learned`, and where there is one `truncated` (cut off by max_length) and `control` (the special tokens in it). Raises RunFailure(CONFIG), SourceError, OSError.
     """
     from daemon.trainer.base_model import load_tokenizer, resolve_base
     from daemon.trainer.encode import Encoder, RefusedRow
@@ -64,8 +64,8 @@ def _row(encoded: EncodedRow, tokenizer: Any, max_length: int) -> dict[str, Any]
     warnings = [f"rows like this {note}" for note in sorted(encoded.notes)]
     if not any(sample["learned_tokens"] for sample in samples):
         warnings.append("nothing of it is learned")
-    if any(sample.spells_control for sample in encoded.samples):
-        warnings.append("it holds the text of control tokens, which is read as text")
+    if any(sample.spells_special for sample in encoded.samples):
+        warnings.append("it holds the text of special tokens, which is read as text")
     if any(sample["truncated"] for sample in samples):
         warnings.append(f"it is longer than max_length = {max_length}; what is cut off is not seen")
     return {"line": encoded.line, "samples": samples, "warnings": warnings}
@@ -107,7 +107,7 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _control(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The control tokens among `ids`, each once; the same text where a row spells it is made of other tokens."""
+    """The special tokens among `ids`, each once; the same text where a row spells it is made of other tokens."""
     special = set(tokenizer.all_special_ids)
     return sorted({tokenizer.convert_ids_to_tokens(id_) for id_ in ids if id_ in special})
 

@@ -1,4 +1,4 @@
-"""A tokenizer's control tokens: the chat template writes them, a conversation's strings never do.
+"""A tokenizer's special tokens: the chat template writes them, a conversation's strings never do.
 
 Whoever types `<|im_end|>` into a message has typed ten characters. Tokenised with the rendering as a whole they would
 become the token that ends a turn, and rows could forge turns of other roles, which only the template may write. So they
@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 Token = tuple[int, int, int]  # id, and the characters that it stands for: begin, end
 
 
-class ControlTokens:
+class SpecialTokens:
     """The special tokens of one tokenizer, as strings to look for, and how they are spelled in plain tokens.
 
     Only a tokenizer that says where its tokens stand (`is_fast`) can spell them.
@@ -45,7 +45,7 @@ class ControlTokens:
         return isinstance(value, list) and any(map(self.found_in, value))
 
     def mark(self, value: Value) -> Value:
-        """A copy of messages or tools in which every control token stands between marks."""
+        """A copy of messages or tools in which every special token stands between marks."""
         if isinstance(value, str):
             return self._names.sub(f"{_BEGIN}\\g<0>{_END}", _LONE.sub("", value))  # type: ignore[return-value]
         if isinstance(value, dict):
@@ -57,7 +57,7 @@ class ControlTokens:
     def tokens(self, text: str) -> list[Token]:
         """The tokens of a rendering with marks, which themselves give none; characters are counted with the marks.
 
-        Raises RunFailure(BAD_DATA) for a tokenizer whose plain text yields the control token itself.
+        Raises RunFailure(BAD_DATA) for a tokenizer whose plain text yields the special token itself.
         """
         found: list[Token] = []
         begin = 0
@@ -68,7 +68,7 @@ class ControlTokens:
                 if self._tokenizer.convert_tokens_to_ids(name) in ids:
                     raise RunFailure(
                         FailureKind.BAD_DATA,
-                        f"a message holds the control token {name!r}, which this tokenizer cannot spell as text",
+                        f"a message holds the special token {name!r}, which this tokenizer cannot spell as text",
                         hint="take it out of the row",
                     )
                 found += [(token, mark.start(1), mark.end(1)) for token in ids]
@@ -88,7 +88,7 @@ class ControlTokens:
         return [(token, begin + first, begin + last) for token, first, last in self._with_offsets(piece)]
 
     def _spelled(self, name: str) -> list[int]:
-        """A control token's name in tokens of plain text, as in the middle of a text."""
+        """A special token's name in tokens of plain text, as in the middle of a text."""
         newline, ids = self._as_text("\n"), self._as_text("\n" + name)
         return ids[len(newline) :] if ids[: len(newline)] == newline else self._as_text(name)
 

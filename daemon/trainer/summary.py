@@ -57,7 +57,7 @@ def data_warnings(examples: Examples, planned: Plan, capacity: Capacity) -> tupl
     lines_of = {
         "rows without a token to train on": examples.dropped_lines,
         "rows that lost trained tokens to max_length": examples.truncated_lines,
-        "rows that hold the text of control tokens, which was read as text": examples.control_lines,
+        "rows that hold the text of special tokens, which was read as text": examples.special_token_lines,
         f"rows that cannot be rendered as they should, and were left out{first}": refused,
         **{f"rows that {note}": lines for note, lines in examples.notes.items()},
         f"rows longer than the {capacity.positions} positions that the base model was made for": tuple(

@@ -44,7 +44,7 @@ class _Chunk:
     refused: list[RefusedRow] = field(default_factory=list)
     truncated_rows: int = 0
     truncated_lines: list[int] = field(default_factory=list)  # as in Examples
-    control_lines: list[int] = field(default_factory=list)
+    special_token_lines: list[int] = field(default_factory=list)
     notes: dict[Note, list[int]] = field(default_factory=dict)
     end_ids: set[int] = field(default_factory=set)
     whole_sizes: array[int] = field(default_factory=lambda: array("i"))
@@ -104,8 +104,8 @@ class _Work:
         chunk.truncated_rows += bool(cut)
         if any(trained_tokens(sample.learned) < trained_tokens(whole.learned) for sample, whole in cut):
             chunk.truncated_lines.append(row.line)
-        if any(sample.spells_control for sample in samples):
-            chunk.control_lines.append(row.line)
+        if any(sample.spells_special for sample in samples):
+            chunk.special_token_lines.append(row.line)
         for note in encoded.notes:
             chunk.notes.setdefault(note, []).append(row.line)
         chunk.end_ids |= encoded.end_ids
@@ -124,7 +124,7 @@ class _Tally:
     refused: list[RefusedRow] = field(default_factory=list)
     truncated_rows: int = 0
     truncated_lines: list[int] = field(default_factory=list)
-    control_lines: list[int] = field(default_factory=list)
+    special_token_lines: list[int] = field(default_factory=list)
     notes: dict[Note, list[int]] = field(default_factory=dict)
     end_ids: set[int] = field(default_factory=set)
     whole_sizes: array[int] = field(default_factory=lambda: array("i"))
@@ -133,7 +133,7 @@ class _Tally:
         self.refused += chunk.refused
         self.truncated_rows += chunk.truncated_rows
         self.truncated_lines += chunk.truncated_lines
-        self.control_lines += chunk.control_lines
+        self.special_token_lines += chunk.special_token_lines
         self.end_ids |= chunk.end_ids
         self.whole_sizes += chunk.whole_sizes
         for note, lines in chunk.notes.items():
@@ -160,7 +160,7 @@ class _Tally:
             refused=tuple(self.refused),
             truncated_rows=self.truncated_rows,
             truncated_lines=tuple(self.truncated_lines),
-            control_lines=tuple(self.control_lines),
+            special_token_lines=tuple(self.special_token_lines),
             notes={note: tuple(lines) for note, lines in sorted(self.notes.items())},
             end_ids=frozenset(self.end_ids),
             whole_sizes=self.whole_sizes,
