@@ -67,10 +67,11 @@ def load_tokenizer(base: BaseModel) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged tokenizer.json raises whatever its reader stumbles over
+        said = str(error).splitlines()[0] if isinstance(error, OSError | ValueError) and str(error) else repr(error)
         raise RunFailure(
             FailureKind.CONFIG,
-            f"the base model in {base.path} has no usable tokenizer: {error}",
+            f"the base model in {base.path} has no usable tokenizer: {said}",
             hint="fetch the model again, tokenizer.json included",
         ) from error
     if tokenizer.pad_token_id is None:

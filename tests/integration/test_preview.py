@@ -204,6 +204,18 @@ def test_check_names_lines_of_which_nothing_is_learned(make_root: MakeRoot, tiny
     assert "(lines 2)" in root.run("check", str(path)).stdout
 
 
+@pytest.mark.parametrize("content", ["{}", "not JSON", '{"model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_is_told_with_its_folder(
+    make_root: MakeRoot, tiny_base: Path, tmp_path: Path, content: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "tokenizer.json").write_text(content)
+    done = make_root(base_model=base).run("check", str(write(tmp_path, CHAT)))
+    assert done.returncode == 0
+    assert f"rows good, tokens not checked: the base model in {base} has no usable tokenizer" in done.stdout
+
+
 def test_check_says_when_tokens_were_not_checked(make_root: MakeRoot, tmp_path: Path) -> None:
     """Never just "good"."""
     root = make_root(base_model=tmp_path / "nowhere")
