@@ -7,6 +7,7 @@ read in child processes.
 from __future__ import annotations
 
 import heapq
+import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -93,6 +94,7 @@ class Intake:
 
     def open(self) -> None:
         """Start to watch, and the child that validates."""
+        self._create_folders()  # before they are watched
         self._watcher.start(time.monotonic())
         self._validator.open()
 
@@ -199,17 +201,20 @@ class Intake:
         self._next_rescan = now + (
             min(inbox.rescan_seconds, inbox.poll_seconds) if self._watcher.polling else inbox.rescan_seconds
         )
-        with suppress(OSError):  # what cannot be made is named as unusable
-            if not (self.settings.inbox_dir / layout.PROCESSING).is_dir() and not contradiction(
-                read_parts(self.settings)
-            ):
-                layout.create_folders(self.settings)  # another folder took the inbox's place, and that is meant
+        if not os.path.isdir(self.settings.inbox_dir / layout.PROCESSING):  # noqa: PTH112  False where it may not be told
+            self._create_folders()  # another folder took the inbox's place, and that is meant
         if self._is_usable():
             self._archive.retry()
         self._scan(now, full=self._scan_requested)
         self._strays = self._stray_finder.find(self.settings)
         self._log_ignored(now)
         self.adopt_claimed()
+
+    def _create_folders(self) -> None:
+        """Make the inbox's own folders where they are missing, in an inbox of this root."""
+        with suppress(OSError):  # what cannot be made is named as unusable
+            if not contradiction(read_parts(self.settings)):
+                layout.create_folders(self.settings)
 
     def _scan(self, now: float, *, full: bool) -> None:
         self._scan_requested = False

@@ -75,7 +75,9 @@ def test_a_conversation_of_several_samples_is_told_as_such_by_run_and_card(tiny_
     result = train(specify(tmp_path / "run", [THINKING | {"tools": tools}] * 8, base, SHORT))
     assert (result.rows, result.samples) == (8, 16)
     [warning] = [text for text in result.warnings if "tool definitions" in text]
-    assert warning.startswith("8 rows have tool definitions, of which the template leaves something out (lines 1, 2, 3")
+    assert warning.startswith(
+        "rows that have tool definitions, of which the template leaves something out: 8 (lines 1, 2, 3"
+    )
     card = (Path(result.candidate or "") / "README.md").read_text()
     assert "16 samples trained" in card
     assert warning in card
