@@ -77,6 +77,8 @@ class OneTemplate:
         self.special = special_strings(tokenizer)
         self._names: dict[str, str] = dict(tokenizer.special_tokens_map)
         self._compiled = _compile_jinja_template(source)
+        # A chain of mappings as it comes, which each rendering would go through key by key.
+        self._compiled.globals = dict(self._compiled.globals)
 
     def text(
         self,

@@ -191,6 +191,8 @@ class Encoder:
 
     def _ids(self, texts: Sequence[str]) -> list[Ids]:
         """The tokens of plain texts, with those that the tokenizer puts around any text; BOS once where they begin so."""
+        if not texts:
+            return []  # a batch of none costs as much as one of some
         if self._backend is not None:
             found = [array("i", encoding.ids) for encoding in self._backend.encode_batch_fast(list(texts))]
         else:

@@ -5,6 +5,7 @@ Processes get lines as they stand in the file and give back numbers, so that har
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from array import array
@@ -274,6 +275,7 @@ _work: _Work | None = None  # of a process that tokenises
 def _begin_worker(work: _Work) -> None:
     global _work  # noqa: PLW0603  a pool hands its workers their state in no other way
     die_with_parent()
+    gc.freeze()  # what was there before the fork is looked through no more, and so stays shared
     _work = work
 
 
