@@ -73,7 +73,7 @@ def test_every_read_of_the_status_file_meets_one_whole_file_or_another(
     found = [json.loads(line) for line in kept.read_bytes().splitlines()]
     for content in found[::10]:
         SCHEMA.validate(content)
-    assert len(found) > 50
+    assert len(found) > 10, "it was replaced while it was read"
     assert {"training", "idle"} <= {content["status"] for content in found}
     assert root.stop() == 0
 
