@@ -55,6 +55,13 @@ def merge_version(
     settings = context.obj.settings
     found = versions.current_version(settings.model_dir) if version == "latest" else None
     found = found or versions.find_version(settings.model_dir, version)
+    if damage := versions.damage(found):
+        raise DropforgeError(
+            operation="merge",
+            subject=f"version {found.name}",
+            cause="; ".join(damage),
+            hint="bring the version back from a backup, or merge another one",
+        )
     # In a process of its own: only the trainer's package imports torch.
     done = subprocess.run(
         [

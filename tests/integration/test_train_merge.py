@@ -102,3 +102,20 @@ def test_a_saved_merge_with_another_weight_is_refused(
     with pytest.raises(RunFailure, match="reads back with other weights"):
         merge(version, tmp_path / "other", ModelSettings(model_name_or_path=str(tiny_base)))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_version_that_is_not_as_it_was_promoted_is_not_merged(make_root: Any, tmp_path: Path) -> None:
+    """One flipped bit in the adapter, and one file that is gone: named, and nothing is written."""
+    root: Root = make_root(behaviour={})
+    candidate = tmp_path / "candidate"
+    candidate.mkdir()
+    (candidate / "adapter_config.json").write_text("{}")
+    (candidate / "adapter_model.safetensors").write_bytes(b"weights")
+    version = promote(root.settings.model_dir, candidate, job_id="job", record={})
+    (version.path / "adapter_model.safetensors").write_bytes(b"weightr")
+    (version.path / "adapter_config.json").unlink()
+    done = root.run("merge", "1", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "version 0001 lacks adapter_config.json" in done.stderr
+    assert "adapter_model.safetensors is not the file that was promoted" in done.stderr
+    assert not (tmp_path / "out").exists()
