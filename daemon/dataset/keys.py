@@ -136,34 +136,54 @@ def _scores(value: Any, answers: bool) -> bool:
     return answers and isinstance(value, list)
 
 
-_VERDICTS = frozenset(
-    [
-        "0",
-        "1",
-        "true",
-        "false",
-        "yes",
-        "no",
-        "good",
-        "bad",
-        "desirable",
-        "undesirable",
-        "chosen",
-        "rejected",
-        "preferred",
-        "dispreferred",
-        "positive",
-        "negative",
-    ]
-)
+_YES = frozenset(("1", "true", "yes", "good", "desirable", "chosen", "preferred", "positive", "correct", "right"))
+_NO = frozenset(
+    (
+        "false", "no", "bad", "undesirable", "rejected", "dispreferred", "negative", "incorrect", "wrong", "fail", "failed",
+        "failure", "unacceptable", "poor", "dislike", "disliked", "down", "downvote", "downvoted", "thumb_down",
+        "thumbs_down", "thumbsdown", "\N{THUMBS DOWN SIGN}",
+    )
+)  # fmt: skip
+_VERDICTS = _YES | _NO | {"0"}
 
 
 def _verdict(value: Any, answers: bool) -> bool:
     if isinstance(value, list):
         return any(_verdict(item, answers) for item in value)
     if isinstance(value, str):
-        return answers and value.strip().casefold() in _VERDICTS
+        return answers and _word(value) in _VERDICTS
     return isinstance(value, bool) or (answers and is_number(value))
+
+
+def _word(text: str) -> str:
+    return text.strip().casefold().replace(" ", "_").replace("-", "_")
+
+
+def _says_wrong(value: Any, answers: bool) -> bool:
+    """Whether a value is false, a word for it, or beside answers 0 or less; or one of those that it holds."""
+    return _holds_bad(value, answers, lambda number: number <= 0)
+
+
+def _grades_below_zero(value: Any, answers: bool) -> bool:
+    """As `_says_wrong`, but 0 is a grade as any other."""
+    return _holds_bad(value, answers, lambda number: number < 0)
+
+
+def _holds_bad(value: Any, answers: bool, is_bad: Callable[[float], bool]) -> bool:
+    if isinstance(value, list | dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return any(_holds_bad(item, answers, is_bad) for item in inner)
+    if isinstance(value, str):
+        return _word(value) in _NO or (answers and (number := _number(value)) is not None and is_bad(number))
+    return value is False or (answers and is_number(value) and is_bad(value))
+
+
+def _number(text: str) -> float | None:
+    """The number that a text is, as tables have them; None when it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _true(value: Any, answers: bool) -> bool:
@@ -299,6 +319,39 @@ REFUSED: tuple[Refused, ...] = (
     ),
     Refused(
         names=(
+            "correct", "is_correct", "correctness", "answer_correct", "answer_is_correct", "is_right", "passed", "is_passed",
+            "pass", "success", "successful", "is_successful", "succeeded", "resolved", "solved", "is_solved", "valid",
+            "is_valid", "approved", "is_approved", "acceptable", "is_acceptable", "helpful", "is_helpful", "is_safe",
+            "is_response_safe", "liked", "is_liked", "upvoted", "accept", "verdict", "judgement", "judgment", "outcome",
+            "reward", "correctness_math_verify",
+        ),
+        meaning="says that the answer is wrong or not wanted, and it would be learned as a right one",
+        advice="leave out the rows whose answers are not to be learned",
+        values="false or a word for it; beside answers also 0 and numbers below it; in lists and objects, any of these",
+        applies=_says_wrong,
+    ),
+    Refused(
+        names=(
+            "score", "rating", "user_rating", "feedback", "user_feedback", "human_feedback", "vote", "votes", "grade",
+            "quality", "thumb", "thumbs",
+        ),
+        meaning="says that the answer is wrong or not wanted, and it would be learned as a right one",
+        advice="leave out the rows whose answers are not to be learned",
+        values="false or a word for it; beside answers also numbers below 0; in lists and objects, any of these",
+        applies=_grades_below_zero,
+    ),
+    Refused(
+        names=(
+            "incorrect", "is_incorrect", "wrong", "is_wrong", "failed", "is_failed", "invalid", "is_invalid", "disliked",
+            "is_disliked", "downvoted", "is_hallucination", "hallucination", "hallucinated",
+        ),
+        meaning="says that the answer is wrong or not wanted, and it would be learned as a right one",
+        advice="leave out the rows whose answers are not to be learned",
+        values="true, or a number that is not 0",
+        applies=_true,
+    ),
+    Refused(
+        names=(
             "scores", "ratings", "rewards", "ranks", "advantages", "step_labels", "step_rewards", "turn_rewards",
             "token_rewards",
         ),
@@ -403,7 +456,8 @@ REFUSED: tuple[Refused, ...] = (
 )  # fmt: skip
 
 _BY_NAME: Mapping[Place, Mapping[str, Refused]] = {
-    place: {name: group for group in REFUSED if place in group.places for name in group.names} for place in Place
+    place: {name.replace("_", ""): group for group in REFUSED if place in group.places for name in group.names}
+    for place in Place
 }
 
 
@@ -412,9 +466,10 @@ def refused(key: str, place: Place) -> Refused | None:
     """The group of refused keys that a key belongs to, however it is capitalised or joined."""
     name = key.casefold().replace("-", "_").replace(" ", "_")
     groups = _BY_NAME[place]
-    if name not in groups and (name.startswith("rejected_") or name.endswith("_rejected")):
+    group = groups.get(name.replace("_", ""))
+    if group is None and (name.startswith("rejected_") or name.endswith("_rejected")):
         return groups["rejected"]  # the worse of two, of whatever kind
-    return groups.get(name)
+    return group
 
 
 def refuses(key: str, value: Any, place: Place, *, answers: bool) -> Refused | None:

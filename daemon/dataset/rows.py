@@ -27,6 +27,7 @@ from daemon.dataset.keys import (
     refuses,
 )
 from daemon.dataset.masks import apply_row_masks, is_mask
+from daemon.dataset.media import placeholder_apart, placeholder_in
 from daemon.dataset.source import BOM, TooLong, open_dataset
 from daemon.dataset.strict_json import LineError, column_of, parse_object
 from daemon.dataset.tools import calls_of
@@ -177,6 +178,20 @@ def normalise(row: Mapping[str, Any], format_: Format, data: Rules | DataSetting
             raise RowError((key,), group.reason(key), group.advice)
     if is_text:
         return _text(row, columns.text if format_ is Format.COLUMNS and columns.text is not None else "text")
+    content = _with_answer(row, format_, data)
+    for asked in _asked(content):
+        if (found := placeholder_apart(asked)) is not None:
+            raise RowError(
+                (),
+                f"{found} in the place of a picture, video or sound that the row does not hold; only text can be trained",
+                "leave such rows out, or take the placeholder out where the text stands on its own",
+            )
+    return content
+
+
+def _with_answer(row: Mapping[str, Any], format_: Format, data: Rules | DataSettings) -> RowContent:
+    """A row that is no plain text."""
+    columns = data.columns
     if format_ in (Format.MESSAGES, Format.SHAREGPT):
         return _conversation(row, format_)
     if format_ is Format.ALPACA:
@@ -187,6 +202,23 @@ def normalise(row: Mapping[str, Any], format_: Format, data: Rules | DataSetting
         return _function_calls(row)
     keys = (columns.prompt or "prompt", columns.completion or "completion")
     return _prompt_completion(row, *(keys if format_ is Format.COLUMNS else ("prompt", "completion")), data)
+
+
+def _asked(content: RowContent) -> Iterator[str]:
+    """What users say in a row."""
+    if isinstance(content.prompt, str):
+        yield content.prompt
+    else:
+        turns = content.completion if isinstance(content.completion, list) else []
+        for message in (*(content.messages or content.prompt or ()), *turns):
+            if message["role"] == "user":
+                yield message["content"]
+
+
+def mentions_media(content: RowContent) -> bool:
+    """Whether what is asked, or a plain text, holds the placeholder of a picture, video or sound."""
+    texts = (content.text,) if content.text is not None else _asked(content)
+    return any(placeholder_in(text) is not None for text in texts)
 
 
 def joins_words(content: RowContent) -> bool:

@@ -8,7 +8,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from daemon.dataset.rows import Format, Line, RowContent, Rules, check_row, count_answers, detect_format, joins_words
+from daemon.dataset.rows import (
+    Format,
+    Line,
+    RowContent,
+    Rules,
+    check_row,
+    count_answers,
+    detect_format,
+    joins_words,
+    mentions_media,
+)
 from daemon.dataset.source import TooLong
 from daemon.dataset.strict_json import LineError, excerpt, parse_object
 from daemon.dataset.suggest import describe_unknown
@@ -26,9 +36,11 @@ _NUMBER = re.compile(r"\d+")
 
 EMPTY_ANSWER = "empty_answer"
 NO_ANSWER = "no_answer"
+MEDIA = "media_placeholder"
 WARNINGS = {
     EMPTY_ANSWER: "an answer that would be learned is empty or only white space",
     NO_ANSWER: "no turn of the assistant that would be learned",
+    MEDIA: "the placeholder of a picture, video or sound in the text; it is trained as the text that it is",
 }
 
 
@@ -88,6 +100,8 @@ class Tally:
             self._warn(EMPTY_ANSWER, number)
         elif not answers.learned:
             self._warn(NO_ANSWER, number)
+        if mentions_media(content):
+            self._warn(MEDIA, number)
         if content.kind == "prompt_completion" and isinstance(content.prompt, str):
             self.joined += 1
             self.joined_tightly += joins_words(content)

@@ -57,6 +57,16 @@ def test_unused_keys_warnings_and_blank_lines_are_counted(told: Path) -> None:
     assert scan.dataset.notes == ("1 blank line was skipped",)
 
 
+def test_placeholders_among_words_are_trained_and_told(tmp_path: Path) -> None:
+    """With their lines, in what is asked and in plain text; a page's own elements are none."""
+    rows = [answer("a"), {"messages": [{"role": "user", "content": "Is <image> a tag?"}, answer("b")["messages"][1]]}]
+    (warning,) = scan_dataset(write(tmp_path / "x.jsonl", *rows), Rules()).dataset.warnings
+    assert (warning.code, warning.rows, warning.lines) == ("media_placeholder", 1, (2,))
+    texts = [{"text": "<image>\nA cat."}, {"text": "<video></video>"}, {"text": "a < b"}]
+    (warning,) = scan_dataset(write(tmp_path / "t.jsonl", *texts), Rules()).dataset.warnings
+    assert warning.lines == (1,)
+
+
 def test_the_counts_travel_to_check_report_and_show(told: Path, tmp_path: Path) -> None:
     """In the texts and in the JSON of each, and through the store's form."""
     (found,) = check_files([told], Settings(root=tmp_path), None)

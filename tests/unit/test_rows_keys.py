@@ -181,6 +181,15 @@ LEARNED = {
     "a_label_that_is_a_topic": ({"messages": TURNS, "label": "maths"}, PLAIN),
     "answers_to_choose_from_that_became_messages": ({"messages": TURNS, "generations": ["x", "y"]}, PLAIN),
     "one_score": ({"messages": TURNS, "score": 0.5, "scores": 3}, PLAIN),
+    "verdicts_that_say_yes": ({"messages": TURNS, "correct": True, "reward": 1, "feedback": "thumbs up", "is_wrong": False}, PLAIN),
+    "metrics": ({"messages": TURNS, "score": 0.87, "rating": 1, "votes": 0, "quality": "B", "feedback": "Be more brief.", "grade": 3.5}, PLAIN),
+    "an_outcome_that_is_told": ({"messages": TURNS, "outcome": "The parcel was sent.", "verdict": {"by": "A"}}, PLAIN),
+    "a_score_of_a_text": ({"text": "A", "score": -3, "reward": 0}, ["text*: A"]),
+    "markup_is_text": (
+        {"messages": [{"role": "user", "content": "<video>\n<source src='a'>\n</video>"}, {"role": "assistant", "content": "<image>"}]},
+        ["user: <video>\n<source src='a'>\n</video>", "assistant*: <image>"],
+    ),
+    "a_placeholder_among_words": ({"instruction": "What does <image> mean in LLaVA?", "output": "A"}, ["user: What does <image> mean in LLaVA?", "assistant*: A"]),
     "a_class_of_a_text": ({"text": "A", "label": 1}, ["text*: A"]),
     "a_loss_that_was_measured": ({"text": "A", "loss": 0.43}, ["text*: A"]),
     # prompt and completion
@@ -213,7 +222,31 @@ REFUSALS = {
     "ranked_answers": ({"messages": TURNS[:1], "responses": ["A", "B"], "scores": [1, 2]}, '"responses"', "several answers"),
     "scores_of_turns": ({"messages": TURNS, "scores": [1, 2]}, '"scores"', "grades"),
     "step_supervision": ({"prompt": "Q", "completion": "A", "completions": ["a", "b"], "labels": [True, False]}, '"completions"', "several answers or steps"),
+    # verdicts on the answer
+    "correct_false": ({"messages": TURNS, "correct": False}, '"correct"', "says that the answer is wrong"),
+    "is_correct_zero": ({"query": "Q", "response": "A", "is_correct": 0}, '"is_correct"', "says that the answer is wrong"),
+    "is_correct_in_camel_case": ({"messages": TURNS, "isCorrect": False}, '"isCorrect"', "says that the answer is wrong"),
+    "reward_below_zero": ({"messages": TURNS, "reward": -1}, '"reward"', "says that the answer is wrong"),
+    "reward_of_nothing": ({"prompt": "Q", "completion": "A", "reward": 0.0}, '"reward"', "says that the answer is wrong"),
+    "reward_of_a_table": ({"prompt": "Q", "completion": "A", "reward": "-0.5"}, '"reward"', "says that the answer is wrong"),
+    "score_below_zero": ({"instruction": "Q", "output": "A", "score": -2}, '"score"', "says that the answer is wrong"),
+    "feedback_in_a_word": ({"messages": TURNS, "feedback": "Thumbs down"}, '"feedback"', "says that the answer is wrong"),
+    "feedback_in_a_sign": ({"messages": TURNS, "feedback": "\N{THUMBS DOWN SIGN}"}, '"feedback"', "says that the answer is wrong"),
+    "feedback_in_an_object": ({"messages": TURNS, "feedback": {"score": -1, "text": ""}}, '"feedback"', "says that the answer is wrong"),
+    "rating_of_a_turn": (said(content="A", rating="bad"), '"rating"', "says that the answer is wrong"),
+    "helpsteer_correctness": ({"query": "Q", "response": "A", "correctness": 0, "coherence": 4}, '"correctness"', "says that the answer is wrong"),
+    "beavertails": ({"query": "Q", "response": "A", "is_safe": False}, '"is_safe"', "says that the answer is wrong"),
+    "trajectory_not_resolved": ({"messages": TURNS, "resolved": False}, '"resolved"', "says that the answer is wrong"),
+    "is_wrong": ({"messages": TURNS, "is_wrong": True}, '"is_wrong"', "says that the answer is wrong"),
+    "outcome": ({"messages": TURNS, "outcome": "failed"}, '"outcome"', "says that the answer is wrong"),
+    "label_in_a_word": ({"messages": TURNS, "label": "incorrect"}, '"label"', "good or bad"),
     # not text
+    "placeholder_of_llava": ({"conversations": [{"from": "human", "value": "What is this?\n<image>"}, {"from": "gpt", "value": "A"}]}, "<image>", "only text"),
+    "placeholder_of_llama_factory": ({"instruction": "<video>Who is it?", "output": "A"}, "<video>", "only text"),
+    "placeholder_on_its_line": ({"messages": [{"role": "user", "content": "Look:\n<audio> <audio>\nand listen"}, TURNS[1]]}, "<audio>", "only text"),
+    "placeholder_of_qwen": ({"messages": [{"role": "user", "content": "<|vision_start|><|image_pad|><|vision_end|>Q"}, TURNS[1]]}, "<|vision_start|>", "only text"),
+    "placeholder_of_phi": ({"prompt": "<|image_1|>\nQ", "completion": "A"}, "<|image_1|>", "only text"),
+    "placeholder_in_parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "[IMG]"}, {"type": "text", "text": "Q"}]}, TURNS[1]]}, "[IMG]", "only text"),
     "images": ({"messages": TURNS, "images": ["a.png"]}, '"images"', "only text"),
     "image_of_sharegpt": ({"conversations": TURNS, "image": "a.jpg"}, '"image"', "only text"),
     "videos": ({"messages": TURNS, "videos": ["a.mp4"]}, '"videos"', "only text"),
@@ -282,7 +315,7 @@ def test_a_row_that_would_be_trained_into_something_else_is_refused_by_name(
 @pytest.mark.parametrize("group", REFUSED, ids=lambda group: group.names[0])
 def test_every_refused_key_is_refused_with_what_to_do(group: Any) -> None:
     """In rows and in turns, whatever the row holds otherwise."""
-    values = (True, 2, ["x"], "good", {"bbox": [1]})
+    values = (True, False, 2, -1, ["x"], "good", {"bbox": [1]})
     for name in group.names:
         value = next(value for value in values if group.applies(value, True))
         rows = {Place.ROW: {"messages": TURNS, name: value}, Place.TURN: said(content="A", **{name: value})}
