@@ -187,7 +187,10 @@ class Scheduler:
     def _finish_duplicate(self, job: Job) -> bool:
         """End a job whose content another one has trained since it was queued. Returns whether it ended."""
         try:
-            return job.dataset is not None and self._archive.finish_duplicate(job, job.dataset)
+            data = _recipe_of(job).data
+            return job.dataset is not None and self._archive.finish_duplicate(job, job.dataset, data)
+        except ConfigError:  # its job fails at the launch
+            return False
         except TransitionRefused:  # a command moved it at this moment
             return True
 

@@ -333,9 +333,9 @@ class JobStore:
         rows = self._db.execute("SELECT body FROM jobs WHERE digest = ? ORDER BY seq", (digest,)).fetchall()
         return [job for job in (from_json(row[0], Job) for row in rows) if job.state in states]
 
-    def first_trained(self, digest: str) -> Job | None:
-        """Return the job that trained this content first; None when none did."""
-        return next(iter(self.with_digest(digest, {JobState.SUCCEEDED})), None)
+    def trained(self, digest: str) -> list[Job]:
+        """Return the jobs that trained this content, the first one first."""
+        return self.with_digest(digest, {JobState.SUCCEEDED})
 
     def with_inode(self, inode: int) -> list[Job]:
         """Return jobs whose file had this inode when it was dropped, in order of arrival."""

@@ -24,12 +24,13 @@ from daemon.dataset.rows import Row, Rules, iter_rows
 from daemon.dataset.source import SourceError
 from daemon.dataset.strict_json import LineError
 from daemon.errors import RejectedData
+from daemon.inbox.duplicates import changed_settings
 from daemon.inbox.layout import NameKind, name_kind, sidecar_name
 from daemon.inbox.other_files import explain_other_file
 from daemon.inbox.report import remarks, rows_text
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.validation_pool import validate_once
-from daemon.job import Dataset, JobState, to_json
+from daemon.job import Dataset, to_json
 from daemon.processes import child_environment
 from daemon.recipe import Recipe
 from daemon.store import JobStore
@@ -92,7 +93,9 @@ class CheckReport:
     lengths: Mapping[int, int] = field(default_factory=dict)  # rows whose text has 2**(k-1) to 2**k - 1 characters
     tokens: Tokens = Tokens(reason="not asked")
     sidecar: str | None = None  # name of the sidecar that was applied
-    trained_before: tuple[Mapping[str, Any], ...] = ()  # job and version
+    trained_before: tuple[
+        Mapping[str, Any], ...
+    ] = ()  # job, version, and settings under which other words were learned
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -165,7 +168,7 @@ def _check(path: Path, settings: Settings, store: JobStore | None, verdict_comma
     except (LineError, SourceError, OSError) as error:
         return CheckReport(path=str(path), accepted=False, reason=f"it changed while it was read: {error}")
     tokens = _ask_trainer(path, reply.dataset.format, recipe, verdict_command)
-    trained = store.with_digest(reply.dataset.digest, {JobState.SUCCEEDED}) if store is not None else []
+    trained = store.trained(reply.dataset.digest) if store is not None else []
     return CheckReport(
         path=str(path),
         accepted=tokens.failure is None,
@@ -177,7 +180,14 @@ def _check(path: Path, settings: Settings, store: JobStore | None, verdict_comma
         lengths=lengths,
         tokens=tokens,
         sidecar=applied,
-        trained_before=tuple({"job": job.id, "version": job.version} for job in trained),
+        trained_before=tuple(
+            {
+                "job": job.id,
+                "version": job.version,
+                "changed_settings": changed_settings(job, reply.dataset, recipe.data),
+            }
+            for job in trained
+        ),
     )
 
 
@@ -268,8 +278,7 @@ def render_text(report: CheckReport) -> str:
     lines += [f"  warning     {escape(warning, most=500)}" for warning in report.tokens.warnings]
     if report.accepted:
         lines.append(f"  tokens      {_tokens_text(report.tokens)}")
-        before = ", ".join(f"job {item['job']} (version {item['version'] or '?'})" for item in report.trained_before)
-        lines.append(f"  trained     {f'before, in {before}' if before else 'not before'}")
+        lines.append(f"  trained     {_trained_text(report.trained_before)}")
     if report.tokens.lengths:
         lines.append("  tokens a row")
         lines += _plot([(_bin(found["up_to"]), found["rows"]) for found in report.tokens.lengths])
@@ -286,6 +295,18 @@ def _headline(report: CheckReport) -> str:
     if report.tokens.trained_share is None:
         return f"rows good, tokens not checked: {report.tokens.reason or 'there are none'}"
     return "good"
+
+
+def _trained_text(before: Sequence[Mapping[str, Any]]) -> str:
+    if not before:
+        return "not before"
+    jobs = [
+        f"job {item['job']} (version {item['version'] or '?'}"
+        f"{', with other settings: ' + '; '.join(item['changed_settings']) if item['changed_settings'] else ''})"
+        for item in before
+    ]
+    again = "" if any(not item["changed_settings"] for item in before) else "; so it would be trained again"
+    return f"before, in {', '.join(jobs)}{again}"
 
 
 def _repeats_text(repeats: Repeats) -> str:

@@ -21,9 +21,11 @@ from daemon.config import Settings
 from daemon.dataset import DatasetReport
 from daemon.errors import DropforgeError, NotFound
 from daemon.inbox import layout
+from daemon.inbox.duplicates import find_duplicate
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
 from daemon.inbox.sidecar import MAX_SIDECAR_BYTES
 from daemon.job import FINAL_STATES, Dataset, Job, JobState, from_json, to_json
+from daemon.recipe import DataSettings
 from daemon.run_dir import LOG_NAME, run_dir_of
 from daemon.store import JobStore
 from daemon.text import escape
@@ -66,9 +68,9 @@ class Archive:
         self.move_files(finished)
         return finished
 
-    def finish_duplicate(self, job: Job, dataset: Dataset) -> bool:
-        """End a job whose content is in a version already. Returns whether it ended."""
-        first = None if job.force else self._store.first_trained(dataset.digest)
+    def finish_duplicate(self, job: Job, dataset: Dataset, data: DataSettings) -> bool:
+        """End a job whose rows a version learned already, read as they would be now. Returns whether it ended."""
+        first = None if job.force else find_duplicate(self._store.trained(dataset.digest), dataset, data)
         if first is None:
             return False
         reason = f"duplicate of job {first.id}, version {first.version or '?'}"

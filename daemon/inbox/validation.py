@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from daemon.config import Settings
@@ -18,9 +18,11 @@ from daemon.dataset.rows import Rules
 from daemon.errors import NotFound
 from daemon.inbox import layout
 from daemon.inbox.archive import Archive, write_rows_report
+from daemon.inbox.duplicates import changed_settings
 from daemon.inbox.sidecar import RejectedSidecar, read_sidecar
 from daemon.inbox.validation_pool import ValidationPool
 from daemon.job import Dataset, Job, JobState, utc_now
+from daemon.recipe import DataSettings
 from daemon.store import JobStore, TransitionRefused
 from daemon.text import escape
 from daemon.wakeup import SupportsSet
@@ -171,16 +173,27 @@ class Validator:
             unused_keys=dict(dataset.unused_keys),
             warnings=[f"{warning.message} ({warning.rows} rows)" for warning in dataset.warnings],
         )
-        if self._archive.finish_duplicate(job, dataset):
+        recipe = self.settings.recipe.with_overrides(job.overrides)
+        if self._archive.finish_duplicate(job, dataset, recipe.data):
             return
-        recipe = self.settings.recipe.with_overrides(job.overrides).model_dump(mode="json")
+        if notes := self._trained_otherwise(job, dataset, recipe.data):
+            dataset = replace(dataset, notes=(*dataset.notes, *notes))
         self._store.transition(
             job.id,
             JobState.CLAIMED,
             JobState.QUEUED,
             "waits for its turn",
             dataset=dataset,
-            recipe=recipe,
+            recipe=recipe.model_dump(mode="json"),
             size_bytes=dataset.size_bytes,
         )
         self._log.info("job.queued", job=job.id)
+
+    def _trained_otherwise(self, job: Job, dataset: Dataset, data: DataSettings) -> list[str]:
+        """Say that the same file was trained before under other settings, which is why it is trained again."""
+        before = [] if job.force else self._store.trained(dataset.digest)
+        if not before:
+            return []
+        changed = "; ".join(changed_settings(before[-1], dataset, data))
+        version = before[-1].version or "?"
+        return [f"job {before[-1].id} trained the same file as version {version}, with other settings: {changed}"]

@@ -277,9 +277,9 @@ def test_a_job_that_is_cancelled_while_its_report_is_applied_harms_nobody(
     """A command may come between any look at a job and its transition."""
     real = archive.Archive.finish_duplicate
 
-    def cancel_first(self, job, dataset):
+    def cancel_first(self, job, dataset, data):
         control.cancel(root.settings, root.store, job, hand_back=False)
-        return real(self, job, dataset)
+        return real(self, job, dataset, data)
 
     monkeypatch.setattr(archive.Archive, "finish_duplicate", cancel_first)
     root.drop("x.jsonl", OLD)

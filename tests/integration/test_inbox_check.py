@@ -75,8 +75,25 @@ def test_content_that_was_trained_before_is_told_with_job_and_version(tmp_path: 
     store.add(Job(id="job-1", name="old.jsonl", state=JobState.SUCCEEDED, dataset=dataset, version="0003"))
     (report,) = check_files([path], settings, store)
     store.close()
-    assert report.trained_before == ({"job": "job-1", "version": "0003"},)
+    assert report.trained_before == ({"job": "job-1", "version": "0003", "changed_settings": []},)
     assert "before, in job job-1 (version 0003)" in render_text(report)
+
+
+def test_settings_under_which_other_words_would_be_learned_are_told(tmp_path: Path) -> None:
+    """And that the file would therefore be trained again."""
+    path = drop(tmp_path / "x.jsonl", '{"prompt": "Q", "completion": "A"}\n')
+    settings = Settings(root=tmp_path)
+    dataset = Dataset(
+        name="x.jsonl", path="", size_bytes=1, rows=1, digest=digest_file(path).blake3_hex, format="prompt_completion"
+    )
+    recipe = settings.recipe.model_dump(mode="json")
+    store = JobStore(settings.store_path)
+    store.add(Job(id="job-1", name="x.jsonl", state=JobState.SUCCEEDED, dataset=dataset, version="0003", recipe=recipe))
+    drop(tmp_path / "x.job.toml", '[data]\nprompt_completion = "chat"\n')
+    (report,) = check_files([path], settings, store)
+    store.close()
+    told = 'version 0003, with other settings: prompt_completion = "as_is", now "chat"); so it would be trained again'
+    assert told in render_text(report)
 
 
 def test_the_share_of_trained_tokens_comes_from_a_child_process(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from daemon.inbox import archive, layout
-from daemon.job import JobState, Priority
+from daemon.job import JobState, Outcome, Priority, RunResult
 from tests.support.inbox import ROW, Root, assert_sound
 
 
@@ -96,6 +96,72 @@ def test_trained_content_is_a_duplicate_and_goes_to_done_with_a_note(root: Root)
     assert job.reason == f"duplicate of job {first.id}, version 0001"
     assert job.duplicate_of == first.id
     assert "duplicate of job" in (root.inbox / "done" / job.id / "report.txt").read_text()
+
+
+PAIRS = '{"prompt": "Q", "completion": "A"}\n' * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "sidecar", "told"),
+    [
+        (PAIRS, '[data]\nprompt_completion = "chat"\n', 'prompt_completion = "as_is", now "chat"'),
+        (PAIRS, '[data]\ntrain_on = "all"\n', 'train_on = "assistant", now "all"'),
+        (
+            '{"text": "a", "b": "b"}\n',
+            '[data.columns]\ntext = "b"\n',
+            'columns = {}, now {"text": "b"}; format = "text", now "columns"',
+        ),
+    ],
+)
+def test_a_file_of_which_other_words_would_be_learned_is_no_duplicate(
+    root: Root, content: str, sidecar: str, told: str
+) -> None:
+    """The settings of the data decide them; that it was trained before, and how, is told."""
+    root.drop("x.jsonl", content)
+    (first,) = root.wait_for(1)
+    root.finish(first, version="0001")
+    (root.inbox / "y.job.toml").write_text(sidecar)
+    root.drop("y.jsonl", content)
+    (job,) = root.wait_for(1)
+    assert job.dataset is not None
+    assert job.dataset.notes[-1] == f"job {first.id} trained the same file as version 0001, with other settings: {told}"
+    root.finish(job, version="0002")
+    assert told in (root.inbox / "done" / job.id / "report.txt").read_text()
+    root.drop("z.jsonl", content)  # as the first one
+    (again,) = root.wait_for(1, JobState.CANCELLED)
+    assert again.duplicate_of == first.id
+
+
+@pytest.mark.parametrize(
+    ("content", "sidecar"),
+    [
+        ('{"messages": [{"role": "assistant", "content": "A"}]}\n', '[data]\nprompt_completion = "chat"\ntrain_on = "assistant"'),
+        (PAIRS, '[data]\nmax_length = 64\non_bad_rows = "skip"\n[training]\nlearning_rate = 1e-5\n'),
+    ],
+)  # fmt: skip
+def test_settings_that_leave_the_learned_words_as_they_were_make_no_new_data(
+    root: Root, content: str, sidecar: str
+) -> None:
+    """Nor do those of the training: who wants it again says `force`."""
+    root.drop("x.jsonl", content)
+    (first,) = root.wait_for(1)
+    root.finish(first)
+    (root.inbox / "y.job.toml").write_text(sidecar)
+    root.drop("y.jsonl", content)
+    (job,) = root.wait_for(1, JobState.CANCELLED)
+    assert job.duplicate_of == first.id
+
+
+def test_rows_that_were_cut_are_new_under_another_max_length(root: Root) -> None:
+    """What was cut off then would be learned now."""
+    root.drop("x.jsonl", PAIRS)
+    (first,) = root.wait_for(1)
+    root.finish(first, result=RunResult(outcome=Outcome.SUCCEEDED, truncated_rows=1))
+    (root.inbox / "y.job.toml").write_text("[data]\nmax_length = 4096\n")
+    root.drop("y.jsonl", PAIRS)
+    (job,) = root.wait_for(1)
+    assert job.dataset is not None
+    assert "max_length = 2048, now 4096" in job.dataset.notes[-1]
 
 
 def test_a_forced_duplicate_is_queued(root: Root) -> None:
