@@ -71,7 +71,9 @@ class OwnModel:
 def main(argv: list[str] | None = None, *, prog: str = "guard", own: OwnModel | None = None) -> int:
     """Run one command, print its result, and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
+        # File names may hold any bytes, and characters that the terminal has not.
+        is_utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+        sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
     try:
         options = _parser(prog).parse_args(argv)
         options.own = own

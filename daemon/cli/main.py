@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = ["admin", "app", "jobs", "main", "model", "service"]
 
 def main() -> NoReturn:
     """Run the command line; every foreseeable error is one sentence, a hint and the exit code of its class."""
+    prepare_process()
     code = 1
     try:
         code = int(app(standalone_mode=False, prog_name="dropforge") or 0)
@@ -43,6 +45,21 @@ def main() -> NoReturn:
         error.show()
         code = int(error.exit_code)
     sys.exit(code)
+
+
+def prepare_process() -> None:
+    """Make names of any bytes usable and printable, and nothing that we make writable for everybody.
+
+    In a locale that is not UTF-8 the interpreter is started again in its UTF-8 mode: names on disk are bytes, and every
+    process of a root has to read the same text in them. The terminal keeps its own encoding.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        shown = getattr(sys.stdout, "encoding", None) or "ascii"
+        environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": f"{shown}:backslashreplace"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606  our own command line
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
+    os.umask(os.umask(0o077) | 0o002)
 
 
 def complain(text: str, code: int) -> int:
