@@ -97,6 +97,7 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
         not_before=0.0,
         finished_at=None,
         result=None,
+        hint="",
         cancel_request="",
     )
     return f"job {job.id} is checked again and then queued"

@@ -159,6 +159,7 @@ class Job:
     attempts_without_progress: int = 0  # attempts in a row that sealed no new step
     not_before: float = 0.0  # seconds since the epoch; back-off after a failure
     reason: str = ""  # why it is in this state, as a sentence
+    hint: str = ""  # what to do about it, when its file was refused; a failed run's is in its result
     continues: str | None = None  # the job that took a file of this name shortly before: its writer went on
     duplicate_of: str | None = None  # the job that trained the same content; this one was not trained
     failure: FailureKind | None = None
@@ -168,6 +169,13 @@ class Job:
     started_at: str | None = None  # of the latest attempt
     finished_at: str | None = None
     result: RunResult | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to do about a job that was refused or failed; empty when that is not known."""
+        if self.state is JobState.FAILED and self.result is not None:
+            return self.result.hint
+        return self.hint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,7 @@ def canonical(job: Job, transition: JobTransition) -> dict[str, Any]:
         }
     if result is not None:
         line |= {name: value for name, value in asdict(result).items() if name not in RESULT_FIELDS_IN_JOB}
+    line["hint"] = escape(job.advice, most=REASON_CHARACTERS)
     line |= {
         "max_step": job.max_step if job.attempt else None,
         "created_at": job.created_at,

@@ -259,7 +259,7 @@ def render_text(report: CheckReport) -> str:
     if report.hint:
         lines.append(f"  hint: {escape(report.hint, most=1000)}")
     if report.rows is not None and (report.rows.problems or not report.accepted):
-        lines += [f"  {line}" for line in rows_text(report.rows) if not line.startswith(("Refused:", "What to do:"))]
+        lines += [f"  {line}" for line in rows_text(report.rows)]
     if report.sidecar:
         lines.append(f"  sidecar     {escape(report.sidecar)}")
     if report.dataset is not None:

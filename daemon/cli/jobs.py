@@ -109,6 +109,8 @@ def submit_file(
         return
     job = wait_for(settings, placed)
     out.print(f"{job.id} {job.state}: {escape(job.reason)}", markup=False)
+    if job.advice:
+        out.print(f"hint: {escape(job.advice)}", markup=False)
     trained = job.state is JobState.SUCCEEDED or job.duplicate_of is not None
     raise typer.Exit(0 if trained else 3 if job.state is JobState.REJECTED else 1)
 

@@ -64,7 +64,8 @@ def status_view(snapshot: Mapping[str, Any]) -> RenderableType:
     parts.append(grid)
     if snapshot.get("recent"):
         recent = snapshot["recent"][:10]
-        parts += ["", recent_jobs(recent), *(_run_warnings(entry) for entry in recent if entry.get("warnings"))]
+        parts += ["", recent_jobs(recent), *filter(None, map(_not_trained, recent))]
+        parts += [_run_warnings(entry) for entry in recent if entry.get("warnings")]
     return Group(*parts)
 
 
@@ -141,7 +142,7 @@ def job_list(found: Sequence[Job]) -> RenderableType:
     grid = _grid()
     for item in found:
         if item.state is not JobState.SUCCEEDED and item.reason:
-            grid.add_row(item.id, Text(escape(item.reason, most=300)))
+            grid.add_row(item.id, Text(escape("; ".join(filter(None, (item.reason, item.advice))), most=600)))
     return Group(table, "", grid) if grid.row_count else table
 
 
@@ -153,6 +154,7 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
         ("dataset", escape(item.name)),
         ("state", Text(item.state.value, style=STATE_STYLES[item.state])),
         ("reason", escape(item.reason, most=2000)),
+        ("hint", escape(item.advice, most=2000) or None),
         ("failure", item.failure),
         ("attempt", item.attempt or None),
         ("priority", item.priority if item.priority is not Priority.NORMAL else None),
@@ -180,7 +182,6 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
             ("tokens/s", f"{result.tokens_per_second:,.0f}" if result.tokens_per_second else None),
             ("took", format_duration(result.wall_seconds) if result.wall_seconds else None),
             *(("warning", Text(escape(warning), style="yellow")) for warning in result.warnings),
-            ("hint", escape(result.hint) or None),
         ]
     directory = run_dir_of(settings.state_dir, item.id)
     rows.append(("file", _located(settings, item)))
@@ -263,6 +264,14 @@ def recent_jobs(entries: Sequence[Mapping[str, Any]]) -> Table:
             )
         )
     return _job_table(rows)
+
+
+def _not_trained(entry: Mapping[str, Any]) -> Text | None:
+    """Why a job was refused or failed, and what to do; None for one that was not."""
+    if entry["state"] not in (JobState.REJECTED, JobState.FAILED) or not entry.get("reason"):
+        return None
+    told = "; ".join(printable(str(entry[key]), most=300) for key in ("reason", "hint") if entry.get(key))
+    return Text(f"{printable(str(entry['dataset']), most=60)}: {told}", style="red")
 
 
 def _run_warnings(entry: Mapping[str, Any]) -> Text:

@@ -51,6 +51,7 @@ def report_json(
         "source": job.source,
         "state": job.state.value,
         "reason": job.reason,
+        "hint": job.advice,
         "duplicate_of": job.duplicate_of,
         "continues": job.continues,
         "version": job.version,
@@ -93,8 +94,8 @@ def report_text(
         lines.append(f"  reason    {escape(job.reason, most=1000)}")
     if job.failure and job.state is JobState.FAILED:
         lines.append(f"  failure   {job.failure}")
-    if job.result is not None and job.result.hint and job.state is JobState.FAILED:
-        lines.append(f"  hint      {escape(job.result.hint, most=1000)}")
+    if job.advice:
+        lines.append(f"  hint      {escape(job.advice, most=1000)}")
     for warning in job.result.warnings if job.result is not None else ():
         lines.append(f"  warning   {escape(warning, most=1000)}")
     if file_deleted:
@@ -114,10 +115,6 @@ def report_text(
 def rows_text(rows: DatasetReport) -> list[str]:
     """Render what the validation found, line by line."""
     lines = []
-    if rows.reason:
-        lines.append(f"Refused: {escape(rows.reason, most=1000)}.")
-    if rows.hint:
-        lines.append(f"What to do: {escape(rows.hint, most=1000)}.")
     scope = "" if rows.whole else " (the file was not read to its end)"
     lines.append(f"{rows.lines:,} lines, {rows.rows:,} good rows, {rows.bad_rows:,} bad ones{scope}.")
     for problem in rows.problems:

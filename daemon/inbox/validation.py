@@ -126,7 +126,7 @@ class Validator:
             try:
                 sidecar = read_sidecar(sidecar_path, self.settings.recipe)
             except RejectedSidecar as error:
-                self._archive.finish(job, JobState.REJECTED, f"{error.sentence}; {error.hint}")
+                self._archive.finish(job, JobState.REJECTED, error.sentence, hint=error.hint)
                 return
             requested = (sidecar.overrides, sidecar.force, sidecar.priority or job.priority)
             if requested != (job.overrides, job.force, job.priority):
@@ -157,8 +157,9 @@ class Validator:
         if reply.dataset is not None:
             self._queue(job, reply.dataset)
         else:
-            reason = reply.report.reason if reply.report is not None else reply.message
-            self._archive.finish(job, JobState.REJECTED, reason)
+            found = reply.report
+            reason, hint = (found.reason, found.hint) if found is not None else (reply.message, "")
+            self._archive.finish(job, JobState.REJECTED, reason, hint=hint)
 
     def _queue(self, job: Job, dataset: Dataset) -> None:
         """Queue a job whose rows are good, unless it is a duplicate of trained content."""

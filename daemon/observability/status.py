@@ -109,6 +109,7 @@ class FinishedJob(TypedDict):
     dataset: str
     state: Annotated[str, _enum(tuple(JobState))]
     reason: str
+    hint: Annotated[str, Meta(description="What to do about a job that was refused or failed; empty: not known.")]
     failure: Annotated[str | None, Meta(extra_json_schema={"enum": [*FailureKind, None]})]
     attempt: int
     version: str | None
@@ -286,6 +287,7 @@ def finished_job(job: Job) -> FinishedJob:
         "dataset": escape(job.name),
         "state": job.state.value,
         "reason": escape(job.reason, most=TEXT_CHARACTERS),
+        "hint": escape(job.advice, most=TEXT_CHARACTERS),
         "failure": job.failure.value if job.failure else None,
         "attempt": job.attempt,
         "version": job.version,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from daemon.cli import render
+from daemon.cli.check import check_files
 from daemon.inbox import archive, layout
 from daemon.job import JobState, Outcome, Priority, RunResult
+from daemon.observability.status import FinishedJob, finished_job
 from tests.support.inbox import ROW, Root, assert_sound
 
 
@@ -70,11 +76,30 @@ def test_what_is_not_used_and_what_is_warned_of_travels_with_the_job(root: Root)
     ],
 )
 def test_a_file_that_would_be_trained_into_something_else_is_refused(root: Root, row: str, reason: str) -> None:
-    """By the daemon as by `check`; both say what to do."""
-    root.drop("x.jsonl", f"{row}\n" * 2)
-    (job,) = root.wait_for(1, JobState.REJECTED)
+    """Why, and what to do, is the same sentence in `check`, the reports, `show`, `jobs` and the status."""
+    path = root.drop("x.jsonl", f"{row}\n" * 2)
+    root.wait_for(1, JobState.REJECTED)
+    (job,) = root.jobs()
+    folder = root.inbox / "failed" / job.id
+    (checked,) = check_files([folder / "x.jsonl"], root.settings, None)
     assert reason in job.reason
-    assert "What to do: " in (root.inbox / "failed" / job.id / "report.txt").read_text()
+    assert job.hint
+    assert (checked.reason, checked.hint) == (job.reason, job.hint)
+    report = json.loads((folder / "report.json").read_text())
+    entry = finished_job(job)
+    assert (report["reason"], report["hint"]) == (entry["reason"], entry["hint"]) == (job.reason, job.hint)
+    shown = Console(width=1000, record=True, file=io.StringIO())
+    told = [(folder / "report.txt").read_text()]
+    for view in (render.job(job, [], root.settings), render.job_list([job]), render.status_view(snapshot_of(entry))):
+        shown.print(view)
+        told.append(shown.export_text())
+    assert path.name in told[-1]
+    assert all(job.reason in text and job.hint in text for text in told)
+
+
+def snapshot_of(entry: FinishedJob) -> dict[str, Any]:
+    """What `read_status` makes of a status file with this job."""
+    return {"status": "idle", "liveness": "stopped", "timestamp": "2026-01-01T00:00:00.000Z", "recent": [entry]}
 
 
 def test_equal_names_are_two_jobs_and_neither_file_is_overwritten(root: Root) -> None:
