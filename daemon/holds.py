@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from daemon import root_identity, versions
+from daemon.base_identity import find_base
 from daemon.config import Settings
 from daemon.errors import DropforgeError
+from daemon.job import FailureKind, Job
 from daemon.recipe import Recipe
 from daemon.run_dir import RUNS_NAME
 from daemon.text import format_bytes
@@ -25,6 +27,9 @@ PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", 
 FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model's configuration is known
 OPTIMIZER_COPIES = 2  # AdamW keeps two values a weight
 EXTRAS_BYTES = 32 * 2**20  # tokenizer, configuration, records
+
+
+Evidence = tuple[Any, ...]
 
 
 class HoldKind(StrEnum):
@@ -64,6 +69,33 @@ def contradicted(settings: Settings) -> Hold | None:
         except OSError:
             return None  # a folder that cannot be entered is the next hold's matter
     return Hold(kind=HoldKind.IDENTITY, reason=reason) if reason else None
+
+
+def refused(job: Job, judged: Evidence | None, now: Evidence) -> Hold | None:
+    """Return the hold of a job that a trainer refused by the evidence `judged`; None once that is another."""
+    is_held = job.failure is FailureKind.IDENTITY and judged == now
+    return Hold(kind=HoldKind.IDENTITY, reason=job.reason) if is_held else None
+
+
+def evidence(settings: Settings, recipe: Recipe) -> Evidence:
+    """What decides whether a run may start, cheap to compare: its base and start, and the stats of both folders' files."""
+    base = find_base(recipe.model)
+    folders = (settings.model_dir / versions.LATEST, base.path if base is not None else None)
+    return (recipe.model, recipe.training.start_from, *map(_listing, folders))
+
+
+def _listing(folder: Path | None) -> Evidence:
+    """Where a folder is, and name, size, times and inode of each file in it; empty where it cannot be read."""
+    if folder is None:
+        return ()
+    found: list[Any] = [os.path.realpath(folder)]
+    try:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            at = entry.stat()  # of what a link leads to: the Hub's cache consists of links
+            found.append((entry.name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino))
+    except OSError:
+        pass
+    return tuple(found)
 
 
 def unwritable(settings: Settings) -> Hold | None:

@@ -71,6 +71,9 @@ class FailureKind(StrEnum):
     STALLED = "stalled"
     LOST = "lost"  # killed, or the machine went down
     NO_SPACE = "no_space"
+    IDENTITY = (
+        "identity"  # the current version or its base is not what it was: the queue is held, no attempt is counted
+    )
     INTERNAL = "internal"
 
 
@@ -203,6 +206,7 @@ class RunSpec:
     key_file: str | None = None  # of the guard's seal
     state_dir: str = ""
     daemon_pid: int = 0
+    root: str = ""  # of Dropforge: a base model in it is named by a path that moves along
     gpu: str | None = None  # UUID of the only device that the trainer shall see
 
 
@@ -276,6 +280,9 @@ class RunResult:
     candidate: str | None = None  # the finished adapter, complete, under the model directory's .staging
     adapter_digest: str | None = None
     lora_norm: float | None = None  # Frobenius norm over all lora_B
+    base: Mapping[str, Any] | None = None  # what it was trained on: see daemon.base_identity.BaseIdentity
+    parent: str | None = None  # the version that it continued, None: the base model
+    parent_digest: str | None = None  # of that version's adapter
     warnings: tuple[str, ...] = ()
 
 

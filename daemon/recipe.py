@@ -44,6 +44,9 @@ class ModelSettings(Section):
     model_name_or_path: str = Field("", description="A local folder or a Hub id of the base model.")
     revision: str | None = Field(None, description="Hub revision; a commit is safest.")
     allow_downloads: bool = Field(False, description="May fetch the base model from the Hub when it is missing.")
+    allow_template_change: bool = Field(
+        False, description="Continue a version that was trained with another chat template of the same base model."
+    )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention kernel; auto is sdpa where the architecture has it, else eager."
     )

@@ -72,6 +72,8 @@ def decide(
         return RetryDecision(to=JobState.QUEUED, reason=reason, attempts_without_progress=job.attempts_without_progress)
     if failure in FINAL_FAILURES:
         return RetryDecision(to=JobState.FAILED, reason=reason, failure=failure)
+    if failure is FailureKind.IDENTITY:
+        return _wait_for_identity(job, result)
     if failure is FailureKind.NO_SPACE:
         return _wait_for_space(job, reason, queue, now)
     attempts = 0 if progressed else job.attempts_without_progress + 1
@@ -116,6 +118,17 @@ def _failure_of(
     if ended.out_of_memory:
         return FailureKind.OUT_OF_MEMORY, "the kernel ran out of memory and killed the trainer"
     return FailureKind.LOST, f"the trainer was lost ({ended}) at step {job.max_step} or later"
+
+
+def _wait_for_identity(job: Job, result: RunResult | None) -> RetryDecision:
+    """Not the job's fault and not its attempt: the queue is held until a person acts, with the ways out in the reason."""
+    said = (result.message, result.hint) if result is not None else ()
+    return RetryDecision(
+        to=JobState.QUEUED,
+        reason="; ".join(filter(None, said)),
+        failure=FailureKind.IDENTITY,
+        attempts_without_progress=job.attempts_without_progress,
+    )
 
 
 def _wait_for_space(job: Job, reason: str, queue: QueueSettings, now: float) -> RetryDecision:

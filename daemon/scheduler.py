@@ -21,7 +21,18 @@ from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, is_no_space
 from daemon.executors.base import Executor, Exit
 from daemon.gpu import GpuReservation
-from daemon.holds import PAUSED_KEY, Hold, HoldKind, contradicted, no_space, paused, unwritable
+from daemon.holds import (
+    PAUSED_KEY,
+    Evidence,
+    Hold,
+    HoldKind,
+    contradicted,
+    evidence,
+    no_space,
+    paused,
+    refused,
+    unwritable,
+)
 from daemon.inbox.archive import Archive
 from daemon.job import RUN_SPEC_VERSION, FailureKind, Job, JobState, Outcome, Progress, RunResult, RunSpec
 from daemon.notifications import Hooks
@@ -47,6 +58,7 @@ class Run:
     progressed_at: float = field(default_factory=time.monotonic)  # when anything was reported last
     promote_at: float | None = None  # monotonic; when a promotion that failed is tried again
     promote_failures: int = 0
+    evidence: Evidence = ()  # by what its trainer decides whether the current version can be continued
     waiting_for: str = ""  # what its promotion waits for, as a sentence
 
 
@@ -74,6 +86,7 @@ class Scheduler:
         self._gpu = gpu
         self._log = log
         self._seen_version = -1
+        self._judged: Evidence | None = None  # by what a trainer refused to continue the current version
 
     def recover(self) -> None:
         """Take up what an earlier daemon left running: adopt a living trainer and ask it to leave, finish a dead one."""
@@ -197,16 +210,44 @@ class Scheduler:
     def _hold_for(self, job: Job) -> Hold | None:
         """What has to be waited for before this job is launched; reserves the GPU."""
         try:
-            recipe = _recipe_of(job)
+            recipe = self._recipe_of(job)
         except ConfigError:  # nothing to wait for: its job fails at the launch
             return None
-        return unwritable(self.settings) or no_space(self.settings, recipe) or self._gpu.reserve(self.settings, recipe)
+        return (
+            refused(job, self._judged, evidence(self.settings, recipe))
+            or unwritable(self.settings)
+            or no_space(self.settings, recipe)
+            or self._gpu.reserve(self.settings, recipe)
+        )
+
+    def _recipe_of(self, job: Job) -> Recipe:
+        """The recipe of a job's next attempt. Raises ConfigError.
+
+        It was frozen when the job was queued; one that was refused for its base or parent takes [model] and start_from from
+        the settings of now, since they are the ways out that its hold names.
+        """
+        frozen, now = _recipe_of(job), self.settings.recipe
+        if job.failure is not FailureKind.IDENTITY:
+            return frozen
+        start_from = job.overrides.get("training", {}).get("start_from", now.training.start_from)
+        training = frozen.training.model_copy(update={"start_from": start_from})
+        return frozen.model_copy(update={"model": now.model, "training": training})
 
     def _launch(self, job: Job) -> None:
         directory = run_dir_of(self.settings.state_dir, job.id)
         self.run = run = Run(job=job, run_dir=directory, reader=RunReader(directory))
         try:
-            self._executor.launch(self._spec_of(job, directory))
+            recipe = self._recipe_of(job)
+            if recipe != _recipe_of(job):
+                run.job = job = self._store.update(job.id, recipe=recipe.model_dump(mode="json"))
+                self._log.info(
+                    "job.renewed",
+                    job=job.id,
+                    base_model=recipe.model.model_name_or_path,
+                    start_from=recipe.training.start_from,
+                )
+            run.evidence = evidence(self.settings, recipe)
+            self._executor.launch(self._spec_of(job, recipe, directory))
         except ConfigError as error:
             self._log.error("trainer.not_launched", job=job.id, error=str(error))
             reason = f"{error.sentence}; {error.hint}"
@@ -221,8 +262,7 @@ class Scheduler:
             return
         self._log.info("job.started", job=job.id, dataset=escape(job.name), attempt=job.attempt)
 
-    def _spec_of(self, job: Job, directory: Path) -> RunSpec:
-        recipe = _recipe_of(job)
+    def _spec_of(self, job: Job, recipe: Recipe, directory: Path) -> RunSpec:
         if job.dataset is None or job.recipe is None:
             raise ConfigError(
                 operation="launch", subject=job.id, cause="it was queued without a dataset", hint=_retry_hint(job)
@@ -239,6 +279,7 @@ class Scheduler:
             model_dir=str(self.settings.model_dir),
             key_file=str(self.settings.root / key_file) if key_file else None,
             state_dir=str(self.settings.state_dir),
+            root=str(self.settings.root),
             daemon_pid=os.getpid(),
             gpu=self._gpu.device.uuid if self._gpu.device is not None and not several else None,
         )
@@ -333,6 +374,8 @@ class Scheduler:
         if decision.to is not JobState.QUEUED:
             self._archive.finish(run.job, decision.to, decision.reason, **fields)
             return
+        if decision.failure is FailureKind.IDENTITY:
+            self._judged = run.evidence
         job = self._store.transition(run.job.id, JobState.RUNNING, JobState.QUEUED, decision.reason, **fields)
         if job.cancel_request:  # it was cancelled while the trainer was leaving
             with suppress(TransitionRefused):  # a command cancelled it at this moment
@@ -345,7 +388,8 @@ class Scheduler:
 
     def _change_hold(self, hold: Hold | None) -> None:
         before, self.hold = self.hold, hold
-        if hold is not None and (before is None or before.kind is not hold.kind):
+        is_new = before is None or hold is None or before.kind is not hold.kind
+        if hold is not None and (is_new or (hold.kind is HoldKind.IDENTITY and before != hold)):
             self._log.warning("queue.held", kind=hold.kind.value, reason=hold.reason)
             self._hooks.fire("on_hold", {"kind": hold.kind.value, "reason": hold.reason})
         elif hold is None and before is not None:

@@ -17,6 +17,7 @@ from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, RootHeld
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
+from daemon.holds import HoldKind
 from daemon.inbox.archive import Archive
 from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
@@ -207,6 +208,9 @@ class Service:
             raise DropforgeError(operation="serve", subject=self.settings.root, cause=self._contradiction)
         if not once or self._ticks == 0 or self._stop_signals:
             return False
+        hold = self.scheduler.hold
+        if hold is not None and hold.kind is HoldKind.IDENTITY:
+            raise DropforgeError(operation="serve", subject=self.settings.root, cause=hold.reason)
         view = self.intake.view()
         is_busy = self.scheduler.run or view.waiting or view.scanning or view.deferred
         return not is_busy and not self.store.jobs({JobState.CLAIMED, JobState.QUEUED}, limit=1)

@@ -36,6 +36,7 @@ LATEST = "latest"
 LINEAGE = "lineage.jsonl"
 RECORD = "training_record.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CARD = "README.md"  # for people, who may edit it
 _NAME = re.compile(r"\d{4,}")
 
 
@@ -191,20 +192,37 @@ def find_version(model_dir: Path, name: str) -> Version:
     )
 
 
+def promotion_record(version: Version) -> Mapping[str, Any]:
+    """Return what was noted when a version was promoted: by the lineage, or by its own record where that has no line."""
+    return read_lineage(version.path.parent.parent).promoted().get(version.name) or version.record
+
+
+def named_base(version: Version) -> tuple[str, str]:
+    """Return name and commit of the base model as the adapter's own configuration has them; "" for what it lacks."""
+    try:
+        config = json.loads((version.path / ADAPTER_FILES[0]).read_bytes())
+        return str(config.get("base_model_name_or_path") or ""), str(config.get("revision") or "")
+    except (OSError, ValueError, AttributeError):
+        return "", ""
+
+
 def damage(version: Version) -> tuple[str, ...]:
     """Say what of a version is not as it was promoted, a sentence each; empty when all of it is.
 
-    A version of before its files were recorded is judged by its adapter alone, or by nothing. Raises OSError.
+    The card does not count. A version of before its files were recorded is judged by its adapter alone, or by nothing.
+    Raises OSError.
     """
-    record = version.record
+    if not version.record:
+        return (f"version {version.name} has no {RECORD} that can be read",)
+    record = promotion_record(version)
     recorded = record.get("files") or {}
     if not recorded and record.get("adapter_digest"):
         recorded = {"adapter_model.safetensors": record["adapter_digest"]}
-    if not record:
-        return (f"version {version.name} has no {RECORD} that can be read",)
     found = []
     for name, digest in sorted(recorded.items()):
         path = version.path / Path(name).name
+        if name == CARD:
+            continue
         if not path.is_file():
             found.append(f"version {version.name} lacks {escape(name)}")
         elif digest_file(path).blake3_hex != digest:
@@ -268,6 +286,8 @@ def promote_result(settings: Settings, job: Job, result: RunResult, log: Any) ->
         "train_loss": result.train_loss,
         "adapter_digest": result.adapter_digest,
     }
+    if result.base is not None:  # what the run itself started from; a trainer of before that does not say
+        record = {**record, "base": result.base, "parent": result.parent, "parent_digest": result.parent_digest}
     with guard.ModelLock(model_dir, owner="promotion"):
         version = promote(model_dir, Path(result.candidate or ""), job_id=job.id, record=record)
         guard.mark_finished(model_dir, version.name)

@@ -253,6 +253,15 @@ def digest_tokenizer_files(model_dir: PathLike, cache: DigestCache | None = None
     return _digest_listing(folder, _matching(folder, _TOKENIZER_PATTERNS), cache, what="tokenizer files")
 
 
+def digest_files(folder: PathLike, patterns: Iterable[str], cache: DigestCache | None = None) -> str | None:
+    """Digest the names, sizes and contents of the files of a folder that match a pattern.
+
+    Returns 64 hex digits, None where there are none. Raises FileUnreadable, FileChanged.
+    """
+    files = _matching(Path(folder), patterns)
+    return _digest_listing(Path(folder), files, cache, what="such files") if files else None
+
+
 def _existing_folder(path: PathLike, operation: str) -> Path:
     folder = Path(path)
     if not folder.is_dir():

@@ -27,7 +27,7 @@ _END = (
     "job dataset was reason failure attempt version duplicate_of priority force overrides base_model size_bytes digest"
     " format dataset_rows skipped_rows hint tried steps_planned steps_run start_step resumed_from verdict reasons cleared"
     " train_loss held_out_before held_out_after tokens_per_second tokens_trained rows samples refused_rows dropped_rows held_out_rows"
-    " truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm warnings max_step created_at started_at"
+    " truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm base parent parent_digest warnings max_step created_at started_at"
     " total_seconds"
 )
 
@@ -89,6 +89,9 @@ EVENTS: Mapping[str, Event] = {
     "dataset.child_ended": _event("warning", "A process that reads rows ended; it is started again.", "how"),
     "dataset.child_died": _event("warning", "A process that reads rows died over a file.", "job how tries"),
     "job.queued": _event("info", "It waits for its turn.", "job"),
+    "job.renewed": _event(
+        "info", "A held job took [model] and start_from from the settings of now.", "job base_model start_from"
+    ),
     "job.started": _event("info", "A trainer was launched.", "job dataset attempt"),
     "job.requeued": _event("info", "An attempt ended without a result; the job waits for its next one.", _END),
     "job.succeeded": _event("info", "All steps ran and the adapter was promoted.", _END),
@@ -119,6 +122,11 @@ EVENTS: Mapping[str, Event] = {
         " warmup_steps arithmetic",
     ),
     "run.data_warned": _event("warning", "What a person should know of the data before it is trained.", "job warnings"),
+    "run.origin_warned": _event(
+        "warning",
+        "What could not be proven of the base model that the continued version was trained on.",
+        "job warnings",
+    ),
     "run.evaluated": _event("info", "Loss over the rows held out, before or after.", "job when held_out_loss rows"),
     "run.started": _event(
         "info",

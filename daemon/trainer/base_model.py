@@ -10,10 +10,10 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from daemon.base_identity import BaseModel
 from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
 from daemon.trainer.errors import RunFailure
@@ -23,22 +23,11 @@ OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 SNAPSHOT_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
 
 
-@dataclass(frozen=True, kw_only=True)
-class BaseModel:
-    """A base model on this machine."""
+def resolve_base(model: ModelSettings, root: Path | None = None) -> BaseModel:
+    """Return the base model; `root` is Dropforge's, where that is known.
 
-    name: str  # as configured
-    path: Path
-    revision: str | None  # commit of the Hub snapshot, None for a local folder
-
-    @property
-    def reference(self) -> str:
-        """What an adapter names as its base: the Hub id, which is valid on every machine, or the local folder."""
-        return self.name if self.revision is not None else str(self.path)
-
-
-def resolve_base(model: ModelSettings) -> BaseModel:
-    """Return the base model. Raises RunFailure(CONFIG) when it is missing, incomplete or needs code of its own."""
+    Raises RunFailure(CONFIG) when it is missing, incomplete or needs code of its own.
+    """
     name = model.model_name_or_path
     if not name:
         raise RunFailure(
@@ -48,7 +37,7 @@ def resolve_base(model: ModelSettings) -> BaseModel:
         )
     local = Path(name).expanduser()
     if local.is_dir():
-        base = BaseModel(name=name, path=local.resolve(), revision=None)
+        base = BaseModel(name=name, path=local.resolve(), revision=None, root=root)
     elif local.is_absolute() or name.startswith((".", "~")):
         raise RunFailure(
             FailureKind.CONFIG,
@@ -56,7 +45,7 @@ def resolve_base(model: ModelSettings) -> BaseModel:
             hint="check model_name_or_path under [model] in dropforge.toml",
         )
     else:
-        base = _snapshot(model)
+        base = _snapshot(model, root)
     _require_loadable(base)
     return base
 
@@ -99,7 +88,7 @@ def offline() -> Iterator[None]:
             os.environ[OFFLINE_VARIABLE] = variable
 
 
-def _snapshot(model: ModelSettings) -> BaseModel:
+def _snapshot(model: ModelSettings, root: Path | None) -> BaseModel:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
 
@@ -127,7 +116,7 @@ def _snapshot(model: ModelSettings) -> BaseModel:
             if allowed
             else f"`hf download {name}` as the service's user, or allow_downloads = true under [model]",
         ) from error
-    return BaseModel(name=name, path=path, revision=path.name)
+    return BaseModel(name=name, path=path, revision=path.name, root=root)
 
 
 def _require_loadable(base: BaseModel) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from daemon.base_identity import BaseModel
 from daemon.job import FailureKind
-from daemon.trainer.base_model import BaseModel
 from daemon.trainer.collate import Examples
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.model import build_without_weights, report_load_errors

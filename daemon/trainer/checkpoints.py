@@ -12,14 +12,16 @@ from pathlib import Path
 
 import guard
 from daemon import versions
+from daemon.base_identity import CACHE_NAME, BaseModel
 from daemon.fingerprint import fingerprint_run
-from daemon.job import Plan, RunSpec
+from daemon.job import FailureKind, Plan, RunSpec
 from daemon.recipe import Recipe
 from daemon.run_dir import RunWriter
 from daemon.trainer import distributed
-from daemon.trainer.base_model import BaseModel
 from daemon.trainer.collate import Examples
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.model import lora_config, precision_of
+from daemon.trainer.origin import Origin, find_parent
 from daemon.trainer.requirements import require_resume_support
 from daemon.trainer.tokenise import digest_tokens
 
@@ -60,16 +62,23 @@ def decide_start(
     examples: Examples,
     plan: Plan,
     *,
+    origin: Origin,
     key: bytes | None,
     writer: RunWriter,
 ) -> Start:
     """Let the guard decide fresh, resume or stale, clear what is stale, and write the run's metadata.
 
     The main process decides, under the model directory's lock, for all processes. Raises GuardError, DropforgeError,
-    RunFailure(CONFIG) when a checkpoint would be loaded by libraries that are too old.
+    RunFailure(CONFIG) when a checkpoint would be loaded by libraries that are too old, RunFailure(LOST) when another version
+    became current since `origin` was found.
     """
-    model_dir = Path(spec.model_dir)
-    parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
+    model_dir, parent = Path(spec.model_dir), origin.parent
+    if parent is not None and (current := find_parent(model_dir)) != parent:
+        raise RunFailure(
+            FailureKind.LOST,
+            f"the current version changed from {parent.name} to {current.name if current else 'none'} meanwhile",
+            hint="the job is tried again from the version that is current then",
+        )
     precision = precision_of(recipe.model)
 
     def prepare() -> guard.PreparedRun:
@@ -84,7 +93,7 @@ def decide_start(
             plan=plan,
             tokens_digest=digest_tokens(examples.train),
             lora_config=lora_config(recipe.lora, base).to_dict(),
-            cache_path=Path(spec.state_dir) / "digests.json" if spec.state_dir else None,
+            cache_path=Path(spec.state_dir) / CACHE_NAME if spec.state_dir else None,
         )
         return guard.prepare_run(
             model_dir,

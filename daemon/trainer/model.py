@@ -18,9 +18,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from daemon.base_identity import BaseModel
 from daemon.job import FailureKind
 from daemon.recipe import LoraSettings, ModelSettings
-from daemon.trainer.base_model import BaseModel
 from daemon.trainer.errors import RunFailure
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 import guard
+from daemon.base_identity import BaseModel
 from daemon.dataset.rows import Format, RowReader
 from daemon.job import Outcome, Plan, RunResult, RunSpec, claimed_on
 from daemon.recipe import Recipe
@@ -21,7 +22,7 @@ from daemon.trainer import distributed
 from daemon.trainer.arguments import training_arguments
 from daemon.trainer.attempt import StopFlag, check_unchanged
 from daemon.trainer.attention import use_packed
-from daemon.trainer.base_model import BaseModel, load_tokenizer, offline, resolve_base
+from daemon.trainer.base_model import load_tokenizer, offline, resolve_base
 from daemon.trainer.callbacks import MonitorCallback, open_scalars
 from daemon.trainer.candidate import require_learned, require_whole_run, save_candidate
 from daemon.trainer.capacity import Capacity, capacity_of, padding_token, refuse_what_does_not_fit
@@ -33,6 +34,7 @@ from daemon.trainer.generation import generation_config
 from daemon.trainer.loop import RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.loss import Objective
 from daemon.trainer.model import adapter_tensors, load_model, lora_b_norm, resolve_attention
+from daemon.trainer.origin import Origin, find_origin
 from daemon.trainer.requirements import require_packages
 from daemon.trainer.summary import arithmetic, data_warnings, timing, training_warnings
 from daemon.trainer.tokenise import tokenise, worker_processes
@@ -49,7 +51,9 @@ def train(spec: RunSpec, writer: RunWriter, stop: StopFlag) -> RunResult:
     main = distributed.is_main_process()
     with guard.ModelLock(Path(spec.model_dir), owner=f"job {spec.job_id}") if main else nullcontext(), offline():
         # fresh | resume | stale -> cleared
-        start = decide_start(spec, run.recipe, run.base, data.examples, data.plan, key=run.key, writer=writer)
+        start = decide_start(
+            spec, run.recipe, run.base, data.examples, data.plan, origin=run.origin, key=run.key, writer=writer
+        )
         with report_full_disk(start.staging_dir) if main else nullcontext():
             stop.check()
             loaded = load_for_training(run, data, start)
@@ -64,6 +68,7 @@ class Run:
     spec: RunSpec
     recipe: Recipe
     base: BaseModel
+    origin: Origin
     key: bytes | None  # of the seals
     writer: RunWriter
     stop: StopFlag
@@ -104,20 +109,27 @@ class Fitted:
 
 
 def configure(spec: RunSpec, writer: RunWriter, stop: StopFlag) -> Run:
-    """Find the base model and what the recipe leaves open. Raises RunFailure(CONFIG), RunFailure(BAD_DATA)."""
+    """Find the base model, the version to continue, and what the recipe leaves open.
+
+    Raises RunFailure(CONFIG), RunFailure(BAD_DATA), RunFailure(IDENTITY).
+    """
     started_at = time.monotonic()
     recipe = Recipe.model_validate(spec.recipe)
     key = guard.load_key(Path(spec.key_file)) if spec.key_file else None
     writer.progress(phase="preparing")
     check_unchanged(spec)
-    base = resolve_base(recipe.model)
+    base = resolve_base(recipe.model, Path(spec.root) if spec.root else None)
     require_packages(recipe)
+    origin = find_origin(spec, recipe, base)
+    if origin.warnings:
+        writer.event("run.origin_warned", warnings=origin.warnings)
     # The kernel by its name, so that it is part of the fingerprint.
     settings = recipe.model.model_copy(update={"attn_implementation": resolve_attention(base, recipe.model)})
     return Run(
         spec=spec,
         recipe=recipe.model_copy(update={"model": settings}),
         base=base,
+        origin=origin,
         key=key,
         writer=writer,
         stop=stop,
@@ -239,7 +251,7 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
     An interrupted run leaves its last checkpoint and no candidate. Raises RunFailure for a run that is not whole.
     """
     planned, monitor, model = data.plan, fitted.monitor, loaded.model
-    result = trained_result(data, start, loaded, fitted)
+    result = trained_result(run, data, start, loaded, fitted)
     if fitted.interrupted:
         return replace(
             result,
@@ -282,7 +294,7 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
     return result
 
 
-def trained_result(data: TrainingData, start: Start, loaded: LoadedModel, fitted: Fitted) -> RunResult:
+def trained_result(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitted: Fitted) -> RunResult:
     """Return what is known when the training loop has ended, as that of a run that succeeds."""
     planned, monitor = data.plan, fitted.monitor
     return RunResult(
@@ -306,7 +318,10 @@ def trained_result(data: TrainingData, start: Start, loaded: LoadedModel, fitted
         truncated_rows=data.examples.truncated_rows,
         trained_share=planned.trained_tokens / planned.tokens,
         spikes=tuple(step for step, _, _ in monitor.spikes),
-        warnings=data_warnings(data.examples, planned, data.capacity),
+        warnings=(*run.origin.warnings, *data_warnings(data.examples, planned, data.capacity)),
+        base=run.origin.base.to_record(),
+        parent=start.parent.name if start.parent else None,
+        parent_digest=start.parent.digest if start.parent else None,
     )
 
 

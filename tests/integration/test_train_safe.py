@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 import guard
+from daemon.base_identity import BaseModel
 from daemon.errors import ConfigError
 from daemon.job import FailureKind, Outcome
 from daemon.recipe import LoraSettings, ModelSettings, Recipe
 from daemon.trainer import requirements
-from daemon.trainer.base_model import BaseModel, load_tokenizer, resolve_base
+from daemon.trainer.base_model import load_tokenizer, resolve_base
 from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.merge import merge

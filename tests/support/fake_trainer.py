@@ -30,14 +30,15 @@ from typing import Any
 from blake3 import blake3
 
 import guard
-from daemon import versions
 from daemon.dataset.rows import iter_rows
 from daemon.fingerprint import fingerprint_run
 from daemon.job import FailureKind, MemoryMeasure, Outcome, RunResult, RunSpec
 from daemon.recipe import Recipe
 from daemon.run_dir import EVENTS_NAME, RunWriter
 from daemon.trainer.attempt import StopFlag, check_unchanged, run_attempt
+from daemon.trainer.base_model import resolve_base
 from daemon.trainer.errors import Interrupted, RunFailure
+from daemon.trainer.origin import find_origin
 
 TOKENS_A_ROW = 10
 STATE_NAME = "trainer_state.json"
@@ -51,6 +52,9 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
     if behaviour.get("ignore_terminate"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     check_unchanged(spec)
+    base = resolve_base(recipe.model, Path(spec.root))
+    origin = find_origin(spec, recipe, base)
+    parent = origin.parent
     rows = sum(1 for _ in iter_rows(Path(spec.dataset.path), spec.dataset.format, recipe.data))
     batch = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
     total = (
@@ -59,12 +63,11 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
         else math.ceil(recipe.training.num_train_epochs * math.ceil(rows / batch))
     )
     with guard.ModelLock(model_dir, owner=f"job {spec.job_id}"):
-        parent = versions.current_version(model_dir) if recipe.training.start_from == "latest" else None
         fingerprint = fingerprint_run(
             dataset=spec.dataset,
             recipe=recipe,
-            base_path=Path(recipe.model.model_name_or_path),
-            base_revision=None,
+            base_path=base.path,
+            base_revision=base.revision,
             parent_version=parent.name if parent else None,
             parent_digest=parent.digest if parent else None,
             precision="float32",
@@ -124,6 +127,10 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
             tokens_per_second=rows * TOKENS_A_ROW / (time.monotonic() - training_began),
             wall_seconds=time.monotonic() - began,
             message=f"stopped at step {step}" if step < last else "",
+            warnings=origin.warnings,
+            base=origin.base.to_record(),
+            parent=parent.name if parent else None,
+            parent_digest=parent.digest if parent else None,
         )
         if result.outcome is Outcome.INTERRUPTED:
             return result

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds"),
         *("daemon.observability", "daemon.store", "daemon.root_identity", "daemon.versions"),
+        "daemon.base_identity",
     ),
     (
         "daemon.control",
@@ -36,7 +37,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 # The trainer is another program: it shares values and files with the daemon, and no module of the daemon imports it.
 TRAINER_USES = {
-    *("daemon.dataset", "daemon.errors", "daemon.fingerprint", "daemon.job", "daemon.processes", "daemon.recipe"),
+    *(
+        "daemon.base_identity",
+        "daemon.dataset",
+        "daemon.errors",
+        "daemon.fingerprint",
+        "daemon.job",
+        "daemon.processes",
+        "daemon.recipe",
+    ),
     *("daemon.run_dir", "daemon.text", "daemon.trainer", "daemon.versions", "guard"),
 }
 ONE_USER = {

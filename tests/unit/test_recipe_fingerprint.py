@@ -18,6 +18,7 @@ HELD_ELSEWHERE = {
     "model.model_name_or_path": "the digest of the weights decides, not what they are called",
     "model.revision": "the trainer resolves it, and names the commit that it found",
     "model.allow_downloads": "how the weights come here",
+    "model.allow_template_change": "whether a version is continued at all; the template itself is in tokenizer.digest",
     "model.dtype": "resolved into training.precision",
     "model.load_in_4bit": "resolved into training.precision",
     "training.num_processes": "a factor of the global batch, which stays the same while the other factors change",

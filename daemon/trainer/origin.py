@@ -1,0 +1,102 @@
+"""What a run starts from: the base model as it is now, and the version that it continues, both proven before any token.
+
+A version is continued only as it was promoted, and only on the base model that it was trained on. Torch-free, so that
+another engine (the tests' quick one) is held to the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from daemon import versions
+from daemon.base_identity import (
+    CACHE_NAME,
+    BaseIdentity,
+    BaseModel,
+    BasePart,
+    base_change,
+    identify_base,
+    recorded_base,
+)
+from daemon.errors import DropforgeError
+from daemon.job import FailureKind, RunSpec
+from daemon.recipe import ModelSettings, Recipe
+from daemon.trainer.errors import RunFailure
+from daemon.versions import Version
+
+RESTORE = "bring it back from a backup, or make version N current with `dropforge rollback N`"
+UNPROVEN_HINT = 'put that base back, or set start_from = "base" under [training] to begin a new adapter'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Base model and parent of a run."""
+
+    base: BaseIdentity
+    parent: Version | None  # None: a fresh adapter on the base model
+    warnings: tuple[str, ...] = ()  # what could not be proven, or was accepted
+
+
+def find_origin(spec: RunSpec, recipe: Recipe, base: BaseModel) -> Origin:
+    """Digest the base model, and verify the version that the run continues.
+
+    Raises RunFailure(IDENTITY) when that version is damaged, or was trained on another base.
+    """
+    identity = identify_base(base, cache_path=Path(spec.state_dir) / CACHE_NAME if spec.state_dir else None)
+    if recipe.training.start_from != "latest":
+        return Origin(base=identity, parent=None)
+    parent = find_parent(Path(spec.model_dir))
+    if parent is None:
+        return Origin(base=identity, parent=None)
+    require_undamaged(parent)
+    return Origin(base=identity, parent=parent, warnings=require_same_base(parent, identity, recipe.model))
+
+
+def find_parent(model_dir: Path) -> Version | None:
+    """Return the current version, None before the first. Raises RunFailure(IDENTITY) when that cannot be told."""
+    try:
+        return versions.current_version(model_dir)
+    except DropforgeError as error:
+        raise RunFailure(FailureKind.IDENTITY, error.sentence, hint=error.hint) from error
+
+
+def require_undamaged(version: Version) -> None:
+    """Raise RunFailure(IDENTITY), naming the files, unless a version is as it was promoted."""
+    if damage := versions.damage(version):
+        raise RunFailure(FailureKind.IDENTITY, "; ".join(damage), hint=RESTORE)
+
+
+def require_same_base(version: Version, found: BaseIdentity, model: ModelSettings) -> tuple[str, ...]:
+    """Raise RunFailure(IDENTITY), naming both, unless a version was trained on the base model that is there now.
+
+    Returns warnings: of a version of before bases were recorded, of a template that the settings accept, of another commit
+    with the same contents.
+    """
+    recorded = recorded_base(versions.promotion_record(version))
+    if recorded is None:
+        return _without_record(version, found)
+    change = base_change(version.name, recorded, found)
+    if change is None:
+        if recorded.commit and found.commit and recorded.commit != found.commit:
+            return (f"the base model {recorded.describe(())} has become {found.describe(())}, with the same contents",)
+        return ()
+    if change.parts == (BasePart.CHAT_TEMPLATE,) and model.allow_template_change:
+        return (f"{change.message}; allow_template_change is set, and it was continued",)
+    raise RunFailure(FailureKind.IDENTITY, change.message, hint=change.hint)
+
+
+def _without_record(version: Version, found: BaseIdentity) -> tuple[str, ...]:
+    """Judge by what the adapter itself names: a Hub id or commit can be compared, the path of a folder proves nothing."""
+    name, commit = versions.named_base(version)
+    named = f"{name}@{commit}" if commit else name
+    if found.commit and ((commit and commit != found.commit) or (name and name != found.name)):
+        raise RunFailure(
+            FailureKind.IDENTITY,
+            f"version {version.name} was trained on another base model: {named}, and now it is {found.name}@{found.commit}",
+            hint=UNPROVEN_HINT,
+        )
+    return (
+        f"version {version.name} does not record the base model that it was trained on (it names {named or 'none'});"
+        f" it was taken for {found.describe(())}, and the next version records it",
+    )
