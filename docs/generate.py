@@ -72,6 +72,14 @@ FORMAT_EXAMPLES: tuple[tuple[dict[str, Any], Rules], ...] = (
         },
         Rules(),
     ),
+    (
+        {
+            "system": 'SYSTEM: Use these functions - {"name": "add", "parameters": {"type": "object"}}',
+            "chat": 'USER: 2+2?\n\n\nASSISTANT: <functioncall> {"name": "add", "arguments": \'{"a": 2, "b": 2}\'}'
+            " <|endoftext|>\n\n\nFUNCTION RESPONSE: 4\n\n\nASSISTANT: 4 <|endoftext|>",
+        },
+        Rules(),
+    ),
     ({"prompt": "2+2 is", "completion": " 4"}, Rules()),
     ({"prompt": "2+2?", "completion": "4"}, Rules(prompt_completion="chat")),
     ({"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "4"}]}, Rules()),

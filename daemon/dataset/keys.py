@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "contents")
+TRANSCRIPT_KEYS = ("chat", "sample")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
 TOOLS_KEYS = ("tools", "functions")
 HISTORY_KEY = "history"
@@ -222,6 +223,12 @@ USED: tuple[Used, ...] = (
     Used(
         names=("query", "answers"),
         meaning="beside tools, as xLAM has them: a user's turn, and the calls that answer it",
+        place=Place.ROW,
+    ),
+    Used(
+        names=TRANSCRIPT_KEYS,
+        meaning="a conversation in one text, as Glaive has it: `USER:`, `ASSISTANT:`, `FUNCTION RESPONSE:` at the beginning of"
+        " lines, calls behind `<functioncall>`, and in the system text the definitions of the functions",
         place=Place.ROW,
     ),
     Used(names=("text",), meaning="a text that is learned as it stands", place=Place.ROW),

@@ -22,6 +22,7 @@ from daemon.dataset.keys import (
     ROW_MASK_KEYS,
     SYSTEM_KEYS,
     TOOLS_KEYS,
+    TRANSCRIPT_KEYS,
     Place,
     is_given,
     refuses,
@@ -30,7 +31,8 @@ from daemon.dataset.masks import apply_row_masks, is_mask
 from daemon.dataset.media import placeholder_apart, placeholder_in
 from daemon.dataset.source import BOM, TooLong, open_dataset
 from daemon.dataset.strict_json import LineError, column_of, parse_object
-from daemon.dataset.tools import calls_of
+from daemon.dataset.tools import calls_of, one_of
+from daemon.dataset.transcript import is_transcript, read_transcript, read_transcript_system
 from daemon.dataset.values import RowError, UnusedKeys, embedded, optional_text, required, text_of
 
 if TYPE_CHECKING:  # the settings' machinery would double what a child that reads rows imports
@@ -51,6 +53,7 @@ class Format(StrEnum):
     ALPACA = "alpaca"  # {"instruction", "input"?, "output", "system"?, "history"?}
     QUERY_RESPONSE = "query_response"  # {"query", "response", "system"?, "history"?}
     FUNCTION_CALLS = "function_calls"  # {"query", "tools", "answers"}: the answers are calls, as xLAM has them
+    GLAIVE = "glaive"  # {"system"?, "chat"}: the turns in one text, `USER: ...`, `ASSISTANT: ...`
     SHAREGPT = "sharegpt"  # {"conversations": [{"from", "value"}], "tools"?, "system"?}
     COLUMNS = "columns"  # any flat columns, named by [data.columns]
 
@@ -156,6 +159,8 @@ def detect_format(row: Mapping[str, Any], columns: Columns | ColumnSettings) -> 
             return format_
     if any(_is_conversation(row.get(key)) for key in CONVERSATION_KEYS):
         return Format.SHAREGPT
+    if any(is_transcript(row.get(key)) for key in TRANSCRIPT_KEYS):
+        return Format.GLAIVE
     return possible[0] if possible else None
 
 
@@ -200,6 +205,8 @@ def _with_answer(row: Mapping[str, Any], format_: Format, data: Rules | DataSett
         return _pair(row, text_of(row, "query"), text_of(row, "response"), _PAIR_KEYS[format_])
     if format_ is Format.FUNCTION_CALLS:
         return _function_calls(row)
+    if format_ is Format.GLAIVE:
+        return _transcript(row)
     keys = (columns.prompt or "prompt", columns.completion or "completion")
     return _prompt_completion(row, *(keys if format_ is Format.COLUMNS else ("prompt", "completion")), data)
 
@@ -348,6 +355,21 @@ def _function_calls(row: Mapping[str, Any]) -> RowContent:
     conversation.messages.append({"role": "assistant", "content": None, "tool_calls": calls})
     messages, tools = conversation.finish(row)
     unused = _unused(row, _CONTEXT_KEYS | {"query", "answers"}, conversation)
+    return RowContent(kind="messages", messages=messages, tools=tools, unused_keys=unused)
+
+
+def _transcript(row: Mapping[str, Any]) -> RowContent:
+    """A conversation in one text; the system text may hold the definitions of the tools."""
+    key = next((key for key in TRANSCRIPT_KEYS if is_transcript(row.get(key))), None)
+    if key is None:
+        raise RowError((), "a text with USER: and ASSISTANT: in lines of their own is missing")
+    conversation = read_transcript(row[key], (key,))
+    given = dict(row)
+    if isinstance(row.get("system"), str):
+        given["system"], tools = read_transcript_system(row["system"], ("system",))
+        conversation.tools = one_of((conversation.tools, tools), "tools")
+    messages, tools = conversation.finish(given)
+    unused = _unused(row, _CONTEXT_KEYS | {key}, conversation)
     return RowContent(kind="messages", messages=messages, tools=tools, unused_keys=unused)
 
 

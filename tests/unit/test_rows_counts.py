@@ -220,7 +220,7 @@ REFUSED_AS_THEY_ARE = {
     "verl_prompts": ({"data_source": "x", "prompt": [USER], "ability": "math", "reward_model": {"ground_truth": "4"}}, "no known format"),
     "openai_batch": ({"custom_id": "1", "method": "POST", "body": {"model": "x", **answer("a")}}, 'inside "body"'),
     "capital_keys": ({"Messages": answer("a")["messages"]}, "small letters"),
-    "glaive_text": ({"system": "SYSTEM: s", "chat": "USER: q ASSISTANT: a"}, "no known format"),
+    "speakers_in_one_line": ({"system": "SYSTEM: s", "chat": "USER: q ASSISTANT: a"}, "no known format"),
 }  # fmt: skip
 
 

@@ -171,6 +171,22 @@ LEARNED = {
     "a_result_in_parts": ({"messages": [{"role": "tool", "content": [{"type": "text", "text": "R"}]}, TURNS[1]]}, ["tool: R", "assistant*: A"]),
     "calls_of_xlam": ({"id": 1, "query": "Q", "tools": json.dumps([TOOL["function"]]), "answers": json.dumps([CALL])}, CALLED),
     "a_result_that_is_null": ({"messages": [{"role": "tool", "content": None}, TURNS[1]]}, ["tool:", "assistant*: A"]),
+    "glaive": (
+        {"system": 'SYSTEM: Use these - \n{"name": "f", "parameters": {}}\n\n{"name": "g", "parameters": {}}\n',
+         "chat": "USER: Q\n\n\nASSISTANT: Sure. <functioncall> {\"name\": \"f\", \"arguments\": '{\"city\": \"Oslo\"}'} <|endoftext|>\n\n\n"
+                 'FUNCTION RESPONSE: {"r": 1}\n\n\nASSISTANT: A\nUSER: is what I said <|endoftext|>\n\n\n\nUSER: Q2\n\n\nASSISTANT: A2 <|endoftext|>\n\n\n'},
+        ["system: Use these -", "user: Q", 'assistant*: Sure. f({"city": "Oslo"})', 'tool: {"r": 1}',
+         "assistant*: A\nUSER: is what I said", "user: Q2", "assistant*: A2"],
+    ),
+    "glaive_in_one_text": (
+        {"sample": 'SYSTEM: S {"name": "f"}\n\nUSER: Q\nASSISTANT: <functioncall> {"name": "f", "arguments": {"city": "Oslo"}}\nFUNCTION RESPONSE: 1\nASSISTANT: A'},
+        ["system: S", *CALLED, "tool: 1", "assistant*: A"],
+    ),
+    "glaive_without_functions": ({"system": "SYSTEM: You have no functions.\n", "chat": "USER: Q\n\n\nASSISTANT: A <|endoftext|>"}, ["system: You have no functions.", *PLAIN]),
+    "glaive_call_without_arguments": ({"chat": 'USER: Q\n\n\nASSISTANT: <functioncall> {"name": "f"} <|endoftext|>'}, ["user: Q", "assistant*: f({})"]),
+    "glaive_call_with_an_apostrophe": (
+        {"chat": "USER: Q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{\"a\": \"it\\'s\"}'}"}, ["user: Q", 'assistant*: f({"a": "it\'s"})'],
+    ),
     # what is as if absent
     "null_keys_decide_nothing": ({"messages": None, "conversations": [], "prompt": "Q", "completion": "A", "text": None}, ["prompt: Q", "completion*: A"]),
     "empty_columns_decide_nothing": ({"prompt": "", "completion": "", "text": "A"}, ["text*: A"]),
@@ -290,6 +306,10 @@ REFUSALS = {
     "history_beside_text": ({"prompt": "Q", "completion": "A", "history": [["a", "b"]]}, '"history"', "no place"),
     "history_beside_messages": ({"messages": TURNS, "history": [["a", "b"]]}, '"history"', "earlier turns"),
     "history_in_another_form": ({"instruction": "Q", "output": "A", "history": ["a", "b"]}, "history[0]", "pair"),
+    "glaive_call_that_is_none": ({"chat": "USER: Q\nASSISTANT: <functioncall> f(1)"}, "chat", "is not a call"),
+    "glaive_arguments_that_are_none": ({"chat": "USER: Q\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{a: 1}'}"}, "chat", "should hold JSON"),
+    "glaive_functions_that_are_none": ({"system": 'SYSTEM: S {"name": "f",}', "chat": "USER: Q\nASSISTANT: A"}, "system", "not JSON objects"),
+    "glaive_with_another_system": ({"system": "SYSTEM: S", "chat": "SYSTEM: T\nUSER: Q\nASSISTANT: A"}, "system", "contradicts"),
     "refusal": (said(content="A", refusal="I can not"), '"refusal"', "refusal"),
     "turns_in_text_that_are_none": ({"messages": "[{'role': 'user'}]"}, "messages", "should hold JSON"),
     "unknown_role": ({"messages": [{"role": "narrator", "content": "x"}]}, "messages[0].role", "unknown role 'narrator'"),
