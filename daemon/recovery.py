@@ -22,7 +22,7 @@ from daemon import versions
 from daemon.config import Settings
 from daemon.errors import DropforgeError, NotFound
 from daemon.inbox import layout
-from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, sync_claims, unclaim_sidecar
+from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, unclaim_sidecar
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.strays import is_job_folder
@@ -148,7 +148,6 @@ def _finish_claim(settings: Settings, archive: Archive, job: Job, log: Any) -> N
     if same:
         sidecar = source.with_name(layout.sidecar_name(job.name))
         claim_file(settings, job, source, sidecar if os.path.lexists(sidecar) else None)
-        sync_claims(settings, [job])
         log.info("file.claimed_after_crash", job=job.id, file=escape(job.name))
         return
     unclaim_sidecar(settings, job)

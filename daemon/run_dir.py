@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from daemon.job import RUN_SPEC_VERSION, Progress, RunResult, RunSpec, from_json, to_json, utc_now
 from daemon.processes import ProcessIdentity
-from guard.atomic import write_atomic
+from guard.atomic import end_last_line, last_line, write_atomic
 
 RUNS_NAME = "runs"
 SPEC_NAME = "run.json"
@@ -66,6 +66,8 @@ def begin_attempt(spec: RunSpec) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in ATTEMPT_NAMES:
         (run_dir / name).unlink(missing_ok=True)
+    with (run_dir / EVENTS_NAME).open("ab+") as events:
+        end_last_line(events.fileno())  # the machine may have lost its power in the attempt before
     write_atomic(run_dir / SPEC_NAME, to_json(spec, indent=1))
     return run_dir
 
@@ -95,7 +97,7 @@ class RunReader:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._bytes_read = _size(run_dir / EVENTS_NAME)
+        self._bytes_read = _size_in_lines(run_dir / EVENTS_NAME)
 
     def events(self) -> list[RunEvent]:
         """Return the events since the last call. Whole lines only: the trainer may be in the middle of one."""
@@ -227,8 +229,10 @@ def _read(path: Path, kind: type[T]) -> T | None:
         return None
 
 
-def _size(path: Path) -> int:
+def _size_in_lines(path: Path) -> int:
+    """The size of a file up to its last whole line; 0 when it cannot be read."""
     try:
-        return path.stat().st_size
+        with path.open("rb") as lines:
+            return last_line(lines.fileno())[0]
     except OSError:
         return 0

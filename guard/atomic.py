@@ -158,10 +158,22 @@ def append_line_durable(path: PathLike, line: str) -> None:
         fsync_dir(target.parent)
 
 
+def end_last_line(fd: int) -> None:
+    """Let the next append to a file of lines that nobody fsyncs begin a line of its own. `fd` reads, and writes at the end.
+
+    After a power cut the file may end in zeros, which are no content, or within a line. Raises OSError.
+    """
+    start, tail = last_line(fd)
+    content = tail.rstrip(b"\0")
+    if len(content) < len(tail):
+        os.ftruncate(fd, start + len(content))
+    if content:
+        write_all(fd, b"\n")
+
+
 def _repair_last_line(fd: int, path: Path) -> bytes:
     """Return the newline that a whole last line still needs; set a torn one aside."""
-    size = os.fstat(fd).st_size
-    start, tail = _last_line(fd, size)
+    start, tail = last_line(fd)
     if not tail:
         return b""
     try:
@@ -174,9 +186,9 @@ def _repair_last_line(fd: int, path: Path) -> bytes:
     return b"\n"
 
 
-def _last_line(fd: int, size: int) -> tuple[int, bytes]:
+def last_line(fd: int) -> tuple[int, bytes]:
     """Where the bytes after the last newline begin, and those bytes."""
-    tail, start = b"", size
+    tail, start = b"", os.fstat(fd).st_size
     while start > 0:
         step = min(65_536, start)
         block = os.pread(fd, step, start - step)

@@ -7,10 +7,12 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from daemon.dataset.rows import Rules
 from daemon.dataset.validate import DatasetChanged, DatasetReport, RejectedDataset, scan_dataset
 from daemon.job import Dataset
+from guard.atomic import fsync_tree
 
 PROGRESS_SECONDS = 0.5
 
@@ -22,6 +24,8 @@ class Request:
     job_id: str
     path: str
     rules: Rules
+    durable: bool = False  # what lies in its folder is made durable, whether it passes or not
+    refusal: tuple[str, str] | None = None  # why it is refused whatever its rows are, and what to do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +38,28 @@ class Reply:
     dataset: Dataset | None = None
     report: DatasetReport | None = None
     message: str = ""
+    hint: str = ""
 
 
 def answer(request: Request, report_progress: Callable[[Reply], None]) -> Reply:
-    """Validate the file. Never raises: every outcome has a reply."""
+    """Validate the file, and make it durable where that is wanted. Never raises: every outcome has a reply."""
+    if request.refusal is not None:
+        message, hint = request.refusal
+        reply = Reply(job_id=request.job_id, kind="failed", message=message, hint=hint)
+    else:
+        reply = _validate(request, report_progress)
+    if request.durable and reply.kind != "changed":
+        try:
+            fsync_tree(Path(request.path).parent)
+        except OSError as error:
+            if reply.kind == "passed":  # else the reason why it is refused stands
+                reason = f"it could not be made durable: {error.strerror or type(error).__name__}"
+                hint = "see that the disk is sound and has room, then retry the job or drop the file again"
+                return Reply(job_id=request.job_id, kind="failed", message=reason, hint=hint)
+    return reply
+
+
+def _validate(request: Request, report_progress: Callable[[Reply], None]) -> Reply:
     reported_at = time.monotonic()
 
     def progress(count: int) -> None:

@@ -29,7 +29,7 @@ from daemon.recipe import DataSettings
 from daemon.run_dir import LOG_NAME, run_dir_of
 from daemon.store import JobStore
 from daemon.text import escape
-from guard.atomic import fsync_dir, fsync_file, rename_durable, write_atomic
+from guard.atomic import fsync_dir, rename_durable, write_atomic
 
 ROWS_JSON = "rows.json"  # the validation's report, kept beside the file until the job's own is written
 RETURNED_AS = ".returned_as"  # the name under which a file goes back to the inbox, while it does
@@ -152,8 +152,8 @@ def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None)
     """Rename a dropped file, and its sidecar, into its job's folder.
 
     The job's row is written already. The sidecar goes first: left behind alone, it would be taken for the next file of
-    that name. Where that lies there already (`x.jsonl.gz` beside `x.jsonl`), the sidecar is copied. `sync_claims` makes
-    it durable. Raises OSError.
+    that name. Where that lies there already (`x.jsonl.gz` beside `x.jsonl`), the sidecar is copied. Nothing of it is
+    durable yet. Raises OSError.
     """
     folder = layout.processing_dir(settings, job.id)
     folder.mkdir(exist_ok=True)
@@ -161,7 +161,6 @@ def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None)
         with suppress(FileNotFoundError):
             if _is_shared(sidecar, source):
                 shutil.copyfile(sidecar, folder / sidecar.name, follow_symlinks=False)
-                fsync_file(folder / sidecar.name)
             else:
                 sidecar.rename(folder / sidecar.name)
     target = folder / job.name
@@ -179,11 +178,13 @@ def _is_shared(sidecar: Path, source: Path) -> bool:
 
 
 def sync_claims(settings: Settings, jobs: Iterable[Job]) -> None:
-    """Make the renames of these claims durable: shared folders once for all of them. Raises OSError."""
-    own = [layout.processing_dir(settings, job.id) for job in jobs]
+    """Make the renames of these claims durable in the folders that jobs share, once for all of them. Raises OSError.
+
+    A job's own folder, and what lies in it, is synced by the child that reads the file.
+    """
     dropped = {Path(job.source).parent for job in jobs}
-    for folder in (*own, settings.inbox_dir / layout.PROCESSING, *sorted(dropped)):
-        with suppress(FileNotFoundError):  # a command may have moved it on already
+    for folder in (settings.inbox_dir / layout.PROCESSING, *sorted(dropped)):
+        with suppress(FileNotFoundError):  # a folder that is not watched any more
             fsync_dir(folder)
 
 

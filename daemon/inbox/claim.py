@@ -1,4 +1,8 @@
-"""Claiming: a row in the store first, then the rename into the job's folder, then a check of what was renamed."""
+"""Claiming: a row in the store first, then the rename into the job's folder, then a check of what was renamed.
+
+Durable is the row alone. The next start repeats a rename that a power cut took back; what came of it is made durable before
+the job is queued (`daemon.inbox.validation`).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ class NotClaimed(Exception):
 
 
 def claim(settings: Settings, store: JobStore, archive: Archive, file: SettledFile, log: Any) -> Job:
-    """Make a job of a settled file; `sync_claims` makes its rename durable. Raises NotClaimed, StoreError."""
+    """Make a job of a settled file. Raises NotClaimed, StoreError."""
     # Folders are compared: on an overlay, as in a container, a file's own device is another than its folder's.
     if _device(file.folder) != _device(settings.inbox_dir / layout.PROCESSING):
         raise NotClaimed("inbox/processing is on another file system; files are taken by renaming", waits=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from daemon.config import Settings
 from daemon.inbox import layout
-from daemon.inbox.archive import Archive, sync_claims
+from daemon.inbox.archive import Archive
 from daemon.inbox.candidates import REMEMBER_SECONDS, SHOWN, CandidateTracker, SettledFile, shown_name
 from daemon.inbox.claim import NotClaimed, claim
 from daemon.inbox.strays import Stray, StrayFinder
@@ -280,19 +280,15 @@ class Intake:
         counts = self._store.counts()
         places = self.settings.inbox.max_queued - counts[JobState.CLAIMED] - counts[JobState.QUEUED]
         until = time.monotonic() + CLAIM_SECONDS
-        claimed: list[Job] = []
-        while len(claimed) < places and (now := time.monotonic()) < until:
+        while places > 0 and (now := time.monotonic()) < until:
             file = self._candidates.next_settled(now)
             if file is None:
                 break
             job = self._claim(file, now)
             if job is not None:
-                claimed.append(job)
-        self._queue_full = len(claimed) >= places
-        if claimed:
-            sync_claims(self.settings, claimed)
-            for job in claimed:
+                places -= 1
                 self._validator.submit(job)
+        self._queue_full = places <= 0
 
     def _claim(self, file: SettledFile, now: float) -> Job | None:
         """Claim one file; None when it waits, or left the inbox."""

@@ -1,7 +1,8 @@
 """From claimed to queued: every claimed file is validated, and the report decides.
 
 Good rows are queued with the recipe frozen; content that was trained before ends as a duplicate; everything else is
-refused with a report.
+refused with a report. Before that the file, its sidecar and their places are durable, by the child that read them and by
+one fsync of each shared folder for all that came back together: what status calls queued survives a power cut.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from daemon.dataset.requests import Reply, Request
 from daemon.dataset.rows import Rules
 from daemon.errors import NotFound
 from daemon.inbox import layout
-from daemon.inbox.archive import Archive, write_rows_report
+from daemon.inbox.archive import Archive, sync_claims, write_rows_report
 from daemon.inbox.duplicates import changed_settings
 from daemon.inbox.sidecar import RejectedSidecar, read_sidecar
 from daemon.inbox.validation_pool import ValidationPool
@@ -75,12 +76,7 @@ class Validator:
 
     def tick(self) -> None:
         """Act on the pool's replies, and submit again what had changed while it was read."""
-        for reply in self._pool.collect():
-            self._submitted.discard(reply.job_id)
-            job = self._claimed(reply.job_id)
-            if job is None:
-                self._repeats.pop(reply.job_id, None)
-                continue
+        for job, reply in self._collect():
             try:
                 self._apply(job, reply)
             except TransitionRefused:
@@ -91,11 +87,29 @@ class Validator:
         for job_id, repeat in list(self._repeats.items()):
             if repeat.due <= now:
                 repeat.due = float("inf")
-                job = self._claimed(job_id)
-                if job is None:
+                again = self._claimed(job_id)
+                if again is None:
                     del self._repeats[job_id]
                 else:
-                    self.submit(job)
+                    self.submit(again)
+
+    def _collect(self) -> list[tuple[Job, Reply]]:
+        """Return the pool's replies with their jobs, whose claims are durable now."""
+        found = []
+        for reply in self._pool.collect():
+            self._submitted.discard(reply.job_id)
+            job = self._claimed(reply.job_id)
+            if job is None:
+                self._repeats.pop(reply.job_id, None)
+            else:
+                found.append((job, reply))
+        if found:
+            try:
+                sync_claims(self.settings, [job for job, _ in found])
+            except OSError as error:  # they stay claimed, and are submitted again at the next rescan
+                self._log.error("dataset.not_concluded", job=found[0][0].id, error=str(error))
+                return []
+        return found
 
     def adopt_claimed(self) -> None:
         """Submit the claimed jobs that are not in the pool, as after a start or a retry."""
@@ -121,20 +135,22 @@ class Validator:
         if path is None:
             self._archive.finish(job, JobState.CANCELLED, "its file is gone from processing/")
             return
+        refusal = None
         sidecar_path = path.with_name(layout.sidecar_name(job.name))
         if os.path.lexists(sidecar_path):  # False as well for a name that is too long to be one
             try:
                 sidecar = read_sidecar(sidecar_path, self.settings.recipe)
             except RejectedSidecar as error:
-                self._archive.finish(job, JobState.REJECTED, error.sentence, hint=error.hint)
-                return
-            requested = (sidecar.overrides, sidecar.force, sidecar.priority or job.priority)
-            if requested != (job.overrides, job.force, job.priority):
-                overrides, force, priority = requested
-                job = self._store.update(job.id, overrides=overrides, force=force, priority=priority)
+                refusal = (error.sentence, error.hint)
+            else:
+                requested = (sidecar.overrides, sidecar.force, sidecar.priority or job.priority)
+                if requested != (job.overrides, job.force, job.priority):
+                    overrides, force, priority = requested
+                    job = self._store.update(job.id, overrides=overrides, force=force, priority=priority)
         rules = Rules.of(self.settings.recipe.with_overrides(job.overrides).data)
         self._submitted.add(job.id)
-        self._pool.submit(Request(job_id=job.id, path=str(path), rules=rules), job.size_bytes)
+        request = Request(job_id=job.id, path=str(path), rules=rules, durable=True, refusal=refusal)
+        self._pool.submit(request, job.size_bytes)
 
     def _claimed(self, job_id: str) -> Job | None:
         """The job, unless it was cancelled meanwhile."""
@@ -158,7 +174,7 @@ class Validator:
             self._queue(job, reply.dataset)
         else:
             found = reply.report
-            reason, hint = (found.reason, found.hint) if found is not None else (reply.message, "")
+            reason, hint = (found.reason, found.hint) if found is not None else (reply.message, reply.hint)
             self._archive.finish(job, JobState.REJECTED, reason, hint=hint)
 
     def _queue(self, job: Job, dataset: Dataset) -> None:

@@ -21,7 +21,7 @@ import structlog
 from daemon.config import Settings
 from daemon.observability import journald, log_reader
 from daemon.text import finite
-from guard.atomic import write_all
+from guard.atomic import end_last_line, write_all
 
 Listener = Callable[[str, Mapping[str, Any]], None]  # (event name, its data)
 
@@ -130,7 +130,12 @@ class _WholeLines:
     """
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            end_last_line(self._fd)  # the machine may have lost its power since
+        except OSError:
+            os.close(self._fd)
+            raise
 
     def write(self, text: str) -> None:
         """Append; what was written of a line that did not fit is taken back. Raises OSError."""

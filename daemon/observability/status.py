@@ -208,12 +208,16 @@ class Liveness(StrEnum):
 def read_status(path: Path) -> dict[str, Any] | None:
     """Return the status file's content with `alive`, `liveness` and `age_seconds` of its heartbeat; None without a file.
 
-    Raises ValueError when the file is not a status file.
+    An empty one is none: a power cut leaves that, and it is written anew at the next start. Raises ValueError when the file
+    is not a status file.
     """
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except FileNotFoundError:
         return None
+    if not text.strip(b"\0"):
+        return None
+    content = json.loads(text)
     try:
         return {**content, **liveness_of(content)}
     except (KeyError, TypeError, ValueError) as error:

@@ -74,7 +74,7 @@ class Root:
         self.tables: dict[str, dict[str, Any]] = {name: dict(values) for name, values in QUICK.items()}
         if behaviour is not None:
             base_model = path / "base"
-            base_model.mkdir(parents=True)
+            base_model.mkdir(parents=True, exist_ok=True)  # a cut of a disk has it
             (base_model / "config.json").write_text("{}")
             (base_model / "model.safetensors").write_bytes(b"weights")
             (base_model / "tokenizer.json").write_text("{}")

@@ -46,6 +46,23 @@ def is_visible(character: str) -> bool:
     return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
+@pytest.mark.parametrize("left", [b"", bytes(900), b'{"event": "cut', b'{"event": "cut' + bytes(80)])
+def test_after_a_power_cut_the_next_event_has_a_line_of_its_own(
+    make_log: Callable[..., Any], tmp_path: Path, left: bytes
+) -> None:
+    """Zeros are what a file system leaves of lines that nobody fsynced; a torn line stays, for whoever looks."""
+    make_log().info("daemon.started")
+    path = tmp_path / "state" / "logs" / "dropforge.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + left)
+    make_log().info("daemon.stopped")
+    text = path.read_bytes()
+    torn = left.rstrip(b"\0")
+    assert text.startswith(whole + torn + b"\n" if torn else whole)
+    assert json.loads(text.splitlines()[-1])["event"] == "daemon.stopped"
+    assert b"\0" not in text
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=EVENTS)
 def test_an_event_is_one_line_that_has_it_whole(

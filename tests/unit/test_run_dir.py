@@ -75,6 +75,22 @@ def test_an_attempt_reads_nothing_of_the_one_before(tmp_path: Path) -> None:
     assert (reader.events(), reader.progress(), reader.result(), read_identity(run_dir)) == ([], None, None, None)
 
 
+@pytest.mark.parametrize("left", [bytes(900), b'{"event": "run.st', b'{"event": "run.st' + bytes(80)])
+def test_after_a_power_cut_the_next_attempts_events_are_all_read(tmp_path: Path, left: bytes) -> None:
+    """Also by a reader that was there before the attempt was made ready, as the daemon's is."""
+    spec = spec_in(tmp_path)
+    run_dir = begin_attempt(spec)
+    RunWriter(run_dir).event("run.stepped", step=1)
+    with (run_dir / EVENTS_NAME).open("ab") as events:
+        events.write(left)
+    reader = RunReader(run_dir)
+    begin_attempt(replace(spec, attempt=2))
+    writer = RunWriter(run_dir)
+    for step in (2, 3):
+        writer.event("run.stepped", step=step)
+    assert [data["step"] for _, data in reader.events()] == [2, 3]
+
+
 def test_a_torn_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
     reader = RunReader(tmp_path)
     with (tmp_path / EVENTS_NAME).open("a") as events:

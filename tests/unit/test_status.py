@@ -105,10 +105,16 @@ def test_a_daemon_is_alive_hung_dead_or_stopped_whatever_its_file_claims() -> No
         assert liveness_of(content(**changes))["liveness"] == expected, changes
 
 
+@pytest.mark.parametrize("content", [b"", bytes(700)])
+def test_what_a_power_cut_leaves_of_a_status_file_is_none(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "status.json"
+    path.write_bytes(content)
+    assert read_status(path) is None
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "",
         "{",
         "[]",
         "null",
