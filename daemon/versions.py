@@ -114,7 +114,7 @@ def list_versions(model_dir: Path) -> list[Version]:
     """Return all versions, oldest first."""
     folder = model_dir / VERSIONS
     names = sorted((entry.name for entry in os.scandir(folder)), key=len) if folder.is_dir() else []
-    versions = [_version(folder / name) for name in names if _NAME.fullmatch(name) and (folder / name).is_dir()]
+    versions = [read_version(folder / name) for name in names if _NAME.fullmatch(name) and (folder / name).is_dir()]
     return sorted(versions, key=lambda version: int(version.name))
 
 
@@ -160,7 +160,7 @@ def current_version(model_dir: Path) -> Version | None:
             cause=f"it leads to {escape(target)}, which is no version",
             hint="bring that folder back, or make version N current with `dropforge rollback N`",
         )
-    return _version(model_dir / VERSIONS / name)
+    return read_version(model_dir / VERSIONS / name)
 
 
 def repair_latest(model_dir: Path) -> Version | None:
@@ -263,7 +263,7 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
         folder.mkdir(exist_ok=True)
         fsync_dir(model_dir)
         rename_durable(candidate, folder / name)
-        version = _version(folder / name)
+        version = read_version(folder / name)
     _record_promotion(model_dir, version)
     if read_lineage(model_dir).current == version.name:  # else it was promoted long ago: `latest` never moves back
         point_latest(model_dir, version)
@@ -315,10 +315,18 @@ def _purge(settings: Settings, log: Any) -> None:
 def rollback(model_dir: Path, name: str) -> Version:
     """Make the version called `name` the current one; the caller holds the model lock. A no-op when it is already.
 
-    The lineage is written first: after a crash between the two, the same call carries on. Raises NotFound.
+    The lineage is written first: after a crash between the two, the same call carries on. Raises NotFound, and DropforgeError
+    when the version is not as it was promoted.
     """
     require_lock(model_dir, "roll back")
     version = find_version(model_dir, name)
+    if found := damage(version):
+        raise DropforgeError(
+            operation="roll back to",
+            subject=f"version {version.name}",
+            cause="; ".join(found),
+            hint="bring the version back from a backup, or roll back to another one",
+        )
     try:
         replaced = current_version(model_dir)
     except DropforgeError:
@@ -368,7 +376,8 @@ def point_latest(model_dir: Path, version: Version) -> None:
     fsync_dir(model_dir)
 
 
-def _version(path: Path) -> Version:
+def read_version(path: Path) -> Version:
+    """Return the version in a folder; its record is empty where it cannot be read."""
     try:
         record = json.loads((path / RECORD).read_bytes())
     except (OSError, ValueError):

@@ -13,6 +13,7 @@ import typer
 
 import guard
 from daemon import versions
+from daemon.base_identity import CACHE_NAME, BaseChange, base_change, find_base, identify_base, recorded_base
 from daemon.cli import completion, render
 from daemon.cli.app import MODEL, JsonFlag, app, print_json
 from daemon.cli.app import out as out_console
@@ -67,6 +68,7 @@ def merge_version(
         [
             *(sys.executable, "-P", "-m", "daemon.trainer.merge"),
             *(str(found.path), str(out.absolute()), settings.recipe.model.model_dump_json()),
+            *(str(settings.root), str(settings.state_dir / CACHE_NAME)),
         ],
         capture_output=True,
         text=True,
@@ -83,6 +85,8 @@ def merge_version(
         )
     out_size = f"{reply['parameters']:,} parameters, {reply['size_bytes'] / 1e6:,.1f} MB"
     probe = reply["probe"]
+    for warning in reply["warnings"]:
+        out_console.print(f"warning: {escape(warning, most=1000)}", markup=False)
     out_console.print(f"version {found.name} merged into {out}: {out_size}", markup=False)
     out_console.print(
         f"checked against base and adapter: in bfloat16 logits differ by at most {probe['largest_difference']:.3g}"
@@ -123,6 +127,8 @@ def roll_back(
     out_console.print(
         f"version {done.name} is current now: {escape(str(done.record.get('dataset', '')))}", markup=False
     )
+    if (change := _base_change(settings, done)) is not None:
+        out_console.print(f"warning: {change.message}; the queue is held for it: {change.hint}", markup=False)
 
 
 @app.command(rich_help_panel=MODEL)
@@ -136,6 +142,14 @@ def adopt(context: typer.Context) -> None:
     settings: Settings = context.obj.settings
     for change in root_identity.adopt(settings) or ["the parts of this root belong together: nothing to adopt"]:
         out_console.print(change, markup=False)
+
+
+def _base_change(settings: Settings, version: versions.Version) -> BaseChange | None:
+    """How the configured base differs from the one that a version was trained on; None where it does not, or where nothing tells."""
+    base, recorded = find_base(settings.recipe.model, settings.root), recorded_base(versions.promotion_record(version))
+    if base is None or recorded is None:
+        return None
+    return base_change(version.name, recorded, identify_base(base, cache_path=settings.state_dir / CACHE_NAME))
 
 
 def _running(settings: Settings) -> str:

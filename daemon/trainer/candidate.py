@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from peft import PeftModel
 from daemon.job import FailureKind, Plan
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.generation import write_generation_config
-from daemon.trainer.model import adapter_tensors, all_finite
+from daemon.trainer.model import ADAPTER_CONFIG, adapter_tensors, all_finite
 from guard.atomic import apply_umask
 
 
@@ -42,13 +43,19 @@ def require_learned(model: PeftModel, initial: dict[str, torch.Tensor], lora_b_n
         )
 
 
-def save_candidate(model: PeftModel, tokenizer: Any, folder: Path, *, generation: dict[str, Any] | None) -> None:
+def save_candidate(
+    model: PeftModel, tokenizer: Any, folder: Path, *, base_name: str, generation: dict[str, Any] | None
+) -> None:
     """Write adapter, tokenizer and generation configuration to `folder`, safetensors and text only.
 
-    What was there is replaced.
+    The adapter's configuration names the base as `base_name`. What was there is replaced.
     """
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(str(folder), safe_serialization=True)
+    # Not before: peft looks for the base's configuration under the name that it writes.
+    config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+    named = json.dumps({**config, "base_model_name_or_path": base_name}, indent=2, sort_keys=True)
+    (folder / ADAPTER_CONFIG).write_text(named, encoding="utf-8")
     tokenizer.save_pretrained(str(folder))
     write_generation_config(folder, generation)
     apply_umask(folder)

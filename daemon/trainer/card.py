@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import re
+
+from daemon.base_identity import BaseIdentity, BasePart
 from daemon.fingerprint import minor_version
 from daemon.job import Plan, RunResult, RunSpec
 from daemon.recipe import Recipe
 from daemon.text import escape
-from daemon.versions import Version
+from daemon.trainer.origin import Origin
+
+_PLAIN = re.compile(r"[\w./-]+")  # what YAML takes for nothing but text
 
 
-def model_card(spec: RunSpec, recipe: Recipe, planned: Plan, result: RunResult, parent: Version | None) -> str:
+def model_card(spec: RunSpec, recipe: Recipe, planned: Plan, result: RunResult, origin: Origin) -> str:
     """Return Markdown with the metadata header that the Hub and peft read."""
-    training, lora = recipe.training, recipe.lora
+    training, lora, base, parent = recipe.training, recipe.lora, origin.base, origin.parent
+    name = escape(base.name, most=1000)
     held_out = (
         f"{result.held_out_before:.4f} before, {result.held_out_after:.4f} after, over {planned.held_out_rows} rows"
         if result.held_out_before is not None and result.held_out_after is not None
         else "no row was held out"
     )
-    base = recipe.model.model_name_or_path
     return f"""---
 library_name: peft
-base_model: {base}
+base_model: {name if _PLAIN.fullmatch(name) else json.dumps(name)}
 tags: [lora, dropforge]
 ---
 
-# LoRA adapter of {base}
+# LoRA adapter of {name}
 
 | | |
 |---|---|
+| base model | {base.describe(tuple(part for part in BasePart if base.part(part)))} |
 | dataset | {escape(spec.dataset.name)}, {spec.dataset.rows} rows, {planned.samples} samples trained, BLAKE3 `{spec.dataset.digest}` |
 | continues | {f"version {parent.name}" if parent else "the base model"} |
 | steps | {result.steps_run} of {result.steps_planned}, {planned.global_batch_size} samples each, {planned.epochs:g} epochs |
@@ -44,11 +51,20 @@ tags: [lora, dropforge]
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({base!r})
+model = AutoModelForCausalLM.from_pretrained({name!r}{f", revision={base.commit!r}" if base.commit else ""})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
-{_warnings(result)}"""
+{_whereabouts(base)}{_warnings(result)}"""
+
+
+def _whereabouts(base: BaseIdentity) -> str:
+    """Say where a base model lies that is no model of the Hub."""
+    if base.commit:
+        return ""
+    if base.name.startswith("./"):
+        return f"\n`{escape(base.name, most=1000)}` is in the folder that holds dropforge.toml: run this there, or name the base in full.\n"
+    return "\nThe base model is named as it lay on the machine that trained this; name it as it lies on yours.\n"
 
 
 def _warnings(result: RunResult) -> str:

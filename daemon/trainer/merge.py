@@ -1,6 +1,6 @@
-"""`python -m daemon.trainer.merge VERSION_DIR OUT MODEL_JSON`: merge base and adapter into one model, in bfloat16.
+"""`python -m daemon.trainer.merge VERSION_DIR OUT MODEL_JSON ROOT CACHE`: merge base and adapter into one model, in bfloat16.
 
-Prints one JSON object: `parameters`, `size_bytes` and `probe`, or `error` and `hint`. A merge that does not compute what base
+Prints one JSON object: `parameters`, `size_bytes`, `probe` and `warnings`, or `error` and `hint`. A merge that does not compute what base
 and adapter compute is not written: the logits of a probe batch are compared first, and what was saved is read back.
 """
 
@@ -15,36 +15,37 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from daemon.base_identity import identify_base
 from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
 from daemon.trainer.base_model import load_tokenizer, resolve_base
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.generation import end_ids
-from daemon.trainer.model import ADAPTER_CONFIG, load_adapter, load_network, saved_config
+from daemon.trainer.model import load_adapter, load_network, saved_config
+from daemon.trainer.origin import require_same_base
+from daemon.versions import read_version
 from guard.atomic import apply_umask, fsync_tree, rename_durable
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
 # Of the largest logit: adding up in another order differs by less than 1e-5 of it, a weight in the wrong place by far more.
 MERGE_TOLERANCE = 1e-3
+BASE_HINT = "put that base back, or name it as model_name_or_path under [model], and merge again"
 
 
-def merge(version_dir: Path, out: Path, model: ModelSettings) -> dict[str, Any]:
+def merge(
+    version_dir: Path, out: Path, model: ModelSettings, *, root: Path | None = None, cache_path: Path | None = None
+) -> dict[str, Any]:
     """Write `out`, a folder that AutoModelForCausalLM loads; it has its name only once it is whole.
 
     Added up in float32 and rounded once. The base is the configured one, never one that the adapter names. Returns
-    `parameters`, `size_bytes` and `probe` (see `compare_logits`). Raises RunFailure(CONFIG) when `out` exists, or when the
-    adapter says that it was trained on another base; RunFailure(INTERNAL) when the merge would compute something else.
+    `parameters`, `size_bytes`, `probe` (see `compare_logits`) and `warnings`. `cache_path` keeps the base's digests. Raises
+    RunFailure(CONFIG) when `out` exists, RunFailure(IDENTITY) when the version was trained on another base, RunFailure(INTERNAL)
+    when the merge would compute something else.
     """
     if out.exists():
         raise RunFailure(FailureKind.CONFIG, f"{out} exists", hint="name a folder that does not")
-    base = resolve_base(model)
-    named = json.loads((version_dir / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
-    if named != base.reference:
-        raise RunFailure(
-            FailureKind.CONFIG,
-            f"version {version_dir.name} was trained on {named!r}, and {base.reference!r} is configured",
-            hint="set model_name_or_path under [model] to the base that it was trained on",
-        )
+    base = resolve_base(model, root)
+    warnings = require_same_base(read_version(version_dir), base, identify_base(base, cache_path=cache_path), model)
     config = saved_config(version_dir, base)
     network = load_network(base, model.model_copy(update={"load_in_4bit": False}), dtype=torch.float32)
     adapted = load_adapter(network, version_dir, config).eval()
@@ -72,6 +73,7 @@ def merge(version_dir: Path, out: Path, model: ModelSettings) -> dict[str, Any]:
         "parameters": int(merged.num_parameters()),
         "size_bytes": sum(path.stat().st_size for path in out.iterdir()),
         "probe": rounded,
+        "warnings": warnings,
     }
 
 
@@ -154,7 +156,10 @@ def load_saved(folder: Path) -> Any:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(merge(Path(sys.argv[1]), Path(sys.argv[2]), ModelSettings.model_validate_json(sys.argv[3]))))
+        version, target, model_json, root_dir, cache = sys.argv[1:]
+        settings = ModelSettings.model_validate_json(model_json)
+        print(json.dumps(merge(Path(version), Path(target), settings, root=Path(root_dir), cache_path=Path(cache))))
     except RunFailure as failure:
-        print(json.dumps({"error": failure.message, "hint": failure.hint}))
+        hint = BASE_HINT if failure.kind is FailureKind.IDENTITY else failure.hint
+        print(json.dumps({"error": failure.message, "hint": hint}))
         sys.exit(1)

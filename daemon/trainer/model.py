@@ -94,7 +94,8 @@ def load_model(base: BaseModel, model: ModelSettings, lora: LoraSettings, parent
 def load_adapter(network: Any, folder: Path, config: LoraConfig, *, trainable: bool = False) -> PeftModel:
     """Load the weights in `folder` under `config`; the configuration saved there is not read.
 
-    Raises RunFailure(CONFIG) when there are none in safetensors: peft would load a pickled file.
+    Raises RunFailure(CONFIG) when there are none in safetensors: peft would load a pickled file; RunFailure(IDENTITY) when
+    they have other shapes than the base model's layers.
     """
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise RunFailure(
@@ -103,7 +104,16 @@ def load_adapter(network: Any, folder: Path, config: LoraConfig, *, trainable: b
             hint="pickled weights are never loaded; go back to another version (`dropforge versions` lists them)",
         )
     config.inference_mode = not trainable
-    return PeftModel.from_pretrained(network, folder, config=config, is_trainable=trainable, local_files_only=True)
+    try:
+        return PeftModel.from_pretrained(network, folder, config=config, is_trainable=trainable, local_files_only=True)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise RunFailure(
+            FailureKind.IDENTITY,
+            f"version {folder.name} does not fit the base model {config.base_model_name_or_path}: layers have other shapes",
+            hint='put back the base that it was trained on, or set start_from = "base" under [training]',
+        ) from error
 
 
 def saved_config(folder: Path, base: BaseModel) -> LoraConfig:

@@ -16,6 +16,7 @@ from daemon.base_identity import (
     BaseModel,
     BasePart,
     base_change,
+    changed_parts,
     identify_base,
     recorded_base,
 )
@@ -50,7 +51,7 @@ def find_origin(spec: RunSpec, recipe: Recipe, base: BaseModel) -> Origin:
     if parent is None:
         return Origin(base=identity, parent=None)
     require_undamaged(parent)
-    return Origin(base=identity, parent=parent, warnings=require_same_base(parent, identity, recipe.model))
+    return Origin(base=identity, parent=parent, warnings=require_same_base(parent, base, identity, recipe.model))
 
 
 def find_parent(model_dir: Path) -> Version | None:
@@ -67,7 +68,7 @@ def require_undamaged(version: Version) -> None:
         raise RunFailure(FailureKind.IDENTITY, "; ".join(damage), hint=RESTORE)
 
 
-def require_same_base(version: Version, found: BaseIdentity, model: ModelSettings) -> tuple[str, ...]:
+def require_same_base(version: Version, base: BaseModel, found: BaseIdentity, model: ModelSettings) -> tuple[str, ...]:
     """Raise RunFailure(IDENTITY), naming both, unless a version was trained on the base model that is there now.
 
     Returns warnings: of a version of before bases were recorded, of a template that the settings accept, of another commit
@@ -75,7 +76,7 @@ def require_same_base(version: Version, found: BaseIdentity, model: ModelSetting
     """
     recorded = recorded_base(versions.promotion_record(version))
     if recorded is None:
-        return _without_record(version, found)
+        return _without_record(version, base, found)
     change = base_change(version.name, recorded, found)
     if change is None:
         if recorded.commit and found.commit and recorded.commit != found.commit:
@@ -86,17 +87,27 @@ def require_same_base(version: Version, found: BaseIdentity, model: ModelSetting
     raise RunFailure(FailureKind.IDENTITY, change.message, hint=change.hint)
 
 
-def _without_record(version: Version, found: BaseIdentity) -> tuple[str, ...]:
-    """Judge by what the adapter itself names: a Hub id or commit can be compared, the path of a folder proves nothing."""
+def _without_record(version: Version, base: BaseModel, found: BaseIdentity) -> tuple[str, ...]:
+    """Judge by what the adapter itself names: a Hub id and commit, or a folder that is still there."""
     name, commit = versions.named_base(version)
-    named = f"{name}@{commit}" if commit else name
-    if found.commit and ((commit and commit != found.commit) or (name and name != found.name)):
+    folder = Path(name)
+    if folder.is_absolute():  # what it holds now; where it is gone, nothing can be told: a root may have been moved
+        is_other = folder != base.path and folder.is_dir() and bool(changed_parts(identify_folder(folder), found))
+    else:
+        is_other = bool(name) and (name, commit or found.commit) != (found.name, found.commit)
+    if is_other:
         raise RunFailure(
             FailureKind.IDENTITY,
-            f"version {version.name} was trained on another base model: {named}, and now it is {found.name}@{found.commit}",
+            f"version {version.name} was trained on {name!r}{f' at {commit}' if commit else ''}, and {found.name!r}"
+            f"{f' at {found.commit}' if found.commit else ''} is configured",
             hint=UNPROVEN_HINT,
         )
     return (
-        f"version {version.name} does not record the base model that it was trained on (it names {named or 'none'});"
-        f" it was taken for {found.describe(())}, and the next version records it",
+        f"version {version.name} does not record the base model that it was trained on (it names {name or 'none'});"
+        f" it was taken for {found.describe(())}, as it is now",
     )
+
+
+def identify_folder(folder: Path) -> BaseIdentity:
+    """Digest the base model in a folder."""
+    return identify_base(BaseModel(name=str(folder), path=folder, revision=None))

@@ -278,7 +278,7 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
         eos=data.tokenizer.eos_token_id,
         learned=data.examples.end_ids,
     )
-    save_candidate(model, data.tokenizer, candidate, generation=generation)
+    save_candidate(model, data.tokenizer, candidate, base_name=run.base.portable_name, generation=generation)
     result = replace(
         result,
         candidate=str(candidate),
@@ -289,7 +289,7 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
         ),
         wall_seconds=time.monotonic() - run.started_at,
     )
-    card = model_card(run.spec, run.recipe, planned, result, start.parent)
+    card = model_card(run.spec, run.recipe, planned, result, run.origin)
     (candidate / "README.md").write_text(card, encoding="utf-8")
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def trained(folder: Path, base: Path, lora: dict[str, Any]) -> Path:
     return Path(train(specify(folder, rows(16), base, tables)).candidate or "")
 
 
+SHORT = {"training": {"max_steps": 2, "learning_rate": 2e-2}, "data": {"max_length": 160, "held_out_fraction": 0.0}}
 ON_TIED_WEIGHTS = [
     {"target_modules": ["q_proj", "lm_head"]},
     {"target_modules": ["q_proj", "embed_tokens"]},
@@ -62,6 +64,29 @@ def test_neither_an_existing_folder_nor_another_base_is_taken(tiny_base: Path, t
     (version / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "evil/base"}))
     with pytest.raises(RunFailure, match="was trained on 'evil/base'"):
         merge(version, tmp_path / "out", ModelSettings(model_name_or_path=str(tiny_base)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_base_that_was_replaced_in_place_is_not_merged(
+    make_root: Any, tiny_base: Path, tmp_path: Path, part: str
+) -> None:
+    """Same name, same shapes, other contents: refused with both identities, and nothing is written."""
+    root: Root = make_root(base_model=tiny_base, tables=SHORT)
+    shutil.copytree(tiny_base, root.path / "base")
+    root.configure(model={"model_name_or_path": "base"})
+    root.drop("a.jsonl", rows(16))
+    assert root.run("run", "--once").returncode == 0, root.errors()
+    replaced = root.path / "base" / part
+    content = replaced.read_bytes() if replaced.exists() else b"{{ messages }}"
+    if part == "model.safetensors":
+        content = content[:-1] + bytes([content[-1] ^ 1])
+    replaced.write_bytes(content if part == "model.safetensors" else content + b"\n ")
+    done = root.run("merge", "1", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "version 0001 was trained" in done.stderr
+    assert done.stderr.count("./base (") == 2
+    assert "put that base back" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

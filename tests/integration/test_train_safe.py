@@ -134,14 +134,15 @@ def test_the_base_that_an_adapter_names_is_never_followed(
 ) -> None:
     """The parent's configuration leads to a folder that is no model; the run takes its weights and the configured base."""
     spec = specify(tmp_path / "run", rows(16), tiny_base, SHORT)
-    version = promote(tmp_path / "run" / "model", Path(train(spec).candidate or ""), job_id="one", record={})
-    path = version.path / "adapter_config.json"
+    candidate = Path(train(spec).candidate or "")
+    path = candidate / "adapter_config.json"
     config = {
         **json.loads(path.read_text()),
         "base_model_name_or_path": str(tmp_path / "elsewhere"),
         "revision": "evil",
     }
     path.write_text(json.dumps(config))
+    promote(tmp_path / "run" / "model", candidate, job_id="one", record={})
     again = specify(tmp_path / "run", rows(16, start=16), tiny_base, SHORT)
     result = train(again)
     assert result.outcome is Outcome.SUCCEEDED

@@ -278,6 +278,40 @@ def test_a_card_may_be_edited(trained: Root) -> None:
     assert trained.run("run", "--once").returncode == 0
 
 
+def test_a_rollback_to_a_damaged_version_is_refused_and_one_to_another_base_warns(trained: Root) -> None:
+    other_weights(trained.path / "base")
+    trained.configure(training={"start_from": "base"})
+    trained.drop("b.jsonl", rows("b"))
+    assert trained.run("run", "--once").returncode == 0
+    back = trained.run("rollback", "1")
+    assert back.returncode == 0
+    assert "warning: version 0001 was trained on another base model" in " ".join(back.stdout.split())
+    flip_bits(trained.settings.model_dir / "versions" / "0002" / "adapter_model.safetensors")
+    refused = trained.run("rollback", "2")
+    assert refused.returncode == 1
+    assert "version 0002: adapter_model.safetensors is not the file that was promoted" in refused.stderr
+    current = versions.current_version(trained.settings.model_dir)
+    assert current is not None
+    assert current.name == "0001"
+
+
+def test_a_version_of_another_folder_that_is_still_there_is_compared_with_it(trained: Root) -> None:
+    """An adapter of before bases were recorded names its base: what lies there now is the best evidence."""
+    forget_base(trained)
+    config = trained.settings.model_dir / "versions" / "0001" / "adapter_config.json"
+    other = trained.path / "other"
+    shutil.copytree(trained.path / "base", other)
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 16, "base_model_name_or_path": str(other)}))
+    trained.drop("b.jsonl", rows("b"))
+    assert trained.run("run", "--once").returncode == 0
+    assert trained.run("rollback", "1").returncode == 0
+    other_weights(other)
+    trained.drop("c.jsonl", rows("c"))
+    held = trained.run("run", "--once")
+    assert held.returncode == 1
+    assert f"version 0001 was trained on '{other}', and './base' is configured" in held.stderr
+
+
 def hub_cache(folder: Path, base: Path, commit: str, *, head: bool = True) -> None:
     """Add a snapshot to a cache as the Hub's client lays it out."""
     model = hub_folder("org/model")
