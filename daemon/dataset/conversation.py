@@ -7,6 +7,7 @@ what they mean, are in `daemon.dataset.keys`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from daemon.dataset.keys import (
     CALL_ROLES,
     CONTENT_KEYS,
     MASK_KEYS,
+    REASONING_DETAILS_KEYS,
     REASONING_KEYS,
     ROLE_KEYS,
     ROLES,
@@ -26,11 +28,21 @@ from daemon.dataset.keys import (
     USER_KEYS,
     is_given,
     role_named,
+    speaker_name,
 )
 from daemon.dataset.masks import apply_row_masks, turn_weight
 from daemon.dataset.strict_json import kind_of
 from daemon.dataset.tools import Tools, calls_of, one_of, read_calls, read_tools
-from daemon.dataset.values import JsonPath, RowError, UnusedKeys, first_present, refuse_keys, single_key, text_of
+from daemon.dataset.values import (
+    JsonPath,
+    RowError,
+    UnusedKeys,
+    embedded,
+    first_present,
+    refuse_keys,
+    single_key,
+    text_of,
+)
 
 Message = dict[str, Any]
 
@@ -45,13 +57,17 @@ _READ_BY_ROLE: Mapping[str, frozenset[str]] = {
     "system": _ALWAYS_READ | {"name", *TOOLS_KEYS},
     "developer": _ALWAYS_READ | {"name", *TOOLS_KEYS},
     "user": _ALWAYS_READ | {"name"},
-    "assistant": _ALWAYS_READ | {"name", *REASONING_KEYS, *CALL_KEYS},
+    "assistant": _ALWAYS_READ | {"name", *REASONING_KEYS, *REASONING_DETAILS_KEYS, *CALL_KEYS},
     "tool": _ALWAYS_READ | {"name", "tool_name", "tool_call_id"},
 }
 _READ_IN_PAIRS = frozenset((*USER_KEYS, *ASSISTANT_KEYS, *MASK_KEYS, "system"))
-_KNOWN_ROLES = ", ".join(ROLES)
-_DETAILS = REASONING_KEYS[-1]
+_KNOWN_ROLES = ", ".join(dict.fromkeys(ROLES.values()))
+_USE_PAIRS = 'give earlier turns as "history": [["question", "answer"], ...]'
 _USE_TOOL_CALLS = 'give calls as "tool_calls" of the assistant\'s turn, and results as turns of the role "tool"'
+
+
+_THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
 @dataclass(kw_only=True)
@@ -70,22 +86,31 @@ class Conversation:
         if not turns:
             raise RowError(path, "the list is empty")
         for index, turn in enumerate(turns):
-            self._turn(turn, (*path, index))
+            if turn is not None:  # lists of equal length are filled up so
+                self._turn(turn, (*path, index))
 
     def say(self, role: str, content: str) -> None:
         """Add a turn of text."""
         self.messages.append({"role": role, "content": content})
 
     def read_history(self, pairs: Any, path: JsonPath) -> None:
-        """Add earlier turns, `[[user, assistant], ...]`; an empty side is no turn. Raises RowError."""
+        """Add earlier turns, `[[user, assistant], ...]` or turns as a conversation has them. Raises RowError.
+
+        An empty side is no turn.
+        """
+        if isinstance(pairs, str) and pairs.lstrip().startswith("["):  # as tables have them
+            pairs = embedded(pairs, path)
         if not isinstance(pairs, list):
-            raise RowError(path, f"expected a list of [user, assistant] pairs, found {kind_of(pairs)}")
+            raise RowError(path, f"expected a list of [user, assistant] pairs, found {kind_of(pairs)}", _USE_PAIRS)
+        if any(map(is_given, pairs)) and all(isinstance(pair, dict | None) for pair in pairs):
+            self.read(pairs, path)
+            return
         for index, pair in enumerate(pairs):
             here = (*path, index)
             if not is_given(pair):
                 continue
             if not isinstance(pair, list) or len(pair) != 2:
-                raise RowError(here, "expected a pair of texts, [user, assistant]")
+                raise RowError(here, "expected a pair of texts, [user, assistant]", _USE_PAIRS)
             for side, (role, text) in enumerate(zip(("user", "assistant"), pair, strict=True)):
                 if not isinstance(text, str | None):
                     raise RowError((*here, side), f"expected a string, found {kind_of(text)}")
@@ -114,7 +139,8 @@ class Conversation:
 
     def _turn(self, turn: Any, path: JsonPath) -> None:
         if not isinstance(turn, dict):
-            raise RowError(path, f"expected a message object, found {kind_of(turn)}")
+            hint = 'write each turn as {"role": ..., "content": ...}, in one list'
+            raise RowError(path, f"expected a message object, found {kind_of(turn)}", hint)
         if (
             turn.keys() == _PLAIN_TURN
             and type(turn["role"]) is type(turn["content"]) is str
@@ -143,7 +169,7 @@ class Conversation:
         if only_calls and not calls:
             if value is None:
                 raise RowError(where, "a function call without a call")
-            text, calls = None, calls_of(value, where, self.unused)
+            text, calls = None, calls_of(_without_tags(value), where, self.unused)
         elif role == "tool" and not isinstance(value, str):
             text = self._result(value, where)
         else:
@@ -151,6 +177,8 @@ class Conversation:
         message: Message = {"role": role, "content": text}
         if role == "assistant" and (reasoning := self._reasoning(turn, thought, path)):
             message["reasoning_content"] = reasoning
+            if text is not None:
+                message["content"] = text = _without_reasoning(text, reasoning, where)
         if role in ("system", "developer"):
             self.tools = one_of((self.tools, read_tools(turn, path)), "tools")
         for key, normal in (("tool_name", "name"), ("name", "name"), ("tool_call_id", "tool_call_id")):
@@ -173,8 +201,9 @@ class Conversation:
         if (asked is None and answered is None) or first_present(turn, CONTENT_KEYS) is not None:
             empty = first_present(turn, ROLE_KEYS)
             if empty is None:
-                raise RowError(path, "'role' is missing")
-            raise RowError((*path, empty), f"expected a string, found {kind_of(turn[empty])}")
+                raise RowError(path, "'role' is missing", f"say who speaks: {_KNOWN_ROLES}")
+            found = "it is empty" if turn[empty] == "" else f"expected a string, found {kind_of(turn[empty])}"
+            raise RowError((*path, empty), found, f"say who speaks: {_KNOWN_ROLES}")
         self.unused.note(turn, _READ_IN_PAIRS, path)
         system = "system" if is_given(turn.get("system")) else None
         for key, role in ((system, "system"), (asked, "user"), (answered, "assistant")):
@@ -193,9 +222,10 @@ class Conversation:
 
     def _reasoning(self, turn: Mapping[str, Any], thought: str, path: JsonPath) -> str:
         """The turn's reasoning; the details that some services repeat it in count where nothing else says it."""
-        words = REASONING_KEYS[:-1]
-        key = single_key(turn, words, path) or (_DETAILS if is_given(turn.get(_DETAILS)) else None)
-        if key is None or (key == _DETAILS and thought):
+        key = single_key(turn, REASONING_KEYS, path)
+        if key is None and not thought:
+            key = next((name for name in REASONING_DETAILS_KEYS if is_given(turn.get(name))), None)
+        if key is None:
             return thought
         value, parts = read_content(turn[key], (*path, key), self.unused)
         said = value or parts
@@ -208,6 +238,8 @@ def read_content(content: Any, path: JsonPath, unused: UnusedKeys) -> tuple[str 
     """Text, None when there is none, and the reasoning that stands among the parts. Raises RowError."""
     if content is None or isinstance(content, str):
         return content, ""
+    if isinstance(content, dict) and "type" in content:
+        content = [content]  # one part alone
     if not isinstance(content, list):
         raise RowError(path, f"expected a string or a list of text parts, found {kind_of(content)}")
     texts: list[str] = []
@@ -218,9 +250,9 @@ def read_content(content: Any, path: JsonPath, unused: UnusedKeys) -> tuple[str 
             texts.append(part or "")
         elif not isinstance(part, dict):
             raise RowError(here, f"expected a part object, found {kind_of(part)}")
-        elif (kind := part.get("type")) in _TEXT_PARTS:
+        elif (kind := part.get("type")) in _TEXT_PARTS and part.get("thought") is not True:
             texts.append(_part_text(part, _PART_TEXT_KEYS, here, unused))
-        elif kind in _THOUGHT_PARTS:
+        elif kind in _THOUGHT_PARTS or part.get("thought") is True:  # as Gemini marks them
             if any(texts):
                 raise RowError(here, "reasoning behind the content; it must come before it")
             thoughts.append(_part_text(part, (*_THOUGHT_KEYS, *_PART_TEXT_KEYS), here, unused))
@@ -233,11 +265,13 @@ def read_content(content: Any, path: JsonPath, unused: UnusedKeys) -> tuple[str 
 def _part_text(part: Mapping[str, Any], keys: Sequence[str], path: JsonPath, unused: UnusedKeys) -> str:
     refuse_keys(part, path)
     key = single_key(part, keys, path)
-    unused.note(part, frozenset((*keys, "type")), path)
+    unused.note(part, frozenset((*keys, "type", "thought")), path)
     if key is not None:
         return text_of(part, key, path)
     if any(key in part for key in keys):
         return ""  # null, as `datasets` fills it
+    if any("function" in name.casefold() for name in part):
+        raise RowError(path, "a part that is a call or a result", _USE_TOOL_CALLS)
     raise RowError(path, f"{keys[-3]!r} is missing")
 
 
@@ -272,12 +306,29 @@ def _role(turn: Mapping[str, Any], role_key: str, path: JsonPath) -> tuple[str, 
         raise RowError((*path, role_key), f"expected a string, found {kind_of(said)}")
     role = role_named(said)
     if role is None:
-        raise RowError((*path, role_key), f"unknown role {said!r}; known: {_KNOWN_ROLES}")
+        raise RowError((*path, role_key), f"unknown role {said!r}", f"name the speakers {_KNOWN_ROLES}")
     for key in ROLE_KEYS:
         other = turn.get(key)
         if key != role_key and isinstance(other, str) and role_named(other) not in (None, role):
             raise RowError((*path, key), f"{role_key} and {key} contradict each other")
-    return said.strip().casefold(), role
+    return speaker_name(said), role
+
+
+def _without_reasoning(text: str, reasoning: str, path: JsonPath) -> str:
+    """The content without the same reasoning at its beginning, which would be learned twice. Raises RowError."""
+    inline = _THINK.match(text)
+    if inline is None:
+        return text
+    if inline.group(1).strip() not in ("", reasoning.strip()):
+        raise RowError(path, "the reasoning in <think> contradicts the turn's own", "give the reasoning once")
+    return text[inline.end() :]
+
+
+def _without_tags(value: Any) -> Any:
+    """Calls without the tags around each of them, as Hermes writes them."""
+    if isinstance(value, str) and (calls := _TAGGED.findall(value)) and not _TAGGED.sub("", value).strip():
+        return calls
+    return value
 
 
 def _is_text(part: Any) -> bool:

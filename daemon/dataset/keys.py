@@ -9,30 +9,36 @@ docs/data.md is generated from these tables.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
 CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "contents")
 TRANSCRIPT_KEYS = ("chat", "sample")
-SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
+SYSTEM_KEYS = (
+    "system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "system_text", "sys_prompt",
+    "systemPrompt", "systemMessage", "preamble"
+)  # fmt: skip
 TOOLS_KEYS = ("tools", "functions")
+ANSWER_KEYS = ("response", "completion", "output", "answer", "answers", "reply", "choices", "target", "solution")
 HISTORY_KEY = "history"
 ROLE_KEYS = ("role", "from", "speaker")
-CONTENT_KEYS = ("content", "value", "text", "parts")
+CONTENT_KEYS = ("content", "value", "text", "parts", "message")
 REASONING_KEYS = (
     "reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think", "thinking_content", "reasoning_text",
-    "chain_of_thought", "cot", "tool_plan", "reasoning_details"
+    "chain_of_thought", "cot", "tool_plan", "thought_process", "rationale", "analysis", "reasoning_trace", "thinking_trace"
 )  # fmt: skip
+REASONING_DETAILS_KEYS = ("reasoning_details", "thinking_blocks")  # in which some services repeat it
 MASK_KEYS = (
     "weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale", "loss_weight", "train_mask"
 )  # fmt: skip
 ROW_MASK_KEYS = (*MASK_KEYS, "weights", "loss_masks", "loss_scales", "loss_weights", "turn_mask")
 SAMPLE_WEIGHT_KEYS = ("sample_weight", "example_weight")
-USER_KEYS = ("human", "user", "input", "query")  # of a turn that is a pair
-ASSISTANT_KEYS = ("assistant", "gpt", "bot", "model", "output", "response")
+USER_KEYS = ("human", "user", "input", "query", "question", "prompt", "instruction")  # of a turn that is a pair
+ASSISTANT_KEYS = ("assistant", "gpt", "bot", "model", "output", "response", "answer", "completion")
 
 ROLES: Mapping[str, str] = {  # how published files call a speaker, and the role that training sees
     "system": "system",
@@ -47,6 +53,11 @@ ROLES: Mapping[str, str] = {  # how published files call a speaker, and the role
     "bot": "assistant",
     "chatbot": "assistant",
     "ai": "assistant",
+    "llm": "assistant",
+    "claude": "assistant",
+    "gemini": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
@@ -63,6 +74,8 @@ ROLES: Mapping[str, str] = {  # how published files call a speaker, and the role
     "tool_calls": "assistant",
 }
 CALL_KEYS = ("tool_calls", "function_call", "function_calls")
+CALL_NAME_KEYS = ("name", "tool_name", "function_name")
+CALL_ARGUMENTS_KEYS = ("arguments", "parameters", "args", "kwargs", "input")
 CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})  # whose content is the call
 
 
@@ -98,9 +111,18 @@ class Refused:
         return f"{json.dumps(key)} {self.meaning}"
 
 
+def speaker_name(said: str) -> str:
+    """A speaker's name as ROLES has it, however it is capitalised or joined."""
+    name = said.strip().casefold()
+    return name if name in ROLES else _SPEAKERS.get(re.sub(r"[\s_-]", "", name), name)
+
+
+_SPEAKERS = {name.replace("_", ""): name for name in ROLES}
+
+
 def role_named(name: str) -> str | None:
     """The role that a speaker's name stands for; None when it is not known."""
-    return ROLES.get(name.strip().casefold())
+    return ROLES.get(speaker_name(name))
 
 
 def is_given(value: Any) -> bool:
@@ -123,6 +145,10 @@ def _any(value: Any, answers: bool) -> bool:
 
 def _list(value: Any, answers: bool) -> bool:
     return isinstance(value, list)
+
+
+def _list_or_object(value: Any, answers: bool) -> bool:
+    return isinstance(value, list | dict)
 
 
 def _text_or_list(value: Any, answers: bool) -> bool:
@@ -189,6 +215,24 @@ def _number(text: str) -> float | None:
 
 def _true(value: Any, answers: bool) -> bool:
     return value is True or (is_number(value) and value != 0)
+
+
+def _false(value: Any, answers: bool) -> bool:
+    return value is False or (is_number(value) and value == 0)
+
+
+def _true_or_words(value: Any, answers: bool) -> bool:
+    return value is True or isinstance(value, str | list)
+
+
+def _other_speakers(value: Any, answers: bool) -> bool:
+    """Whether someone else than the assistant is named."""
+    names = value if isinstance(value, list) else [value]
+    return any(isinstance(name, str) and role_named(name) != "assistant" for name in names)
+
+
+def _harmony(value: Any, answers: bool) -> bool:
+    return isinstance(value, str) and value.strip().casefold() in ("analysis", "commentary")
 
 
 def _any_mask(value: Any, answers: bool) -> bool:
@@ -259,7 +303,11 @@ USED: tuple[Used, ...] = (
         meaning="a question and its answer in one object, where no key says who speaks",
         place=Place.TURN,
     ),
-    Used(names=REASONING_KEYS, meaning="the assistant's reasoning before the content", place=Place.TURN),
+    Used(
+        names=(*REASONING_KEYS, *REASONING_DETAILS_KEYS),
+        meaning="the assistant's reasoning before the content",
+        place=Place.TURN,
+    ),
     Used(
         names=("tool_calls", "function_call", "function_calls"),
         meaning="the assistant's calls; arguments are an object or JSON inside a string",
@@ -299,7 +347,9 @@ REFUSED: tuple[Refused, ...] = (
         applies=_any,
     ),
     Refused(
-        names=("positive", "negative", "better", "worse", "winner", "loser", "accepted", "accepted_response"),
+        names=(
+            "positive", "negative", "better", "worse", "winner", "loser", "win", "lose", "accepted", "accepted_response",
+        ),
         meaning="holds an answer or a text to prefer or to avoid (preference data), which cannot be trained here",
         advice=_WITHOUT_PAIRS,
         values="text, a list, true or false",
@@ -376,11 +426,51 @@ REFUSED: tuple[Refused, ...] = (
         applies=_any_mask,
     ),
     Refused(
-        names=("masked", "mute", "muted", "ignore", "ignored", "ignore_loss", "no_loss", "skip_loss"),
+        names=(
+            "masked", "is_masked", "mute", "muted", "ignore", "ignored", "ignore_loss", "no_loss", "skip_loss", "mask_loss",
+            "skip", "skipped", "exclude", "excluded", "omit", "discard", "discarded", "no_train", "not_trained",
+        ),
         meaning="leaves something out of what is learned, under a name of no known trainer",
         advice='say it as "weight": 0 in the turns that are not to be learned',
         values="true, or a number that is not 0",
         applies=_true,
+    ),
+    Refused(
+        names=(
+            "learn", "learned", "is_learned", "do_train", "is_trained", "trained", "to_train", "compute_loss",
+            "calculate_loss", "has_loss", "use_loss", "supervise", "supervised", "mask_prompt", "mask_input", "mask_inputs",
+        ),
+        meaning="chooses what is learned, under a name of no known trainer",
+        advice='say it as "weight": 0 in the turns that are not to be learned',
+        values="false, or 0",
+        applies=_false,
+    ),
+    Refused(
+        names=(
+            "train_on_input", "train_on_inputs", "train_on_prompt", "train_on_prompts", "mask_history", "last_turn_only",
+            "only_last_turn", "train_on_last_turn", "train_on_last_turn_only", "train_last_turn_only",
+        ),
+        meaning="is a trainer's setting of what is learned, which is not read from rows",
+        advice='set [data] train_on (for this file in its sidecar), or give the turns a "weight", and remove the key',
+        values="true or text",
+        applies=_true_or_words,
+        places=(Place.ROW,),
+    ),
+    Refused(
+        names=("roles_to_train", "train_on_roles"),
+        meaning="is a trainer's setting of what is learned, which is not read from rows",
+        advice='set [data] train_on (for this file in its sidecar), or give the turns a "weight", and remove the key',
+        values="somebody else than the assistant",
+        applies=_other_speakers,
+        places=(Place.ROW,),
+    ),
+    Refused(
+        names=("channel",),
+        meaning="says that the turn is no answer but reasoning or a call (harmony), which is not read from there",
+        advice='give reasoning as "reasoning_content" and calls as "tool_calls" of the answer\'s turn',
+        values="analysis or commentary",
+        applies=_harmony,
+        places=(Place.TURN,),
     ),
     Refused(
         names=SAMPLE_WEIGHT_KEYS,
@@ -395,11 +485,19 @@ REFUSED: tuple[Refused, ...] = (
             "image", "images", "image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files",
             "image_base64", "img", "imgs", "video", "videos", "video_path", "video_paths", "video_url", "video_urls",
             "audio", "audios", "audio_path", "audio_paths", "audio_url", "audio_urls", "input_audio", "speech",
+            "media_path", "media_paths", "media_files", "multi_modal_data", "multimodal_data", "mm_data",
         ),
         meaning="holds pictures, video or sound, and only text can be trained",
         advice="leave such rows out, or remove the key if the text stands on its own",
         values="text, a list or an object",
         applies=_text_or_list,
+    ),
+    Refused(
+        names=("picture", "pictures", "photo", "photos", "frames", "media", "medias", "attachment", "attachments"),
+        meaning="holds pictures, video or sound, and only text can be trained",
+        advice="leave such rows out, or remove the key if the text stands on its own",
+        values="a list or an object",
+        applies=_list_or_object,
     ),
     Refused(
         names=("objects",),
@@ -474,9 +572,31 @@ def refused(key: str, place: Place) -> Refused | None:
     name = key.casefold().replace("-", "_").replace(" ", "_")
     groups = _BY_NAME[place]
     group = groups.get(name.replace("_", ""))
-    if group is None and (name.startswith("rejected_") or name.endswith("_rejected")):
+    if group is not None:
+        return group
+    words = set(name.split("_"))
+    if "rejected" in words or (words & _WORSE and words & _ANSWER):
         return groups["rejected"]  # the worse of two, of whatever kind
-    return group
+    if name in ROW_MASK_KEYS:
+        return None
+    if words & _MASKING:
+        return replace(groups["masked"], applies=lambda value, answers: value is True)
+    if words & _LEARNING:
+        return replace(groups["learn"], applies=lambda value, answers: value is False)
+    return None
+
+
+_WORSE = frozenset(
+    ("dispreferred", "nonpreferred", "unpreferred", "negative", "bad", "worse", "worst", "losing", "inferior")
+)
+_ANSWER = frozenset(
+    (
+        "response", "responses", "answer", "answers", "output", "outputs", "completion", "completions", "message",
+        "messages", "conversation", "conversations", "text", "reply", "sample", "samples",
+    )
+)  # fmt: skip
+_MASKING = frozenset(("mask", "masked"))  # words in keys that no known trainer reads, and their values if they mean it
+_LEARNING = frozenset(("train", "trained", "learn", "learned", "loss", "supervised"))
 
 
 def refuses(key: str, value: Any, place: Place, *, answers: bool) -> Refused | None:

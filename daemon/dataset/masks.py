@@ -11,6 +11,9 @@ from typing import Any
 from daemon.dataset.keys import MASK_KEYS, ROW_MASK_KEYS, is_given, is_number
 from daemon.dataset.values import JsonPath, RowError, UnusedKeys
 
+_TEXTS = {"0": 0, "1": 1, "false": 0, "true": 1}
+_NOTES = frozenset(("train", "training", "loss"))  # whose text is a note, as `train = "2024"`
+
 
 def turn_weight(turn: Mapping[str, Any], role: str, path: JsonPath) -> int | None:
     """1 or 0 where a turn says whether it is learned. Raises RowError."""
@@ -21,7 +24,7 @@ def turn_weight(turn: Mapping[str, Any], role: str, path: JsonPath) -> int | Non
             continue
         if not is_binary(value):
             raise _not_binary((*path, key))
-        weights[key] = 1 if value else 0
+        weights[key] = _weight(value)
         if weights[key] and role != "assistant":
             raise _only_answers((*path, key))
     if len(set(weights.values())) > 1:
@@ -46,8 +49,8 @@ def apply_row_masks(row: Mapping[str, Any], messages: list[dict[str, Any]], unus
             masked = messages if len(value) == len(messages) else answers
             for index, (message, one) in enumerate(zip(masked, value, strict=True)):
                 _set_weight(message, one, (key, index))
-        elif is_binary(value):
-            if not value:
+        elif is_mask(key, value) and is_binary(value):
+            if not _weight(value):
                 for message in answers:
                     _set_weight(message, value, path)
         elif is_mask(key, value):
@@ -58,12 +61,21 @@ def apply_row_masks(row: Mapping[str, Any], messages: list[dict[str, Any]], unus
 
 def is_mask(key: str, value: Any) -> bool:
     """Whether a row's own value means a mask; a number called loss, or a word called train, is the writer's note."""
+    if isinstance(value, str):
+        return is_binary(value) or (key not in _NOTES and value.strip().casefold() != "default")
     return isinstance(value, list) or is_binary(value) or (is_number(value) and key != "loss")
 
 
 def is_binary(value: Any) -> bool:
-    """Whether a mask's value is one: 0, 1, false or true."""
+    """Whether a mask's value is one: 0, 1, false or true; also as text, as tables have them."""
+    if isinstance(value, str):
+        return value.strip().casefold() in _TEXTS
     return isinstance(value, bool) or (is_number(value) and value in (0, 1))
+
+
+def _weight(value: Any) -> int:
+    """The weight that a binary value says."""
+    return _TEXTS[value.strip().casefold()] if isinstance(value, str) else int(value)
 
 
 def _set_weight(message: dict[str, Any], value: Any, path: JsonPath) -> None:
@@ -72,10 +84,10 @@ def _set_weight(message: dict[str, Any], value: Any, path: JsonPath) -> None:
     if not is_binary(value):
         raise _not_binary(path)
     if message["role"] == "assistant":
-        weight = int(value)
+        weight = _weight(value)
         if message.setdefault("weight", weight) != weight:
             raise RowError(path, "it contradicts what the turn itself says")
-    elif value:
+    elif _weight(value):
         raise _only_answers(path)
 
 

@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from daemon.dataset.conversation import Conversation, Message, read_system
 from daemon.dataset.keys import (
+    ANSWER_KEYS,
     CONVERSATION_KEYS,
     HISTORY_KEY,
     ROW_MASK_KEYS,
@@ -330,6 +331,14 @@ def _conversation(row: Mapping[str, Any], format_: Format) -> RowContent:
             f'"{HISTORY_KEY}" holds earlier turns beside a conversation, and their order is not known',
             f'put the earlier turns into "{key}"',
         )
+    if conversation.messages[-1]["role"] in ("user", "tool"):
+        for name in ANSWER_KEYS:
+            if isinstance(row.get(name), str | list | dict) and is_given(row[name]):
+                raise RowError(
+                    (name,),
+                    f'"{name}" holds an answer beside a conversation that has none at its end, and would not be learned',
+                    f'put it at the end of "{key}" as a turn of the assistant, or remove the key',
+                )
     messages, tools = conversation.finish(row)
     unused = _unused(row, _CONTEXT_KEYS | {key}, conversation)
     return RowContent(kind="messages", messages=messages, tools=tools, unused_keys=unused)
@@ -385,8 +394,18 @@ def _prompt_completion(
     prompt, completion = required(row, prompt_key), required(row, completion_key)
     if isinstance(prompt, list):
         if not isinstance(completion, list):
-            raise RowError((completion_key,), "expected a list of messages, as the prompt is one")
+            raise RowError(
+                (completion_key,),
+                "expected a list of messages, as the prompt is one",
+                f'write it as "{completion_key}": [{{"role": "assistant", "content": ...}}]',
+            )
         return _turns_to_complete(row, prompt_key, completion_key)
+    if isinstance(prompt, str) and _is_conversation(completion):
+        raise RowError(
+            (prompt_key,),
+            "expected a list of messages, as the completion is one",
+            f'write it as "{prompt_key}": [{{"role": "user", "content": ...}}]',
+        )
     prompt, completion = text_of(row, prompt_key), text_of(row, completion_key)
     if data.prompt_completion == "chat":
         return _pair(row, prompt, completion, (prompt_key, completion_key))

@@ -70,6 +70,7 @@ class Tally:
     warned: dict[str, list[int]] = field(default_factory=dict)  # code -> the first lines
     warned_rows: Counter[str] = field(default_factory=Counter)
     teaching: int = 0  # rows with an answer to learn that is not empty
+    objects: int = 0  # lines that are a JSON object, while the format is looked for
     joined: int = 0  # rows whose prompt and completion are joined as they stand
     joined_tightly: int = 0  # of these, without white space between
     stopped: bool = False  # the rest was not read
@@ -178,6 +179,7 @@ def _detect(lines: Iterator[Line], held: list[Line], rules: Rules) -> tuple[Form
             continue
         try:
             row = parse_object(line)
+            tally.objects += 1
             found = detect_format(row, rules.columns)
             if found is not None:
                 return found, tally

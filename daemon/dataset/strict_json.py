@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from json.decoder import scanstring  # type: ignore[attr-defined]  # the C scanner; typeshed leaves it out
 from typing import Any, NoReturn
@@ -72,7 +72,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:  # a control character among what it refuses
         raise _control_character(text) or _in_words(error, text) from error
     except _Constant as error:
-        _raise_at(_CONSTANTS, text, f"{error}, which is not JSON")
+        _raise_at(_CONSTANTS, text, f"{error}, which is not JSON", hint="write null, or leave the key out")
     except _Number as error:
         _raise_at(_NUMBERS, text, str(error), _bad_number)
     except _Repeated:
@@ -165,11 +165,13 @@ def _bad_number(token: str) -> bool:
     return False
 
 
-def _raise_at(pattern: re.Pattern[str], text: str, reason: str, accept: Any = bool) -> NoReturn:
+def _raise_at(
+    pattern: re.Pattern[str], text: str, reason: str, accept: Callable[[str], bool] = bool, hint: str = ""
+) -> NoReturn:
     for match in pattern.finditer(text):
         if match.group(1) and accept(match.group(1)):
-            raise LineError(match.start() + 1, reason)
-    raise LineError(1, reason)
+            raise LineError(match.start() + 1, reason, hint)
+    raise LineError(1, reason, hint)
 
 
 def _refuse_depth(text: str) -> None:
@@ -259,8 +261,9 @@ def _in_words(error: json.JSONDecodeError, text: str) -> LineError:
         return LineError(column, "a string in single quotes; JSON has double quotes only")
     if rest.startswith(("//", "/*", "#")):
         return LineError(column, "a comment, which JSON does not have")
-    if name := _PYTHON_NAMES.match(rest):
-        return LineError(column, f"{name.group()}, which is Python; JSON has {_IN_JSON[name.group()]}")
+    if name := _OTHER_NAMES.match(rest):
+        language = "JavaScript" if name.group() == "undefined" else "Python"
+        return LineError(column, f"{name.group()}, which is {language}; JSON has {_IN_JSON[name.group()]}")
     if rest[0] in "\u201c\u201d\u2018\u2019":
         return LineError(column, f"a typographic quote, {rest[0]}; JSON has straight double quotes only")
     if rest[0].isdigit() and before.endswith("0"):
@@ -269,7 +272,7 @@ def _in_words(error: json.JSONDecodeError, text: str) -> LineError:
     return LineError(column, f"{wanted} is missing here, in place of {rest[0]}")
 
 
-_PYTHON_NAMES = re.compile(r"(?:None|True|False|undefined|nan|inf)\b")
+_OTHER_NAMES = re.compile(r"(?:None|True|False|undefined|nan|inf)\b")
 _IN_JSON = {"None": "null", "True": "true", "False": "false", "undefined": "null", "nan": "null", "inf": "null"}
 _WANTED = {  # the parser's message -> what JSON needs there
     "Expecting value": "a value",

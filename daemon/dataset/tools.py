@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from daemon.dataset.keys import CALL_KEYS, TOOLS_KEYS, is_given
+from daemon.dataset.keys import CALL_ARGUMENTS_KEYS, CALL_KEYS, CALL_NAME_KEYS, TOOLS_KEYS, is_given
 from daemon.dataset.strict_json import kind_of
 from daemon.dataset.values import JsonPath, RowError, UnusedKeys, embedded, single_key, text_of, without_nulls
 
 Tools = list[dict[str, Any]]
 
 _TOOLS = frozenset(TOOLS_KEYS)
+_TOOL_KEYS = {"input_schema": "parameters", "inputSchema": "parameters"}  # as Anthropic and MCP call them
 
 
 def read_tools(row: Mapping[str, Any], path: JsonPath = ()) -> Tools | None:
@@ -69,15 +70,14 @@ def _call(call: Any, path: JsonPath, in_text: bool, unused: UnusedKeys) -> dict[
         raise RowError(path, f"expected a tool call object, found {kind_of(call)}")
     if call.get("type") not in (None, "", "function", "function_call"):
         raise RowError(at("type"), "only calls of functions are known")
-    nested = is_given(call.get("function"))
+    nested = isinstance(call.get("function"), dict) and is_given(call["function"])
     function = call["function"] if nested else call
     base = ("function",) if nested else ()
-    if not isinstance(function, dict):
-        raise RowError(at(*base), f"expected a function object, found {kind_of(function)}")
-    name = function.get("name")
-    if not isinstance(name, str) or not name:
+    name_key = single_key(function, (*CALL_NAME_KEYS, *(() if nested else ("function",))), at(*base))
+    name = function[name_key] if name_key is not None else None
+    if not isinstance(name, str):
         raise RowError(at(*base), "a call needs the function's name")
-    key = single_key(function, ("arguments", "parameters"), at(*base), same=False)
+    key = single_key(function, CALL_ARGUMENTS_KEYS, at(*base), same=False)
     arguments: Any = function[key] if key is not None else {}
     where = at(*base, key) if key is not None else at(*base)
     if isinstance(arguments, str):
@@ -87,9 +87,10 @@ def _call(call: Any, path: JsonPath, in_text: bool, unused: UnusedKeys) -> dict[
     if not isinstance(arguments, dict):
         raise RowError(where, f"arguments are an object, found {kind_of(arguments)}")
     if not in_text:
-        unused.note(call, frozenset(("id", "type", "function", "name", "arguments", "parameters")), path)
+        own = frozenset((*CALL_NAME_KEYS, *CALL_ARGUMENTS_KEYS))
+        unused.note(call, frozenset(("id", "type", "function")) | (frozenset() if nested else own), path)
         if nested:
-            unused.note(function, frozenset(("name", "arguments", "parameters")), at(*base))
+            unused.note(function, own, at(*base))
     made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return {"id": text_of(call, "id", path), **made} if is_given(call.get("id")) else made
 
@@ -112,8 +113,14 @@ def _tools(value: Any, path: JsonPath) -> Tools | None:
             raise RowError(here, f"expected a tool object, found {kind_of(tool)}")
         if tool is given and not in_text:
             tool = without_nulls(tool)
+        if isinstance(declared := tool.get("functionDeclarations", tool.get("function_declarations")), list):
+            found += _tools(declared, here) or []  # several at once, as Gemini has them
+            continue
         if "function" not in tool:  # bare, or flat as in OpenAI's newer interface
-            tool = {"type": "function", "function": {key: tool[key] for key in tool if key != "type"}}
+            tool = {
+                "type": "function",
+                "function": {_TOOL_KEYS.get(key, key): tool[key] for key in tool if key != "type"},
+            }
         function = tool["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(here, "a tool needs its function's name")

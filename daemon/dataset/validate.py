@@ -30,6 +30,7 @@ FORMATS_HINT = (
     "one JSON object a line: messages; prompt and completion; text; instruction and output; query and response;"
     " conversations; or name your columns under [data.columns]"
 )
+JSON_HINT = "write the rows with a JSON library, as Python's json.dumps, one object a line"
 LINES_A_PROGRESS = 256
 
 
@@ -224,7 +225,8 @@ def _notes(tally: Tally) -> tuple[str, ...]:
     if tally.blank:
         notes.append(f"{tally.blank:,} blank {'line was' if tally.blank == 1 else 'lines were'} skipped")
     if tally.joined:
-        tightly = f", {tally.joined_tightly:,} times with no white space between" if tally.joined_tightly else ""
+        rows = f"{tally.joined_tightly:,} {'row' if tally.joined_tightly == 1 else 'rows'}"
+        tightly = f", in {rows} with no white space between" if tally.joined_tightly else ""
         notes.append(
             f"prompt and completion are joined as they stand{tightly};"
             f" {AS_CHAT} makes them a user's and an assistant's turn"
@@ -266,6 +268,9 @@ def _whole_hint(other: Recognised, rules: Rules) -> str:
 
 def _unrecognised(tally: Tally) -> tuple[str, str]:
     first = tally.problems[0]
+    if not tally.objects:
+        lines = "its line is" if tally.bad == 1 and not tally.stopped else "its lines are"
+        return f"{lines} not JSON: line {first.line}, column {first.column}: {first.reason}", first.hint or JSON_HINT
     hint = first.hint or FORMATS_HINT
     if first.hint and len(tally.reasons) == 1 and first.column == 1:
         return first.reason, hint  # the keys of its rows say what the file is

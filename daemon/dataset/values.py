@@ -67,7 +67,8 @@ def embedded(text: str, path: JsonPath) -> Any:
     try:
         return parse_object(b'{"value":' + text.encode() + b"}")["value"]
     except LineError as error:
-        raise RowError(path, f"a string that should hold JSON: {error.reason}") from error
+        hint = "write what is inside with json.dumps, not with str"
+        raise RowError(path, f"a string that should hold JSON: {error.reason}", hint) from error
 
 
 def without_nulls(value: Any) -> Any:

@@ -173,7 +173,7 @@ def test_how_prompt_and_completion_are_joined_is_said(tmp_path: Path) -> None:
     rows = [{"prompt": "How many are there?", "completion": "There are 7."}, {"prompt": "Q: ", "completion": "A"}]
     path = write(tmp_path / "x.jsonl", *rows)
     (note,) = scan_dataset(path, Rules()).dataset.notes
-    assert "joined as they stand, 1 times with no white space between" in note
+    assert "joined as they stand, in 1 row with no white space between" in note
     assert '[data] prompt_completion = "chat"' in note
     assert scan_dataset(path, Rules(prompt_completion="chat")).dataset.notes == ()
 
@@ -263,3 +263,23 @@ def test_a_line_that_is_no_json_is_told_in_plain_words(tmp_path: Path, line: str
 def test_check_report_has_the_types_it_says() -> None:
     """A check of an absent file has no counts, and no error."""
     assert render_text(CheckReport(path="x", accepted=False, reason="r"))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "hint"),
+    [
+        ('{"text": "a",}', "its lines are not JSON: line 1, column 13: a comma with nothing behind it", "JSON library"),
+        (
+            '{"text": -Infinity}',
+            "its lines are not JSON: line 1, column 10: -Infinity, which is not JSON",
+            "write null",
+        ),
+        ('{"text": undefined}', "line 1, column 10: undefined, which is JavaScript; JSON has null", "JSON library"),
+        ('{"path": "C:\\Users"}', "is an escape that JSON does not have", "JSON library"),
+    ],
+)
+def test_lines_that_are_no_json_are_told_as_that(tmp_path: Path, line: str, reason: str, hint: str) -> None:
+    """Not as rows of an unknown format, whose formats would be no help."""
+    report = refused(write(tmp_path / "x.jsonl", *[line] * 3))
+    assert reason in report.reason
+    assert hint in report.hint
