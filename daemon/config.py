@@ -230,14 +230,14 @@ def find_root(flag: Path | None) -> Path:
     return chosen.expanduser().resolve()
 
 
-def load(root: Path, flags: Mapping[str, Any] | None = None) -> Settings:
+def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | None = None) -> Settings:
     """Read and check the settings of `root`; `flags` are nested tables from the command line.
 
-    A root without `dropforge.toml` has the defaults. Raises ConfigError with every fault, one a line.
+    `text` stands for a `dropforge.toml` that is not there yet. A root without `dropforge.toml` has the defaults. Raises ConfigError with every fault, one a line.
     """
     path = root / CONFIG_NAME
     try:
-        table = tomllib.loads(path.read_bytes().decode("utf-8"))
+        table = tomllib.loads((path.read_bytes() if text is None else text).decode("utf-8"))
     except FileNotFoundError:
         table = {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -60,6 +60,41 @@ def open_store(settings: Settings, log: Any) -> JobStore:
     return store
 
 
+def follow_move(settings: Settings, store: JobStore, log: Any) -> None:
+    """Have open jobs name the places of now: the root may lie elsewhere than when they were queued.
+
+    A base model inside the root moved with it; one elsewhere stays where it was.
+    """
+    for job in store.jobs(OPEN_STATES):
+        path = layout.processing_dir(settings, job.id) / job.name
+        if job.path == str(path) or len(Path(job.path).parents) < 3:
+            continue
+        before = Path(job.path).parents[2]  # the inbox
+        source = Path(job.source)
+        if source.is_relative_to(before):
+            source = settings.inbox_dir / source.relative_to(before)
+        store.update(
+            job.id,
+            path=str(path),
+            source=str(source),
+            dataset=replace(job.dataset, path=str(path)) if job.dataset else None,
+            recipe=_moved_recipe(settings, before, job.recipe) if job.recipe else None,
+        )
+        log.info("job.moved", job=job.id, was=escape(job.path), now=escape(str(path)))
+
+
+def _moved_recipe(settings: Settings, inbox_before: Path, recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a recipe whose base model, where it lay below the old root, lies at the same place below this one."""
+    model = recipe.get("model") or {}
+    base, inbox = Path(model.get("model_name_or_path") or ""), settings.paths.inbox
+    if inbox.is_absolute() or inbox_before.parts[-len(inbox.parts) :] != inbox.parts:
+        return recipe
+    root_before = inbox_before.parents[len(inbox.parts) - 1]
+    if not base.is_absolute() or not base.is_relative_to(root_before):
+        return recipe
+    return {**recipe, "model": {**model, "model_name_or_path": str(settings.root / base.relative_to(root_before))}}
+
+
 def bring_forward(settings: Settings, store: JobStore, log: Any) -> None:
     """Mark every job as succeeded whose version the lineage has: a queue may have been restored from before it.
 

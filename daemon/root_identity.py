@@ -25,7 +25,7 @@ from guard.atomic import write_atomic
 
 MARK = ".dropforge-root.json"
 SCHEMA_VERSION = 1
-MAX_MARK_BYTES = 4096
+MAX_MARK_BYTES = 65_536  # it may name paths
 WAY_OUT = "mount or restore it, or say with `dropforge adopt` that what is there now is meant"
 
 
@@ -48,6 +48,8 @@ class PartReading:
     root_id: str | None = None  # None: it carries no mark, or one that is not whole
     newest_version: int = 0  # of the state: remembered; of the model directory: found there
     is_marking: bool = False  # of the state: a crash came in between, and other parts may not be marked yet
+    restoring: str = ""  # of the state: the backup that is being restored, or was when a crash came in between
+    copy_of: str = ""  # of the state: the one that it is a copy of, which is still there
 
 
 def read_parts(settings: Settings) -> tuple[PartReading, ...]:
@@ -68,6 +70,13 @@ def contradiction(readings: Sequence[PartReading]) -> str:
     reference = next((reading for reading in readings if reading.root_id is not None), None)
     if reference is None or reference.is_marking:
         return ""
+    state = readings[0]
+    if state.restoring:
+        what = f"the restore of {escape(state.restoring)} was cut short"
+        return f"{state.path} is not whole: {what}; do it again with `dropforge restore --move-aside`"
+    if state.copy_of:
+        what = f"{state.path} was restored from a backup of {escape(state.copy_of)}, which is still there"
+        return f"{what}: two roots of one id; say with `dropforge adopt` that this is one of its own, or remove one of them"
     for reading in readings:  # state first: what it says counts
         if reading.closed:
             continue
@@ -96,7 +105,7 @@ def require_state(settings: Settings) -> None:
     """
     readings = read_parts(settings)
     reason = contradiction(readings)
-    if reason and readings[0].root_id is None:
+    if reason and (readings[0].root_id is None or readings[0].restoring):
         raise DropforgeError(operation="serve", subject=settings.root, cause=reason)
 
 
@@ -130,13 +139,33 @@ def remember_version(settings: Settings, name: str) -> None:
         _write_mark(reading.path, root_id=reading.root_id, newest_version=int(name))
 
 
+def begin_restore(settings: Settings, *, root_id: str, backup: str) -> None:
+    """Note in the state's mark that the root is not whole until `finish_restore`. Raises OSError."""
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    _write_mark(settings.state_dir, root_id=root_id, restoring=backup)
+
+
+def finish_restore(settings: Settings, *, root_id: str, newest_version: int, copy_of: str) -> None:
+    """Mark a root that was restored; the state last.
+
+    `copy_of`: the state of the root that the backup is of, where that is another one and still there. Raises OSError.
+    """
+    paths = part_paths(settings)
+    for part in (Part.MODEL, Part.INBOX):
+        _write_mark(paths[part], root_id=root_id)
+    facts = {"copy_of": copy_of} if copy_of else {}
+    _write_mark(paths[Part.STATE], root_id=root_id, newest_version=newest_version, **facts)
+
+
 def adopt(settings: Settings) -> list[str]:
     """Take what lies in the parts now as meant: mark them all as one root. Returns what changed, a sentence each.
 
-    Raises OSError.
+    A copy of a root that is still there gets an id of its own. Raises OSError.
     """
     readings = read_parts(settings)
-    root_id = next((reading.root_id for reading in readings if reading.root_id), None) or secrets.token_hex(16)
+    is_copy = bool(readings[0].copy_of)
+    known = None if is_copy else next((reading.root_id for reading in readings if reading.root_id), None)
+    root_id = known or secrets.token_hex(16)
     present = max(reading.newest_version for reading in readings if reading.part is Part.MODEL)
     changes = []
     for reading in readings:
@@ -164,7 +193,7 @@ def _mark(settings: Settings, *, root_id: str, newest_version: int) -> None:
     _write_mark(paths[Part.STATE], root_id=root_id, **known)
 
 
-def _write_mark(folder: Path, *, root_id: str, **facts: int | bool) -> None:
+def _write_mark(folder: Path, *, root_id: str, **facts: int | bool | str) -> None:
     value = {"schema_version": SCHEMA_VERSION, "root": root_id, **facts, "written_at": utc_now()}
     write_atomic(folder / MARK, json.dumps(value) + "\n")
 
@@ -182,7 +211,17 @@ def _read_part(part: Part, path: Path) -> PartReading:
         root_id=mark.root_id,
         newest_version=newest,
         is_marking=mark.is_marking,
+        restoring=mark.restoring,
+        copy_of=mark.copy_of if mark.copy_of and is_state_of(Path(mark.copy_of), mark.root_id) else "",
     )
+
+
+def is_state_of(folder: Path, root_id: str | None) -> bool:
+    """Whether a folder is the state of the root of this id, as far as it can be read."""
+    try:
+        return root_id is not None and _read_mark(folder / MARK).root_id == root_id
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +229,8 @@ class _Mark:
     root_id: str | None = None
     newest_version: int = 0
     is_marking: bool = False
+    restoring: str = ""
+    copy_of: str = ""
 
 
 def _read_mark(path: Path) -> _Mark:
@@ -206,6 +247,8 @@ def _read_mark(path: Path) -> _Mark:
             root_id=escape(value["root"]),
             newest_version=int(value.get("newest_version") or 0),
             is_marking=value.get("is_marking") is True,
+            restoring=str(value.get("restoring") or ""),
+            copy_of=str(value.get("copy_of") or ""),
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return _Mark()  # a person is asked, nothing is guessed

@@ -23,7 +23,7 @@ from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.notifications import Notifier
 from daemon.observability import logs
-from daemon.recovery import bring_forward, open_store, repair_inbox
+from daemon.recovery import bring_forward, follow_move, open_store, repair_inbox
 from daemon.retry import StopReason
 from daemon.scheduler import Scheduler
 from daemon.status_writer import StatusWriter, write_starting
@@ -168,6 +168,7 @@ class Service:
             self._contradiction = reason
             return
         versions.mend_latest(self.settings, self.log)
+        follow_move(self.settings, self.store, self.log)
         bring_forward(self.settings, self.store, self.log)
         self.intake.resume_claimed(repair_inbox(self.settings, self.store, self._archive, self.log))
         self.scheduler.recover()

@@ -138,6 +138,17 @@ class JobStore:
         """Close the file; every transaction is on disk already."""
         self._db.close()
 
+    def copy_to(self, path: Path) -> None:
+        """Copy everything, as of one moment, while others read and write. Raises StoreError."""
+        try:
+            target = sqlite3.connect(path)
+            try:
+                self._db.backup(target)
+            finally:
+                target.close()
+        except sqlite3.Error as error:
+            raise StoreError(operation="copy the job store to", subject=path, cause=str(error)) from error
+
     def add(self, job: Job) -> Job:
         """Add a new job with its first transition. Raises StoreError if its id exists."""
         stamped = replace(job, created_at=job.created_at or utc_now(), updated_at=utc_now())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,13 +63,14 @@ class Lineage:
 
     @property
     def newest_number(self) -> int:
-        """The highest number that any line names; 0 before the first."""
-        return max((_number(event.get("version")) for event in self.events), default=0)
+        """The highest number that any line names as a version or as used elsewhere; 0 before the first."""
+        return max((_number(event.get(key)) for event in self.events for key in ("version", "used")), default=0)
 
     @property
     def current(self) -> str | None:
         """The version that the last line made current."""
-        return str(self.events[-1].get("version")) if self.events else None
+        named = self.events[-1].get("version") if self.events else None
+        return None if named is None else str(named)
 
     def promoted(self) -> dict[str, Mapping[str, Any]]:
         """Each promotion by its version's name."""
@@ -90,7 +91,7 @@ def read_lineage(model_dir: Path) -> Lineage:
             event = json.loads(line)
         except ValueError:
             event = None  # torn by a crash: it was never acknowledged, and the record follows
-        if not isinstance(event, dict) or not event.get("version"):
+        if not _is_event(line) or not isinstance(event, dict):
             broken.append(f"line {number} of {LINEAGE} is not an event")
             continue
         # Lines of before there was a chain have no `previous`; from the first that has one, all must.
@@ -128,7 +129,7 @@ def current_version(model_dir: Path) -> Version | None:
     try:
         target = os.readlink(link)
     except FileNotFoundError:
-        if newest_number(model_dir):
+        if read_lineage(model_dir).current or list_versions(model_dir):
             raise DropforgeError(
                 operation="find the current version",
                 subject=link,
@@ -206,11 +207,11 @@ def named_base(version: Version) -> tuple[str, str]:
         return "", ""
 
 
-def damage(version: Version) -> tuple[str, ...]:
+def damage(version: Version, digest_of: Callable[[str], str | None] | None = None) -> tuple[str, ...]:
     """Say what of a version is not as it was promoted, a sentence each; empty when all of it is.
 
     The card does not count. A version of before its files were recorded is judged by its adapter alone, or by nothing.
-    Raises OSError.
+    `digest_of` tells the digest of a file, None when it lacks that; without it the files are read. Raises OSError.
     """
     if not version.record:
         return (f"version {version.name} has no {RECORD} that can be read",)
@@ -219,15 +220,19 @@ def damage(version: Version) -> tuple[str, ...]:
     if not recorded and record.get("adapter_digest"):
         recorded = {"adapter_model.safetensors": record["adapter_digest"]}
     found = []
-    for name, digest in sorted(recorded.items()):
-        path = version.path / Path(name).name
+    for name, promoted in sorted(recorded.items()):
         if name == CARD:
             continue
-        if not path.is_file():
+        digest = digest_of(name) if digest_of is not None else _digest_in(version.path / Path(name).name)
+        if digest is None:
             found.append(f"version {version.name} lacks {escape(name)}")
-        elif digest_file(path).blake3_hex != digest:
+        elif digest != promoted:
             found.append(f"version {version.name}: {escape(name)} is not the file that was promoted")
     return tuple(found)
+
+
+def _digest_in(path: Path) -> str | None:
+    return digest_file(path).blake3_hex if path.is_file() else None
 
 
 def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[str, Any]) -> Version:
@@ -346,6 +351,12 @@ def rollback(model_dir: Path, name: str) -> Version:
     return version
 
 
+def record_restore(model_dir: Path, *, current: str | None, used: int, created_at: str) -> None:
+    """Note that a backup of `created_at` was restored where versions up to `used` had been made: no number is used twice."""
+    event = {"event": "restored", "version": current, "used": f"{used:04d}", "backup_of": created_at, "at": utc_now()}
+    _append(model_dir, event)
+
+
 def mend_latest(settings: Settings, log: Any) -> None:
     """Bring `latest` back from the lineage where it is lost; what cannot be told holds the queue at the next dispatch."""
     try:
@@ -405,7 +416,8 @@ def _append(model_dir: Path, event: Mapping[str, Any]) -> None:
 
 def _is_event(line: bytes) -> bool:
     try:
-        return bool(json.loads(line).get("version"))
+        event = json.loads(line)
+        return bool(event.get("version") or event.get("used"))
     except (ValueError, AttributeError):
         return False
 

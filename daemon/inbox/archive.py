@@ -39,7 +39,7 @@ RECENT_JOBS = 20  # finished jobs whose files are looked for in processing/
 COMMAND_SECONDS = 10.0  # a command that ended a job has so long to move its files before the daemon does
 
 
-class _NoLog:
+class NoLog:
     """The log of a command."""
 
     def __getattr__(self, level: str) -> Callable[..., None]:
@@ -55,7 +55,7 @@ class Archive:
     def __init__(self, settings: Settings, store: JobStore, log: Any = None) -> None:
         self.settings = settings
         self._store = store
-        self._log = log if log is not None else _NoLog()
+        self._log = log if log is not None else NoLog()
         self._problems: dict[str, str] = {}  # job id -> why its files were not moved
 
     def finish(self, job: Job, to: JobState, reason: str, **fields: Any) -> Job:

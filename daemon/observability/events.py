@@ -42,6 +42,7 @@ EVENTS: Mapping[str, Event] = {
     "job.brought_forward": _event(
         "warning", "The queue was older than the lineage, which has the job's version.", "job version"
     ),
+    "job.moved": _event("info", "The root lies elsewhere than when the job was queued.", "job was now"),
     "store.rebuilt": _event("warning", "The queue was made anew from the folders.", "jobs succeeded"),
     "status.not_written": _event("error", "The status file cannot be written; logged once, training goes on.", "error"),
     "status.written_again": _event("info", "The status file can be written again."),

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "daemon.base_identity",
     ),
     (
+        "daemon.backup",
         "daemon.control",
         "daemon.inbox",
         "daemon.notifications",
