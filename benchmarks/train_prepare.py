@@ -28,6 +28,14 @@ from daemon.dataset.rows import Format, RowReader, iter_rows
 from daemon.recipe import ColumnSettings, DataSettings
 from daemon.trainer.tiny_model import build_tiny
 from daemon.trainer.tokenise import tokenise
+from tests.support.families import family_tokenizer
+
+CASES = (  # a title, one of TRL's templates or the tiny model's own, turns of each conversation, and the goal
+    ("conversations of one turn, a template with markers", None, 1, 3.0),
+    ("conversations of two turns, Qwen3's template, which needs a sample for each", "qwen3", 2, 1.0),
+    ("conversations of eight turns, Qwen2.5's template, of which one sample has all", "qwen2_5", 8, 1.0),
+    ("conversations of eight turns, Qwen3.6's template, which needs a sample for each", "qwen3_6", 8, 1.0),
+)
 
 
 def main() -> None:
@@ -40,19 +48,26 @@ def main() -> None:
         folder = Path(temporary)
         build_tiny(folder / "base", sorted(examples_dir().glob("*.jsonl")))
         model = AutoModelForCausalLM.from_pretrained(folder / "base")
-        lines = (examples_dir() / "gsm8k_more_messages.jsonl").read_text().splitlines() * chosen.copies
-        for title, template, turns, goal in (
-            ("conversations of one turn, a template with markers", None, 1, 3.0),
-            ("conversations of two turns, Qwen3's template, which needs a sample for each", "qwen3", 2, 1.0),
-        ):
+        lines = distinct_lines(examples_dir() / "gsm8k_more_messages.jsonl", chosen.copies)
+        for title, template, turns, goal in CASES:
             tokenizer = AutoTokenizer.from_pretrained(folder / "base")
             if template is not None:
-                tokenizer.chat_template = (
-                    Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
-                ).read_text()
+                chat_templates = Path(trl.__file__).parent / "chat_templates"
+                tokenizer = family_tokenizer(tokenizer, (chat_templates / f"{template}.jinja").read_text())
             path = folder / "rows.jsonl"
             path.write_text("".join(joined(lines, turns)))
             compare(title, path, tokenizer, model, folder, rounds=chosen.rounds, goal=goal)
+
+
+def distinct_lines(path: Path, copies: int) -> list[str]:
+    """The rows so often, each with its copy's number in every turn: what is made of one is of no use for another."""
+    found = []
+    for number in range(copies):
+        for line in path.read_text().splitlines():
+            messages = json.loads(line)["messages"]
+            numbered = [{**message, "content": f"{number}. {message['content']}"} for message in messages]
+            found.append(json.dumps({"messages": numbered}))
+    return found
 
 
 def joined(lines: list[str], turns: int) -> Iterator[str]:

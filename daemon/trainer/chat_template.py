@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from functools import cached_property, lru_cache
+from types import MethodType
 from typing import Any
 
 from jinja2 import TemplateError as JinjaTemplateError
@@ -36,6 +37,7 @@ _TODAY = re.compile(r"""strftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THINKING_SWITCHES = ("enable_thinking", "thinking")  # by which published templates turn reasoning on and off
 DEFAULT: Switches = {}
+_DICT_ATTRIBUTES = frozenset(dir(dict))
 
 
 class TemplateError(Exception):
@@ -79,6 +81,7 @@ class OneTemplate:
         self._compiled = _compile_jinja_template(source)
         # A chain of mappings as it comes, which each rendering would go through key by key.
         self._compiled.globals = dict(self._compiled.globals)
+        quicken(self._compiled.environment)
 
     def text(
         self,
@@ -180,6 +183,31 @@ class OneTemplate:
             return self.text(messages, tools, generation_prompt=generation_prompt)
         except TemplateError:
             return None
+
+
+def quicken(environment: Any) -> None:
+    """Let a sandbox of templates look up attributes in less time, to the same end.
+
+    Half of a rendering's time went into that. For `message.role` the sandbox asks for an attribute before it asks for a
+    key; which attributes a dictionary has is known beforehand. And what it allows depends on an object's type and an
+    attribute's name alone, so it judges each pair once.
+    """
+    kind = type(environment)
+    get_attribute, is_safe = MethodType(kind.getattr, environment), MethodType(kind.is_safe_attribute, environment)
+    allowed: dict[tuple[type, str], bool] = {}
+
+    def attribute_of(obj: Any, name: str) -> Any:
+        if type(obj) is not dict or name in _DICT_ATTRIBUTES:
+            return get_attribute(obj, name)
+        return obj[name] if name in obj else environment.undefined(obj=obj, name=name)
+
+    def is_allowed(obj: Any, name: str, value: Any) -> bool:
+        asked = (type(obj), name)
+        if asked not in allowed:
+            allowed[asked] = is_safe(obj, name, value)
+        return allowed[asked]
+
+    environment.getattr, environment.is_safe_attribute = attribute_of, is_allowed
 
 
 def special_strings(tokenizer: Any) -> tuple[str, ...]:

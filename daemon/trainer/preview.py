@@ -20,7 +20,8 @@ from daemon.recipe import Recipe
 from daemon.trainer.errors import RunFailure
 
 if TYPE_CHECKING:
-    from daemon.trainer.encode import EncodedRow, Sample
+    from daemon.trainer.encode import EncodedRow
+    from daemon.trainer.text_tokens import Sample
 
 
 def preview(path: Path, format_: str, recipe: Recipe, *, rows: int, line: int | None) -> dict[str, Any]:

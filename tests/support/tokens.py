@@ -8,7 +8,8 @@ from typing import Any
 from daemon.dataset.rows import Row
 from daemon.recipe import DataSettings
 from daemon.trainer.collate import IGNORE, Example
-from daemon.trainer.encode import EncodedRow, Encoder, RefusedRow, Sample, truncate
+from daemon.trainer.encode import EncodedRow, Encoder, RefusedRow, truncate
+from daemon.trainer.text_tokens import Sample
 
 
 def encode(row: Row, tokenizer: Any, data: DataSettings) -> tuple[list[int], list[int]]:

@@ -19,8 +19,9 @@ from daemon.recipe import DataSettings
 from daemon.trainer.chat import Learn, assistant_turns, split
 from daemon.trainer.chat_template import ChatTemplate
 from daemon.trainer.collate import IGNORE
-from daemon.trainer.encode import Sample, truncate
+from daemon.trainer.encode import truncate
 from daemon.trainer.errors import RunFailure
+from daemon.trainer.text_tokens import Sample
 from daemon.trainer.tokenise import digest_tokens, tokenise
 from tests.integration.test_trainer_golden import UNMARKED
 from tests.support.tokens import encode, itself

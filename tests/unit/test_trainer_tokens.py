@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from daemon.dataset.rows import Row
 from daemon.recipe import DataSettings
 from daemon.trainer.chat import Note
-from daemon.trainer.encode import EncodedRow, Encoder, TokenBytes, trained_tokens
+from daemon.trainer.encode import EncodedRow, Encoder, trained_tokens
+from daemon.trainer.text_tokens import TokenBytes
 from tests.support.tokens import ids_and_labels, samples_of
 
 DATA = DataSettings(max_length=4096)
