@@ -20,6 +20,7 @@ from daemon.recipe import (
     PositiveFloat,
     PositiveInt,
     Recipe,
+    ReplaySettings,
     Section,
     TrainingSettings,
     explain,
@@ -161,6 +162,7 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
+    replay: ReplaySettings = ReplaySettings()
     inbox: InboxSettings = InboxSettings()
     queue: QueueSettings = QueueSettings()
     executor: ExecutorSettings = ExecutorSettings()
@@ -221,7 +223,7 @@ class Settings(BaseSettings):
         model = self.model
         if model.model_name_or_path and (self.root / model.model_name_or_path).is_dir():
             model = model.model_copy(update={"model_name_or_path": str(self.root / model.model_name_or_path)})
-        return Recipe(model=model, training=self.training, lora=self.lora, data=self.data)
+        return Recipe(model=model, training=self.training, lora=self.lora, data=self.data, replay=self.replay)
 
 
 def find_root(flag: Path | None) -> Path:

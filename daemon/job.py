@@ -208,6 +208,7 @@ class RunSpec:
     daemon_pid: int = 0
     root: str = ""  # of Dropforge: a base model in it is named by a path that moves along
     gpu: str | None = None  # UUID of the only device that the trainer shall see
+    force: bool = False  # train the rows also where most of them are held out of earlier datasets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +218,7 @@ class Plan:
     rows: int  # rows that are trained
     samples: int  # what they became for the model; more than rows where a chat template needs several of a conversation
     held_out_rows: int
+    withheld_rows: int  # held out of an earlier dataset, so not trained here either
     dropped_rows: int  # rows without one trained token after truncation
     tokens: int  # tokens of the trained rows, one epoch
     trained_tokens: int  # of them, those with a label
@@ -273,6 +275,8 @@ class RunResult:
     dropped_rows: int = 0
     refused_rows: int = 0  # left out under on_bad_rows = "skip" because they cannot be rendered as they should
     held_out_rows: int = 0
+    withheld_rows: int = 0  # held out of an earlier dataset, so not trained here either
+    unmeasured: str = ""  # why no row is held out; empty: some are, or nobody asked for it
     truncated_rows: int = 0
     trained_share: float | None = None  # of the trained rows' tokens, those with a loss
     spikes: tuple[int, ...] = ()  # steps whose loss stood far above those before them

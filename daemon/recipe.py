@@ -13,11 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from daemon.errors import ConfigError
 
+SIDECAR_TABLES = ("training", "lora", "data")
+SIDECAR_CONTENT = "priority, force, [training], [lora] and [data]"
 # What a dropped file has no say in: it is about this machine, or keeps one file from harming the daemon.
 NOT_FOR_ONE_DATASET: Mapping[str, frozenset[str]] = {
     "training": frozenset({"num_processes", "report_to", "save_total_limit"}),
     "data": frozenset({"max_line_bytes", "max_expansion", "render_seconds"}),
 }
+# What a dropped file may raise and not lower: it has no say in whether it is measured.
+ONLY_UPWARDS = (("data", "held_out_min_rows"),)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -141,6 +145,11 @@ class DataSettings(Section):
     )
     render_seconds: PositiveFloat = Field(10.0, description="Time limit for turning one row into tokens.")
     held_out_fraction: float = Field(0.02, ge=0, lt=1, description="Share of rows, by content, never trained.")
+    held_out_min_rows: int = Field(
+        40,
+        ge=0,
+        description="At least so many rows are held out, but at most a fifth of the file; none of one with fewer than 25.",
+    )
     held_out_max_rows: int = Field(256, ge=0, description="Upper bound on held-out rows.")
     on_bad_rows: Literal["reject", "skip"] = Field("reject", description="Refuse the file, or leave bad rows out.")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="Under skip: more bad rows refuse the file.")
@@ -151,6 +160,16 @@ class DataSettings(Section):
     columns: ColumnSettings = Field(ColumnSettings(), description="Columns of files in no known format.")
 
 
+class ReplaySettings(Section):
+    """`[replay]`: rows of trained datasets that are kept."""
+
+    memory_rows: int = Field(1000, ge=0, description="Rows of each dataset that are kept for later.")
+    memory_bytes: int = Field(
+        256 * 2**20, ge=0, description="Bytes of all kept rows; datasets share them equally, larger ones shrink first."
+    )
+    keep_deleted: bool = Field(False, description="Also of files that [inbox] on_success or keep_done_days deletes.")
+
+
 class Recipe(Section):
     """Everything besides the data that decides what a run computes."""
 
@@ -158,6 +177,7 @@ class Recipe(Section):
     training: TrainingSettings = TrainingSettings()
     lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
+    replay: ReplaySettings = ReplaySettings()
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Recipe:
         """This recipe with a sidecar's `[training]`, `[lora]` and `[data]` laid over it.
@@ -165,17 +185,25 @@ class Recipe(Section):
         Raises ConfigError that names the key; `[model]` and everything else is refused.
         """
         for table, values in overrides.items():
-            if table not in ("training", "lora", "data") or not isinstance(values, Mapping):
+            if table not in SIDECAR_TABLES or not isinstance(values, Mapping):
                 raise ConfigError(
                     operation="apply the sidecar",
                     cause=f"[{table}] cannot be set for one dataset",
-                    hint="a sidecar may hold priority, force, [training], [lora] and [data]",
+                    hint=f"a sidecar may hold {SIDECAR_CONTENT}",
                 )
             if named := sorted(NOT_FOR_ONE_DATASET.get(table, frozenset()) & values.keys()):
                 raise ConfigError(
                     operation="apply the sidecar",
                     cause=f"[{table}] {', '.join(named)} cannot be set for one dataset",
                     hint="set it in dropforge.toml: it is about this machine, not about the dataset",
+                )
+        for table, key in ONLY_UPWARDS:
+            value, least = overrides.get(table, {}).get(key), getattr(getattr(self, table), key)
+            if isinstance(value, int) and value < least:
+                raise ConfigError(
+                    operation="apply the sidecar",
+                    cause=f"[{table}] {key} cannot be lowered for one dataset (got {value}, dropforge.toml has {least})",
+                    hint="set it in dropforge.toml: it says how well datasets are measured",
                 )
         modules = overrides.get("lora", {}).get("target_modules", "all-linear")
         if isinstance(modules, str) and modules != "all-linear":  # peft takes it for a pattern, which may never end

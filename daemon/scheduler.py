@@ -282,6 +282,7 @@ class Scheduler:
             root=str(self.settings.root),
             daemon_pid=os.getpid(),
             gpu=self._gpu.device.uuid if self._gpu.device is not None and not several else None,
+            force=job.force,
         )
 
     # -- while it runs

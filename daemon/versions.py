@@ -23,6 +23,9 @@ from blake3 import blake3
 import guard
 from daemon.errors import DropforgeError, NotFound
 from daemon.job import Job, RunResult, utc_now
+from daemon.memory.promotion import keep_memory
+from daemon.memory.store import HELD_OUT_NAME, ROWS_NAME
+from daemon.run_dir import run_dir_of
 from daemon.text import escape
 from guard.atomic import append_line_durable, fsync_dir, fsync_tree, rename_durable, write_atomic
 from guard.digest import digest_file
@@ -278,6 +281,8 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
 def promote_result(settings: Settings, job: Job, result: RunResult, log: Any) -> Version:
     """Make a run's candidate the current version, under the model lock; a crash in between is repaired by the next call.
 
+    What is kept of its dataset goes to the memory first.
+
     Raises DropforgeError, GuardError, OSError; the candidate then stays where it is.
     """
     model_dir = settings.model_dir
@@ -294,10 +299,35 @@ def promote_result(settings: Settings, job: Job, result: RunResult, log: Any) ->
     if result.base is not None:  # what the run itself started from; a trainer of before that does not say
         record = {**record, "base": result.base, "parent": result.parent, "parent_digest": result.parent_digest}
     with guard.ModelLock(model_dir, owner="promotion"):
+        _keep_memory(settings, job, log)
         version = promote(model_dir, Path(result.candidate or ""), job_id=job.id, record=record)
         guard.mark_finished(model_dir, version.name)
         _purge(settings, log)
     return version
+
+
+def _keep_memory(settings: Settings, job: Job, log: Any) -> None:
+    """Move what the run left of its dataset to the memory. Raises OSError."""
+    placed = keep_memory(
+        settings.state_dir,
+        run_dir_of(settings.state_dir, job.id),
+        settings.replay,
+        file_is_deleted=settings.inbox.on_success == "delete",
+    )
+    for problem in placed.problems:
+        log.error("memory.damaged", job=job.id, error=problem)
+    if placed.memory is not None:
+        meta = placed.memory.meta
+        log.info(
+            "memory.kept",
+            job=job.id,
+            digest=meta.digest,
+            rows=meta.mark(ROWS_NAME).rows,
+            held_out_rows=meta.mark(HELD_OUT_NAME).rows,
+            discarded=meta.discarded,
+        )
+    if placed.shrunk:
+        log.info("memory.shrunk", datasets=list(placed.shrunk), memory_bytes=settings.replay.memory_bytes)
 
 
 def _purge(settings: Settings, log: Any) -> None:

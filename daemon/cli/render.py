@@ -178,7 +178,11 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
             ("cleared", f"{result.cleared} checkpoints" if result.cleared else None),
             ("resumed from", result.resumed_from),
             ("steps", f"{result.steps_run} of {result.steps_planned} planned"),
-            ("held-out loss", losses(result.held_out_before, result.held_out_after) or None),
+            ("held-out loss", losses(result.held_out_before, result.held_out_after) or result.unmeasured or None),
+            (
+                "withheld",
+                f"{result.withheld_rows:,} rows, held out of earlier datasets" if result.withheld_rows else None,
+            ),
             ("tokens/s", f"{result.tokens_per_second:,.0f}" if result.tokens_per_second else None),
             ("took", format_duration(result.wall_seconds) if result.wall_seconds else None),
             *(("warning", Text(escape(warning), style="yellow")) for warning in result.warnings),

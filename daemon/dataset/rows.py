@@ -13,9 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from blake3 import blake3
-
 from daemon.dataset.conversation import Conversation, Message, read_system
+from daemon.dataset.identity import RowIdentity, identify
 from daemon.dataset.keys import (
     ANSWER_KEYS,
     CONVERSATION_KEYS,
@@ -30,7 +29,7 @@ from daemon.dataset.keys import (
 )
 from daemon.dataset.masks import apply_row_masks, is_mask
 from daemon.dataset.media import placeholder_apart, placeholder_in
-from daemon.dataset.source import BOM, TooLong, open_dataset
+from daemon.dataset.source import TooLong, open_dataset
 from daemon.dataset.strict_json import LineError, column_of, parse_object
 from daemon.dataset.tools import calls_of, one_of
 from daemon.dataset.transcript import is_transcript, read_transcript, read_transcript_system
@@ -39,7 +38,6 @@ from daemon.dataset.values import RowError, UnusedKeys, embedded, optional_text,
 if TYPE_CHECKING:  # the settings' machinery would double what a child that reads rows imports
     from daemon.recipe import ColumnSettings, DataSettings
 
-ROW_DIGEST_BYTES = 16
 AS_CHAT = '[data] prompt_completion = "chat"'
 
 Kind = Literal["messages", "prompt_completion", "text"]
@@ -140,7 +138,8 @@ class Row(RowContent):
     """
 
     line: int  # 1-based
-    content_digest: str  # of the row's bytes, in hex; the same wherever the row stands
+    content_digest: str  # `daemon.dataset.identity`: the same wherever the row stands, and however it is written
+    prompt_digest: str = ""  # of what the row answers; empty: nothing that has another answer
 
 
 def detect_format(row: Mapping[str, Any], columns: Columns | ColumnSettings) -> Format | None:
@@ -229,6 +228,18 @@ def mentions_media(content: RowContent) -> bool:
     return any(placeholder_in(text) is not None for text in texts)
 
 
+def identity_of(content: RowContent) -> RowIdentity:
+    """What a row is, of whatever kind: a prompt and its completion are a question and its answer."""
+    if content.kind == "text":
+        return identify([{"role": "", "content": content.text}], None)
+    if content.kind == "messages":
+        return identify(content.messages or (), content.tools)
+    turns: list[Message] = []
+    for role, part in (("user", content.prompt), ("assistant", content.completion)):
+        turns += part if isinstance(part, list) else [{"role": role, "content": part}]
+    return identify(turns, content.tools)
+
+
 def joins_words(content: RowContent) -> bool:
     """Whether prompt and completion, joined as they stand, meet without white space between."""
     prompt, completion = content.prompt, content.completion
@@ -303,18 +314,14 @@ class RowReader:
             if self.data.on_bad_rows == "skip":
                 return None
             raise LineError(error.column, f"line {number}, column {error.column}: {error.reason}") from error
-        return Row(line=number, content_digest=row_digest(text), **vars(content))
+        identity = identity_of(content)
+        return Row(line=number, content_digest=identity.digest, prompt_digest=identity.prompt, **vars(content))
 
 
 def iter_rows(path: str | Path, format_: str, data: Rules | DataSettings) -> Iterator[Row]:
     """The rows of a dataset that passed, in file order, one at a time. Raises as RowReader does."""
     reader = RowReader(Path(path), Format(format_), data)
     return (row for line in reader.lines() if (row := reader.row(line)) is not None)
-
-
-def row_digest(line: bytes) -> str:
-    """Identity of a row: its bytes without the white space around them."""
-    return blake3(line.removeprefix(BOM).strip()).hexdigest(length=ROW_DIGEST_BYTES)
 
 
 def _conversation(row: Mapping[str, Any], format_: Format) -> RowContent:

@@ -16,11 +16,10 @@ from typing import Any
 from daemon.dataset.source import SourceError, open_regular
 from daemon.errors import ConfigError, RejectedData
 from daemon.job import Priority
-from daemon.recipe import Recipe
+from daemon.recipe import SIDECAR_CONTENT, SIDECAR_TABLES, Recipe
 from daemon.text import escape
 
 MAX_SIDECAR_BYTES = 64 * 1024
-ALLOWED = "priority, force, [training], [lora] and [data]"
 
 
 class RejectedSidecar(RejectedData):
@@ -47,7 +46,7 @@ def read_sidecar(path: Path, recipe: Recipe) -> Sidecar:
         raise _rejected(path, f"it is not sound TOML: {error}") from error
     overrides = {}
     for key, value in table.items():
-        if key in ("training", "lora", "data"):
+        if key in SIDECAR_TABLES:
             if not isinstance(value, dict):
                 raise _rejected(path, f"{key} is a table: write [{key}]")
             overrides[key] = value
@@ -81,5 +80,5 @@ def _rejected(path: Path, cause: str) -> RejectedSidecar:
         operation="use the sidecar",
         subject=escape(path.name),
         cause=cause,
-        hint=f"a sidecar may hold {ALLOWED}",
+        hint=f"a sidecar may hold {SIDECAR_CONTENT}",
     )

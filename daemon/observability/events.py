@@ -27,7 +27,7 @@ _END = (
     "job dataset was reason failure attempt version duplicate_of priority force overrides base_model size_bytes digest"
     " format dataset_rows skipped_rows hint tried steps_planned steps_run start_step resumed_from verdict reasons cleared"
     " train_loss held_out_before held_out_after tokens_per_second tokens_trained rows samples refused_rows dropped_rows held_out_rows"
-    " truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm base parent parent_digest warnings max_step created_at started_at"
+    " withheld_rows unmeasured truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm base parent parent_digest warnings max_step created_at started_at"
     " total_seconds"
 )
 
@@ -116,10 +116,19 @@ EVENTS: Mapping[str, Event] = {
     "guard.cleared_sets_purged": _event("info", "Cleared checkpoints were deleted as policy says.", "sets size_bytes"),
     "guard.not_purged": _event("error", "Cleared checkpoints could not be deleted.", "error"),
     "guard.run_stamped": _event("info", "The model directory says whose run it holds.", "job identity dataset"),
+    "memory.kept": _event(
+        "info",
+        "Rows of a trained dataset are kept, to rehearse and to measure.",
+        "job digest rows held_out_rows discarded",
+    ),
+    "memory.shrunk": _event(
+        "info", "Fewer rows of some datasets are kept, within memory_bytes.", "datasets memory_bytes"
+    ),
+    "memory.damaged": _event("error", "A dataset's memory is not as it was written, and is passed over.", "job error"),
     "run.planned": _event(
         "info",
         "The arithmetic of the run, before its first step.",
-        "job rows samples held_out_rows dropped_rows tokens trained_tokens global_batch_size steps_per_epoch epochs total_steps"
+        "job rows samples held_out_rows withheld_rows dropped_rows tokens trained_tokens global_batch_size steps_per_epoch epochs total_steps"
         " warmup_steps arithmetic",
     ),
     "run.data_warned": _event("warning", "What a person should know of the data before it is trained.", "job warnings"),

@@ -20,9 +20,9 @@ def model_card(spec: RunSpec, recipe: Recipe, planned: Plan, result: RunResult, 
     training, lora, base, parent = recipe.training, recipe.lora, origin.base, origin.parent
     name = escape(base.name, most=1000)
     held_out = (
-        f"{result.held_out_before:.4f} before, {result.held_out_after:.4f} after, over {planned.held_out_rows} rows"
+        f"{result.held_out_before:.4f} before, {result.held_out_after:.4f} after, over rows that were not trained"
         if result.held_out_before is not None and result.held_out_after is not None
-        else "no row was held out"
+        else result.unmeasured or "no row was held out"
     )
     return f"""---
 library_name: peft

@@ -49,10 +49,15 @@ class Examples:
     """A dataset, tokenised and split; a row's samples are all on one side."""
 
     train: list[Example]
-    held_out: list[Example]
+    held_out: list[Example]  # what is evaluated: rows of an earlier dataset's holdout among them, if they come again
     train_rows: int
-    held_out_rows: int
+    held_out_rows: int  # those that are held out for the first time
     dropped_lines: tuple[int, ...]  # rows without a trained token
+    withheld: Mapping[str, int] = field(default_factory=dict)  # earlier dataset -> rows that are held out of it
+    released: frozenset[str] = (
+        frozenset()
+    )  # digests of rows that were held out, and are trained because that was forced
+    unmeasured: str = ""  # why no row is held out
     refused: tuple[RefusedRow, ...] = ()  # rows at fault, left out under on_bad_rows = "skip"
     truncated_rows: int = 0
     truncated_lines: tuple[int, ...] = ()  # of them, those that lost trained tokens
@@ -64,7 +69,17 @@ class Examples:
     @property
     def rows(self) -> int:
         """All rows that were read."""
-        return self.train_rows + self.held_out_rows + len(self.dropped_lines) + len(self.refused)
+        return self.trainable_rows + len(self.dropped_lines) + len(self.refused)
+
+    @property
+    def trainable_rows(self) -> int:
+        """Rows with a trained token, whether they are trained or not."""
+        return self.train_rows + self.held_out_rows + self.withheld_rows
+
+    @property
+    def withheld_rows(self) -> int:
+        """Rows that are held out of an earlier dataset, and so not trained."""
+        return sum(self.withheld.values())
 
 
 def plan(examples: Examples, training: TrainingSettings) -> Plan:
@@ -77,6 +92,7 @@ def plan(examples: Examples, training: TrainingSettings) -> Plan:
         rows=examples.train_rows,
         samples=samples,
         held_out_rows=examples.held_out_rows,
+        withheld_rows=examples.withheld_rows,
         dropped_rows=len(examples.dropped_lines),
         tokens=sum(len(example.input_ids) for example in examples.train),
         trained_tokens=sum(example.trained_tokens for example in examples.train),

@@ -7,6 +7,7 @@ from typing import Any
 
 from daemon.job import Plan
 from daemon.recipe import Recipe
+from daemon.text import escape
 from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.capacity import Capacity
 from daemon.trainer.collate import Examples
@@ -15,9 +16,13 @@ from daemon.trainer.collate import Examples
 def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
     """Return the plan as a table for the log."""
     training = recipe.training
+    withheld = f" + {planned.withheld_rows:,} held out of earlier datasets" if planned.withheld_rows else ""
     tokens_a_sample = planned.tokens / max(planned.samples, 1)
     lines = [
-        ("rows", f"{planned.rows:,} trained + {planned.held_out_rows:,} held out + {planned.dropped_rows:,} dropped"),
+        (
+            "rows",
+            f"{planned.rows:,} trained + {planned.held_out_rows:,} held out{withheld} + {planned.dropped_rows:,} dropped",
+        ),
         ("samples", f"{planned.samples:,} of the trained rows"),
         ("tokens", f"{planned.tokens:,} = {planned.samples:,} samples x {tokens_a_sample:.1f}"),
         ("trained", f"{planned.trained_tokens:,} tokens = {planned.trained_tokens / planned.tokens:.1%}"),
@@ -65,6 +70,14 @@ def data_warnings(examples: Examples, planned: Plan, capacity: Capacity) -> tupl
         ),
     }
     found = [f"{what}: {len(lines):,} (lines {_shown(lines)})" for what, lines in lines_of.items() if lines]
+    found += [
+        f"rows that are held out of {escape(name)}, and so were not trained: {count:,}"
+        for name, count in examples.withheld.items()
+    ]
+    if examples.released:
+        found.append(
+            f"rows that were held out of earlier datasets, and are trained by force: {len(examples.released):,}"
+        )
     if examples.truncated_rows:
         found.append(f"rows that were cut to max_length: {examples.truncated_rows:,}")
     if planned.trained_tokens < 0.05 * planned.tokens:

@@ -9,8 +9,8 @@ import gc
 import multiprocessing
 import os
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -23,8 +23,10 @@ from blake3 import blake3
 
 from daemon.dataset.rows import Row
 from daemon.job import FailureKind
+from daemon.memory.holdout import choose_held_out, too_small
 from daemon.processes import die_with_parent, oom_kills
 from daemon.recipe import DataSettings
+from daemon.text import escape
 from daemon.trainer.chat import Note
 from daemon.trainer.chat_template import Span
 from daemon.trainer.collate import Example, Examples
@@ -117,10 +119,7 @@ class _Work:
 class _Tally:
     """What is known of the chunks so far."""
 
-    train: list[Example] = field(default_factory=list)
-    held_out: list[Example] = field(default_factory=list)
-    train_rows: int = 0
-    held_out_rows: int = 0
+    kept: list[list[Example]] = field(default_factory=list)  # of each row with a trained token
     dropped: list[int] = field(default_factory=list)
     refused: list[RefusedRow] = field(default_factory=list)
     truncated_rows: int = 0
@@ -130,7 +129,7 @@ class _Tally:
     end_ids: set[int] = field(default_factory=set)
     whole_sizes: array[int] = field(default_factory=lambda: array("i"))
 
-    def add(self, chunk: _Chunk, held_out_fraction: float) -> None:
+    def add(self, chunk: _Chunk) -> None:
         self.refused += chunk.refused
         self.truncated_rows += chunk.truncated_rows
         self.truncated_lines += chunk.truncated_lines
@@ -140,24 +139,39 @@ class _Tally:
         for note, lines in chunk.notes.items():
             self.notes.setdefault(note, []).extend(lines)
         for row, examples in chunk.examples():
-            if not examples:
-                self.dropped.append(row.line)
-            elif held_out_rank(row.content_digest) < held_out_fraction:
-                self.held_out += examples
-                self.held_out_rows += 1
+            if examples:
+                self.kept.append(examples)
             else:
-                self.train += examples
-                self.train_rows += 1
+                self.dropped.append(row.line)
 
-    def examples(self) -> Examples:
-        """What is trained and what is held out; when all rows fell on the held-out side, they are trained."""
-        swapped = not self.train
+    def examples(self, data: DataSettings, held_out_before: Mapping[str, str], *, force: bool) -> Examples:
+        """What is trained and what is held out."""
+        of_digest = [row[0].content_digest for row in self.kept]
+        withheld = Counter(held_out_before[digest] for digest in of_digest if digest in held_out_before)
+        released: frozenset[str] = frozenset()
+        if force and _are_most(withheld, len(self.kept)):
+            released = frozenset(held_out_before.keys() & set(of_digest))
+            withheld, held_out_before = Counter(), {}
+        chosen = choose_held_out(of_digest, data)
+        train: list[Example] = []
+        held_out: list[Example] = []
+        train_rows = held_out_rows = 0
+        for digest, row in zip(of_digest, self.kept, strict=True):
+            if digest in chosen:
+                held_out += row
+                held_out_rows += digest not in held_out_before
+            elif digest not in held_out_before:
+                train += row
+                train_rows += 1
         return Examples(
-            train=self.held_out if swapped else self.train,
-            held_out=[] if swapped else self.held_out,
-            train_rows=self.held_out_rows if swapped else self.train_rows,
-            held_out_rows=0 if swapped else self.held_out_rows,
+            train=train,
+            held_out=held_out,
+            train_rows=train_rows,
+            held_out_rows=held_out_rows,
             dropped_lines=tuple(self.dropped),
+            withheld=withheld,
+            released=released,
+            unmeasured=too_small(len(set(of_digest)), data),
             refused=tuple(self.refused),
             truncated_rows=self.truncated_rows,
             truncated_lines=tuple(self.truncated_lines),
@@ -168,6 +182,11 @@ class _Tally:
         )
 
 
+def _are_most(withheld: Mapping[str, int], rows: int) -> bool:
+    """Whether a file is for the greater part what earlier datasets held out."""
+    return 0 < rows <= 2 * sum(withheld.values())
+
+
 def tokenise(
     items: Iterable[Item],
     tokenizer: Any,
@@ -176,14 +195,16 @@ def tokenise(
     read: Callable[[Item], Row | None],
     processes: int = 1,
     day: date | None = None,
+    held_out_before: Mapping[str, str] | None = None,
+    force: bool = False,
     keep_refused: bool = False,
 ) -> Examples:
     """Turn rows into Examples and split off the held-out ones by their content.
 
-    `read` makes an item a row, or None of one that is to be skipped; `day` as in ChatTemplate. A row stays on its side
-    of the split, with all its samples, whatever else the file holds. When all rows fall on the held-out side (a file of
-    one or two rows), they are trained and nothing is held out. More than one process only before CUDA starts: they are
-    forks of this one. Raises what `read` raises, RunFailure(BAD_DATA) when no row has a trained token or one is at fault
+    `read` makes an item a row, or None of one that is to be skipped; `day` as in ChatTemplate. `held_out_before`: digests of
+    rows that are held out of earlier datasets, whose names they map to; such a row is not trained. With `force`, a file that
+    is for the greater part such rows is trained all the same, and they are `released`. More than one process only before
+    CUDA starts: they are forks of this one. Raises what `read` raises, RunFailure(BAD_DATA) when no row has a trained token or one is at fault
     that may not be skipped, RunFailure(CONFIG) when the tokenizer lacks what the rows need. With `keep_refused` nothing of the
     first two kinds is raised: `require_trainable` does.
     """
@@ -191,10 +212,10 @@ def tokenise(
     work = _Work(read=read, encoder=encoder, max_length=data.max_length, bos=tokenizer.bos_token_id)
     tally = _Tally()
     for chunk in _encode_all(chunks(items), work, processes):
-        tally.add(chunk, data.held_out_fraction)
+        tally.add(chunk)
         if not keep_refused and tally.refused and data.on_bad_rows == "reject":
             break
-    examples = tally.examples()
+    examples = tally.examples(data, held_out_before or {}, force=force)
     if not keep_refused:
         require_trainable(examples, data)
     return examples
@@ -211,6 +232,20 @@ def require_trainable(examples: Examples, data: DataSettings) -> None:
             f"{len(refused)} of {rows} rows cannot be trained as they should, more than max_bad_fraction ="
             f" {data.max_bad_fraction:g}; the first, line {refused[0].line}: {refused[0].reason}",
             hint=refused[0].hint,
+        )
+    if _are_most(examples.withheld, examples.trainable_rows):
+        names = [escape(name) for name in examples.withheld]
+        raise RunFailure(
+            FailureKind.BAD_DATA,
+            f"{examples.withheld_rows} of {examples.trainable_rows} rows are held-out rows of {names[0]}"
+            f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}, which measure what was learned of it",
+            hint="drop other rows; force = true in a sidecar trains these, and nothing is measured by them any more",
+        )
+    if examples.trainable_rows and not examples.train:
+        raise RunFailure(
+            FailureKind.BAD_DATA,
+            f"all of {rows} rows are held out or without a token to train on, so nothing would be trained",
+            hint="lower held_out_fraction under [data]",
         )
     if not examples.train:
         raise RunFailure(
@@ -233,11 +268,6 @@ def digest_tokens(examples: Iterable[Example]) -> str:
 def worker_processes(rows: int) -> int:
     """How many processes tokenise: the cores we may use, but none without enough to do."""
     return max(1, min(len(os.sched_getaffinity(0)), rows // ROWS_WORTH_A_PROCESS))
-
-
-def held_out_rank(content_digest: str) -> float:
-    """A row's place in [0, 1), from its content alone."""
-    return int(content_digest[:13], 16) / 16**13
 
 
 def _encode_all(parts: Iterator[list[Any]], work: _Work, processes: int) -> Iterator[_Chunk]:

@@ -33,6 +33,7 @@ from daemon.trainer.errors import report_full_disk
 from daemon.trainer.generation import generation_config
 from daemon.trainer.loop import RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.loss import Objective
+from daemon.trainer.memory import leave_memory, read_known
 from daemon.trainer.model import adapter_tensors, load_model, lora_b_norm, resolve_attention
 from daemon.trainer.origin import Origin, find_origin
 from daemon.trainer.requirements import require_packages
@@ -83,6 +84,7 @@ class TrainingData:
     examples: Examples
     capacity: Capacity
     plan: Plan
+    warnings: tuple[str, ...]
     ready_at: float  # time.monotonic()
 
 
@@ -144,6 +146,7 @@ def load_examples(run: Run) -> TrainingData:
     """
     spec, recipe = run.spec, run.recipe
     tokenizer = load_tokenizer(run.base)
+    known = read_known(spec)
     reader = RowReader(Path(spec.dataset.path), Format(spec.dataset.format), recipe.data)
     # A process that has started CUDA, as some package may have when it was imported, cannot be forked.
     processes = 1 if torch.cuda.is_initialized() else worker_processes(spec.dataset.rows)
@@ -154,17 +157,26 @@ def load_examples(run: Run) -> TrainingData:
         read=reader.row,
         processes=max(1, processes // distributed.world_size()),
         day=claimed_on(spec.job_id),
+        held_out_before=known.held_out,
+        force=spec.force,
     )
     capacity = capacity_of(run.base)
     refuse_what_does_not_fit(examples, tokenizer, capacity)
-    check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between
     planned = plan(examples, recipe.training)
+    if distributed.is_main_process():
+        leave_memory(spec, recipe, reader=reader, examples=examples, plan=planned, known=known)
+    check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between
     run.writer.event("run.planned", **vars(planned), arithmetic=arithmetic(planned, examples, recipe))
-    if warnings := data_warnings(examples, planned, capacity):
+    if warnings := (*data_warnings(examples, planned, capacity), *known.problems):
         run.writer.event("run.data_warned", warnings=warnings)
     run.stop.check()
     return TrainingData(
-        tokenizer=tokenizer, examples=examples, capacity=capacity, plan=planned, ready_at=time.monotonic()
+        tokenizer=tokenizer,
+        examples=examples,
+        capacity=capacity,
+        plan=planned,
+        warnings=warnings,
+        ready_at=time.monotonic(),
     )
 
 
@@ -185,7 +197,7 @@ def load_for_training(run: Run, data: TrainingData, start: Start) -> LoadedModel
     objective = Objective()
     if not (recipe.training.use_liger_kernel or recipe.training.torch_compile):  # they have ways of their own
         objective.select_trained(model, examples.train)
-    held_out = held_out_sample(examples, recipe.data.held_out_max_rows)
+    held_out = sorted(examples.held_out, key=lambda example: (example.content_digest, example.line))
     run.writer.progress(phase="evaluating", total_steps=data.plan.total_steps)
     held_out_before = held_out_loss(model, held_out, collator, objective, run.stop)
     if held_out_before is not None:
@@ -315,10 +327,12 @@ def trained_result(run: Run, data: TrainingData, start: Start, loaded: LoadedMod
         refused_rows=len(data.examples.refused),
         dropped_rows=planned.dropped_rows,
         held_out_rows=planned.held_out_rows,
+        withheld_rows=planned.withheld_rows,
+        unmeasured=data.examples.unmeasured,
         truncated_rows=data.examples.truncated_rows,
         trained_share=planned.trained_tokens / planned.tokens,
         spikes=tuple(step for step, _, _ in monitor.spikes),
-        warnings=(*run.origin.warnings, *data_warnings(data.examples, planned, data.capacity)),
+        warnings=(*run.origin.warnings, *data.warnings),
         base=run.origin.base.to_record(),
         parent=start.parent.name if start.parent else None,
         parent_digest=start.parent.digest if start.parent else None,
@@ -336,8 +350,3 @@ def make_collator(model: PeftModel, recipe: Recipe, examples: Examples, pad_toke
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-
-
-def held_out_sample(examples: Examples, max_rows: int) -> list[Example]:
-    """Return the rows that are evaluated: the same ones whatever the order of the file."""
-    return sorted(examples.held_out, key=lambda example: (example.content_digest, example.line))[:max_rows]

@@ -63,11 +63,11 @@ def built(kind: str, tiny_base: Path, folder: Path, **changed: Any) -> Path:
 def test_one_job_goes_on_from_another_and_its_version_merges(base: Path, tmp_path: Path) -> None:
     settings = ModelSettings(model_name_or_path=str(base))
     assert resolve_attention(resolve_base(settings), settings) == ("eager" if base.name in EAGER else "sdpa")
-    first = specify(tmp_path, rows(24), base, TABLES)
+    first = specify(tmp_path, rows(40), base, TABLES)
     result = train(first)
     assert (result.outcome, result.steps_run) == (Outcome.SUCCEEDED, 3)
     promote(Path(first.model_dir), Path(result.candidate or ""), job_id="one", record={})
-    second = specify(tmp_path, rows(24, start=24), base, TABLES)
+    second = specify(tmp_path, rows(40, start=40), base, TABLES)
     after = train(second)
     assert (after.outcome, after.steps_run) == (Outcome.SUCCEEDED, 3), after.message
     assert after.lora_norm is not None

@@ -6,6 +6,16 @@ import json
 import os
 
 from daemon.job import FINAL_STATES, JobState
+from daemon.memory.store import (
+    FILE_NAMES,
+    HELD_OUT_NAME,
+    META_NAME,
+    RETIRED_INDEX,
+    ROWS_NAME,
+    held_out_registry,
+    list_memories,
+    memory_dir_of,
+)
 from daemon.versions import list_versions
 from tests.support.root import Root
 from tests.support.sound_model import assert_model_dir_sound
@@ -50,6 +60,32 @@ def assert_sound(root: Root) -> None:
     for version in list_versions(settings.model_dir):
         owner = version.record["job"]
         assert succeeded.get(version.name) == jobs[owner] or owner in running, f"{version.name} has no job"
+    assert_memory_sound(root)
     lines = settings.log_path.read_bytes().splitlines() if settings.log_path.exists() else []
     for line in lines:
         json.loads(line)
+
+
+def assert_memory_sound(root: Root) -> None:
+    """Every memory is as it was written, is of a dataset that was trained, and no row of it is both held out and kept to train."""
+    settings = root.settings
+    trained = {str(version.record.get("dataset_digest")) for version in list_versions(settings.model_dir)}
+    open_jobs = {job.dataset.digest for job in root.jobs() if job.dataset and job.state not in FINAL_STATES}
+    memories, problems = list_memories(memory_dir_of(settings.state_dir))
+    assert problems == []
+    held_out, problems = held_out_registry(memories)
+    assert problems == []
+    retired = {digest for memory in memories for digest in memory.retired()}
+    for memory in memories:
+        meta = memory.meta
+        assert meta.digest in trained | open_jobs, f"{memory.path} is of a dataset that no version has learned"
+        assert {name for name in FILE_NAMES if (memory.path / name).exists()} >= meta.files.keys()
+        rows, apart = memory.rows(), memory.held_out()
+        assert (len(rows), len(apart)) == (meta.mark(ROWS_NAME).rows, meta.mark(HELD_OUT_NAME).rows)
+        assert {row.content_digest for row in apart} <= held_out.keys() | retired
+        both = {row.content_digest for row in rows} & {row.content_digest for row in apart}
+        assert not both, f"{memory.path} keeps held-out rows to train"
+        if meta.discarded:
+            assert {path.name for path in memory.path.iterdir()} <= {META_NAME, RETIRED_INDEX}
+    kept_bytes = sum(memory.meta.mark(ROWS_NAME).size_bytes for memory in memories)
+    assert kept_bytes <= settings.replay.memory_bytes

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("daemon.run_dir", "daemon.sd_notify", "daemon.text", "daemon.wakeup"),
     ),
     (
-        *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds"),
+        *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds", "daemon.memory"),
         *("daemon.observability", "daemon.store", "daemon.root_identity", "daemon.versions"),
         "daemon.base_identity",
     ),
@@ -47,7 +47,7 @@ TRAINER_USES = {
         "daemon.processes",
         "daemon.recipe",
     ),
-    *("daemon.run_dir", "daemon.text", "daemon.trainer", "daemon.versions", "guard"),
+    *("daemon.memory", "daemon.run_dir", "daemon.text", "daemon.trainer", "daemon.versions", "guard"),
 }
 ONE_USER = {
     "sqlite3": "daemon.store",

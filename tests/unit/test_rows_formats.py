@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.dataset.rows import Columns, Format, Rules, check_row, detect_format, iter_rows, row_digest
+from daemon.dataset.rows import Columns, Format, Rules, check_row, detect_format, iter_rows
 from daemon.dataset.strict_json import LineError
 from daemon.recipe import DataSettings
 
@@ -137,12 +137,6 @@ def test_gsm8k_as_published_works_through_columns() -> None:
     assert rows[0].prompt.startswith("Natalia sold clips")
     assert rows[0].completion.endswith("#### 72")
     assert [row.line for row in rows] == list(range(1, 41))
-
-
-def test_a_rows_digest_does_not_depend_on_where_it_stands() -> None:
-    """Nor on its line end, nor on a byte order mark before it."""
-    assert row_digest(b'\xef\xbb\xbf{"text": "a"}\r\n') == row_digest(b'{"text": "a"}')
-    assert row_digest(b'{"text": "a"}') != row_digest(b'{"text": "b"}')
 
 
 def test_skipping_rows_is_not_refusing_them(tmp_path: Path) -> None:

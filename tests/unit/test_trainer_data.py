@@ -18,7 +18,7 @@ from daemon.job import Dataset, FailureKind
 from daemon.recipe import DataSettings, TrainingSettings
 from daemon.trainer.collate import IGNORE, Example, pad, plan
 from daemon.trainer.errors import RunFailure
-from daemon.trainer.tokenise import held_out_rank, tokenise
+from daemon.trainer.tokenise import tokenise
 from guard.components import COMPONENTS
 from tests.support.tokens import encode, itself
 
@@ -165,21 +165,65 @@ def test_in_another_process_a_template_without_end_is_stopped_and_a_bad_line_is_
         tokenise(reader.lines(), tokenizer, DATA, read=reader.row, processes=2)
 
 
-def test_a_row_stays_on_its_side_of_the_split_whatever_else_the_file_holds(tokenizer: Any) -> None:
-    rows = [
-        Row(kind="text", text=f"row {n}", line=n, content_digest=f"{n * 0x0101010101010101:032x}") for n in range(200)
+def numbered(count: int, start: int = 0) -> list[Row]:
+    """Different rows, whose digests are spread evenly, in no order of the file."""
+    return [
+        Row(
+            kind="text",
+            text=f"row {n}",
+            line=n,
+            content_digest=f"{n * 0x9E3779B97F4A7C15F39CC0605CEDC835 % 2**128:032x}",
+        )
+        for n in range(start, start + count)
     ]
-    data = DATA.model_copy(update={"held_out_fraction": 0.3})
-    whole = {example.content_digest for example in tokenise(rows, tokenizer, data, read=itself).held_out}
-    part = {example.content_digest for example in tokenise(reversed(rows[::2]), tokenizer, data, read=itself).held_out}
-    assert part == {one.content_digest for one in rows[::2]} & whole
-    assert all(held_out_rank(digest) < 0.3 for digest in whole)
 
 
-def test_when_all_rows_would_be_held_out_they_are_trained(tokenizer: Any) -> None:
-    only = Row(kind="text", text="only row", line=1, content_digest="00" * 16)
-    examples = tokenise([only], tokenizer, DATA, read=itself)
-    assert (len(examples.train), len(examples.held_out)) == (1, 0)
+def test_the_same_rows_are_held_out_in_any_order_and_repeated(tokenizer: Any) -> None:
+    rows = numbered(100)
+    found = [tokenise(some, tokenizer, DATA, read=itself) for some in (rows, rows[::-1], [*rows, *rows[:30]])]
+    held_out = [{example.content_digest for example in examples.held_out} for examples in found]
+    assert held_out[0] == held_out[1] == held_out[2]
+    assert len(held_out[0]) == 20
+    for examples in found:
+        assert not held_out[0] & {example.content_digest for example in examples.train}
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(1, 0), (24, 0), (25, 5), (199, 39), (200, 40), (500, 40)])
+def test_forty_rows_are_held_out_of_two_hundred_a_fifth_of_fewer_and_none_of_a_handful(
+    tokenizer: Any, count: int, held_out: int
+) -> None:
+    examples = tokenise(numbered(count), tokenizer, DATA, read=itself)
+    assert (examples.held_out_rows, examples.train_rows) == (held_out, count - held_out)
+    assert ("too small to measure" in examples.unmeasured) is (count < 25)
+
+
+def test_rows_held_out_of_an_earlier_dataset_are_not_trained_and_counted(tokenizer: Any) -> None:
+    rows = numbered(100)
+    before = {row.content_digest: "old.jsonl" for row in rows[60:80]}
+    examples = tokenise(rows, tokenizer, DATA, read=itself, held_out_before=before)
+    assert not before.keys() & {example.content_digest for example in examples.train}
+    assert examples.withheld == {"old.jsonl": 20}
+    assert examples.rows == 100
+    chosen = {example.content_digest for example in tokenise(rows, tokenizer, DATA, read=itself).held_out}
+    assert {example.content_digest for example in examples.held_out} == chosen
+
+
+@pytest.mark.parametrize(("count", "refused"), [(19, True), (20, True), (21, False)])
+def test_a_file_that_is_half_held_out_rows_is_refused_and_trained_by_force(
+    tokenizer: Any, count: int, refused: bool
+) -> None:
+    rows = numbered(count)
+    before = {row.content_digest: "old.jsonl" for row in rows[:10]}
+    if not refused:
+        assert tokenise(rows, tokenizer, DATA, read=itself, held_out_before=before).withheld_rows == 10
+        assert not tokenise(rows, tokenizer, DATA, read=itself, held_out_before=before, force=True).released
+        return
+    with pytest.raises(RunFailure, match=f"10 of {count} rows are held-out rows of old.jsonl") as caught:
+        tokenise(rows, tokenizer, DATA, read=itself, held_out_before=before)
+    assert caught.value.kind is FailureKind.BAD_DATA
+    forced = tokenise(rows, tokenizer, DATA, read=itself, held_out_before=before, force=True)
+    assert (forced.train_rows, forced.withheld_rows) == (count, 0)
+    assert forced.released == before.keys()
 
 
 def test_padding_is_neither_attended_nor_learned() -> None:

@@ -363,10 +363,10 @@ def conversation(line: int, messages: list[Any], digest: str = "80" * 16) -> Row
 
 
 def test_a_rows_samples_stay_on_its_side_of_the_split_and_are_counted(tiny: Any) -> None:
-    rows = [conversation(n, CHAT, f"{n * 0x1F:02x}" + "80" * 15) for n in range(8)]
+    rows = [conversation(n, CHAT, f"{n * 9:02x}" + "80" * 15) for n in range(28)]
     data = DATA.model_copy(update={"held_out_fraction": 0.4})
     found = tokenise(rows, with_template(tiny, FORGETS), data, read=itself)
-    assert found.train_rows + found.held_out_rows == 8
+    assert found.train_rows + found.held_out_rows == 28
     assert found.held_out_rows > 0
     assert (len(found.train), len(found.held_out)) == (2 * found.train_rows, 2 * found.held_out_rows)
     trained, held = ({example.line for example in side} for side in (found.train, found.held_out))
