@@ -6,6 +6,8 @@ import errno
 from pathlib import Path
 from typing import ClassVar
 
+SQLITE_FULL = 13  # sqlite3.SQLITE_FULL, of a library that is imported in daemon.store alone
+
 
 class DropforgeError(Exception):
     """One failed operation, as one sentence and a hint.
@@ -63,13 +65,15 @@ class TryLater(DropforgeError):
 
 
 class StoreError(DropforgeError):
-    """The job store cannot be read or written; the daemon stops rather than guess."""
+    """The job store cannot be read or written now; the daemon holds until it can, rather than guess."""
 
 
 def is_no_space(error: BaseException | None) -> bool:
     """Whether an error, or what it was raised from, says that the disk or a quota is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_FULL:
             return True
         error = error.__cause__
     return False

@@ -17,15 +17,16 @@ from typing import Any
 from daemon import root_identity, versions
 from daemon.base_identity import find_base
 from daemon.config import Settings
-from daemon.errors import DropforgeError
+from daemon.errors import DropforgeError, StoreError, is_no_space
 from daemon.job import FailureKind, Job
 from daemon.recipe import Recipe
 from daemon.run_dir import RUNS_NAME
-from daemon.text import format_bytes
+from daemon.text import escape, format_bytes
 
 PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", "at": ..., "reason": ...}
 FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model's configuration is known
 OPTIMIZER_COPIES = 2  # AdamW keeps two values a weight
+RECORDS_BYTES, RECORDS_INODES = 2**20, 64  # the least for the records of a run: its reports, events, the queue itself
 EXTRAS_BYTES = 32 * 2**20  # tokenizer, configuration, records
 
 
@@ -38,6 +39,7 @@ class HoldKind(StrEnum):
     PAUSED = "paused"
     IDENTITY = "identity"
     UNWRITABLE = "unwritable"
+    STORE = "store"
     NO_SPACE = "no_space"
     GPU = "gpu"
 
@@ -48,6 +50,16 @@ class Hold:
 
     kind: HoldKind
     reason: str
+
+
+def hold_of(error: DropforgeError | OSError) -> Hold:
+    """Return the hold of a machine that refused to read or record something now."""
+    if is_no_space(error):
+        kind = HoldKind.NO_SPACE
+    else:
+        kind = HoldKind.STORE if isinstance(error, StoreError) else HoldKind.UNWRITABLE
+    sentence = error.sentence if isinstance(error, DropforgeError) else escape(str(error), most=1000)
+    return Hold(kind=kind, reason=f"{sentence}; it is tried again until it can be done")
 
 
 def paused(control: Mapping[str, Any] | None) -> Hold | None:
@@ -130,6 +142,9 @@ def access_problem(path: Path) -> str:
 
 def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
     """Return the hold of a disk that a run would fill."""
+    for folder in (settings.state_dir, settings.model_dir, settings.inbox_dir):
+        if why := _exhausted(folder):
+            return Hold(kind=HoldKind.NO_SPACE, reason=f"{folder} {why}; waits until there is more")
     needed = bytes_needed(recipe, settings.model_dir) + settings.queue.min_free_bytes
     free = free_bytes(settings.model_dir)
     if free >= needed:
@@ -138,6 +153,19 @@ def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
         kind=HoldKind.NO_SPACE,
         reason=f"{settings.model_dir} has {format_bytes(free)} free, a run needs {format_bytes(needed)}; waits for free space",
     )
+
+
+def _exhausted(folder: Path) -> str:
+    """Say what a file system has too little of even for records; empty when it has enough, or does not tell."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return ""
+    if found.f_bavail * found.f_frsize < RECORDS_BYTES:
+        return f"has {format_bytes(found.f_bavail * found.f_frsize)} free for records"
+    if found.f_files > 0 and found.f_favail < RECORDS_INODES:
+        return f"has room for {found.f_favail} more files"
+    return ""
 
 
 def free_bytes(path: Path) -> int:

@@ -62,14 +62,16 @@ class Notifier:
     def _publish_transitions(self) -> None:
         any_published, last = False, None
         for number, transition in self._store.transitions_after(self._published):
-            self._published = number
             is_final = transition.new in FINAL_STATES
             if not is_final and (transition.old, transition.new) != (JobState.RUNNING, JobState.QUEUED):
+                self._published = number
                 continue
             try:
                 job = self._store.get(transition.job_id)
             except NotFound:  # forgotten since, by `keep_jobs_days`
+                self._published = number
                 continue
+            self._published = number
             name, level = _EVENTS[JobState(transition.new)] if is_final else _REQUEUED
             getattr(self._log, level)(name, **canonical(job, transition))
             any_published = True

@@ -20,7 +20,7 @@ import msgspec
 
 from daemon import versions
 from daemon.config import Settings
-from daemon.errors import DropforgeError, NotFound
+from daemon.errors import NotFound, TryLater
 from daemon.inbox import layout
 from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, unclaim_sidecar
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
@@ -34,11 +34,13 @@ from guard.atomic import fsync_dir, write_atomic
 
 SETTING_ASIDE = ".set-aside"  # beside the database while it is renamed: its new name
 
+BUSY_SECONDS = 2.0  # the main loop waits no longer for a lock; it tries again
+
 _REPORTS = frozenset({ROWS_JSON, REPORT_JSON, REPORT_TEXT})
 
 
-def open_store(settings: Settings, log: Any) -> JobStore:
-    """Open the root's store, checked.
+def open_store(settings: Settings, log: Any, *, damage: str = "") -> JobStore:
+    """Open the root's store, checked. `damage`: what was found of it while it was used.
 
     One that cannot be read is set aside and rebuilt from the folders. Raises NewerStore, StoreError (another process
     holds it), OSError.
@@ -49,11 +51,13 @@ def open_store(settings: Settings, log: Any) -> JobStore:
     try:
         # A store that is lost or emptied is one that cannot be read; on a new root there is nothing to rebuild it from.
         intact = path.exists() and path.stat().st_size > 0
-        store = JobStore(path, check=intact)
+        if damage and intact:
+            raise BrokenStore(operation="use the job store", subject=path, cause=damage)
+        store = JobStore(path, check=intact, busy_seconds=BUSY_SECONDS)
     except BrokenStore as error:
         intact = False
         log.error("store.set_aside", path=str(set_aside(path)), reason=error.cause)
-        store = JobStore(path)
+        store = JobStore(path, busy_seconds=BUSY_SECONDS)
     found = [] if intact else [store.add(job) for job in jobs_on_disk(settings)]
     if found:
         log.warning("store.rebuilt", jobs=len(found), succeeded=sum(job.state is JobState.SUCCEEDED for job in found))
@@ -124,15 +128,13 @@ def _is_forgotten(settings: Settings, version: versions.Version) -> bool:
 def repair_inbox(settings: Settings, store: JobStore, archive: Archive, log: Any) -> list[str]:
     """Make the folders, and finish every claim and move that was begun.
 
-    Returns what to warn of. Raises OSError when there is no inbox to work in, StoreError.
+    Returns what to warn of. Raises TryLater and OSError when the inbox cannot be used now, StoreError.
     """
     layout.create_folders(settings)
     processing = settings.inbox_dir / layout.PROCESSING
     if reason := layout.unusable_reason(settings):
         # What may not be entered is not empty: its jobs would be taken for lost.
-        raise DropforgeError(
-            operation="take up the jobs of", subject=settings.inbox_dir, cause=reason, hint="mend that and start again"
-        )
+        raise TryLater(operation="take up the jobs of", subject=settings.inbox_dir, cause=reason, hint="mend that")
     warnings: list[str] = []
     latest = latest_spec(settings.state_dir)
     for job in store.jobs({JobState.CLAIMED}):

@@ -7,6 +7,7 @@
 | `trainer.log`    | trainer's output        | appended, over all attempts           | no      | nothing was printed                    |
 | `events.jsonl`   | trainer, `RunWriter`    | appended as things happen             | no      | nothing has happened yet               |
 | `progress.json`  | trainer, `RunWriter`    | replaced, at most every 0.2 s         | no      | the trainer has not begun              |
+| `.result.reserve`| trainer, `RunWriter`    | first: room for the result            | no      | a full disk may cost the result        |
 | `result.json`    | trainer, `RunWriter`    | last, once an attempt                 | yes     | it still runs, or it is lost           |
 | `process-N/`     | worker N of several     | as above: its result; events from 1 on| as above| the run has one process                |
 | `tensorboard/`   | trainer of rank 0       | at each logged step                   | no      | no step was logged                     |
@@ -20,14 +21,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from daemon.job import RUN_SPEC_VERSION, Progress, RunResult, RunSpec, from_json, to_json, utc_now
 from daemon.processes import ProcessIdentity
-from guard.atomic import end_last_line, last_line, write_atomic
+from guard.atomic import append_or_nothing, end_last_line, last_line, rename_durable, write_all, write_atomic
 
 RUNS_NAME = "runs"
 SPEC_NAME = "run.json"
@@ -36,6 +39,9 @@ LOG_NAME = "trainer.log"
 EVENTS_NAME = "events.jsonl"
 PROGRESS_NAME = "progress.json"
 RESULT_NAME = "result.json"
+RESERVE_NAME = ".result.reserve"  # becomes the result
+RESERVED_BYTES = 64 * 1024  # no result was ever longer
+UNWRITTEN_EVENTS = 10_000  # that wait in memory for room on the disk; of more, the newest
 TENSORBOARD_NAME = "tensorboard"
 # What an attempt leaves behind and the next one must not read as its own.
 ATTEMPT_NAMES = (RESULT_NAME, PROGRESS_NAME, IDENTITY_NAME)
@@ -177,20 +183,28 @@ def read_result(run_dir: Path) -> tuple[int, RunResult] | None:
 class RunWriter:
     """Writes events, progress and result of one attempt.
 
-    `result_dir` is where a worker of several leaves its own result; the result of an earlier attempt is removed there.
+    A disk that is full for a while ends no run: progress is skipped then, events wait in memory, and the result, which is
+    the last word, has its room set aside from the start. `result_dir` is where a worker of several leaves its own result;
+    the result of an earlier attempt is removed there.
     """
 
     def __init__(self, run_dir: Path, *, result_dir: Path | None = None) -> None:
         self._run_dir = run_dir
         self._result_path = (result_dir or run_dir) / RESULT_NAME
         self._result_path.unlink(missing_ok=True)
-        self._events = (run_dir / EVENTS_NAME).open("a", encoding="ascii", buffering=1)
+        self._reserve = self._result_path.with_name(RESERVE_NAME)
+        with suppress(OSError):  # the result is then written as any other file
+            self._reserve.write_bytes(b" " * RESERVED_BYTES)
+        self._events: int | None = None  # descriptor
+        self._unwritten: deque[bytes] = deque(maxlen=UNWRITTEN_EVENTS)
         self._progress = Progress(phase="starting")
         self._written = 0.0
 
     def event(self, name: str, **data: Any) -> None:
         """Append one event; the daemon carries it into its log under the same name."""
-        self._events.write(json.dumps({"at": utc_now(), "event": name, **data}, default=str) + "\n")
+        line = json.dumps({"at": utc_now(), "event": name, **data}, default=str) + "\n"
+        self._unwritten.append(line.encode("ascii"))
+        self._write_events()
 
     def progress(self, **fields: Any) -> None:
         """Change some fields of the progress; a new phase is written at once, steps at most every PROGRESS_SECONDS."""
@@ -200,14 +214,44 @@ class RunWriter:
         if self._progress.phase == before.phase and now - self._written < PROGRESS_SECONDS:
             return
         self._written = now
+        self._write_events()
         # Not fsynced: after a crash of the machine it is of no use anyway.
         beside = self._run_dir / f".{PROGRESS_NAME}.{os.getpid()}"
-        beside.write_text(to_json(self._progress), encoding="ascii")
-        beside.replace(self._run_dir / PROGRESS_NAME)
+        with suppress(OSError):
+            beside.write_text(to_json(self._progress), encoding="ascii")
+            beside.replace(self._run_dir / PROGRESS_NAME)
 
     def result(self, result: RunResult) -> None:
-        """Write the result durably; it is the last word of the attempt."""
-        write_atomic(self._result_path, to_json(result, indent=1))
+        """Write the result durably; it is the last word of the attempt. Raises OSError."""
+        self._write_events()
+        text = to_json(result, indent=1).encode("ascii")
+        try:
+            _fill(self._reserve, text)
+        except OSError:
+            write_atomic(self._result_path, text)
+            return
+        rename_durable(self._reserve, self._result_path, replace=True)
+
+    def _write_events(self) -> None:
+        """Append what was not written yet; what the disk refuses is tried again with the next."""
+        with suppress(OSError):
+            if self._events is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                self._events = os.open(self._run_dir / EVENTS_NAME, flags, 0o666)
+            while self._unwritten:
+                append_or_nothing(self._events, self._unwritten[0])
+                self._unwritten.popleft()
+
+
+def _fill(reserve: Path, text: bytes) -> None:
+    """Write `text` into the room of a file that has it already, durably. Raises OSError."""
+    fd = os.open(reserve, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        write_all(fd, text)
+        os.ftruncate(fd, len(text))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _parse(lines: bytes) -> Iterator[RunEvent]:

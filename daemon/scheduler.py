@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ from daemon.job import RUN_SPEC_VERSION, FailureKind, Job, JobState, Outcome, Pr
 from daemon.notifications import Hooks
 from daemon.recipe import Recipe, explain
 from daemon.retry import RetryDecision, StopReason, decide, decide_not_launched
-from daemon.run_dir import RunReader, run_dir_of, sealed_step, step_in
+from daemon.run_dir import RunEvent, RunReader, run_dir_of, sealed_step, step_in
 from daemon.store import JobStore, TransitionRefused
 from daemon.text import escape
 
@@ -53,6 +54,8 @@ class Run:
     stop: StopReason | None = None  # why the trainer was asked to leave
     stop_requested_at: float = 0.0  # monotonic
     killed: bool = False  # it was asked, did not leave, and was killed
+    ended: Exit | None = None  # how the trainer left; kept while what follows cannot be recorded
+    unrelayed: deque[RunEvent] = field(default_factory=deque)  # events that were read, and not recorded yet
     progress: Progress | None = None
     launched_at: float = field(default_factory=time.monotonic)
     progressed_at: float = field(default_factory=time.monotonic)  # when anything was reported last
@@ -79,6 +82,7 @@ class Scheduler:
         self.settings = settings
         self.run: Run | None = None  # the attempt in progress
         self.hold: Hold | None = None  # why nothing is launched although a job may be ready
+        self.suspended = False  # nothing can be recorded now
         self._store = store
         self._executor = executor
         self._archive = archive
@@ -97,6 +101,8 @@ class Scheduler:
             run = Run(job=job, run_dir=directory, reader=RunReader(directory))
             cancelled = StopReason.CANCEL if job.cancel_request else None
             self.run = run
+            if self._executor.owns(run.run_dir):  # the parts of the daemon were made anew around it
+                return
             if self._executor.adopt(run.run_dir):
                 self._log.warning("trainer.adopted", job=job.id, attempt=job.attempt)
                 self.request_stop(cancelled or StopReason.STOP)
@@ -104,7 +110,8 @@ class Scheduler:
             result = run.reader.result()
             interrupted = result is not None and result.outcome is Outcome.INTERRUPTED
             run.stop = cancelled or (StopReason.DAEMON_LOST if interrupted else None)
-            self._end_attempt(run, Exit())
+            run.ended = Exit()
+            self._end_attempt(run, run.ended)
 
     def poll_control(self) -> bool:
         """Take what was requested through the store; True when another process has written to it."""
@@ -130,13 +137,13 @@ class Scheduler:
             return
         if run.promote_at is not None:
             if time.monotonic() >= run.promote_at or run.stop is StopReason.CANCEL:
-                self._end_attempt(run, Exit(code=0))
+                self._end_attempt(run, run.ended or Exit(code=0))
             return
         self._relay(run)
-        ended = self._executor.poll(run.run_dir)
-        if ended is not None:
+        run.ended = run.ended or self._executor.poll(run.run_dir)
+        if run.ended is not None:
             self._relay(run)
-            self._end_attempt(run, ended)
+            self._end_attempt(run, run.ended)
         else:
             self._enforce_limits(run)
 
@@ -293,12 +300,15 @@ class Scheduler:
         if events or (progress is not None and progress != run.progress):
             run.progressed_at = time.monotonic()
         run.progress = progress or run.progress
-        for name, data in events:
+        run.unrelayed.extend(events)
+        while run.unrelayed:
+            name, data = run.unrelayed[0]
             if name == "run.started":  # it may begin below an earlier attempt, whose checkpoints were another run's
                 start = step_in(data, "start_step")
                 run.job = self._store.update(run.job.id, max_step=start, step_at_launch=start)
             elif name == "checkpoint.sealed":
                 run.job = self._store.update(run.job.id, max_step=max(run.job.max_step, step_in(data, "step")))
+            run.unrelayed.popleft()
             self._log.info(name, **{**data, "job": run.job.id})
 
     def _enforce_limits(self, run: Run) -> None:
@@ -370,19 +380,41 @@ class Scheduler:
             fields["recipe"] = decision.recipe
         if version:
             fields["version"] = version
-        self.run = None
-        self._gpu.release()
         if decision.to is not JobState.QUEUED:
             self._archive.finish(run.job, decision.to, decision.reason, **fields)
+            self._leave(run)
             return
         if decision.failure is FailureKind.IDENTITY:
             self._judged = run.evidence
         job = self._store.transition(run.job.id, JobState.RUNNING, JobState.QUEUED, decision.reason, **fields)
+        self._leave(run)
         if job.cancel_request:  # it was cancelled while the trainer was leaving
             with suppress(TransitionRefused):  # a command cancelled it at this moment
                 self._archive.finish(job, JobState.CANCELLED, StopReason.CANCEL.value)
 
+    def _leave(self, run: Run) -> None:
+        """Make room for the next run, once the end of this one is recorded."""
+        if self.run is run:
+            self.run = None
+        self._gpu.release()
+
     # -- holds
+
+    def suspend(self, hold: Hold) -> None:
+        """Hold the queue because nothing can be recorded now; a running trainer goes on, and no limit of time counts."""
+        if not self._is_paused():
+            self._change_hold(hold)
+        self.suspended = True
+
+    def unsuspend(self) -> None:
+        """Go on after `suspend`: what a trainer could not report meanwhile is no sign of a stall."""
+        if not self.suspended:
+            return
+        self.suspended = False
+        if self.run is not None:
+            self.run.progressed_at = time.monotonic()
+        if not self._is_paused():
+            self._change_hold(None)
 
     def _is_paused(self) -> bool:
         return self.hold is not None and self.hold.kind is HoldKind.PAUSED

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import guard
 from daemon import config, control, gpu, root_identity, sd_notify, versions
 from daemon.config import Settings
-from daemon.errors import ConfigError, DropforgeError, RootHeld
+from daemon.errors import ConfigError, DropforgeError, RootHeld, StoreError, TryLater
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
-from daemon.holds import HoldKind
+from daemon.holds import Hold, HoldKind, hold_of
 from daemon.inbox.archive import Archive
 from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
@@ -26,7 +28,8 @@ from daemon.observability import logs
 from daemon.recovery import bring_forward, follow_move, open_store, repair_inbox
 from daemon.retry import StopReason
 from daemon.scheduler import Scheduler
-from daemon.status_writer import StatusWriter, write_starting
+from daemon.status_writer import StatusWriter, write_holding
+from daemon.store import BrokenStore, NewerStore
 from daemon.wakeup import Wakeup
 
 if TYPE_CHECKING:  # its library is imported only where metrics are configured
@@ -34,6 +37,9 @@ if TYPE_CHECKING:  # its library is imported only where metrics are configured
 
 POLL_SECONDS = 0.25  # between two looks at a running trainer's progress
 PRUNE_SECONDS = 600.0  # between two batches of old jobs that are forgotten
+RETRY_SECONDS = 1.0  # between two tries of what could not be recorded or opened
+REBUILD_SECONDS = 60.0  # between two stores that are rebuilt while the daemon runs
+ONCE_PATIENCE_SECONDS = 15.0  # `run --once` waits so long for a machine that nobody is there to mend
 STOP_GRACE_SECONDS = 30.0  # requested of systemd at each tick of a stop; our own stop_timeout is what ends the wait
 
 
@@ -57,6 +63,10 @@ class Service:
         self._next_prune = 0.0  # monotonic
         self._recovered = False
         self._contradiction = ""  # why it is not
+        self._trouble: Hold | None = None  # why nothing can be recorded now
+        self._troubled_since = 0.0  # monotonic
+        self._rebuilt_at = float("-inf")  # likewise: when a damaged store was
+        self._hopeless_since = float("inf")  # likewise: of `run --once`, since when nothing can go on
 
     def run(self, *, once: bool = False) -> int:
         """Serve until asked to stop; with `once`, until inbox and queue are empty.
@@ -88,34 +98,97 @@ class Service:
             lock.release()
 
     def tick(self) -> None:
-        """Run one round: a file's way, from the end that is nearest to done."""
+        """Run one round, and sleep until the next is due."""
         self.wakeup.clear()
         self._ticks += 1
         self._require_same_store()
-        self._recover()  # once, where the start could not
         self._handle_signals()  # SIGHUP reload, SIGTERM stop
-        self._prune()
-        if self.scheduler.poll_control():  # pause, cancel: written by the command line
+        self._run_round()
+        self._publish_status()
+        self._feed_watchdog()
+        self.wakeup.wait(self._max_sleep_seconds())
+
+    def _run_round(self) -> None:
+        """Go a file's way, from the end that is nearest to done.
+
+        What the machine refuses in one stage, a full disk or a locked store, does not keep the others from being
+        tried: a running trainer is followed all the same. Nothing is launched then.
+        """
+        stages = (
+            self._recover,  # once, and again after what could not be recorded
+            self._prune,
+            self._poll_control,  # pause, cancel: written by the command line
+            self._poll_inbox,  # inbox -> claimed -> queued
+            self._poll_run,  # running -> succeeded | failed | queued
+            self._publish_ends,  # log line and hooks for what ended
+        )
+        troubles = [hold for hold in map(self._attempt, stages) if hold is not None]
+        trouble = troubles[0] if troubles else self._attempt(self._dispatch)  # queued -> running
+        if trouble is not None:
+            self._hold(trouble)
+        elif self._trouble is not None:
+            self._trouble = None
+            self.scheduler.unsuspend()
+
+    def _poll_control(self) -> None:
+        if self.scheduler.poll_control():
             self.intake.adopt_claimed()  # a job that a person put back has its rows checked again
-        self.intake.tick(accept=not self.stopping)  # inbox -> claimed -> queued
-        self.scheduler.poll_run()  # running -> succeeded | failed | queued
-        self.notifier.publish()  # log line and hooks for what ended
+
+    def _poll_inbox(self) -> None:
+        self.intake.tick(accept=not self.stopping)
+
+    def _poll_run(self) -> None:
+        self.scheduler.poll_run()
+
+    def _publish_ends(self) -> None:
+        self.notifier.publish()
+
+    def _dispatch(self) -> None:
         if not self._recovered:
             self.scheduler.hold_contradicted()
         elif not self.stopping:
-            self.scheduler.dispatch()  # queued -> running
-        self.status.publish()
-        self._feed_watchdog()
-        self.wakeup.wait(self._max_sleep_seconds())
+            self.scheduler.dispatch()
+
+    def _attempt(self, stage: Callable[[], None]) -> Hold | None:
+        """Run one stage; returns what it has to wait for. Raises what nobody can wait for.
+
+        A store that is damaged is rebuilt from the folders, as at a start.
+        """
+        try:
+            stage()
+        except BrokenStore as error:
+            if time.monotonic() - self._rebuilt_at < REBUILD_SECONDS:  # the disk itself is at fault
+                return hold_of(error)
+            self._rebuilt_at = time.monotonic()
+            self.log.error("store.broken", reason=error.cause)
+            self._reopen(damage=error.cause)
+        except (TryLater, StoreError, OSError) as error:
+            return hold_of(error)
+        return None
+
+    def _hold(self, hold: Hold) -> None:
+        """Hold everything for a reason of the machine's."""
+        if self._trouble is None:
+            self._troubled_since = time.monotonic()
+        self._trouble = hold
+        self._recovered = False  # what was cut short half-way is found as after a crash
+        self.scheduler.suspend(hold)
+
+    def _publish_status(self, *, force: bool = False) -> None:
+        try:
+            self.status.publish(force=force)
+        except (StoreError, OSError) as error:  # the queue cannot be read: tell at least that
+            write_holding(self.settings, (self._trouble or hold_of(error)).reason)
 
     def _serve(self, *, once: bool) -> int:
         with suppress(gpu.GpuUnavailable):  # a device that is not there is an error now, not when a file comes
             gpu.choose(self._gpus.fresh(), self.settings.gpu.device)
         self._install_signal_handlers()
-        write_starting(self.settings, self.log)
-        self._open()
+        write_holding(self.settings, "recovering", status="starting")
+        if not self._open_patiently(once=once):
+            return 0  # it was asked to stop before it could begin
         before = {job.id for job in self.store.jobs(FINAL_STATES)} if once else set()
-        self.status.publish(force=True)
+        self._publish_status(force=True)
         self.log.info("daemon.started", root=str(self.settings.root), watch_mode=self.intake.view().watch_mode)
         # Last: who waited for it may look at both.
         sd_notify.notify("READY=1", sd_notify.status_line(f"watching {self.settings.inbox_dir}"))
@@ -129,14 +202,44 @@ class Service:
         states = {job.state for job in finished if job.id not in before}
         return 1 if JobState.FAILED in states else 3 if JobState.REJECTED in states else 0
 
-    def _open(self) -> None:
-        """Open the store, repair what a crash left, begin to watch."""
-        self.store = open_store(self.settings, self.log)
+    def _open_patiently(self, *, once: bool, damage: str = "") -> bool:
+        """Open, waiting for a disk that is full or a store that is locked. Returns whether it is open."""
+        last = ""
+        since = time.monotonic()
+        while not self._stop_signals:
+            try:
+                self._open(damage)
+            except (NewerStore, BrokenStore):
+                raise
+            except (StoreError, OSError) as error:
+                self._close_parts()
+                if once and time.monotonic() - since > ONCE_PATIENCE_SECONDS:
+                    raise
+                hold = hold_of(error)
+                if hold.reason != last:
+                    self.log.warning("queue.held", kind=hold.kind.value, reason=hold.reason)
+                last = hold.reason
+                write_holding(self.settings, hold.reason)
+                sd_notify.notify("WATCHDOG=1", sd_notify.extend_timeout(STOP_GRACE_SECONDS))
+                self.wakeup.clear()
+                self.wakeup.wait(RETRY_SECONDS)
+            else:
+                if (trouble := self._attempt(self._recover)) is not None:
+                    self._hold(trouble)
+                return True
+        return False
+
+    def _open(self, damage: str) -> None:
+        """Open the store, make the parts around it, begin to watch."""
+        self._parts = ExitStack()
+        self.store = open_store(self.settings, self.log, damage=damage)
+        self._parts.callback(self.store.close)
         self._store_identity = _identity(self.settings.store_path)
         root_identity.establish(self.settings, newest_known=self._newest_known)
         self._archive = archive = Archive(self.settings, self.store, self.log)
         self.intake = Intake(self.settings, self.store, archive, wakeup=self.wakeup, log=self.log)
         self.notifier = Notifier(self.store, hooks=self.settings.hooks, log=self.log)
+        self._parts.callback(self.notifier.close)
         self.scheduler = Scheduler(
             self.settings,
             self.store,
@@ -155,11 +258,26 @@ class Service:
             log=self.log,
             metrics=self._metrics,
         )
+        self.status.stopping = self.stopping
+        self._parts.callback(self.intake.close)
         self.intake.open()
-        self._recover()
+        self._recovered = False
+
+    def _close_parts(self) -> None:
+        """Close what `_open` opened, as far as it came; what cannot be recorded now is found by the next start."""
+        try:
+            self._parts.close()
+        except (StoreError, OSError) as error:
+            self.log.error("daemon.not_closed", error=str(error))
+
+    def _reopen(self, *, damage: str) -> None:
+        """Begin anew around another store, as a start does; a running trainer goes on."""
+        self._close_parts()
+        if self._open_patiently(once=False, damage=damage):
+            self._publish_status(force=True)
 
     def _recover(self) -> None:
-        """Finish what an earlier daemon left; once, as soon as the parts of the root are known to belong together."""
+        """Finish what was cut short, as soon as the parts of the root are known to belong together."""
         if self._recovered:
             return
         if reason := root_identity.contradiction(root_identity.read_parts(self.settings)):
@@ -171,7 +289,8 @@ class Service:
         follow_move(self.settings, self.store, self.log)
         bring_forward(self.settings, self.store, self.log)
         self.intake.resume_claimed(repair_inbox(self.settings, self.store, self._archive, self.log))
-        self.scheduler.recover()
+        if self.scheduler.run is None:
+            self.scheduler.recover()
         self._recovered = True
 
     def _newest_known(self) -> int:
@@ -195,18 +314,20 @@ class Service:
             )
 
     def _close(self) -> None:
-        self.intake.close()
-        self._executor.close()
-        self.notifier.close()
-        self.status.publish(status="stopped", force=True)
+        publish = partial(self.status.publish, status="stopped", force=True)
+        for step in (self.intake.close, self._executor.close, self.notifier.close, publish, self.store.close):
+            try:
+                step()
+            except (StoreError, OSError) as error:  # what cannot be recorded now is found by the next start
+                self.log.error("daemon.not_closed", error=str(error))
         self.log.info("daemon.stopped")
-        self.store.close()
 
     def _is_done(self, *, once: bool) -> bool:
         if self.stopping:
-            return self.scheduler.run is None
-        if once and not self._recovered:  # nobody is there to mend it
-            raise DropforgeError(operation="serve", subject=self.settings.root, cause=self._contradiction)
+            run = self.scheduler.run  # one whose end cannot be recorded now is finished by the next start
+            return run is None or (self._trouble is not None and run.ended is not None)
+        if once:
+            self._require_hope()
         if not once or self._ticks == 0 or self._stop_signals:
             return False
         hold = self.scheduler.hold
@@ -216,6 +337,22 @@ class Service:
         is_busy = self.scheduler.run or view.waiting or view.scanning or view.deferred
         return not is_busy and not self.store.jobs({JobState.CLAIMED, JobState.QUEUED}, limit=1)
 
+    def _require_hope(self) -> None:
+        """Raise DropforgeError for what `run --once` would wait for without end: nobody is there to mend it."""
+        if self._trouble is not None:
+            since, reason = self._troubled_since, self._trouble.reason
+        elif not self._recovered:
+            since, reason = float("-inf"), self._contradiction
+        else:
+            hold = self.scheduler.hold
+            is_closed = hold is not None and hold.kind in (HoldKind.UNWRITABLE, HoldKind.NO_SPACE)
+            reason = self.intake.unusable or (hold.reason if hold is not None and is_closed else "")
+            self._hopeless_since = since = min(self._hopeless_since, time.monotonic()) if reason else float("inf")
+        if reason and time.monotonic() - since > ONCE_PATIENCE_SECONDS:
+            raise DropforgeError(
+                operation="serve", subject=self.settings.root, cause=reason, hint="mend that and start it again"
+            )
+
     def _prune(self) -> None:
         if time.monotonic() >= self._next_prune:
             self._next_prune = time.monotonic() + PRUNE_SECONDS
@@ -224,6 +361,8 @@ class Service:
     def _max_sleep_seconds(self) -> float:
         """How long the loop may sleep."""
         due = [self.settings.status.status_interval]
+        if self._trouble is not None:
+            return RETRY_SECONDS
         if self.scheduler.run is not None:
             due.append(POLL_SECONDS)
         elif self.stopping:

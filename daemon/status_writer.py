@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -130,8 +131,10 @@ class StatusWriter:
         view, run, hold = self._intake.view(), self._scheduler.run, self._scheduler.hold
         if self.stopping:
             return "stopping", "a checkpoint is being sealed" if run else ""
+        if run is not None and not run.waiting_for:  # what is told of a run that cannot be recorded is why
+            return "training", hold.reason if hold is not None and self._scheduler.suspended else run.job.id
         if run is not None:
-            return ("waiting", run.waiting_for) if run.waiting_for else ("training", run.job.id)
+            return "waiting", run.waiting_for
         if hold is not None:
             return "paused" if hold.kind is HoldKind.PAUSED else "waiting", hold.reason
         if view.waiting:
@@ -143,19 +146,16 @@ class StatusWriter:
         return "idle", ""
 
 
-def write_starting(settings: Settings, log: Any) -> None:
-    """Write the status of a daemon that recovers: there is no store yet to read from."""
+def write_holding(settings: Settings, reason: str, *, status: str = "waiting") -> None:
+    """Write the status of a daemon whose queue cannot be read, or is not open yet; where that can be written."""
     snapshot = StatusSnapshot(
-        status="starting",
-        reason="recovering",
+        status=status,
+        reason=reason,
         status_interval=settings.status.status_interval,
         log_path=str(settings.log_path),
     )
-    try:
+    with suppress(OSError):
         write_status(settings.status_path, snapshot)
-    except OSError as error:
-        log.error("status.not_written", error=str(error))
-        return
     sd_notify.notify(sd_notify.status_line(snapshot.status, snapshot.reason))
 
 

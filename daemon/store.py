@@ -11,7 +11,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from daemon.job import (
 )
 from guard.atomic import fsync_dir
 
-BUSY_TIMEOUT_MS = 10_000  # a reader's checkpoint or another command's write; far above either
+BUSY_SECONDS = 10.0  # how long a lock is waited for: a checkpoint or another command's write is far shorter
 
 # One script a version, from nothing to the newest; a script that was released is never changed.
 _MIGRATIONS = (
@@ -85,6 +85,8 @@ _PASSING = frozenset(
         sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_AUTH,
     }
 )  # fmt: skip
+# Errors that only a damaged file gives, or one whose tables are gone: our own statements are right.
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR})
 _QUEUE_ORDER = "ORDER BY begun DESC, priority, position, seq"
 
 
@@ -107,11 +109,11 @@ class JobStore:
     reads it whole) damaged; the file is then left as it is.
     """
 
-    def __init__(self, path: Path, *, check: bool = False) -> None:
+    def __init__(self, path: Path, *, check: bool = False, busy_seconds: float = BUSY_SECONDS) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_MS / 1000)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=busy_seconds)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._migrate()
@@ -265,41 +267,38 @@ class JobStore:
         One that has sealed checkpoints is waited for while it backs off: another run would clear them. A
         back-off that ends later than any can be was written before the clock was set back; it counts as over.
         """
-        row = self._db.execute(
+        rows = self._read(
             "SELECT body, due FROM"  # noqa: S608  likewise
             " (SELECT *, not_before <= ?2 OR not_before > ?2 + ?3 AS due FROM jobs WHERE state = ?1)"
             f" WHERE due OR begun {_QUEUE_ORDER} LIMIT 1",
             (JobState.QUEUED, now, LONGEST_BACKOFF_SECONDS),
-        ).fetchone()
-        return from_json(row[0], Job) if row and row[1] else None
+        )
+        return self._job(rows[0][0]) if rows and rows[0][1] else None
 
     def next_due(self, now: float) -> float | None:
         """Return when the next back-off ends, in seconds since the epoch; None without one."""
-        found = self._db.execute(
+        ((found,),) = self._read(
             "SELECT min(not_before) FROM jobs WHERE state = ? AND not_before > ?", (JobState.QUEUED, now)
-        ).fetchone()[0]
+        )
         return float(found) if found is not None else None
 
     def get(self, job_id: str) -> Job:
         """Return the job. Raises NotFound."""
-        row = self._db.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()
-        if row is None:
+        rows = self._read("SELECT body FROM jobs WHERE id = ?", (job_id,))
+        if not rows:
             raise NotFound(operation="find job", subject=job_id, cause="there is no such job", hint="`dropforge jobs`")
-        return from_json(row[0], Job)
+        return self._job(rows[0][0])
 
     def find(self, text: str) -> Job:
         """Return the one job whose id begins or ends with `text`.
 
         Raises NotFound when none or several do.
         """
-        rows = (
-            self._db.execute(
-                "SELECT body FROM jobs WHERE id >= ?1 AND id < ?1 || char(0x10FFFF) LIMIT 2", (text,)
-            ).fetchall()
-            or self._db.execute("SELECT body FROM jobs WHERE substr(id, -length(?1)) = ?1 LIMIT 2", (text,)).fetchall()
-        )
+        rows = self._read(
+            "SELECT body FROM jobs WHERE id >= ?1 AND id < ?1 || char(0x10FFFF) LIMIT 2", (text,)
+        ) or self._read("SELECT body FROM jobs WHERE substr(id, -length(?1)) = ?1 LIMIT 2", (text,))
         if len(rows) == 1:
-            return from_json(rows[0][0], Job)
+            return self._job(rows[0][0])
         cause = "there is no such job" if not rows else "more than one job matches"
         raise NotFound(operation="find job", subject=text, cause=cause, hint="`dropforge jobs` lists their ids")
 
@@ -307,42 +306,42 @@ class JobStore:
         """Return jobs in order of arrival (or newest first), of the given states or all."""
         order = f"ORDER BY seq {'DESC' if newest else 'ASC'} LIMIT ?"
         if states is None:
-            rows = self._db.execute(f"SELECT body FROM jobs {order}", (limit,)).fetchall()  # noqa: S608  no value in it
+            rows = self._read(f"SELECT body FROM jobs {order}", (limit,))  # noqa: S608  no value in it
         else:
             marks = ", ".join("?" * len(states))
-            rows = self._db.execute(
+            rows = self._read(
                 f"SELECT body FROM jobs WHERE state IN ({marks}) {order}",  # noqa: S608  only question marks
                 (*states, limit),
-            ).fetchall()
-        return [from_json(row[0], Job) for row in rows]
+            )
+        return [self._job(body) for (body,) in rows]
 
     def recent(self, limit: int) -> list[Job]:
         """Return the jobs that ended last, newest first."""
-        rows = self._db.execute(
+        rows = self._read(
             f"SELECT job_id FROM events WHERE new IN ({', '.join('?' * len(FINAL_STATES))})"  # noqa: S608  likewise
             " ORDER BY seq DESC LIMIT ?",
             (*FINAL_STATES, limit * 4),  # a job that was retried has ended more than once
-        ).fetchall()
+        )
         jobs = [self.get(job_id) for job_id in dict.fromkeys(job_id for (job_id,) in rows)]
         return [job for job in jobs if job.state in FINAL_STATES][:limit]
 
     def queue(self, *, limit: int = -1) -> list[Job]:
         """Return queued jobs in the order in which they will run."""
-        rows = self._db.execute(
+        rows = self._read(
             f"SELECT body FROM jobs WHERE state = ? {_QUEUE_ORDER} LIMIT ?",  # noqa: S608  likewise
             (JobState.QUEUED, limit),
-        ).fetchall()
-        return [from_json(row[0], Job) for row in rows]
+        )
+        return [self._job(body) for (body,) in rows]
 
     def counts(self) -> dict[str, int]:
         """Return the number of jobs by state, every state included."""
-        found = dict(self._db.execute("SELECT state, number FROM counts").fetchall())
+        found = dict(self._read("SELECT state, number FROM counts"))
         return {state.value: found.get(state.value, 0) for state in JobState}
 
     def with_digest(self, digest: str, states: Collection[JobState]) -> list[Job]:
         """Return jobs over the same content, in order of arrival."""
-        rows = self._db.execute("SELECT body FROM jobs WHERE digest = ? ORDER BY seq", (digest,)).fetchall()
-        return [job for job in (from_json(row[0], Job) for row in rows) if job.state in states]
+        rows = self._read("SELECT body FROM jobs WHERE digest = ? ORDER BY seq", (digest,))
+        return [job for job in (self._job(body) for (body,) in rows) if job.state in states]
 
     def trained(self, digest: str) -> list[Job]:
         """Return the jobs that trained this content, the first one first."""
@@ -350,14 +349,12 @@ class JobStore:
 
     def with_inode(self, inode: int) -> list[Job]:
         """Return jobs whose file had this inode when it was dropped, in order of arrival."""
-        rows = self._db.execute("SELECT body FROM jobs WHERE source_inode = ? ORDER BY seq", (inode,)).fetchall()
-        return [from_json(row[0], Job) for row in rows]
+        rows = self._read("SELECT body FROM jobs WHERE source_inode = ? ORDER BY seq", (inode,))
+        return [self._job(body) for (body,) in rows]
 
     def transitions(self, job_id: str) -> list[JobTransition]:
         """Return every transition of a job, oldest first."""
-        rows = self._db.execute(
-            "SELECT at, old, new, reason FROM events WHERE job_id = ? ORDER BY seq", (job_id,)
-        ).fetchall()
+        rows = self._read("SELECT at, old, new, reason FROM events WHERE job_id = ? ORDER BY seq", (job_id,))
         return [
             JobTransition(at=at, job_id=job_id, old=old, new=new, reason=from_json(reason, str))
             for at, old, new, reason in rows
@@ -365,9 +362,7 @@ class JobStore:
 
     def transitions_after(self, number: int) -> list[tuple[int, JobTransition]]:
         """Return all transitions after the one of this number, each with its number, in order."""
-        rows = self._db.execute(
-            "SELECT seq, job_id, at, old, new, reason FROM events WHERE seq > ? ORDER BY seq", (number,)
-        ).fetchall()
+        rows = self._read("SELECT seq, job_id, at, old, new, reason FROM events WHERE seq > ? ORDER BY seq", (number,))
         return [
             (seq, JobTransition(at=at, job_id=job_id, old=old, new=new, reason=from_json(reason, str)))
             for seq, job_id, at, old, new, reason in rows
@@ -375,12 +370,13 @@ class JobStore:
 
     def last_transition(self) -> int:
         """Return the number of the newest transition, 0 when there is none."""
-        return int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+        ((number,),) = self._read("SELECT coalesce(max(seq), 0) FROM events")
+        return int(number)
 
     def control(self, key: str) -> Any:
         """Return the value under this key (`paused`: mode, time and reason); None when there is none."""
-        row = self._db.execute("SELECT value FROM controls WHERE key = ?", (key,)).fetchone()
-        return json.loads(row[0]) if row else None
+        rows = self._read("SELECT value FROM controls WHERE key = ?", (key,))
+        return json.loads(rows[0][0]) if rows else None
 
     def set_control(self, key: str, value: Any) -> None:
         """Set the value under a key; None removes it."""
@@ -417,7 +413,8 @@ class JobStore:
 
     def data_version(self) -> int:
         """Return a number that differs when another process has written since the last call."""
-        return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+        ((number,),) = self._read("PRAGMA data_version")
+        return int(number)
 
     def prune(self, before: str, *, most: int = 1000) -> int:
         """Delete jobs that ended before `before` (ISO 8601), oldest first, at most about `most`.
@@ -474,13 +471,40 @@ class JobStore:
             try:
                 yield
             except BaseException:
-                self._db.execute("ROLLBACK")
+                self._roll_back()
                 raise
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
+            self._roll_back()
+            raise self._failure("write", error) from error
+
+    def _roll_back(self) -> None:
+        """End an open transaction; SQLite may have done so by itself."""
+        with suppress(sqlite3.Error):
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            raise StoreError(operation="write the job store", subject=self.path, cause=str(error)) from error
+
+    def _read(self, sql: str, values: Collection[Any] = ()) -> list[Any]:
+        """Return all rows of a query. Raises StoreError, BrokenStore."""
+        try:
+            return self._db.execute(sql, tuple(values)).fetchall()
+        except sqlite3.Error as error:
+            raise self._failure("read", error) from error
+
+    def _job(self, body: str) -> Job:
+        """Read a job's row. Raises BrokenStore when it was altered."""
+        try:
+            return from_json(body, Job)
+        except ValueError as error:
+            cause = f"the row of a job is damaged: {error}"
+            raise BrokenStore(operation="read the job store", subject=self.path, cause=cause) from error
+
+    def _failure(self, operation: str, error: sqlite3.Error) -> StoreError:
+        """What an error of SQLite means for the file: damaged, or not to be used at this moment."""
+        is_damaged = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_NOTADB) & 0xFF in _DAMAGED
+        return (BrokenStore if is_damaged else StoreError)(
+            operation=f"{operation} the job store", subject=self.path, cause=str(error)
+        )
 
     def _write(self, job: Job) -> None:
         self._db.execute(

@@ -60,6 +60,20 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def append_or_nothing(fd: int, data: bytes) -> None:
+    """Append all of `data` to a file that is open for appending, or none of it. Raises OSError.
+
+    What a full disk took of a line that did not fit is taken back.
+    """
+    size = os.fstat(fd).st_size
+    try:
+        write_all(fd, data)
+    except OSError:
+        with suppress(OSError):  # a device has no length
+            os.ftruncate(fd, size)
+        raise
+
+
 def fsync_dir(path: PathLike) -> None:
     """Make the names in a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -32,6 +32,9 @@ class Executor(Protocol):
     def launch(self, spec: RunSpec) -> None:
         """Start the attempt that `spec` describes; returns as soon as it is started. Raises OSError."""
 
+    def owns(self, run_dir: Path) -> bool:
+        """Whether this executor itself started the trainer of `run_dir`, and has not reported its end yet."""
+
     def adopt(self, run_dir: Path) -> bool:
         """Take charge of a trainer that an earlier daemon left in `run_dir`; False when none is alive."""
 

@@ -63,6 +63,10 @@ class LocalExecutor:
         """Open files that a trainer keeps for as long as it lives: the GPU's lock."""
         return self._gpu.descriptors
 
+    def owns(self, run_dir: Path) -> bool:
+        """Whether the trainer is a child that was not reaped yet."""
+        return run_dir in self._children
+
     def adopt(self, run_dir: Path) -> bool:
         """Recognise a living trainer of an earlier daemon by pid, start time and boot."""
         identity = read_identity(run_dir)

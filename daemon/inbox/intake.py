@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from daemon.config import Settings
+from daemon.errors import StoreError
 from daemon.inbox import layout
 from daemon.inbox.archive import Archive
 from daemon.inbox.candidates import REMEMBER_SECONDS, SHOWN, CandidateTracker, SettledFile, shown_name
@@ -134,6 +135,11 @@ class Intake:
         if now >= self._next_purge:
             self._next_purge = now + PURGE_SECONDS
             self._archive.purge()
+
+    @property
+    def unusable(self) -> str:
+        """Why no file can be claimed now; empty when files can."""
+        return self._unusable
 
     def adopt_claimed(self) -> None:
         """Validate claimed jobs that no child has: another process put them back."""
@@ -305,6 +311,9 @@ class Intake:
                 self._candidates.remove_claimed(file, now, None)
                 self._scan_requested = True
             return None
+        except (StoreError, OSError) as failure:  # its row or its rename is missing; recovery knows what to do about it
+            self._candidates.postpone(candidate, now, seconds=FAILED_CLAIM_SECONDS, reason=str(failure).splitlines()[0])
+            raise
         if job.continues is not None:
             self._log.warning("file.came_back", file=file.shown, job=job.id, continues=job.continues)
             earlier = self._pieces[file.shown].jobs if file.shown in self._pieces else (job.continues,)

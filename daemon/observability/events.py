@@ -37,6 +37,10 @@ EVENTS: Mapping[str, Event] = {
     "daemon.stopped": _event("info", "The last line of a daemon that left in order."),
     "daemon.reloaded": _event("info", "SIGHUP: the log was opened again, settings were read again.", "ignored"),
     "daemon.not_reloaded": _event("error", "SIGHUP: the settings have a fault; those of before stay.", "error"),
+    "daemon.not_closed": _event(
+        "error", "Something could not be recorded at the end; the next start finds it.", "error"
+    ),
+    "store.broken": _event("error", "The queue's database was damaged while the daemon ran; it is rebuilt.", "reason"),
     "store.set_aside": _event("error", "The queue's database cannot be read and was moved aside.", "path reason"),
     "root.contradicted": _event("error", "Parts of the root do not belong together; the queue is held.", "reason"),
     "job.brought_forward": _event(
@@ -149,7 +153,9 @@ EVENTS: Mapping[str, Event] = {
     "run.first_step": _event("info", "The first step of this attempt is done.", "job step loss"),
     "run.loss_spiked": _event("info", "A step's loss is far above the usual.", "job step loss usual"),
     "run.scalars_not_written": _event(
-        "warning", "The run has no TensorBoard files: their package is missing.", "job error hint"
+        "warning",
+        "The run has no TensorBoard files from here on: their package is missing, or the disk refuses them.",
+        "job error hint",
     ),
     "run.passes_halved": _event(
         "info", "Memory was short: a step is divided into smaller passes.", "job step budget_tokens passes"

@@ -12,7 +12,6 @@ import logging.handlers
 import os
 import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import structlog
 from daemon.config import Settings
 from daemon.observability import journald, log_reader
 from daemon.text import finite
-from guard.atomic import end_last_line, write_all
+from guard.atomic import append_or_nothing, end_last_line
 
 Listener = Callable[[str, Mapping[str, Any]], None]  # (event name, its data)
 
@@ -138,14 +137,8 @@ class _WholeLines:
             raise
 
     def write(self, text: str) -> None:
-        """Append; what was written of a line that did not fit is taken back. Raises OSError."""
-        size = self.tell()
-        try:
-            write_all(self._fd, text.encode("ascii"))
-        except OSError:
-            with suppress(OSError):  # a device has no length
-                os.ftruncate(self._fd, size)
-            raise
+        """Append the whole line or nothing. Raises OSError."""
+        append_or_nothing(self._fd, text.encode("ascii"))
 
     def flush(self) -> None:
         """Do nothing: every line is written at once."""

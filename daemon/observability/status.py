@@ -6,10 +6,12 @@ length, lists in number.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -19,6 +21,7 @@ from typing import Annotated, Any, TypedDict, cast
 import msgspec
 from msgspec import Meta
 
+from daemon.errors import is_no_space
 from daemon.gpu import Gpu
 from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
@@ -34,6 +37,7 @@ RUN_WARNINGS = 5  # of each finished job
 TEXT_CHARACTERS = 300
 # A heartbeat that is so much older than it should be means that the loop hangs: a tick never takes that long.
 MISSED_HEARTBEATS = 10
+REREAD_SECONDS = 0.05  # before a status that is not whole is read again
 LEAST_SILENCE_SECONDS = 60.0
 
 
@@ -174,10 +178,36 @@ def json_schema() -> dict[str, Any]:
 
 
 def write_status(path: Path, snapshot: StatusSnapshot) -> None:
-    """Replace the status file by one rename. Not fsynced: after a crash of the machine it is of no use. Raises OSError."""
+    """Replace the status file by one rename. Not fsynced: after a crash of the machine it is of no use. Raises OSError.
+
+    On a full disk the essence of it is written over the old one, in the room that this has already.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(render(snapshot), encoding="ascii")
-    beside.replace(path)
+    try:
+        beside.write_text(render(snapshot), encoding="ascii")
+        beside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if not is_no_space(error):
+            raise
+        _overwrite(path, snapshot)
+
+
+def _overwrite(path: Path, snapshot: StatusSnapshot) -> None:
+    """Write what fits of a status over the old file, filled up to its length. Raises OSError."""
+    bare = replace(snapshot, waiting=(), left_alone=(), recent=(), warnings=(), job=None, gpu=())
+    with_job = replace(bare, job=snapshot.job and {**snapshot.job, "losses": []}, warnings=snapshot.warnings[:1])
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        size = os.fstat(fd).st_size
+        texts = (json.dumps(json.loads(render(brief))) for brief in (with_job, bare))  # without indentation
+        text = next((text for text in texts if len(text) <= size), None)
+        if text is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.pwrite(fd, text.ljust(size).encode("ascii"), 0)
+    finally:
+        os.close(fd)
 
 
 def render(snapshot: StatusSnapshot) -> str:
@@ -212,7 +242,7 @@ def read_status(path: Path) -> dict[str, Any] | None:
     is not a status file.
     """
     try:
-        text = path.read_bytes()
+        text = _read_whole(path)
     except FileNotFoundError:
         return None
     if not text.strip(b"\0"):
@@ -222,6 +252,18 @@ def read_status(path: Path) -> dict[str, Any] | None:
         return {**content, **liveness_of(content)}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a status file ({type(error).__name__}: {error})") from error
+
+
+def _read_whole(path: Path) -> bytes:
+    """Read the file, again when it was met while it was overwritten. Raises OSError."""
+    text = path.read_bytes()
+    for _ in range(2):
+        try:
+            json.loads(text)
+        except ValueError:
+            time.sleep(REREAD_SECONDS)
+            text = path.read_bytes()
+    return text
 
 
 def liveness_of(content: Mapping[str, Any]) -> dict[str, Any]:

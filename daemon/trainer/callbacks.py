@@ -39,8 +39,8 @@ def is_spike(loss: float, recent: list[float] | deque[float]) -> bool:
 class ScalarWriter:
     """Appends scalars to one TensorBoard event file in `folder`; each attempt has its own, and TensorBoard joins them.
 
-    Whole after each write, and on this thread: a full disk ends the run as it does everywhere else, while tensorboardX's
-    own SummaryWriter would lose the error in a thread. Raises ImportError when tensorboardX is not installed, OSError.
+    Whole after each write, and on this thread: tensorboardX's own SummaryWriter would lose a full disk's error in another
+    thread. Raises ImportError when tensorboardX is not installed, OSError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,12 +64,14 @@ class ScalarWriter:
 
 
 def open_scalars(folder: Path, writer: RunWriter) -> ScalarWriter | None:
-    """Open a ScalarWriter; None, and one event that says so, when tensorboardX is not installed. Raises OSError."""
+    """Open a ScalarWriter; None, and one event that says so, without tensorboardX or where the disk refuses it."""
     try:
         return ScalarWriter(folder)
     except ImportError as error:
         writer.event("run.scalars_not_written", error=str(error), hint="pip install tensorboardX")
-        return None
+    except OSError as error:
+        writer.event("run.scalars_not_written", error=str(error), hint="the next attempt writes them again")
+    return None
 
 
 class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
@@ -211,9 +213,14 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.train_seconds = time.monotonic() - self._started_at
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        """Add one point to each of these curves."""
-        if self._scalars is not None:
+        """Add one point to each of these curves. A disk that refuses them ends the curves, not the run."""
+        if self._scalars is None:
+            return
+        try:
             self._scalars.write(step, scalars)
+        except OSError as error:
+            self._scalars = None
+            self._writer.event("run.scalars_not_written", error=str(error), hint="the next attempt writes them again")
 
     def sealed(self, checkpoint: Checkpoint) -> None:
         """Publish a checkpoint that is intact on disk."""

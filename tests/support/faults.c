@@ -3,6 +3,7 @@
  *
  *   FAULT_ROOT=/folder FAULT_CALL=write|fsync|rename FAULT_ERRNO=28 FAULT_AT=7 FAULT_FOREVER=0
  *   FAULT_ERRNO=0: it is not failed, but ends the process by SIGKILL before it
+ *   FAULT_WHILE=/file: fail only while this file is there
  *   FAULT_ONCE=/file: fail only for the process that makes this file
  *   FAULT_PROGRAM=text that the process's command line must hold (its children inherit the preload)
  */
@@ -54,6 +55,8 @@ static int fails(const char *call) {
     static int count = 0;
     const char *wanted = getenv("FAULT_CALL");
     if (!wanted || strcmp(wanted, call) || !mine()) return 0;
+    const char *during = getenv("FAULT_WHILE");
+    if (during && access(during, F_OK)) return 0;
     int at = atoi(getenv("FAULT_AT") ? getenv("FAULT_AT") : "1");
     int now = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST);
     if (now == at || (now > at && getenv("FAULT_FOREVER") && atoi(getenv("FAULT_FOREVER")))) {

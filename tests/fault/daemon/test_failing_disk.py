@@ -4,7 +4,6 @@ is well the job ends right."""
 from __future__ import annotations
 
 import errno
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,23 +12,20 @@ import pytest
 
 from daemon.job import JobState
 from daemon.versions import list_versions
+from tests.support.disks import build_failing_disk
 from tests.support.root import DROPFORGE, Root, environment
 from tests.support.sound import assert_sound
 
-SOURCE = Path(__file__).parents[2] / "support" / "faults.c"
 TABLES = {
     "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 2},
     "queue": {"retry_seconds": 0.05, "max_attempts": 2},
 }
 KILLED = 0  # in place of an errno
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build the failing disk with")
 
 
 @pytest.fixture(scope="module")
 def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE), "-ldl"], check=True)
-    return library
+    return build_failing_disk(tmp_path_factory.mktemp("faults"))
 
 
 ONCE = [
