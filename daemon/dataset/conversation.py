@@ -62,6 +62,8 @@ _READ_BY_ROLE: Mapping[str, frozenset[str]] = {
 }
 _READ_IN_PAIRS = frozenset((*USER_KEYS, *ASSISTANT_KEYS, *MASK_KEYS, "system"))
 _KNOWN_ROLES = ", ".join(dict.fromkeys(ROLES.values()))
+_CALL, _RESULT = "tool_use", "tool_result"
+_READ_OF_RESULT = frozenset(("type", "tool_use_id", "content"))
 _USE_PAIRS = 'give earlier turns as "history": [["question", "answer"], ...]'
 _USE_TOOL_CALLS = 'give calls as "tool_calls" of the assistant\'s turn, and results as turns of the role "tool"'
 
@@ -154,11 +156,47 @@ class Conversation:
             self._pair(turn, path)
             return
         name, role = _role(turn, role_key, path)
+        if isinstance(turn.get("content"), list) and any(map(_is_block, turn["content"])):
+            self._blocks(turn, role, path)
+            return
         self.unused.note(turn, _READ_BY_ROLE[role] | {role_key}, path)
         message = self._message(turn, role, name in CALL_ROLES, path)
         if name in CALL_ROLES and not message["content"] and "reasoning_content" not in message:
             self.calls_alone.add(len(self.messages))
         self.messages.append(message)
+
+    def _blocks(self, turn: Mapping[str, Any], role: str, path: JsonPath) -> None:
+        """A turn whose content holds calls or results, as Anthropic has them: calls of the turn, results as turns."""
+        plain: list[Any] = []  # parts that are neither
+        calls = []
+        for index, part in enumerate(turn["content"]):
+            kind = part["type"] if _is_block(part) else None
+            if kind == _RESULT and role in ("user", "tool"):
+                if plain:
+                    self._turn({**turn, "content": plain}, path)
+                    plain = []
+                self.unused.note(part, _READ_OF_RESULT, (*path, "content", index))
+                self.messages.append(
+                    {
+                        "role": "tool",
+                        "content": self._result(part.get("content"), (*path, "content", index, "content")),
+                        **({"tool_call_id": text_of(part, "tool_use_id", path)} if "tool_use_id" in part else {}),
+                    }
+                )
+            elif kind == _CALL and role == "assistant":
+                calls.append({key: value for key, value in part.items() if key != "type"})
+            elif kind is not None:
+                raise RowError(
+                    (*path, "content", index), f"a part of type {kind!r} in a turn of the {role}", _USE_TOOL_CALLS
+                )
+            else:
+                plain.append(part)
+        if calls and any(is_given(turn.get(key)) for key in CALL_KEYS):
+            raise RowError(path, "calls are given twice, in the content and beside it")
+        if calls:
+            self._turn({**turn, "content": plain or None, "tool_calls": calls}, path)
+        elif plain:
+            self._turn({**turn, "content": plain}, path)
 
     def _message(self, turn: Mapping[str, Any], role: str, only_calls: bool, path: JsonPath) -> Message:
         content_key = single_key(turn, CONTENT_KEYS, path) or first_present(turn, CONTENT_KEYS)
@@ -170,7 +208,7 @@ class Conversation:
             if value is None:
                 raise RowError(where, "a function call without a call")
             text, calls = None, calls_of(_without_tags(value), where, self.unused)
-        elif role == "tool" and not isinstance(value, str):
+        elif role == "tool":
             text = self._result(value, where)
         else:
             text, thought = read_content(value, where, self.unused)
@@ -214,8 +252,8 @@ class Conversation:
 
     def _result(self, value: Any, path: JsonPath) -> str:
         """What a tool returned, as text; values that are not text are written as JSON."""
-        if value is None:
-            return ""
+        if value is None or isinstance(value, str):
+            return value or ""
         if isinstance(value, list) and (all(map(_is_text, value)) or any(map(_is_no_text, value))):
             return read_content(value, path, self.unused)[0] or ""
         return json.dumps(value, ensure_ascii=False)
@@ -329,6 +367,10 @@ def _without_tags(value: Any) -> Any:
     if isinstance(value, str) and (calls := _TAGGED.findall(value)) and not _TAGGED.sub("", value).strip():
         return calls
     return value
+
+
+def _is_block(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in (_CALL, _RESULT)
 
 
 def _is_text(part: Any) -> bool:

@@ -181,6 +181,14 @@ LEARNED = {
     "tool_calls_by_tool_name": (said(tool_calls=[{"tool_name": "f", "arguments": {"city": "Oslo"}}]), CALLED),
     "tool_calls_with_a_functions_name": (said(tool_calls=[{"function": "f", "arguments": {"city": "Oslo"}}]), CALLED),
     "function_call_in_camel_case": ({"conversations": [{"from": "human", "value": "Q"}, {"from": "functionCall", "value": json.dumps(CALL)}, {"from": "Tool Response", "value": "1"}]}, [*CALLED, "tool: 1"]),
+    "calls_and_results_of_anthropic": (
+        {"system": "S", "messages": [TURNS[0],
+            {"role": "assistant", "content": [{"type": "text", "text": "Hm."}, {"type": "tool_use", "id": "c", "name": "f", "input": {"city": "Oslo"}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "1"}]}, {"type": "text", "text": "And?"}]},
+            TURNS[1]]},
+        ["system: S", "user: Q", 'assistant*: Hm. f({"city": "Oslo"})', "tool: 1", "user: And?", "assistant*: A"],
+    ),
+    "a_call_of_anthropic_alone": (said(content=[{"type": "thinking", "thinking": "T"}, {"type": "tool_use", "name": "f", "input": {"city": "Oslo"}}]), ["user: Q", 'assistant*: <T> f({"city": "Oslo"})']),
     "calls_in_tags": (
         {"conversations": [{"from": "human", "value": "Q"}, {"from": "tool_call", "value": f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"}]}, CALLED,
     ),
@@ -378,7 +386,8 @@ REFUSALS = {
     "turns_in_text_that_are_none": ({"messages": "[{'role': 'user'}]"}, "messages", "should hold JSON"),
     "unknown_role": ({"messages": [{"role": "narrator", "content": "x"}]}, "messages[0].role", "unknown role 'narrator'"),
     "a_result_with_a_picture": ({"messages": [{"role": "tool", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]}, "image_url", "only text"),
-    "a_call_of_anthropic": (said(content=[{"type": "tool_use", "name": "f", "input": {}}]), "tool_use", "only text"),
+    "a_users_call": ({"messages": [{"role": "user", "content": [{"type": "tool_use", "name": "f", "input": {}}]}]}, "content[0]", "in a turn of the user"),
+    "a_call_of_anthropic_twice": (said(content=[{"type": "tool_use", "name": "f", "input": {}}], tool_calls=[CALL]), "messages[1]", "given twice"),
     "a_call_without_a_name": (said(tool_calls=[{"function": {"arguments": "{}"}}]), "tool_calls[0].function", "function's name"),
     "a_user_who_calls": ({"messages": [{**TURNS[0], "function_call": CALL}]}, "messages[0].function_call", "only the assistant"),
     "an_answer_without_content": (said(content=None), "messages[1].content", "needs content"),
@@ -486,6 +495,11 @@ def test_results_keep_the_call_and_the_function_they_are_of() -> None:
         {"role": "tool", "tool_call_id": "c1", "content": "2"},
         {"role": "tool", "name": "f", "content": "3"},
     ]  # fmt: skip
+    result = {"type": "tool_result", "tool_use_id": "c2", "content": "4"}
+    assert read({"messages": [{"role": "user", "content": [result]}, TURNS[1]]}).messages == [
+        {"role": "tool", "content": "4", "tool_call_id": "c2"},
+        TURNS[1],
+    ]
 
 
 def test_prompt_and_completion_as_chat_are_a_user_s_and_an_assistant_s_turn() -> None:
