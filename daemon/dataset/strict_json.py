@@ -180,8 +180,13 @@ def _refuse_depth(text: str) -> None:
     # What is outside of strings, and of that the brackets alone: three passes in C, where the matches below would cost
     # ten times as much. Where the text is no JSON, both are right up to where the parser stops.
     outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2]).encode("utf-8", "replace")
-    depths = accumulate(1 if bracket in b"[{" else -1 for bracket in outside.translate(None, _NO_BRACKETS))
-    if max(depths, default=0) <= MAX_DEPTH:
+    brackets = outside.translate(None, _NO_BRACKETS)
+    left = brackets
+    for _ in range(MAX_DEPTH):  # each round takes the innermost level away
+        left = left.replace(b"{}", b"").replace(b"[]", b"")
+        if not left:
+            return
+    if max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0) <= MAX_DEPTH:
         return
     depth = 0
     for match in _BRACKETS.finditer(text):

@@ -73,9 +73,19 @@ def embedded(text: str, path: JsonPath) -> Any:
 
 def without_nulls(value: Any) -> Any:
     """The value without the keys that are null, at every depth; lists keep theirs."""
+    if not _holds_null(value):
+        return value  # as nearly all do; to look costs less than a copy
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+    return [without_nulls(inner) for inner in value]
+
+
+def _holds_null(value: Any) -> bool:
+    """Whether an object somewhere in the value has a key that is null."""
+    kind = type(value)
+    if kind is dict:
+        return None in value.values() or any(map(_holds_null, value.values()))
+    return kind is list and any(map(_holds_null, value))
 
 
 def single_key(value: Mapping[str, Any], keys: Sequence[str], path: JsonPath, *, same: bool = True) -> str | None:
