@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,8 +18,9 @@ from blake3 import blake3
 
 from daemon.recipe import ModelSettings
 from daemon.text import escape
-from guard.digest import DigestCache, digest_files
+from guard.digest import DigestCache, FileDigest, digest_file, digest_files
 
+Digest = Callable[[Path], FileDigest]
 CACHE_NAME = "digests.json"  # in the state directory
 SHOWN_HEX = 12
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -95,24 +96,25 @@ class BaseIdentity:
         return f"{escape(self.name, most=120)}{commit}{f' ({digests})' if digests else ''}"
 
 
-def identify_base(base: BaseModel, *, cache_path: Path | None = None) -> BaseIdentity:
-    """Digest a base model; large files are read once, and known again by path, size, times and inode.
-
-    `cache_path` keeps their digests between calls. Raises GuardError and OSError for files that cannot be read.
-    """
-    cache = DigestCache(cache_path) if cache_path is not None else None
+def identify_base(base: BaseModel, digest: Digest = digest_file) -> BaseIdentity:
+    """Digest a base model; its large files by `digest`. Raises GuardError and OSError for files that cannot be read."""
     config = _read_object(base.path / "config.json")
     tokenizer = _read_object(base.path / _TOKENIZER_CONFIG)
-    tokenizer_files = digest_files(base.path, _TOKENIZER, cache)
+    tokenizer_files = digest_files(base.path, _TOKENIZER, digest)
     settings = {key: value for key, value in (tokenizer or {}).items() if key not in _NOT_TOKENIZER}
     return BaseIdentity(
         name=base.portable_name,
         commit=base.revision,
-        weights=digest_files(base.path, _WEIGHTS, cache),
+        weights=digest_files(base.path, _WEIGHTS, digest),
         config=_digest({key: value for key, value in (config or {}).items() if key not in _NOT_CONFIG}),
         tokenizer=_digest([tokenizer_files, settings]) if tokenizer_files or tokenizer is not None else None,
         chat_template=_digest(templates) if (templates := _chat_templates(base.path, tokenizer or {})) else None,
     )
+
+
+def remembered(state_dir: Path) -> Digest:
+    """Return a `digest_file` that knows files again by path, size, times and inode, from earlier calls as well."""
+    return DigestCache(state_dir / CACHE_NAME).digest
 
 
 def recorded_base(record: Mapping[str, Any]) -> BaseIdentity | None:

@@ -108,9 +108,12 @@ class HookSettings(Section):
 
 
 class GuardSettings(Section):
-    """`[guard]`: seals, and what happens to cleared checkpoints."""
+    """`[guard]`: seals, checks, and what happens to cleared checkpoints."""
 
     key_file: Path | None = Field(None, description="Key (mode 0600) that turns seals into HMACs.")
+    verify_days: float = Field(
+        7.0, ge=0, description="Between two checks, in the background, of all that is kept; 0: never."
+    )
     keep_cleared_sets: int = Field(10, ge=1, description="Cleared sets that are kept at most, the newest always.")
     keep_cleared_days: float = Field(14.0, ge=0, description="Older sets are purged.")
     keep_cleared_bytes: int = Field(20 * 2**30, ge=0, description="Oldest sets are purged above this.")

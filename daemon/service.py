@@ -30,6 +30,7 @@ from daemon.retry import StopReason
 from daemon.scheduler import Scheduler
 from daemon.status_writer import StatusWriter, write_holding
 from daemon.store import BrokenStore, NewerStore
+from daemon.verification import BackgroundVerifier
 from daemon.wakeup import Wakeup
 
 if TYPE_CHECKING:  # its library is imported only where metrics are configured
@@ -104,6 +105,7 @@ class Service:
         self._require_same_store()
         self._handle_signals()  # SIGHUP reload, SIGTERM stop
         self._run_round()
+        self.verifier.poll()  # what is kept, read again now and then
         self._publish_status()
         self._feed_watchdog()
         self.wakeup.wait(self._max_sleep_seconds())
@@ -249,11 +251,13 @@ class Service:
             gpu=self._gpu,
             log=self.log,
         )
+        self.verifier = BackgroundVerifier(self.settings, self.log)
         self.status = StatusWriter(
             self.settings,
             self.store,
             self.intake,
             self.scheduler,
+            self.verifier,
             gpus=self._gpus,
             log=self.log,
             metrics=self._metrics,
@@ -315,7 +319,14 @@ class Service:
 
     def _close(self) -> None:
         publish = partial(self.status.publish, status="stopped", force=True)
-        for step in (self.intake.close, self._executor.close, self.notifier.close, publish, self.store.close):
+        for step in (
+            self.verifier.close,
+            self.intake.close,
+            self._executor.close,
+            self.notifier.close,
+            publish,
+            self.store.close,
+        ):
             try:
                 step()
             except (StoreError, OSError) as error:  # what cannot be recorded now is found by the next start
@@ -426,7 +437,7 @@ class Service:
             ignored = config.changes_for_restart(self.settings, settings)
             self.settings = config.reloaded(self.settings, settings)
             self.intake.reload(self.settings)
-            self.scheduler.settings = self.status.settings = self.settings
+            self.scheduler.settings = self.status.settings = self.verifier.settings = self.settings
             self.notifier.hooks.settings = self.settings.hooks
             names = ", ".join(ignored)
             self.status.warnings = (f"changed, but applied only by a restart: {names}",) if ignored else ()

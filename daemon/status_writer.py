@@ -23,6 +23,7 @@ from daemon.observability.status import (
     RECENT_JOBS,
     WAITING_FILES,
     CurrentModel,
+    LastVerification,
     StatusSnapshot,
     current_model,
     finished_job,
@@ -33,6 +34,7 @@ from daemon.observability.status import (
 from daemon.run_dir import read_events, step_in
 from daemon.scheduler import Scheduler
 from daemon.store import JobStore
+from daemon.verification import BackgroundVerifier, Verification
 
 if TYPE_CHECKING:  # its library is imported only where metrics are configured
     from daemon.observability.metrics import MetricsPublisher
@@ -51,6 +53,7 @@ class StatusWriter:
         store: JobStore,
         intake: Intake,
         scheduler: Scheduler,
+        verifier: BackgroundVerifier,
         *,
         gpus: GpuProbe,
         log: Any,
@@ -62,6 +65,7 @@ class StatusWriter:
         self._store = store
         self._intake = intake
         self._scheduler = scheduler
+        self._verifier = verifier
         self._gpus = gpus
         self._log = log
         self._metrics = metrics
@@ -123,7 +127,8 @@ class StatusWriter:
             recent=tuple(finished_job(job) for job in self._store.recent(RECENT_JOBS)),
             model=self._model.read(self.settings.model_dir),
             gpu=tuple(map(gpu_device, self._gpus.known())),
-            warnings=(*self.warnings, *view.warnings),
+            verification=_last_verification(self._verifier.last),
+            warnings=(*self.warnings, *self._verifier.warnings, *view.warnings),
         )
 
     def _state(self) -> tuple[str, str]:
@@ -231,6 +236,12 @@ class LossHistory:
                 continue  # of a trainer of another version
         for step, loss in sorted(losses.items()):
             self._add(step, loss)
+
+
+def _last_verification(last: Verification | None) -> LastVerification | None:
+    if last is None:
+        return None
+    return {"at": last.at, "versions": last.versions, "datasets": last.datasets, "problems": len(last.problems)}
 
 
 def _waited_seconds(job: Job) -> float | None:

@@ -62,7 +62,7 @@ class Lineage:
     """The events of a model directory's lineage, oldest first, and where their chain breaks."""
 
     events: tuple[Mapping[str, Any], ...] = ()
-    broken: tuple[str, ...] = ()  # a sentence for each line that is not JSON or does not follow from the one before
+    broken: tuple[str, ...] = ()  # a sentence for each line that does not follow from the one before
 
     @property
     def newest_number(self) -> int:
@@ -93,9 +93,9 @@ def read_lineage(model_dir: Path) -> Lineage:
         try:
             event = json.loads(line)
         except ValueError:
-            event = None  # torn by a crash: it was never acknowledged, and the record follows
+            event = None
+        # Torn by a crash: it was never acknowledged, and was written again. The next line tells one that was altered.
         if not _is_event(line) or not isinstance(event, dict):
-            broken.append(f"line {number} of {LINEAGE} is not an event")
             continue
         # Lines of before there was a chain have no `previous`; from the first that has one, all must.
         if event.get("previous", None if not _chained(events) else "") not in (None, _line_digest(before)):
@@ -219,7 +219,8 @@ def damage(version: Version, digest_of: Callable[[str], str | None] | None = Non
     if not version.record:
         return (f"version {version.name} has no {RECORD} that can be read",)
     record = promotion_record(version)
-    recorded = record.get("files") or {}
+    files = record.get("files")
+    recorded = files if isinstance(files, Mapping) else {}
     if not recorded and record.get("adapter_digest"):
         recorded = {"adapter_model.safetensors": record["adapter_digest"]}
     found = []

@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from .errors import FileChanged, FileUnreadable, GuardError, NotFound, explain_o
 MAP_ABOVE_BYTES = 128 * 1024 * 1024
 
 _READ_BYTES = 1024 * 1024
+_STRETCH_SECONDS = 0.05  # of reading between two pauses
 
 # File times move in ticks of the kernel's clock (4 to 10 ms). A file whose last change is younger than this
 # could change again within the same tick, and its mtime would not show it.
@@ -54,8 +55,10 @@ class FileDigest:
     blake3_hex: str
 
 
-def digest_file(path: PathLike, *, map_above_bytes: int = MAP_ABOVE_BYTES) -> FileDigest:
+def digest_file(path: PathLike, *, map_above_bytes: int = MAP_ABOVE_BYTES, rest: float = 0.0) -> FileDigest:
     """Digest one regular file; memory stays flat at any size.
+
+    `rest`: seconds to pause for each second of reading, for one who is in no hurry; the file is then read by one thread.
 
     Raises FileUnreadable (missing, not permitted, not a regular file) and FileChanged when size, times or
     inode moved between the first byte and the last, or when another file took over the path.
@@ -69,10 +72,10 @@ def digest_file(path: PathLike, *, map_above_bytes: int = MAP_ABOVE_BYTES) -> Fi
         before = _settled_stat(fd)
         if not stat.S_ISREG(before.st_mode):
             raise FileUnreadable(operation="read", path=path, cause="it is not a regular file")
-        if before.st_size >= map_above_bytes and sys.executable:
+        if before.st_size >= map_above_bytes and sys.executable and not rest:
             digest = _digest_mapped(fd, path)
         else:
-            digest = _digest_read(fd, path, size_bytes=before.st_size)
+            digest = _digest_read(fd, path, size_bytes=before.st_size, rest=rest)
         _require_unchanged(path, before, os.fstat(fd))
     except OSError as exc:
         raise _unreadable(path, exc) from exc
@@ -90,16 +93,19 @@ def _settled_stat(fd: int) -> os.stat_result:
     return status
 
 
-def _digest_read(fd: int, path: PathLike, *, size_bytes: int) -> str:
+def _digest_read(fd: int, path: PathLike, *, size_bytes: int, rest: float) -> str:
     # One thread: the library's thread pool does not survive a fork, and forked data loaders call this too.
     hasher, buffer = blake3(), bytearray(min(_READ_BYTES, size_bytes + 1))
-    view, total = memoryview(buffer), 0
+    view, total, began = memoryview(buffer), 0, time.monotonic()
     with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
         while count := file.readinto(buffer):
             hasher.update(view[:count])
             total += count
             if total > size_bytes:  # a file that grows as fast as we read would never end
                 break
+            if rest and (seconds := time.monotonic() - began) > _STRETCH_SECONDS:
+                time.sleep(rest * seconds)
+                began = time.monotonic()
     if total != size_bytes:
         raise _changed(path, f"it had {size_bytes:,} bytes, and {total:,} were read")
     return hasher.hexdigest()
@@ -239,7 +245,7 @@ def digest_model_files(model_dir: PathLike, cache: DigestCache | None = None) ->
     files = _matching(folder, _MODEL_PATTERNS)
     if not any(path.suffix in (".safetensors", ".gguf") for path in files):
         files = sorted({*files, *_matching(folder, _PICKLED_WEIGHTS)})
-    return _digest_listing(folder, files, cache, what="config or weight files")
+    return _digest_known(folder, files, cache, what="config or weight files")
 
 
 def digest_tokenizer_files(model_dir: PathLike, cache: DigestCache | None = None) -> str:
@@ -250,16 +256,18 @@ def digest_tokenizer_files(model_dir: PathLike, cache: DigestCache | None = None
     it.
     """
     folder = _existing_folder(model_dir, "digest the tokenizer in")
-    return _digest_listing(folder, _matching(folder, _TOKENIZER_PATTERNS), cache, what="tokenizer files")
+    return _digest_known(folder, _matching(folder, _TOKENIZER_PATTERNS), cache, what="tokenizer files")
 
 
-def digest_files(folder: PathLike, patterns: Iterable[str], cache: DigestCache | None = None) -> str | None:
-    """Digest the names, sizes and contents of the files of a folder that match a pattern.
+def digest_files(
+    folder: PathLike, patterns: Iterable[str], digest: Callable[[Path], FileDigest] = digest_file
+) -> str | None:
+    """Digest the names, sizes and contents of the files of a folder that match a pattern, each by `digest`.
 
     Returns 64 hex digits, None where there are none. Raises FileUnreadable, FileChanged.
     """
     files = _matching(Path(folder), patterns)
-    return _digest_listing(Path(folder), files, cache, what="such files") if files else None
+    return _digest_listing(Path(folder), files, digest) if files else None
 
 
 def _existing_folder(path: PathLike, operation: str) -> Path:
@@ -273,11 +281,15 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def _digest_listing(folder: Path, files: list[Path], cache: DigestCache | None, *, what: str) -> str:
-    if not files:
-        raise NotFound(operation="digest", path=folder, cause=f"it holds no {what}")
+def _digest_listing(folder: Path, files: list[Path], digest: Callable[[Path], FileDigest]) -> str:
     listing = []
     for path in files:
-        digest = cache.digest(path) if cache is not None else digest_file(path)
-        listing.append([path.relative_to(folder).as_posix(), digest.size_bytes, digest.blake3_hex])
+        found = digest(path)
+        listing.append([path.relative_to(folder).as_posix(), found.size_bytes, found.blake3_hex])
     return blake3(json.dumps(listing).encode()).hexdigest()
+
+
+def _digest_known(folder: Path, files: list[Path], cache: DigestCache | None, *, what: str) -> str:
+    if not files:
+        raise NotFound(operation="digest", path=folder, cause=f"it holds no {what}")
+    return _digest_listing(folder, files, cache.digest if cache is not None else digest_file)

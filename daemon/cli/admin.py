@@ -110,11 +110,25 @@ def log_path(settings: Settings) -> Path:
 
 
 @app.command("doctor", rich_help_panel=MACHINE)
-def doctor_command(context: typer.Context, as_json: JsonFlag = False) -> None:
-    """Check what would bite: versions, GPU, disk, limits, permissions, model. Exit 1 when something fails."""
+def doctor_command(
+    context: typer.Context,
+    *,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Instead: read all versions, trained files and the base model, and compare with what was recorded.",
+        ),
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check what would bite: versions, GPU, disk, limits, permissions, model. Exit 1 when something fails.
+
+    Example: dropforge doctor --verify
+    """
     from daemon.cli import doctor
 
-    found = doctor.examine(context.obj.root)
+    found = doctor.examine(context.obj.root, verify=verify)
     if as_json:
         print_json([finding.as_dict() for finding in found])
     else:

@@ -21,14 +21,14 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, req
 from pathlib import Path
 from typing import Any
 
-from daemon import config
+from daemon import config, verification
 from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.inbox.layout import UNFINISHED_SECONDS, NameKind, name_kind, watched_folders
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
 from daemon.inbox.strays import find_strays
 from daemon.inbox.watcher import mounted_type, remote_type
-from daemon.text import escape
+from daemon.text import escape, format_bytes
 
 TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 IMPORT_TIMEOUT_SECONDS = 120.0
@@ -71,8 +71,11 @@ class Finding:
         return {"name": self.name, "verdict": self.verdict, "told": self.message, "hint": self.hint}
 
 
-def examine(root: Path) -> list[Finding]:
-    """Run every check on `root`; a check that breaks is a finding itself."""
+def examine(root: Path, *, verify: bool = False) -> list[Finding]:
+    """Run every check on `root`; a check that breaks is a finding itself.
+
+    With `verify` it is the root's contents that are checked, and nothing of the machine.
+    """
     try:
         settings = config.load(root)
     except DropforgeError as error:
@@ -80,7 +83,7 @@ def examine(root: Path) -> list[Finding]:
     found = [_ok("settings", f"{root / config.CONFIG_NAME} is valid")]
     if not (root / config.CONFIG_NAME).exists():
         found = [_warn("settings", f"{root} has no {config.CONFIG_NAME}: all is at its default", "`dropforge init`")]
-    for name, check in CHECKS.items():
+    for name, check in ({"kept": _kept_now} if verify else CHECKS).items():
         found += _guarded(name, check, settings)
     return found
 
@@ -312,6 +315,31 @@ def _systemd(settings: Settings) -> Iterator[Finding]:
         yield _ok("systemd", f"version {number}")
 
 
+def _kept_now(settings: Settings) -> Iterator[Finding]:
+    """What versions, lineage, marks, base model and trained files are now."""
+    found = verification.verify(settings)
+    for problem in found.problems:
+        yield _fail("kept", problem.message, problem.hint)
+    if not found.problems:
+        yield _ok("kept", _as_recorded(found))
+
+
+def _kept_last(settings: Settings) -> Iterator[Finding]:
+    """What the daemon's last check in the background found."""
+    last = verification.read_verification(settings)
+    if last is not None and last.problems:
+        message = f"the check of {last.at} found: {last.problems[0].message}"
+        more = f", and {len(last.problems) - 1} more" if len(last.problems) > 1 else ""
+        yield _warn("kept", message + more, "`dropforge doctor --verify` looks again, and says what to do")
+    elif last is not None:
+        yield _ok("kept", f"{_as_recorded(last)} (checked at {last.at})")
+
+
+def _as_recorded(found: verification.Verification) -> str:
+    counts = f"{found.versions} versions and {found.datasets} trained files"
+    return f"{counts}, {format_bytes(found.size_bytes)}, are as they were recorded"
+
+
 CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "python": _python,
     "packages": _packages,
@@ -324,6 +352,7 @@ CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "model": _model,
     "clock": _clock,
     "systemd": _systemd,
+    "kept": _kept_last,
 }
 
 

@@ -13,7 +13,7 @@ import typer
 
 import guard
 from daemon import versions
-from daemon.base_identity import CACHE_NAME, BaseChange, base_change, find_base, identify_base, recorded_base
+from daemon.base_identity import BaseChange, base_change, find_base, identify_base, recorded_base, remembered
 from daemon.cli import completion, render
 from daemon.cli.app import MODEL, JsonFlag, app, print_json
 from daemon.cli.app import out as out_console
@@ -68,7 +68,7 @@ def merge_version(
         [
             *(sys.executable, "-P", "-m", "daemon.trainer.merge"),
             *(str(found.path), str(out.absolute()), settings.recipe.model.model_dump_json()),
-            *(str(settings.root), str(settings.state_dir / CACHE_NAME)),
+            *(str(settings.root), str(settings.state_dir)),
         ],
         capture_output=True,
         text=True,
@@ -149,7 +149,7 @@ def _base_change(settings: Settings, version: versions.Version) -> BaseChange | 
     base, recorded = find_base(settings.recipe.model, settings.root), recorded_base(versions.promotion_record(version))
     if base is None or recorded is None:
         return None
-    return base_change(version.name, recorded, identify_base(base, cache_path=settings.state_dir / CACHE_NAME))
+    return base_change(version.name, recorded, identify_base(base, remembered(settings.state_dir)))
 
 
 def _running(settings: Settings) -> str:

@@ -43,6 +43,13 @@ EVENTS: Mapping[str, Event] = {
     "store.broken": _event("error", "The queue's database was damaged while the daemon ran; it is rebuilt.", "reason"),
     "store.set_aside": _event("error", "The queue's database cannot be read and was moved aside.", "path reason"),
     "root.contradicted": _event("error", "Parts of the root do not belong together; the queue is held.", "reason"),
+    "root.verified": _event(
+        "info",
+        "All that is kept was read again and compared, in the background.",
+        "versions datasets size_bytes seconds problems",
+    ),
+    "root.damaged": _event("error", "Something that is kept is not as it was recorded.", "reason hint"),
+    "root.not_verified": _event("error", "The background check did not come to its end; it is tried again.", "error"),
     "job.brought_forward": _event(
         "warning", "The queue was older than the lineage, which has the job's version.", "job version"
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,10 @@ class _Snapshot(Collector):
         ]  # fmt: skip
         if snapshot.model is not None and snapshot.model["version"].isdecimal():
             families.append(_gauge("current_version", "Number of the current version.", int(snapshot.model["version"])))
+        if (last := snapshot.verification) is not None:
+            at = datetime.fromisoformat(last["at"]).timestamp()
+            families.append(_gauge("verified_timestamp_seconds", "When all that is kept was last checked.", at))
+            families.append(_gauge("verification_problems", "What that check found.", last["problems"]))
         job = snapshot.job
         if job is not None:
             for name, text, value in (

@@ -35,6 +35,7 @@ WAITING_FILES = 50  # of more, the count is shown
 WARNINGS = 50
 RUN_WARNINGS = 5  # of each finished job
 TEXT_CHARACTERS = 300
+REASON_CHARACTERS = 1000  # a hold's sentence has both identities and the ways out
 # A heartbeat that is so much older than it should be means that the loop hangs: a tick never takes that long.
 MISSED_HEARTBEATS = 10
 REREAD_SECONDS = 0.05  # before a status that is not whole is read again
@@ -66,6 +67,15 @@ class CurrentModel(TypedDict):
     version: str
     dataset: str | None
     created_at: str | None
+
+
+class LastVerification(TypedDict):
+    """The last check, in the background, of all that is kept."""
+
+    at: Annotated[str, Meta(description="When it ended, UTC ISO 8601.")]
+    versions: int
+    datasets: Annotated[int, Meta(description="Trained files that were compared.")]
+    problems: Annotated[int, Meta(description="Each is a warning as well.")]
 
 
 class RunningJob(TypedDict):
@@ -156,6 +166,7 @@ class StatusSnapshot:
     recent: Annotated[tuple[FinishedJob, ...], Meta(max_length=RECENT_JOBS)] = ()
     model: CurrentModel | None = None
     gpu: Annotated[tuple[GpuDevice, ...], Meta(description="As NVML reports; empty without it.")] = ()
+    verification: LastVerification | None = None
     warnings: Annotated[tuple[str, ...], Meta(max_length=WARNINGS)] = ()
 
 
@@ -215,7 +226,7 @@ def render(snapshot: StatusSnapshot) -> str:
     writer = identify(os.getpid())
     stamped = replace(
         snapshot,
-        reason=printable(snapshot.reason, most=TEXT_CHARACTERS),
+        reason=printable(snapshot.reason, most=REASON_CHARACTERS),
         warnings=tuple(printable(warning, most=TEXT_CHARACTERS) for warning in snapshot.warnings[:WARNINGS]),
         pid=os.getpid(),
         start_ticks=writer.start_ticks if writer else 0,

@@ -1,4 +1,4 @@
-"""`python -m daemon.trainer.merge VERSION_DIR OUT MODEL_JSON ROOT CACHE`: merge base and adapter into one model, in bfloat16.
+"""`python -m daemon.trainer.merge VERSION_DIR OUT MODEL_JSON ROOT STATE_DIR`: merge base and adapter into one model, in bfloat16.
 
 Prints one JSON object: `parameters`, `size_bytes`, `probe` and `warnings`, or `error` and `hint`. A merge that does not compute what base
 and adapter compute is not written: the logits of a probe batch are compared first, and what was saved is read back.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from daemon.base_identity import identify_base
+from daemon.base_identity import Digest, identify_base, remembered
 from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
 from daemon.trainer.base_model import load_tokenizer, resolve_base
@@ -25,6 +25,7 @@ from daemon.trainer.model import load_adapter, load_network, saved_config
 from daemon.trainer.origin import require_same_base
 from daemon.versions import read_version
 from guard.atomic import apply_umask, fsync_tree, rename_durable
+from guard.digest import digest_file
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
 # Of the largest logit: adding up in another order differs by less than 1e-5 of it, a weight in the wrong place by far more.
@@ -33,19 +34,19 @@ BASE_HINT = "put that base back, or name it as model_name_or_path under [model],
 
 
 def merge(
-    version_dir: Path, out: Path, model: ModelSettings, *, root: Path | None = None, cache_path: Path | None = None
+    version_dir: Path, out: Path, model: ModelSettings, *, root: Path | None = None, digest: Digest = digest_file
 ) -> dict[str, Any]:
     """Write `out`, a folder that AutoModelForCausalLM loads; it has its name only once it is whole.
 
     Added up in float32 and rounded once. The base is the configured one, never one that the adapter names. Returns
-    `parameters`, `size_bytes`, `probe` (see `compare_logits`) and `warnings`. `cache_path` keeps the base's digests. Raises
+    `parameters`, `size_bytes`, `probe` (see `compare_logits`) and `warnings`. `digest` reads the base's files. Raises
     RunFailure(CONFIG) when `out` exists, RunFailure(IDENTITY) when the version was trained on another base, RunFailure(INTERNAL)
     when the merge would compute something else.
     """
     if out.exists():
         raise RunFailure(FailureKind.CONFIG, f"{out} exists", hint="name a folder that does not")
     base = resolve_base(model, root)
-    warnings = require_same_base(read_version(version_dir), base, identify_base(base, cache_path=cache_path), model)
+    warnings = require_same_base(read_version(version_dir), base, identify_base(base, digest), model)
     config = saved_config(version_dir, base)
     network = load_network(base, model.model_copy(update={"load_in_4bit": False}), dtype=torch.float32)
     adapted = load_adapter(network, version_dir, config).eval()
@@ -156,9 +157,13 @@ def load_saved(folder: Path) -> Any:
 
 if __name__ == "__main__":
     try:
-        version, target, model_json, root_dir, cache = sys.argv[1:]
+        version, target, model_json, root_dir, state_dir = sys.argv[1:]
         settings = ModelSettings.model_validate_json(model_json)
-        print(json.dumps(merge(Path(version), Path(target), settings, root=Path(root_dir), cache_path=Path(cache))))
+        print(
+            json.dumps(
+                merge(Path(version), Path(target), settings, root=Path(root_dir), digest=remembered(Path(state_dir)))
+            )
+        )
     except RunFailure as failure:
         hint = BASE_HINT if failure.kind is FailureKind.IDENTITY else failure.hint
         print(json.dumps({"error": failure.message, "hint": hint}))

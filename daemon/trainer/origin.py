@@ -11,7 +11,6 @@ from pathlib import Path
 
 from daemon import versions
 from daemon.base_identity import (
-    CACHE_NAME,
     BaseIdentity,
     BaseModel,
     BasePart,
@@ -19,6 +18,7 @@ from daemon.base_identity import (
     changed_parts,
     identify_base,
     recorded_base,
+    remembered,
 )
 from daemon.errors import DropforgeError
 from daemon.job import FailureKind, RunSpec
@@ -44,14 +44,17 @@ def find_origin(spec: RunSpec, recipe: Recipe, base: BaseModel) -> Origin:
 
     Raises RunFailure(IDENTITY) when that version is damaged, or was trained on another base.
     """
-    identity = identify_base(base, cache_path=Path(spec.state_dir) / CACHE_NAME if spec.state_dir else None)
+    identity = identify_base(base, *([remembered(Path(spec.state_dir))] if spec.state_dir else []))
     if recipe.training.start_from != "latest":
         return Origin(base=identity, parent=None)
     parent = find_parent(Path(spec.model_dir))
     if parent is None:
         return Origin(base=identity, parent=None)
     require_undamaged(parent)
-    return Origin(base=identity, parent=parent, warnings=require_same_base(parent, base, identity, recipe.model))
+    altered = versions.read_lineage(Path(spec.model_dir)).broken
+    return Origin(
+        base=identity, parent=parent, warnings=(*altered, *require_same_base(parent, base, identity, recipe.model))
+    )
 
 
 def find_parent(model_dir: Path) -> Version | None:

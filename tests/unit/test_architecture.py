@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "daemon.retry",
         "daemon.scheduler",
         "daemon.status_writer",
+        "daemon.verification",
     ),
     ("daemon.service",),
     ("daemon.__main__", "daemon.cli", "daemon.web"),

@@ -29,6 +29,7 @@ SNAPSHOT = StatusSnapshot(
     ),
     model={"version": "0007", "dataset": "d", "created_at": None},
     gpu=({"name": "G", "used_bytes": 5, "total_bytes": 10, "utilization": None},),
+    verification={"at": "2026-11-25T10:00:00.000Z", "versions": 3, "datasets": 3, "problems": 2},
     warnings=("w",),
 )
 
@@ -70,6 +71,8 @@ def test_the_endpoint_tells_the_snapshot_and_the_log_s_events() -> None:
         "dropforge_gpu_memory_used_bytes{gpu=0}": 5,
         "dropforge_watcher_overflows": 2,
         "dropforge_warnings": 1,
+        "dropforge_verification_problems": 2,
+        "dropforge_verified_timestamp_seconds": 1_795_600_800,
         "dropforge_steps_trained_total": 50,
         "dropforge_tokens_trained_total": 1000,
         "dropforge_dataset_bytes_checked_total": 77,

@@ -57,6 +57,7 @@ def full_snapshot() -> StatusSnapshot:
         left_alone=tuple({"file": "f" * 200, "reason": "r" * 200} for _ in range(status.WAITING_FILES)),
         recent=tuple(finished_job(ended) for _ in range(status.RECENT_JOBS)),
         model={"version": "0001", "dataset": "d", "created_at": None},
+        verification={"at": "x", "versions": 10**9, "datasets": 10**9, "problems": 10**9},
         warnings=tuple(NASTY for _ in range(1000)),
     )
 
