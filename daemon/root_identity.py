@@ -21,7 +21,7 @@ from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.job import utc_now
 from daemon.text import escape
-from guard.atomic import write_atomic
+from guard.atomic import make_folder_durable, write_atomic
 
 MARK = ".dropforge-root.json"
 SCHEMA_VERSION = 1
@@ -183,7 +183,7 @@ def _mark(settings: Settings, *, root_id: str, newest_version: int) -> None:
     """Mark all parts; the state's mark says first that it is being done, so that the next start finishes it."""
     paths = part_paths(settings)
     for path in paths.values():
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder_durable(path)
         for leftover in path.glob(f".{MARK}.*.tmp"):  # of a write that a crash cut short
             leftover.unlink(missing_ok=True)
     known = {"newest_version": newest_version}

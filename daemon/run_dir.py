@@ -30,7 +30,15 @@ from typing import Any, TypeVar
 
 from daemon.job import RUN_SPEC_VERSION, Progress, RunResult, RunSpec, from_json, to_json, utc_now
 from daemon.processes import ProcessIdentity
-from guard.atomic import append_or_nothing, end_last_line, last_line, rename_durable, write_all, write_atomic
+from guard.atomic import (
+    append_or_nothing,
+    end_last_line,
+    last_line,
+    make_folder_durable,
+    rename_durable,
+    write_all,
+    write_atomic,
+)
 
 RUNS_NAME = "runs"
 SPEC_NAME = "run.json"
@@ -69,7 +77,7 @@ def worker_dir(run_dir: Path, rank: int) -> Path:
 def begin_attempt(spec: RunSpec) -> Path:
     """Make the run directory ready for the attempt that `spec` describes; returns it. Raises OSError."""
     run_dir = Path(spec.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder_durable(run_dir)
     for name in ATTEMPT_NAMES:
         (run_dir / name).unlink(missing_ok=True)
     with (run_dir / EVENTS_NAME).open("ab+") as events:

@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -332,7 +332,14 @@ class Scheduler:
         if run.promote_at is not None and run.stop is StopReason.CANCEL:
             self._finish(run, RetryDecision(to=JobState.CANCELLED, reason=run.stop.value), result)
             return
-        decision = decide(
+        decision = self._decide(run, ended, result)
+        if decision.to is JobState.SUCCEEDED and result is not None:
+            self._promote(run, decision, result, ended)
+        else:
+            self._finish(run, decision, result)
+
+    def _decide(self, run: Run, ended: Exit, result: RunResult | None) -> RetryDecision:
+        return decide(
             job=run.job,
             result=result,
             ended=ended,
@@ -342,18 +349,25 @@ class Scheduler:
             queue=self.settings.queue,
             now=time.time(),
         )
-        if decision.to is JobState.SUCCEEDED and result is not None:
-            self._promote(run, decision, result)
-        else:
-            self._finish(run, decision, result)
 
-    def _promote(self, run: Run, decision: RetryDecision, result: RunResult) -> None:
-        """Make the finished adapter the current version; when that fails, only this is tried again, not the training."""
+    def _promote(self, run: Run, decision: RetryDecision, result: RunResult, ended: Exit) -> None:
+        """Make the finished adapter the current version; when that fails, only this is tried again.
+
+        The training goes on from its last checkpoint where the adapter itself is lost.
+        """
         try:
             version = versions.promote_result(self.settings, run.job, result, self._log)
         except (DropforgeError, guard.GuardError, OSError) as error:
             self._log.error("version.not_promoted", job=run.job.id, error=str(error))
-            run.promote_failures += not (is_no_space(error) or contradicted(self.settings))
+            is_held = is_no_space(error) or bool(contradicted(self.settings))
+            if isinstance(error, versions.CandidateLost) and not is_held:
+                message = f"the finished adapter is lost: {error.sentence}"
+                lost = replace(
+                    result, outcome=Outcome.FAILED, failure=FailureKind.LOST, message=message, candidate=None
+                )
+                self._finish(run, self._decide(run, ended, lost), lost)
+                return
+            run.promote_failures += not is_held
             if run.promote_failures < self.settings.queue.max_attempts:
                 run.promote_at = time.monotonic() + self.settings.queue.retry_seconds
                 run.waiting_for = f"the finished adapter cannot be promoted yet: {error}".splitlines()[0]

@@ -32,6 +32,7 @@ from daemon.status_writer import StatusWriter, write_holding
 from daemon.store import BrokenStore, NewerStore
 from daemon.verification import BackgroundVerifier
 from daemon.wakeup import Wakeup
+from guard.atomic import make_folder_durable
 
 if TYPE_CHECKING:  # its library is imported only where metrics are configured
     from daemon.observability.metrics import MetricsPublisher
@@ -77,7 +78,7 @@ class Service:
         """
         try:
             root_identity.require_state(self.settings)
-            self.settings.state_dir.mkdir(parents=True, exist_ok=True)
+            make_folder_durable(self.settings.state_dir)
             lock = guard.ModelLock(self.settings.state_dir, owner="dropforge daemon")
             lock.acquire()
         except OSError as error:

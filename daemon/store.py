@@ -29,7 +29,7 @@ from daemon.job import (
     to_json,
     utc_now,
 )
-from guard.atomic import fsync_dir
+from guard.atomic import fsync_dir, make_folder_durable
 
 BUSY_SECONDS = 10.0  # how long a lock is waited for: a checkpoint or another command's write is far shorter
 
@@ -111,7 +111,7 @@ class JobStore:
 
     def __init__(self, path: Path, *, check: bool = False, busy_seconds: float = BUSY_SECONDS) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder_durable(path.parent)
         try:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=busy_seconds)
             self._db.execute("PRAGMA journal_mode = WAL")

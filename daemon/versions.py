@@ -27,7 +27,7 @@ from daemon.memory.promotion import keep_memory
 from daemon.memory.store import HELD_OUT_NAME, ROWS_NAME
 from daemon.run_dir import run_dir_of
 from daemon.text import escape
-from guard.atomic import append_line_durable, fsync_dir, fsync_tree, rename_durable, write_atomic
+from guard.atomic import append_line_durable, fsync_dir, fsync_tree, make_folder_durable, rename_durable, write_atomic
 from guard.digest import digest_file
 from guard.lock import require_lock
 
@@ -41,6 +41,10 @@ RECORD = "training_record.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CARD = "README.md"  # for people, who may edit it
 _NAME = re.compile(r"\d{4,}")
+
+
+class CandidateLost(DropforgeError):
+    """A finished run's adapter is gone, or is not what the run wrote: only the run can make it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,16 +246,15 @@ def _digest_in(path: Path) -> str | None:
 def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[str, Any]) -> Version:
     """Make the adapter in `candidate` the next version and the current one; the caller holds the model lock.
 
-    Can be repeated: after a crash at any point the same call carries on where the first one stopped. Raises
-    DropforgeError when the candidate is incomplete, or gone without having become a version.
+    Can be repeated: after a crash at any point the same call carries on where the first one stopped. Raises CandidateLost
+    when the candidate is incomplete, not the one whose `adapter_digest` is in the record, or gone without having become a
+    version; DropforgeError.
     """
     version = None if candidate.is_dir() else _of_job(model_dir, job_id)  # the rename is what makes it a version
     if version is None:
         missing = [name for name in ADAPTER_FILES if not (candidate / name).is_file()]
         if missing:
-            raise DropforgeError(
-                operation="promote", subject=candidate, cause=f"{', '.join(missing)} is missing", hint="retry the job"
-            )
+            raise CandidateLost(operation="promote", subject=candidate, cause=f"{', '.join(missing)} is missing")
         for leftover in candidate.glob(".*.tmp"):  # of a record that was being written when its writer died
             leftover.unlink()
         for earlier in list_versions(model_dir):  # one whose promotion failed half-way is part of the line all the same
@@ -266,11 +269,13 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
             "created_at": utc_now(),
         }
         files = {path.name: digest_file(path).blake3_hex for path in sorted(candidate.iterdir()) if path.name != RECORD}
+        if record.get("adapter_digest") not in (None, files["adapter_model.safetensors"]):
+            cause = "adapter_model.safetensors is not the file that the run wrote"
+            raise CandidateLost(operation="promote", subject=candidate, cause=cause)
         write_atomic(candidate / RECORD, json.dumps({**full, **record, "files": files}, indent=1))
         fsync_tree(candidate)
         folder = model_dir / VERSIONS
-        folder.mkdir(exist_ok=True)
-        fsync_dir(model_dir)
+        make_folder_durable(folder)
         rename_durable(candidate, folder / name)
         version = read_version(folder / name)
     _record_promotion(model_dir, version)

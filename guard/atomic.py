@@ -1,5 +1,7 @@
 """Writes that are either there or not: temporary name, write, fsync, rename, fsync of the folder.
 
+The one home of durability for the guard, the daemon and the trainer; only SQLite does its own.
+
 Everything raises OSError as the system gave it; callers that speak to people translate it (`guard.errors`).
 """
 
@@ -85,6 +87,16 @@ def fsync_dir(path: PathLike) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def make_folder_durable(path: PathLike) -> None:
+    """Make a folder, and those above it that are missing, with durable names; one that exists is left as it is."""
+    folder = Path(path)
+    if folder.is_dir():
+        return
+    make_folder_durable(folder.parent)
+    folder.mkdir(exist_ok=True)
+    fsync_dir(folder.parent)
 
 
 def fsync_file(path: PathLike) -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from .atomic import PathLike, fsync_dir
+from .atomic import PathLike, make_folder_durable
 from .errors import StorageError, storage_errors
 
 METADATA_NAME: Final = ".dataset_metadata.json"
@@ -38,9 +38,7 @@ def ensure_own_folder(model_dir: PathLike, name: str) -> Path:
                 cause="it is a symbolic link",
                 hint="the guard never leaves the model directory: remove the link",
             )
-        if not folder.is_dir():
-            folder.mkdir()
-            fsync_dir(model_dir)
+        make_folder_durable(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .atomic import PathLike, write_all
+from .atomic import PathLike, make_folder_durable, write_all
 from .errors import ModelLocked, NotLocked, StorageError, storage_errors
 from .layout import LOCK_NAME
 
@@ -53,7 +53,7 @@ class ModelLock:
             raise RuntimeError(f"the lock of {self.model_dir} is already held by this object")
         path = self.model_dir / LOCK_NAME
         with storage_errors("lock", self.model_dir):
-            self.model_dir.mkdir(parents=True, exist_ok=True)
+            make_folder_durable(self.model_dir)
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             except OSError as exc:

@@ -16,7 +16,7 @@ from daemon import root_identity
 from daemon.config import CONFIG_NAME, Settings
 from daemon.errors import ConfigError, DropforgeError
 from daemon.recipe import Section
-from guard.atomic import write_atomic
+from guard.atomic import make_folder_durable, write_atomic
 
 TINY_FOLDER = "base_model"
 # What suits a model of 3 million random parameters, on a CPU, over a few hundred rows.
@@ -40,7 +40,7 @@ def init(root: Path, *, tiny: bool = False, tables: Mapping[str, Mapping[str, An
             cause=f"it has a {CONFIG_NAME} already",
             hint="edit that one, or choose another folder with --root",
         )
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder_durable(root)
     chosen: dict[str, dict[str, Any]] = {name: dict(values) for name, values in (TINY_TABLES if tiny else {}).items()}
     for name, values in (tables or {}).items():
         chosen.setdefault(name, {}).update(values)

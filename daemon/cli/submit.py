@@ -25,7 +25,7 @@ from daemon.job import FINAL_STATES, Job, Priority
 from daemon.observability.status import read_status
 from daemon.store import JobStore
 from daemon.text import escape
-from guard.atomic import fsync_dir
+from guard.atomic import fsync_dir, make_folder_durable
 
 STATE_POLL_SECONDS = 0.2
 COPY_BYTES = 4 * 2**20
@@ -69,7 +69,7 @@ def submit(
     folder = watched_folders(settings)[priority]
     hidden = folder / f".submit-{os.getpid()}-{time.monotonic_ns()}.part"
     try:
-        folder.mkdir(exist_ok=True)
+        make_folder_durable(folder)
         converted = None
         if converting:
             converted = _convert(settings, file, hidden, encoding)
@@ -78,6 +78,7 @@ def submit(
         inode = hidden.stat().st_ino
         earlier = _jobs_with(settings, inode)
         placed = _place(hidden, folder, name, sidecar)
+        hidden.unlink()
         fsync_dir(folder)
     except OSError as error:
         raise DropforgeError(
@@ -179,6 +180,8 @@ def _place(hidden: Path, folder: Path, name: str, sidecar: str) -> Path:
         if sidecar:
             with beside.open("x", encoding="utf-8") as written:
                 written.write(sidecar)
+                written.flush()
+                os.fsync(written.fileno())
         try:
             os.link(hidden, target)
         except OSError as error:

@@ -29,7 +29,7 @@ from daemon.recipe import DataSettings
 from daemon.run_dir import LOG_NAME, run_dir_of
 from daemon.store import JobStore
 from daemon.text import escape
-from guard.atomic import fsync_dir, rename_durable, write_atomic
+from guard.atomic import fsync_dir, make_folder_durable, rename_durable, write_atomic
 
 ROWS_JSON = "rows.json"  # the validation's report, kept beside the file until the job's own is written
 RETURNED_AS = ".returned_as"  # the name under which a file goes back to the inbox, while it does
@@ -272,7 +272,7 @@ def archive_files(settings: Settings, job: Job) -> Path:
     if not source.is_dir():
         if target.is_dir():
             return target
-        source.mkdir(parents=True)  # the file is gone; what became of the job is still worth telling
+        make_folder_durable(source)  # the file is gone; what became of the job is still worth telling
     if job.state is JobState.CANCELLED and job.cancel_request == "return" and os.path.lexists(source / job.name):
         return_pair(settings, job, _dropped_into(settings, job))
     rows = read_rows_report(source)
@@ -315,7 +315,7 @@ def reopen_files(settings: Settings, job: Job) -> Path:
 
 def _move_folder(source: Path, target: Path) -> None:
     """Rename a job's folder; an older one at the target is kept beside it, as `ID~1`."""
-    target.parent.mkdir(exist_ok=True)
+    make_folder_durable(target.parent)
     if os.path.lexists(target):
         numbers = itertools.count(1)
         rename_durable(target, next(free for n in numbers if not os.path.lexists(free := Path(f"{target}~{n}"))))

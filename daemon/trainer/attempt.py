@@ -25,6 +25,7 @@ from daemon.run_dir import RunWriter, read_spec
 from daemon.trainer import distributed
 from daemon.trainer.errors import Interrupted, RunFailure
 from guard import FileChanged, GuardError, ModelLocked, UsageError, WeightsNotFinite, digest_file
+from guard.atomic import fsync_dir, fsync_tree
 
 EXIT_CODES = {Outcome.SUCCEEDED: 0, Outcome.FAILED: 1, Outcome.INTERRUPTED: 75}
 
@@ -81,6 +82,9 @@ def run_attempt(
         shared = spec.recipe.get("training", {}).get("num_processes", 1) > 1
         engine = load_launcher() if shared and load_launcher is not None else load_engine()
         result = engine(spec, writer, stop)
+        if result.candidate is not None:  # the result is durable, so what it names is so before
+            fsync_tree(result.candidate)
+            fsync_dir(Path(result.candidate).parent)
     # The last line of defence: whatever a library raises becomes a typed result, with its traceback in the log.
     except Exception as error:
         if not isinstance(error, Interrupted | RunFailure | GuardError):

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from guard.atomic import apply_umask
+from guard.atomic import apply_umask, fsync_tree
 
 CHAT_TEMPLATE = (
     "{% if tools %}{{ '<|tool|>\\n' }}{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}{{ '<|end|>\\n' }}{% endif %}"
@@ -88,6 +88,7 @@ def build_tiny(folder: Path, texts: list[Path], *, shape: TinyShape | None = Non
     fast.save_pretrained(folder)
     model.save_pretrained(folder)
     apply_umask(folder)
+    fsync_tree(folder)
     return int(model.num_parameters())
 
 

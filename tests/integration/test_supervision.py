@@ -254,6 +254,20 @@ def test_a_stop_does_not_wait_for_a_promotion_that_cannot_be_made(make_root: Mak
     assert_sound(root)
 
 
+def test_an_adapter_that_is_not_what_the_run_wrote_is_made_again_from_the_last_checkpoint(make_root: MakeRoot) -> None:
+    """Such as one that a power cut left empty: it is never promoted, and no step is taken twice."""
+    root = make_root(behaviour={"1": {"spoil_candidate": True}}, tables=ONE_ROW_A_STEP)
+    root.start()
+    root.drop("a.jsonl", texts(20))
+    done = root.finished("a.jsonl")
+    assert (done.state, done.attempt, done.version) == (JobState.SUCCEEDED, 2, "0001")
+    assert done.result is not None
+    assert done.result.start_step == done.result.steps_planned == 20
+    assert "is not the file that the run wrote" in root.events("version.not_promoted")[0]["error"]
+    assert root.stop() == 0
+    assert_sound(root)
+
+
 def test_a_job_that_is_being_cancelled_stays_cancelled_when_the_daemon_stops_meanwhile(make_root: MakeRoot) -> None:
     root = make_root(behaviour={"*": {"step_seconds": 0.02, "seal_seconds": 1.0}}, tables=ONE_ROW_A_STEP)
     root.start()

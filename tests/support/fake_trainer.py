@@ -12,6 +12,7 @@ BEHAVIOUR.json may hold, by attempt ("1", "2", ...) or "*":
   quit_at             leave as if asked to after this step, without a checkpoint
   lie_about_steps     claim success after so many steps fewer than planned
   ignore_terminate    true: do not listen to SIGTERM
+  spoil_candidate     true: the adapter that the result names is cut short after all
   seal_seconds        how long the checkpoint takes that a stop asked for
 """
 
@@ -137,7 +138,10 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
         candidate = prepared.staging_dir / f"candidate-{spec.job_id}"
         candidate.mkdir(exist_ok=True)
         write_adapter(candidate, weights)
-        return RunResult(**{**vars(result), "candidate": str(candidate)})
+        digest = guard.digest_file(candidate / WEIGHTS_NAME).blake3_hex
+        if behaviour.get("spoil_candidate"):
+            (candidate / WEIGHTS_NAME).write_bytes(b"")
+        return RunResult(**{**vars(result), "candidate": str(candidate), "adapter_digest": digest})
 
 
 def seal(prepared: guard.PreparedRun, step: int, weights: str, fingerprint: guard.Fingerprint) -> None:

@@ -16,7 +16,7 @@ from daemon.cli.systemd import units
 from daemon.cli.systemd.units import ACCOUNT, DropIn, Unit, UnitKind
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError
-from guard.atomic import write_atomic
+from guard.atomic import make_folder_durable, write_atomic
 
 SYSTEM_UNITS = Path("/etc/systemd/system")
 INBOX_FOLDERS = ("", "high", "low")
@@ -33,7 +33,7 @@ class InstallPlan:
         """Write the files. Raises DropforgeError."""
         for path, text in self.files:
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder_durable(path.parent)
                 write_atomic(path, text)
             except OSError as error:
                 raise DropforgeError(

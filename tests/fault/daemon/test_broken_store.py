@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from daemon.job import JobState
+from daemon import config
+from daemon.job import Job, JobState
+from daemon.observability import logs
+from daemon.recovery import open_store
+from daemon.store import JobStore
 from daemon.versions import list_versions
+from tests.support.killpoints import killed_runs
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
 
@@ -90,3 +98,32 @@ def test_a_store_of_a_newer_version_stops_the_daemon_and_is_left_alone(make_root
     assert "99" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(root.settings.state_dir.glob("*unreadable*"))
+
+
+def test_a_store_without_its_log_is_never_opened_wherever_setting_it_aside_was_killed(tmp_path: Path) -> None:
+    """What stands in the log alone is newer than the database, which would look sound without it."""
+    template = tmp_path / "template"
+    settings = config.load(template)
+    with closing(JobStore(settings.store_path)) as store:
+        store.add(Job(id="older", name="older.jsonl", state=JobState.CLAIMED))
+    with closing(JobStore(settings.store_path)) as store:
+        store.add(Job(id="newer", name="newer.jsonl", state=JobState.CLAIMED))
+        shutil.copytree(template, tmp_path / "start")  # with the log, which a close removes
+
+    def prepare(root: Path) -> dict[str, Any]:
+        shutil.copytree(tmp_path / "start", root, dirs_exist_ok=True)
+        return {"store": str(config.load(root).store_path)}
+
+    outcomes = set()
+    for run in killed_runs("tests.fault.daemon.scenarios:set_aside", prepare, tmp_path / "runs"):
+        path = config.load(run.root).store_path
+        log = logs.configure(config.load(run.root), terminal=False)
+        with closing(open_store(config.load(run.root), log)) as store:
+            ids = {job.id for job in store.jobs()}
+        assert ids in (set(), {"older", "newer"}), str(run)
+        outcomes.add(frozenset(ids))
+        aside = {entry.name for entry in path.parent.glob("queue.sqlite3.unreadable-*")}
+        if not ids:
+            assert {name.partition("unreadable-")[2][15:] for name in aside} >= {"", "-wal"}, str(run)
+        assert not path.with_name(path.name + ".set-aside").exists(), str(run)
+    assert len(outcomes) == 2

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import guard
-from guard.atomic import apply_umask
+from guard.atomic import apply_umask, make_folder_durable
 
 
 def test_a_file_is_replaced_whole_with_the_mode_asked_for(tmp_path: Path) -> None:
@@ -96,6 +96,21 @@ def test_data_is_synced_before_the_name_and_the_folder_after_it(
     monkeypatch.setattr(os, "replace", replace)
     guard.write_atomic(tmp_path / "file", "data")
     assert order == ["file", "rename", "folder"]
+
+
+def test_a_folder_is_made_with_its_name_durable_and_left_alone_when_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
+    make_folder_durable(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert synced == [str(tmp_path), str(tmp_path / "a")]
+    make_folder_durable(tmp_path / "a" / "b")
+    assert len(synced) == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        make_folder_durable(tmp_path / "file")
 
 
 def test_a_tree_is_synced_from_the_leaves_up_and_symlinks_are_not_followed(
