@@ -424,10 +424,10 @@ class CandidateTracker:
 
 
 def _may_be_appended_to(candidate: Candidate, stat: FileStat) -> bool:
-    """Whether a small dataset was written in place: it was not renamed or linked in, as finished files are."""
+    """Whether a small dataset was written in place: not renamed or linked in, nor with its time kept, as finished ones."""
     written = candidate.closes > 0 or candidate.last_event_at is None
     return (
-        written and not candidate.renamed_in and not candidate.must_settle
+        written and not stat.kept_its_time and not candidate.renamed_in and not candidate.must_settle
         and 0 < stat.size_bytes <= SINGLE_LINE_BYTES and name_kind(candidate.name) is NameKind.DATA
         and not candidate.name.lower().endswith(tuple(COMPRESSIONS))
     )  # fmt: skip

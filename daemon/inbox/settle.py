@@ -1,7 +1,7 @@
 """When a dropped file is settled: a pure decision from what was observed and when, on our own clock.
 
 No decision uses a file's times as a point in time (copies keep old ones, clocks jump); they only tell that something
-changed between two observations.
+changed between two observations, and beside one another that a copy kept its source's time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from daemon.job import Priority
 
 # Patience, in settle_seconds: with a file of one line, which may be the first of many, and with any file at most.
 SINGLE_LINE_PATIENCE, LONGEST_PATIENCE = 5.0, 10.0
+KEPT_TIME_NS = 4_000_000_000  # between mtime and ctime; less may be a change of mode, or a coarse clock
 PAUSES = 3.0  # a file must stay the same for so many of the longest pauses that its writer made
 
 
@@ -45,6 +46,14 @@ class FileStat:
     def kind(self) -> str | None:
         """What it is when it is not a regular file."""
         return kind_of_mode(self.mode)
+
+    @property
+    def kept_its_time(self) -> bool:
+        """Whether its mtime was set to an earlier one, as `cp -p`, `mv` and their like do last.
+
+        Who appends writes mtime and ctime alike.
+        """
+        return self.ctime_ns - self.mtime_ns >= KEPT_TIME_NS
 
     def same_content(self, other: FileStat) -> bool:
         """Whether nothing but the ctime differs, which a rename changes."""

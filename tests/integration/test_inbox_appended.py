@@ -63,15 +63,22 @@ def test_what_is_written_after_the_claim_is_told_in_status_report_and_log(root: 
     assert json.loads((folder / "report.json").read_text())["continues"] == first.id
 
 
-@pytest.mark.parametrize("how", ["copy", "rename_one_line", "link_one_line"])
+@pytest.mark.parametrize("how", ["copy", "rename_one_line", "link_one_line", "copy_one_line_with_its_time"])
 def test_finished_files_are_taken_at_once(tmp_path: Path, how: str) -> None:
-    """A copy of several rows at its close, anything that is renamed or linked in: long before settle_seconds."""
+    """A copy of several rows at its close, anything that is renamed or linked in: long before settle_seconds.
+
+    Also one line that was copied with its time, as `cp -p` does and nobody who appends.
+    """
     with Root(tmp_path, inbox=PATIENT) as root:
         root.tick()
         if how == "copy":
             (root.inbox / "x.jsonl").write_text(ROW * 2)
         elif how == "rename_one_line":
             root.drop("x.jsonl")
+        elif how == "copy_one_line_with_its_time":
+            (tmp_path / "staged").write_text(ROW)
+            os.utime(tmp_path / "staged", (1_700_000_000, 1_700_000_000))
+            subprocess.run(["cp", "-p", tmp_path / "staged", root.inbox / "x.jsonl"], check=True)
         else:
             (tmp_path / "staged").write_text(ROW)
             os.link(tmp_path / "staged", root.inbox / "x.jsonl")
