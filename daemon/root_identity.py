@@ -141,7 +141,7 @@ def remember_version(settings: Settings, name: str) -> None:
 
 def begin_restore(settings: Settings, *, root_id: str, backup: str) -> None:
     """Note in the state's mark that the root is not whole until `finish_restore`. Raises OSError."""
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    make_folder_durable(settings.state_dir)
     _write_mark(settings.state_dir, root_id=root_id, restoring=backup)
 
 

@@ -89,13 +89,16 @@ def fsync_dir(path: PathLike) -> None:
         os.close(fd)
 
 
-def make_folder_durable(path: PathLike) -> None:
-    """Make a folder, and those above it that are missing, with durable names; one that exists is left as it is."""
+def make_folder_durable(path: PathLike, *, mode: int = 0o777) -> None:
+    """Make a folder, and those above it that are missing, with durable names; one that exists is left as it is.
+
+    `mode` is cut by the umask.
+    """
     folder = Path(path)
     if folder.is_dir():
         return
-    make_folder_durable(folder.parent)
-    folder.mkdir(exist_ok=True)
+    make_folder_durable(folder.parent, mode=mode)
+    folder.mkdir(mode, exist_ok=True)
     fsync_dir(folder.parent)
 
 

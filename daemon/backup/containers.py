@@ -40,7 +40,7 @@ from daemon.backup.manifest import (
 )
 from daemon.errors import ConfigError, DropforgeError, NotFound, TryLater
 from daemon.text import escape
-from guard.atomic import fsync_tree, rename_durable
+from guard.atomic import fsync_tree, make_folder_durable, rename_durable
 
 BLOCK_BYTES = 2**20
 TAR_SUFFIXES = {".tar": "", ".tar.gz": "gz", ".tgz": "gz", ".tar.zst": "zst"}
@@ -388,7 +388,7 @@ class _FolderSink(Sink):
 
 @contextmanager
 def _folder_sink(folder: Path) -> Iterator[Sink]:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder_durable(folder)
     try:
         lock = guard.ModelLock(folder, owner="backup")
         lock.acquire()

@@ -30,7 +30,14 @@ from daemon.recovery import bring_forward, follow_move
 from daemon.root_identity import Part, part_paths
 from daemon.store import JobStore
 from daemon.text import escape
-from guard.atomic import append_line_durable, fsync_dir, rename_durable, write_all, write_atomic
+from guard.atomic import (
+    append_line_durable,
+    fsync_dir,
+    make_folder_durable,
+    rename_durable,
+    write_all,
+    write_atomic,
+)
 from guard.fingerprint import canonical_json
 from guard.layout import LOCK_NAME, unused_name
 
@@ -125,9 +132,9 @@ def execute(plan: RestorePlan, *, move_aside: bool) -> Restored:
     settings = plan.settings
     try:
         with ExitStack() as held:
-            plan.root.mkdir(parents=True, exist_ok=True)
+            make_folder_durable(plan.root)
             for part in part_paths(settings).values():
-                part.mkdir(parents=True, exist_ok=True)
+                make_folder_durable(part)
             for lock in _locks(settings):
                 held.enter_context(lock)
             _journal(plan, "begun")
@@ -304,7 +311,7 @@ def _clear_way(plan: RestorePlan) -> None:
     root_identity.begin_restore(plan.settings, root_id=plan.manifest.root_id, backup=str(plan.source))
     _move(obstacle for obstacle in plan.obstacles if obstacle.path not in (toml, state))
     for part in part_paths(plan.settings).values():
-        part.mkdir(exist_ok=True)
+        make_folder_durable(part)
 
 
 def _move(obstacles: Iterable[Obstacle]) -> None:
@@ -315,8 +322,8 @@ def _move(obstacles: Iterable[Obstacle]) -> None:
         obstacle.aside.mkdir(mode=0o700)
         for name in obstacle.entries:
             (obstacle.path / name).rename(obstacle.aside / name)
-        fsync_dir(obstacle.aside)
-        fsync_dir(obstacle.path)
+        for folder in (obstacle.aside, obstacle.aside.parent, obstacle.path):
+            fsync_dir(folder)
 
 
 def _put_back(plan: RestorePlan) -> None:
@@ -325,7 +332,9 @@ def _put_back(plan: RestorePlan) -> None:
     links: dict[Path, str] = {}
     for name, mode in sorted(plan.manifest.folders.items()):
         if (path := _place(plan, name)) is not None and not path.is_dir():
-            path.mkdir(mode=0o700, parents=name == BASE)
+            if name == BASE:  # it may lie anywhere
+                make_folder_durable(path.parent)
+            path.mkdir(mode=0o700)
             made[path] = mode
     with open_source(plan.source) as source:
         for entry in source.entries():
@@ -348,7 +357,7 @@ def _put_back(plan: RestorePlan) -> None:
     for path, mode in sorted(made.items(), reverse=True):
         fsync_dir(path)
         path.chmod(mode)
-    for path in part_paths(plan.settings).values():
+    for path in {*part_paths(plan.settings).values(), *(path.parent for path in made)}:
         fsync_dir(path)
 
 

@@ -20,7 +20,7 @@ from daemon.dataset.rows import Row, RowContent
 from daemon.errors import DropforgeError
 from daemon.job import from_json, to_json, utc_now
 from daemon.text import escape
-from guard.atomic import fsync_dir, rename_durable, write_atomic
+from guard.atomic import fsync_dir, make_folder_durable, rename_durable, write_atomic
 
 MEMORY_NAME = "memory"
 META_NAME = "meta.json"
@@ -205,7 +205,7 @@ def root_key(memory_dir: Path) -> bytes:
         key = path.read_bytes()
         if len(key) == KEY_BYTES:
             return key
-    memory_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder_durable(memory_dir, mode=0o700)
     key = os.urandom(KEY_BYTES)
     write_atomic(path, key, mode=0o600)
     return key
@@ -236,7 +236,7 @@ def write_memory(
 
     `held_out` are digests and lines; `held_out_before` digests of rows that an earlier run over the dataset held out.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder_durable(folder, mode=0o700)
     (folder / META_NAME).unlink(missing_ok=True)  # of an earlier attempt: it would not fit
     apart, gone = sorted({*held_out_before, *(digest for digest, _ in held_out)}), sorted(set(retired))
     parts: Mapping[str, tuple[int, bytes]] = {
@@ -266,9 +266,7 @@ def place_memory(source: Path, memory_dir: Path) -> DatasetMemory | None:
     if written is None:
         return None
     target = dataset_dir(memory_dir, written.meta.digest)
-    if not target.is_dir():
-        target.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fsync_dir(memory_dir)
+    make_folder_durable(target, mode=0o700)
     for name in (*FILE_NAMES, META_NAME):
         if (source / name).exists():
             rename_durable(source / name, target / name, replace=True)

@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 import guard
+from daemon import config
 from daemon.holds import PAUSED_KEY
+from daemon.inbox import layout
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.root_identity import contradiction, read_parts
 from daemon.store import JobStore
@@ -244,6 +246,11 @@ def paused(root: Root) -> None:
         assert store.control(PAUSED_KEY)
 
 
+def resumed(root: Root) -> None:
+    with closing(store_of(root)) as store:
+        assert store.control(PAUSED_KEY) is None
+
+
 def cancelled(root: Root) -> None:
     job = job_of(root, "waits.jsonl")
     assert job.state is JobState.CANCELLED
@@ -262,8 +269,45 @@ def rolled_back(root: Root) -> None:
     assert version.name == "0001" == read_lineage(root.settings.model_dir).current
 
 
+def initialised(root: Root) -> None:
+    settings = config.load(root.path.parent / "deep" / "down")
+    assert contradiction(read_parts(settings)) == ""
+    assert {path.name for path in settings.root.iterdir()} >= {"dropforge.toml", "inbox", "state", "current_model"}
+
+
 def adopted(root: Root) -> None:
     assert contradiction(read_parts(root.settings)) == ""
+
+
+def restorable(root: Root) -> None:
+    """The backup that was made, into another place, by a command that the next cut is of."""
+    again = root.path.with_name("from-the-cut")
+    assert dropforge("--root", str(again), "restore", str(saved_by(root))).returncode == 0
+    restored(root, again)
+
+
+def restored(root: Root, again: Path | None = None) -> None:
+    settings = config.load(again or root.path.with_name("again"))
+    assert read_lineage(settings.model_dir).current == "0001"
+    versions = list_versions(settings.model_dir)
+    assert [version.name for version in versions] == ["0001", "0002"]
+    assert [problem for version in versions for problem in damage(version)] == []
+    with closing(JobStore(settings.store_path, check=True)) as store:
+        jobs = store.jobs()
+        assert {job.name for job in jobs} == {"a.jsonl", "b.jsonl", "waits.jsonl"}
+        for job in jobs:
+            path = layout.locate(settings, job)
+            assert path is not None
+            assert path.read_bytes() == content_of(job.name)
+    assert "two roots of one id" in contradiction(read_parts(settings))
+
+
+def saved_by(root: Root) -> Path:
+    return root.path.with_name("saved.tar.zst")
+
+
+def content_of(name: str) -> bytes:
+    return json.dumps({"text": name}).encode() + b"\n"
 
 
 def test_what_a_command_said_survives_a_power_cut(tmp_path: Path) -> None:
@@ -272,41 +316,36 @@ def test_what_a_command_said_survives_a_power_cut(tmp_path: Path) -> None:
     life = Life(disk, 0)
     (tmp_path / "new.jsonl").write_bytes(b'{"text": "new"}\n')
     (tmp_path / "new.job.toml").write_bytes(SIDECAR)
+    cuts: list[tuple[Path, Callable[[Root], None]]] = []
     with disk.mounted(), life.root() as root:
         root.start()
         for name in ("a.jsonl", "b.jsonl"):
-            root.drop(name, [{"text": name}])
+            root.drop(name, content_of(name))
             assert root.finished(name).state is JobState.SUCCEEDED
         assert root.run("pause").returncode == 0
-        root.drop("waits.jsonl", [{"text": "waits"}])
+        root.drop("waits.jsonl", content_of("waits.jsonl"))
         wait_until(lambda: (job := root.job("waits.jsonl")) and job.state is JobState.QUEUED)
         assert root.stop() == 0
-        with closing(store_of(root)) as store:
-            store.set_control(PAUSED_KEY, None)
         waits = job_of(root, "waits.jsonl").id
-        disk.sync()
-        commands: list[tuple[tuple[str, ...], Callable[[Root], None]]] = [
-            (("submit", str(tmp_path / "new.jsonl")), submitted),
-            (("pause",), paused),
-            (("cancel", waits), cancelled),
-            (("retry", waits), tried_again),
-            (("rollback", "1"), rolled_back),
-        ]
-        for number, (arguments, _) in enumerate(commands):
-            done = root.run(*arguments)
+
+        def cut_after(*arguments: str, root_path: Path | None = None, holds: Callable[[Root], None]) -> None:
+            disk.sync()  # what was before
+            done = dropforge("--root", str(root_path or root.path), *arguments)
             assert done.returncode == 0, done.stderr
-            disk.cut(tmp_path / f"cut-{number}")
+            cuts.append((tmp_path / f"cut-{len(cuts)}", holds))
+            disk.cut(cuts[-1][0])
+
+        cut_after("resume", holds=resumed)
+        cut_after("pause", holds=paused)
+        cut_after("cancel", waits, holds=cancelled)
+        cut_after("retry", waits, holds=tried_again)
+        cut_after("rollback", "1", holds=rolled_back)
+        cut_after("backup", str(saved_by(root)), holds=restorable)
+        cut_after("restore", str(saved_by(root)), root_path=root.path.with_name("again"), holds=restored)
+        cut_after("submit", str(tmp_path / "new.jsonl"), holds=submitted)
+        cut_after("init", root_path=disk.mount_point / "deep" / "down", holds=initialised)
         (root.settings.inbox_dir / ".dropforge-root.json").unlink()
-        disk.sync()
-        assert root.run("adopt").returncode == 0
-        disk.cut(tmp_path / f"cut-{len(commands)}")
-        other = disk.mount_point / "deep" / "down"
-        assert dropforge("--root", str(other), "init").returncode == 0
-        disk.cut(tmp_path / "initialised")
-    for number, (_, holds) in enumerate([*commands, ((), adopted)]):
-        with disk.mounted(tmp_path / f"cut-{number}"), life.root() as root:
+        cut_after("adopt", holds=adopted)
+    for image, holds in cuts:
+        with disk.mounted(image), life.root() as root:
             holds(root)
-    with disk.mounted(tmp_path / "initialised"):
-        assert dropforge("--root", str(other), "check", str(tmp_path / "new.jsonl")).returncode == 0
-        assert (other / "dropforge.toml").read_bytes()
-        assert {path.name for path in other.iterdir()} >= {"inbox", "state", "current_model"}
