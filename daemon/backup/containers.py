@@ -286,7 +286,11 @@ def _give_name(descriptor: int, target: Path) -> None:
             os.link(f"/proc/self/fd/{descriptor}", part.name, dst_dir_fd=folder, follow_symlinks=True)
         finally:
             os.close(folder)
-    rename_durable(part, target, replace=True)
+    try:
+        rename_durable(part, target, replace=True)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _packer(raw: BinaryIO, compression: str) -> BinaryIO:
@@ -411,8 +415,8 @@ def _folder_sink(folder: Path) -> Iterator[Sink]:
 def _remove(folder: Path) -> None:
     for path, names, _ in os.walk(folder):
         for name in names:
-            with suppress(OSError):
-                Path(path, name).chmod(0o700, follow_symlinks=False)
+            if not Path(path, name).is_symlink():
+                Path(path, name).chmod(0o700)
     shutil.rmtree(folder)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import guard
 from daemon import root_identity, versions
 from daemon.backup.containers import ChangedWhileRead, Sink, open_sink, tar_compression
 from daemon.backup.manifest import QUEUE_NAME, Manifest
@@ -49,39 +50,37 @@ def back_up(settings: Settings, target: Path, *, options: Options) -> Backup:
     tar_compression(target)
     _require_outside(settings, target)
     root_id = _require_whole(settings)
-    with _queue(settings) as store, _queue_copy(target) as queue_copy:
-        try:
-            with open_sink(target) as sink:
-                for _ in range(ATTEMPTS):
-                    plan = plan_backup(settings, store, queue_copy=queue_copy, options=options)
-                    try:
-                        _write(settings, store, plan, queue_copy, sink)
-                    except (_Moved, ChangedWhileRead):
-                        sink.clear()
-                        continue
-                    manifest = _manifest(settings, root_id, plan, sink, options)
-                    return Backup(path=sink.publish(manifest), manifest=manifest)
-        except OSError as error:
-            if is_no_space(error):
-                raise DropforgeError(
-                    operation="back up to",
-                    subject=target,
-                    cause="no space left",
-                    hint="make room; nothing was left there",
-                ) from error
-            if (
-                isinstance(error, PermissionError)
-                and error.filename
-                and Path(error.filename).is_relative_to(settings.root)
-            ):
-                raise unreadable(Path(error.filename), error) from error
-            raise DropforgeError(operation="back up to", subject=target, cause=str(error)) from error
+    try:
+        with _queue(settings) as store, _queue_copy(target) as queue_copy, open_sink(target) as sink:
+            for _ in range(ATTEMPTS):
+                plan = plan_backup(settings, store, queue_copy=queue_copy, options=options)
+                try:
+                    _write(settings, store, plan, queue_copy, sink)
+                except (_Moved, ChangedWhileRead):
+                    sink.clear()
+                    continue
+                manifest = _manifest(settings, root_id, plan, sink, options)
+                return Backup(path=sink.publish(manifest), manifest=manifest)
+    except (OSError, guard.GuardError) as error:
+        raise _failure(settings, target, error) from error
     raise TryLater(
         operation="back up",
         subject=settings.root,
         cause="jobs and files moved faster than they could be copied",
         hint="try again, or `dropforge pause` first",
     )
+
+
+def _failure(settings: Settings, target: Path, error: OSError | guard.GuardError) -> DropforgeError:
+    """What went wrong, on the root's side or on the backup's."""
+    if is_no_space(error):
+        hint = "make room, or name another place; nothing was left there"
+        return DropforgeError(operation="back up to", subject=target, cause="no space left", hint=hint)
+    named = Path(error.filename) if isinstance(error, OSError) and isinstance(error.filename, str) else target
+    if isinstance(error, PermissionError) and any(named.is_relative_to(part) for part in part_paths(settings).values()):
+        return unreadable(named, error)
+    cause = str(error.cause) if isinstance(error, guard.GuardError) else str(error)
+    return DropforgeError(operation="back up to", subject=target, cause=cause, hint="nothing was left there")
 
 
 def _require_outside(settings: Settings, target: Path) -> None:
@@ -148,10 +147,7 @@ def _has_history(settings: Settings) -> bool:
 def _queue_copy(target: Path) -> Iterator[Path]:
     """Where the queue is copied to: beside the backup, where there has to be room for it anyway."""
     folder = target.parent if tar_compression(target) is not None else target
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DropforgeError(operation="back up to", subject=target, cause=error.strerror or str(error)) from error
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{target.name}.queue"
     try:
         path.unlink(missing_ok=True)  # of a backup that was killed

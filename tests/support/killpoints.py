@@ -125,12 +125,13 @@ def killed_runs(
     *,
     whens: tuple[When, ...] = ("before", "torn"),
     keep_roots: bool = False,
+    every: int = 1,
 ) -> Iterator[KilledRun]:
     """Run `target` once to its end, then once for every point at which it can be killed.
 
     `prepare` makes the starting state in the folder it is given and returns the arguments. "After call n" is
     the same state on the disk as "before call n + 1", so that one of them is enough; "torn" stops a write
-    half way. Raises AssertionError when the target fails on its own.
+    half way. With `every`, only at each so many calls. Raises AssertionError when the target fails on its own.
     """
     numbers = itertools.count()
 
@@ -148,7 +149,7 @@ def killed_runs(
         yield whole
         for when in whens:
             for index, call in enumerate(whole.outcome.calls, start=1):
-                if when == "torn" and call.split()[1] not in _WRITES:
+                if index % every or (when == "torn" and call.split()[1] not in _WRITES):
                     continue
                 run = start(server, index, when)
                 assert run.outcome.killed, f"call {index} of {target} did not happen again: {call}"
@@ -157,8 +158,10 @@ def killed_runs(
                     shutil.rmtree(run.root)
 
 
-def full_disk_runs(target: str, prepare: Callable[[Path], Mapping[str, Any]], base: Path) -> Iterator[KilledRun]:
-    """Run `target` once for every call that changes the disk, with a disk that is full from that call on.
+def full_disk_runs(
+    target: str, prepare: Callable[[Path], Mapping[str, Any]], base: Path, *, every: int = 1
+) -> Iterator[KilledRun]:
+    """Run `target` once for every call (or each so many) that changes the disk, with a disk that is full from that call on.
 
     The target is not killed: it has to catch its own error and return what it makes of it.
     """
@@ -172,7 +175,7 @@ def full_disk_runs(target: str, prepare: Callable[[Path], Mapping[str, Any]], ba
             return KilledRun(root=root, at=number or 0, when="full", outcome=outcome)
 
         whole = start(None)
-        for number in range(1, len(whole.outcome.calls) + 1):
+        for number in range(every, len(whole.outcome.calls) + 1, every):
             run = start(number)
             yield run
             shutil.rmtree(run.root)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import guard
-from daemon import recovery, versions
+from daemon import config, recovery, versions
+from daemon.backup.create import back_up
+from daemon.backup.plan import Options
+from daemon.backup.restore import execute, plan_restore
+from daemon.errors import DropforgeError
 
 
 def promote(model_dir: str) -> None:
@@ -19,3 +23,19 @@ def promote(model_dir: str) -> None:
 def set_aside(store: str) -> None:
     """What a start does with a store that it cannot read."""
     recovery.set_aside(Path(store))
+
+
+def back_up_root(root: str, target: str) -> str:
+    """A backup of a root on which no daemon runs; returns its path, or the error's sentence."""
+    try:
+        return str(back_up(config.load(Path(root)), Path(target), options=Options(checkpoints=True)).path)
+    except DropforgeError as error:
+        return f"error: {error.sentence}"
+
+
+def restore_root(root: str, source: str) -> str:
+    """A restore over what is there; returns the root's path, or the error's sentence."""
+    try:
+        return str(execute(plan_restore(Path(root), Path(source)), move_aside=True).plan.root)
+    except DropforgeError as error:
+        return f"error: {error.sentence}"
