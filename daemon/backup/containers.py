@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, Protocol, cast
 
 import zstandard
 from blake3 import blake3
@@ -58,6 +58,14 @@ class DamagedBackup(DropforgeError):
     """A backup that is not as it was written, or was never one."""
 
 
+class Readable(Protocol):
+    """The content of a file."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to `size` bytes; none at the end."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One thing in a backup. `stream` is of a file, and read before the next entry is asked for."""
@@ -66,7 +74,7 @@ class Entry:
     kind: str  # "file" | "folder" | "link"
     mode: int = 0
     target: str = ""
-    stream: IO[bytes] | None = None
+    stream: Readable | None = None
 
 
 def tar_compression(path: Path) -> str | None:
@@ -463,6 +471,32 @@ def open_source(path: Path) -> Iterator[Source]:
         yield _TarSource(raw, path, compression)
 
 
+_TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, ValueError)
+
+
+def _no_tar(path: Path, error: Exception) -> DamagedBackup:
+    return DamagedBackup(
+        operation="read the backup",
+        subject=path,
+        cause=f"it is damaged, cut short, or no tar file ({escape(str(error)) or type(error).__name__})",
+        hint="nothing was changed; take another backup",
+    )
+
+
+class _TarStream:
+    """A file in a tar file, whose damage is told as that of the backup."""
+
+    def __init__(self, content: IO[bytes], path: Path) -> None:
+        self._content = content
+        self._path = path
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._content.read(size)
+        except _TAR_ERRORS as error:
+            raise _no_tar(self._path, error) from error
+
+
 class _TarSource(Source):
     def __init__(self, raw: BinaryIO, path: Path, compression: str) -> None:
         self.path = path
@@ -480,17 +514,13 @@ class _TarSource(Source):
                     yield self._entry(tar, info)
             while unpacked.read(BLOCK_BYTES):  # to its end: the compression's own check sum stands there
                 pass
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, ValueError) as error:
-            raise DamagedBackup(
-                operation="read the backup",
-                subject=self.path,
-                cause=f"it is damaged, cut short, or no tar file ({escape(str(error)) or type(error).__name__})",
-                hint="take another backup",
-            ) from error
+        except _TAR_ERRORS as error:
+            raise _no_tar(self.path, error) from error
 
     def _entry(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> Entry:
         if info.type == tarfile.REGTYPE and not info.issparse():
-            return Entry(name=info.name, kind="file", mode=info.mode, stream=tar.extractfile(info))
+            content = cast("IO[bytes]", tar.extractfile(info))
+            return Entry(name=info.name, kind="file", mode=info.mode, stream=_TarStream(content, self.path))
         if info.type == tarfile.DIRTYPE:
             return Entry(name=info.name, kind="folder", mode=info.mode)
         if info.type == tarfile.SYMTYPE:

@@ -267,6 +267,7 @@ def _manifest(settings: Settings, root_id: str, plan: Plan, sink: Sink, options:
         newest_version=max(plan.lineage.newest_number, *(int(found.name) for found in plan.saved), 0),
         jobs=dict(plan.jobs),
         with_checkpoints=options.checkpoints,
+        base_folder=plan.base_folder,
         base_path=plan.base_path,
         files=sink.files,
         folders=sink.folders,

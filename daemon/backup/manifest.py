@@ -58,6 +58,7 @@ class Manifest:
     newest_version: int  # the highest number that was ever used
     jobs: Mapping[str, int]  # by state
     with_checkpoints: bool
+    base_folder: str = ""  # where the base model lay; empty when it comes from the Hub
     base_path: str = ""  # relative to the root, when the base model is saved as `base_model/`
     schema_version: int = SCHEMA_VERSION
     files: Mapping[str, SavedFile] = field(default_factory=dict)

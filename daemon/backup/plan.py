@@ -99,6 +99,7 @@ class Plan:
     saved: tuple[versions.Version, ...]
     lineage: versions.Lineage
     current_version: str | None
+    base_folder: str
     base_path: str
 
 
@@ -143,6 +144,7 @@ class _Planner:
         self._dropped: dict[str, dict[str, Path]] = {}  # whole files in watched folders, by what a pair has in common
         parts = part_paths(settings)
         self._elsewhere = {_identity(path) for path in (*parts.values(), settings.log_path.parent)} - {None}
+        self._base_folder = ""
         self._base, self._base_path = self._find_base(parts.values())
         self._key = settings.root / settings.guard.key_file if settings.guard.key_file else None
 
@@ -176,6 +178,7 @@ class _Planner:
             saved=tuple(kept),
             lineage=lineage,
             current_version=current.name if current else None,
+            base_folder=self._base_folder,
             base_path=self._base_path if self._options.base else "",
         )
 
@@ -345,6 +348,7 @@ class _Planner:
             self._left_out.append(LeftOut(name=name, reason="the base model is fetched from the Hub again"))
             return None, ""
         folder, root = folder.resolve(), self._settings.root.resolve()
+        self._base_folder = str(folder)
         in_part = any(folder.is_relative_to(part.resolve()) for part in parts)
         if not in_part and (not folder.is_relative_to(root) or folder == root):
             self._left_out.append(LeftOut(name=str(folder), reason="the base model lies outside the root"))

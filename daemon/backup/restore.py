@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from blake3 import blake3
 
 import guard
 from daemon import config, root_identity, versions
-from daemon.backup.containers import BLOCK_BYTES, DamagedBackup, Source, open_source, verify
+from daemon.backup.containers import BLOCK_BYTES, DamagedBackup, Readable, Source, open_source, verify
 from daemon.backup.manifest import BASE, MANIFEST_NAME, MARK_NAMES, Manifest
 from daemon.backup.plan import ASIDE_PREFIX, is_set_aside
 from daemon.config import CONFIG_NAME, Settings
@@ -91,6 +91,7 @@ class Restored:
     plan: RestorePlan
     requeued: tuple[Job, ...]  # that ran when the backup was taken
     brought_forward: int  # jobs whose version the backup has
+    missing_base: str  # the base model in a folder that is not there; empty when it is, or comes from the Hub
 
 
 def plan_restore(root: Path, path: Path) -> RestorePlan:
@@ -156,7 +157,7 @@ def execute(plan: RestorePlan, *, move_aside: bool) -> Restored:
         hint = "mend that, and restore again with --move-aside; nothing was deleted"
         cause = "no space left" if is_no_space(error) else str(error)
         raise DropforgeError(operation="restore into", subject=plan.root, cause=cause, hint=hint) from error
-    return Restored(plan=plan, requeued=requeued, brought_forward=forward)
+    return Restored(plan=plan, requeued=requeued, brought_forward=forward, missing_base=_missing_base(plan))
 
 
 # -- what is there
@@ -370,7 +371,7 @@ def _place(plan: RestorePlan, name: str) -> Path | None:
     return folder / rest if rest else folder
 
 
-def _write_file(source: Source, manifest: Manifest, name: str, stream: IO[bytes], path: Path) -> None:
+def _write_file(source: Source, manifest: Manifest, name: str, stream: Readable, path: Path) -> None:
     saved = manifest.files.get(name)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o600)
@@ -415,6 +416,13 @@ def _bring_queue_forward(plan: RestorePlan) -> tuple[tuple[Job, ...], int]:
         return requeued, _finished(store) - before
     finally:
         store.close()
+
+
+def _missing_base(plan: RestorePlan) -> str:
+    """Where the base model's folder should be and is not: below the root, or elsewhere on the machine."""
+    was, root = Path(plan.manifest.base_folder), Path(plan.manifest.root)
+    folder = plan.root / was.relative_to(root) if was.is_relative_to(root) else was
+    return str(folder) if plan.manifest.base_folder and not folder.is_dir() else ""
 
 
 def _finished(store: JobStore) -> int:

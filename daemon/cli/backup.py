@@ -117,6 +117,11 @@ def _print_done(done: Restored) -> None:
         out.print(f"was not in the backup: {escape(left.name)}: {left.reason}", markup=False)
     for warning in plan.manifest.warnings:
         out.print(f"was damaged when it was saved: {warning}", markup=False)
+    if done.missing_base:
+        out.print(
+            escape(f"missing: the base model {done.missing_base}; bring it there before `dropforge run`", most=2000),
+            markup=False,
+        )
     if plan.copy_of:
         out.print(
             f"two roots have one id now, this one and that of {plan.copy_of}: `dropforge --root {plan.root} adopt` makes"
@@ -142,6 +147,7 @@ def _plan_as_dict(plan: RestorePlan, done: Restored | None) -> dict[str, Any]:
             "dropped": list(plan.newer.dropped),
         },
         "requeued": [job.id for job in done.requeued] if done else [],
+        "missing_base": done.missing_base or None if done else None,
         "copy_of": plan.copy_of or None,
         "left_out": [{"name": left.name, "reason": left.reason} for left in plan.manifest.left_out],
         "warnings": list(plan.manifest.warnings),
