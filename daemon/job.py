@@ -97,6 +97,14 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def seconds_between(begin: str | None, end: str | None) -> float | None:
+    """Return the seconds from one UTC time to another; None when one of them is not known."""
+    try:
+        return (datetime.fromisoformat(end or "") - datetime.fromisoformat(begin or "")).total_seconds()
+    except ValueError:
+        return None
+
+
 def new_job_id() -> str:
     """Make an id that sorts by time and is safe as a folder name: `20261123-041500-9f3a`."""
     # os.urandom: `secrets` would bring OpenSSL, four megabytes, into every process that imports this.
@@ -269,6 +277,7 @@ class RunResult:
     held_out_before: float | None = None
     held_out_after: float | None = None
     tokens_per_second: float | None = None
+    steady_tokens_per_second: float | None = None  # without the first step, which warms up; None: there was no other
     tokens_trained: int = 0
     rows: int = 0
     samples: int = 0  # as in Plan

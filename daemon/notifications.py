@@ -13,12 +13,11 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Any
 
 from daemon.config import HookSettings
 from daemon.errors import NotFound
-from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState, JobTransition, to_json
+from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState, JobTransition, seconds_between, to_json
 from daemon.observability.status import finished_job
 from daemon.store import JobStore
 from daemon.text import escape
@@ -116,17 +115,9 @@ def canonical(job: Job, transition: JobTransition) -> dict[str, Any]:
         "max_step": job.max_step if job.attempt else None,
         "created_at": job.created_at,
         "started_at": job.started_at,
-        "total_seconds": _seconds_between(job.created_at, transition.at),
+        "total_seconds": None if (total := seconds_between(job.created_at, transition.at)) is None else round(total, 3),
     }
     return {name: value for name, value in line.items() if value is not None and value != ""}
-
-
-def _seconds_between(begin: str, end: str) -> float | None:
-    """From one UTC time to another; None when either is not one."""
-    try:
-        return round((datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds(), 3)
-    except ValueError:
-        return None
 
 
 @dataclass

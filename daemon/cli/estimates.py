@@ -1,7 +1,7 @@
 """When waiting jobs will be done, as far as the past tells: pure estimates from values.
 
-A run costs a start (loading, tokenising, evaluating, saving) and its tokens. Both are learned from finished jobs, so that
-jobs of a few rows, which are nearly all start, say nothing wrong of a large one.
+A run costs a start (a process, loading, tokenising, the first step, evaluating, saving) and its tokens. Both are learned
+from finished jobs, so that jobs of a few rows, which are nearly all start, say nothing wrong of a large one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from daemon.job import Job
+from daemon.job import Job, seconds_between
 
 JOBS_MEASURED = 10  # whose pace counts
 
@@ -39,7 +39,7 @@ class _Run:
 
     tokens: int
     tokens_per_second: float
-    wall_seconds: float
+    seconds: float  # from its launch to its end
     bytes_trained: float
 
 
@@ -53,7 +53,7 @@ def measure_pace(finished: Sequence[Job]) -> Pace | None:
         return None
     largest = max(runs, key=lambda run: run.tokens)
     return Pace(
-        start_seconds=median(max(0.0, run.wall_seconds - run.tokens / run.tokens_per_second) for run in runs),
+        start_seconds=median(max(0.0, run.seconds - run.tokens / run.tokens_per_second) for run in runs),
         tokens_per_second=largest.tokens_per_second,
         tokens_per_byte=sum(run.tokens for run in runs) / sum(run.bytes_trained for run in runs),
     )
@@ -68,8 +68,8 @@ def _runs(finished: Sequence[Job]) -> Iterator[_Run]:
         if bytes_trained := _bytes_trained(job):
             yield _Run(
                 tokens=result.tokens_trained,
-                tokens_per_second=result.tokens_per_second,
-                wall_seconds=result.wall_seconds,
+                tokens_per_second=result.steady_tokens_per_second or result.tokens_per_second,
+                seconds=seconds_between(job.started_at, job.finished_at) or result.wall_seconds,
                 bytes_trained=bytes_trained,
             )
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,14 @@ def open_scalars(folder: Path, writer: RunWriter) -> ScalarWriter | None:
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Moment:
+    """When a step was done, and how many tokens were trained by then."""
+
+    seconds: float
+    tokens: int
+
+
 class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
     """Monitors every step: stops on request, fails on the first number that is not finite, publishes progress."""
 
@@ -99,6 +108,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.spikes: list[tuple[int, float, float]] = []  # step, its loss, the usual one
         self.bookkeeping_seconds = 0.0  # spent in here, between steps
         self.train_seconds = 0.0
+        self._after_first: _Moment | None = None  # when the first step was done
+        self._after_last: _Moment | None = None
 
     @property
     def sealing_seconds(self) -> float:
@@ -115,6 +126,14 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         """Useful tokens a second of this attempt, padding not counted."""
         elapsed = self.train_seconds or time.monotonic() - self._started_at
         return self.tokens / elapsed if self._steps and elapsed > 0 else None
+
+    @property
+    def steady_tokens_per_second(self) -> float | None:
+        """The same without the first step, which loads and compiles what the others find; None when there was no other."""
+        first, last = self._after_first, self._after_last
+        if first is None or last is None or last.tokens == first.tokens or last.seconds <= first.seconds:
+            return None
+        return (last.tokens - first.tokens) / (last.seconds - first.seconds)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -173,6 +192,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._loss_sum += step.loss
         self._steps += 1
         self.tokens += step.tokens
+        self._after_last = _Moment(seconds=time.monotonic(), tokens=self.tokens)
+        self._after_first = self._after_first or self._after_last
 
     def _publish_progress(self, state: TrainerState, step: Step) -> None:
         elapsed = time.monotonic() - self._started_at

@@ -321,6 +321,7 @@ def trained_result(run: Run, data: TrainingData, start: Start, loaded: LoadedMod
         train_loss=monitor.mean_loss,
         held_out_before=loaded.held_out_before,
         tokens_per_second=monitor.tokens_per_second,
+        steady_tokens_per_second=monitor.steady_tokens_per_second,
         tokens_trained=monitor.tokens,
         rows=planned.rows,
         samples=planned.samples,

@@ -176,6 +176,7 @@ def test_a_run_tells_what_it_does(finished: tuple[RunSpec, RunResult]) -> None:
     assert result.held_out_after < result.held_out_before
     assert result.trained_share is not None
     assert 0.05 < result.trained_share < 0.95
+    assert result.steady_tokens_per_second is not None
     table = events(spec, "run.planned")[0]["arithmetic"]
     assert f"{result.rows:,} trained" in table
     assert "tokens a step" in table

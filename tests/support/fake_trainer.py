@@ -6,6 +6,7 @@ skipped or taken twice shows.
 
 BEHAVIOUR.json may hold, by attempt ("1", "2", ...) or "*":
   step_seconds        how long a step takes
+  first_step_seconds  how much longer the first one takes
   die_at              SIGKILL to itself after this step (before its checkpoint)
   fail                {"kind": ..., "message": ..., "tried": [...]}: end with this failure after the first step
   events              objects that are written as events at each step, whatever they are
@@ -89,8 +90,11 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
         training_began = time.monotonic()
         last = total - behaviour.get("lie_about_steps", 0)
         step = start
+        first_done = training_began
         for step in range(start + 1, last + 1):
-            time.sleep(behaviour.get("step_seconds", 0))
+            if step == start + 2:
+                first_done = time.monotonic()
+            time.sleep(behaviour.get("step_seconds", 0) + (step == start + 1) * behaviour.get("first_step_seconds", 0))
             weights = blake3(f"{weights}:{spec.dataset.digest}:{step}".encode()).hexdigest()
             report.progress(phase="training", step=step, total_steps=total, start_step=start, loss=1 / step)
             if "fail" in behaviour:
@@ -126,6 +130,9 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
             rows=rows,
             tokens_trained=rows * TOKENS_A_ROW,
             tokens_per_second=rows * TOKENS_A_ROW / (time.monotonic() - training_began),
+            steady_tokens_per_second=(rows * TOKENS_A_ROW) * (step - start - 1) / step / (time.monotonic() - first_done)
+            if step > start + 1
+            else None,
             wall_seconds=time.monotonic() - began,
             message=f"stopped at step {step}" if step < last else "",
             warnings=origin.warnings,

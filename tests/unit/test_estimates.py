@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def test_the_largest_of_the_recent_jobs_gives_the_speed() -> None:
     assert pace.tokens_per_second == 4000.0
     assert pace.start_seconds == pytest.approx(8.5, abs=0.1)
     assert pace.seconds(finished[1]) == pytest.approx(finished[1].result.wall_seconds, rel=0.05)
+
+
+def test_a_slow_first_step_belongs_to_the_start() -> None:
+    """Of two steps, the first of which compiles and loads, the second says how fast a run is."""
+    tiny = trained(rows=4, start=0.0, rate=100.0)
+    assert tiny.result is not None
+    assert tiny.dataset is not None
+    result = replace(tiny.result, steady_tokens_per_second=1000.0)
+    times = {"started_at": "2026-01-01T00:00:00.000Z", "finished_at": "2026-01-01T00:00:20.000Z"}
+    pace = measure_pace([replace(tiny, result=result, **times)])
+    assert pace is not None
+    assert pace.tokens_per_second == 1000.0
+    assert pace.start_seconds == pytest.approx(20.0 - result.tokens_trained / 1000.0)  # the process's own start counts
 
 
 def test_epochs_and_cut_rows_count() -> None:
