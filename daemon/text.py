@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+HOLD_CHARACTERS = 1000  # of a sentence with both identities and the ways out
+
 
 def escape(text: str, *, most: int = 200) -> str:
     """`text` on one line, without control, bidirectional or undecodable characters, cut to `most` characters.

@@ -16,7 +16,7 @@ from daemon.inbox import layout
 from daemon.inbox.report import remarks
 from daemon.job import Job, JobState, JobTransition, Priority, to_json
 from daemon.run_dir import run_dir_of
-from daemon.text import escape, printable
+from daemon.text import HOLD_CHARACTERS, escape, printable
 from daemon.versions import Version
 
 if TYPE_CHECKING:  # what the doctor imports would be loaded by every command
@@ -77,7 +77,7 @@ def headline(snapshot: Mapping[str, Any]) -> Text:
     head = Text.assemble((what, style))
     if liveness == "alive":
         if snapshot.get("reason"):
-            head.append(f"  {printable(str(snapshot['reason']))}")
+            head.append(f"  {printable(str(snapshot['reason']), most=HOLD_CHARACTERS)}")
         head.append(f"  pid {snapshot['pid']}, heartbeat {snapshot['age_seconds']:.0f} s ago", style="dim")
     elif liveness == "stopped":
         head.append(f"  since {escape(clock(str(snapshot['timestamp'])))}", style="dim")

@@ -25,7 +25,7 @@ from daemon.errors import is_no_space
 from daemon.gpu import Gpu
 from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
-from daemon.text import escape, finite, printable
+from daemon.text import HOLD_CHARACTERS, escape, finite, printable
 from daemon.versions import Version
 
 SCHEMA_VERSION = 1
@@ -35,7 +35,7 @@ WAITING_FILES = 50  # of more, the count is shown
 WARNINGS = 50
 RUN_WARNINGS = 5  # of each finished job
 TEXT_CHARACTERS = 300
-REASON_CHARACTERS = 1000  # a hold's sentence has both identities and the ways out
+
 # A heartbeat that is so much older than it should be means that the loop hangs: a tick never takes that long.
 MISSED_HEARTBEATS = 10
 REREAD_SECONDS = 0.05  # before a status that is not whole is read again
@@ -226,7 +226,7 @@ def render(snapshot: StatusSnapshot) -> str:
     writer = identify(os.getpid())
     stamped = replace(
         snapshot,
-        reason=printable(snapshot.reason, most=REASON_CHARACTERS),
+        reason=printable(snapshot.reason, most=HOLD_CHARACTERS),
         warnings=tuple(printable(warning, most=TEXT_CHARACTERS) for warning in snapshot.warnings[:WARNINGS]),
         pid=os.getpid(),
         start_ticks=writer.start_ticks if writer else 0,

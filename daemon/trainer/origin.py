@@ -16,6 +16,7 @@ from daemon.base_identity import (
     BasePart,
     base_change,
     changed_parts,
+    find_base,
     identify_base,
     recorded_base,
     remembered,
@@ -23,10 +24,10 @@ from daemon.base_identity import (
 from daemon.errors import DropforgeError
 from daemon.job import FailureKind, RunSpec
 from daemon.recipe import ModelSettings, Recipe
+from daemon.trainer.base_model import resolve_base
 from daemon.trainer.errors import RunFailure
 from daemon.versions import Version
 
-RESTORE = "bring it back from a backup, or make version N current with `dropforge rollback N`"
 UNPROVEN_HINT = 'put that base back, or set start_from = "base" under [training] to begin a new adapter'
 
 
@@ -39,12 +40,46 @@ class Origin:
     warnings: tuple[str, ...] = ()  # what could not be proven, or was accepted
 
 
+def require_base(spec: RunSpec, recipe: Recipe) -> BaseModel:
+    """Return the base model.
+
+    Raises RunFailure(CONFIG) when it cannot be used, RunFailure(IDENTITY) when it could before: the current version was trained
+    on what has its name.
+    """
+    root = Path(spec.root) if spec.root else None
+    lost = _lost_base(spec, recipe, root) if find_base(recipe.model, root) is None else None
+    if lost is not None:  # before the Hub is asked for a model that is called like the folder
+        raise lost
+    try:
+        return resolve_base(recipe.model, root)
+    except RunFailure as failure:
+        lost = _lost_base(spec, recipe, root) if failure.kind is FailureKind.CONFIG else None
+        raise failure if lost is None else lost from None
+
+
+def _lost_base(spec: RunSpec, recipe: Recipe, root: Path | None) -> RunFailure | None:
+    """The failure of a base model in a folder that the current version was trained on, and that is no model now."""
+    if recipe.training.start_from != "latest" or (parent := find_parent(Path(spec.model_dir))) is None:
+        return None
+    recorded, name = recorded_base(versions.promotion_record(parent)), recipe.model.model_name_or_path
+    folder = (root or Path("/")) / Path(name).expanduser()
+    named = BaseModel(name=str(folder), path=folder, revision=None, root=root).portable_name
+    if recorded is None or recorded.commit is not None or recorded.name != named:
+        return None
+    return RunFailure(
+        FailureKind.IDENTITY,
+        f"version {parent.name} was trained on {named}, and {folder} "
+        + ("holds no whole model now" if folder.is_dir() else "is missing"),
+        hint="mount it or bring it back; the daemon goes on by itself",
+    )
+
+
 def find_origin(spec: RunSpec, recipe: Recipe, base: BaseModel) -> Origin:
     """Digest the base model, and verify the version that the run continues.
 
     Raises RunFailure(IDENTITY) when that version is damaged, or was trained on another base.
     """
-    identity = identify_base(base, *([remembered(Path(spec.state_dir))] if spec.state_dir else []))
+    identity = _identify(base, spec.state_dir)
     if recipe.training.start_from != "latest":
         return Origin(base=identity, parent=None)
     parent = find_parent(Path(spec.model_dir))
@@ -57,6 +92,22 @@ def find_origin(spec: RunSpec, recipe: Recipe, base: BaseModel) -> Origin:
     )
 
 
+def require_as_proven(origin: Origin, base: BaseModel, state_dir: str) -> None:
+    """Raise RunFailure(LOST) unless base model and parent still are what they were before they were loaded."""
+    if origin.parent is not None:
+        require_undamaged(origin.parent)
+    if changed := changed_parts(origin.base, _identify(base, state_dir)):
+        raise RunFailure(
+            FailureKind.LOST,
+            f"the base model's {', '.join(changed)} changed while the run began",
+            hint="the job is tried again with what is there then",
+        )
+
+
+def _identify(base: BaseModel, state_dir: str) -> BaseIdentity:
+    return identify_base(base, *([remembered(Path(state_dir))] if state_dir else []))
+
+
 def find_parent(model_dir: Path) -> Version | None:
     """Return the current version, None before the first. Raises RunFailure(IDENTITY) when that cannot be told."""
     try:
@@ -66,9 +117,15 @@ def find_parent(model_dir: Path) -> Version | None:
 
 
 def require_undamaged(version: Version) -> None:
-    """Raise RunFailure(IDENTITY), naming the files, unless a version is as it was promoted."""
+    """Raise RunFailure(IDENTITY), naming the files and the ways out, unless a version is as it was promoted."""
     if damage := versions.damage(version):
-        raise RunFailure(FailureKind.IDENTITY, "; ".join(damage), hint=RESTORE)
+        parent = str(versions.promotion_record(version).get("parent") or "")
+        other = (
+            f"go on from version {parent} with `dropforge rollback {parent}`"
+            if parent and (version.path.parent / parent).is_dir()
+            else 'set start_from = "base" under [training] to begin a new adapter'
+        )
+        raise RunFailure(FailureKind.IDENTITY, "; ".join(damage), hint=f"bring it back from a backup, or {other}")
 
 
 def require_same_base(version: Version, base: BaseModel, found: BaseIdentity, model: ModelSettings) -> tuple[str, ...]:

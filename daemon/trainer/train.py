@@ -22,7 +22,7 @@ from daemon.trainer import distributed
 from daemon.trainer.arguments import training_arguments
 from daemon.trainer.attempt import StopFlag, check_unchanged
 from daemon.trainer.attention import use_packed
-from daemon.trainer.base_model import load_tokenizer, offline, resolve_base
+from daemon.trainer.base_model import load_tokenizer, offline
 from daemon.trainer.callbacks import MonitorCallback, open_scalars
 from daemon.trainer.candidate import require_learned, require_whole_run, save_candidate
 from daemon.trainer.capacity import Capacity, capacity_of, padding_token, refuse_what_does_not_fit
@@ -35,7 +35,7 @@ from daemon.trainer.loop import RunTrainer, enable_gradient_checkpointing, held_
 from daemon.trainer.loss import Objective
 from daemon.trainer.memory import leave_memory, read_known
 from daemon.trainer.model import adapter_tensors, load_model, lora_b_norm, resolve_attention
-from daemon.trainer.origin import Origin, find_origin
+from daemon.trainer.origin import Origin, find_origin, require_as_proven, require_base
 from daemon.trainer.requirements import require_packages
 from daemon.trainer.summary import arithmetic, data_warnings, timing, training_warnings
 from daemon.trainer.tokenise import tokenise, worker_processes
@@ -120,7 +120,7 @@ def configure(spec: RunSpec, writer: RunWriter, stop: StopFlag) -> Run:
     key = guard.load_key(Path(spec.key_file)) if spec.key_file else None
     writer.progress(phase="preparing")
     check_unchanged(spec)
-    base = resolve_base(recipe.model, Path(spec.root) if spec.root else None)
+    base = require_base(spec, recipe)
     require_packages(recipe)
     origin = find_origin(spec, recipe, base)
     if origin.warnings:
@@ -188,6 +188,8 @@ def load_for_training(run: Run, data: TrainingData, start: Start) -> LoadedModel
     recipe, examples = run.recipe, data.examples
     set_seed(recipe.training.seed)
     model = load_model(run.base, recipe.model, recipe.lora, start.parent.path if start.parent else None)
+    if distributed.is_main_process():
+        require_as_proven(run.origin, run.base, run.spec.state_dir)
     initial = {name: tensor.detach().to("cpu", copy=True) for name, tensor in adapter_tensors(model).items()}
     if torch.cuda.is_available() and not recipe.model.load_in_4bit:
         model.to("cuda")

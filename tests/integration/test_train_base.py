@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 from daemon import versions
 from daemon.base_identity import BaseModel, recorded_base
 from daemon.cli.init import examples_dir
-from daemon.job import JobState
+from daemon.job import FailureKind, JobState
+from daemon.trainer import train as training
+from daemon.trainer.errors import RunFailure
 from daemon.trainer.tiny_model import TinyShape, build_tiny
-from tests.support.inprocess import rows
+from tests.support.inprocess import rows, specify, train
 from tests.support.root import Root, wait_until
 
 SHORT = {"training": {"max_steps": 2, "learning_rate": 2e-2}, "data": {"max_length": 160, "held_out_fraction": 0.0}}
@@ -92,6 +94,28 @@ def test_a_base_of_another_shape_is_told_in_words_and_never_as_a_size_mismatch(t
     assert job is not None
     assert (job.state, job.attempts_without_progress) == (JobState.QUEUED, 0)
     assert trained.stop() == 0
+
+
+def test_a_base_that_is_replaced_while_a_run_begins_is_not_trained_on(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was digested is what was loaded, or the run is lost and tried again."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    spec = specify(tmp_path / "run", rows(16), base, SHORT)
+    load_model = training.load_model
+
+    def replaced(*arguments: Any) -> Any:
+        weights = base / "model.safetensors"
+        content = weights.read_bytes()
+        weights.unlink()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return load_model(*arguments)
+
+    monkeypatch.setattr(training, "load_model", replaced)
+    with pytest.raises(RunFailure, match="the base model's weights changed while the run began") as failed:
+        train(spec)
+    assert failed.value.kind is FailureKind.LOST
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,8 @@ from daemon.job import FailureKind, MemoryMeasure, Outcome, RunResult, RunSpec
 from daemon.recipe import Recipe
 from daemon.run_dir import EVENTS_NAME, RunWriter
 from daemon.trainer.attempt import StopFlag, check_unchanged, run_attempt
-from daemon.trainer.base_model import resolve_base
 from daemon.trainer.errors import Interrupted, RunFailure
-from daemon.trainer.origin import find_origin
+from daemon.trainer.origin import find_origin, require_base
 
 TOKENS_A_ROW = 10
 STATE_NAME = "trainer_state.json"
@@ -54,7 +53,7 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
     if behaviour.get("ignore_terminate"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     check_unchanged(spec)
-    base = resolve_base(recipe.model, Path(spec.root))
+    base = require_base(spec, recipe)
     origin = find_origin(spec, recipe, base)
     parent = origin.parent
     rows = sum(1 for _ in iter_rows(Path(spec.dataset.path), spec.dataset.format, recipe.data))

@@ -12,7 +12,7 @@ import pytest
 
 from daemon import versions
 from daemon.base_identity import BasePart, base_change, find_base, hub_folder, identify_base, recorded_base
-from daemon.job import JobState
+from daemon.job import FailureKind, JobState
 from daemon.recipe import ModelSettings
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
@@ -239,7 +239,7 @@ def test_a_damaged_version_holds_the_queue_until_another_one_is_current(trained:
     trained.start()
     trained.drop("c.jsonl", rows("c"))
     reason = reason_to_wait(trained, f"version 0002: {name} is not the file that was promoted")
-    assert "`dropforge rollback N`" in reason
+    assert "`dropforge rollback 0001`" in reason
     assert trained.run("rollback", "1").returncode == 0
     assert trained.finished("c.jsonl").version == "0003"
     assert record(trained, "0003")["parent"] == "0001"
@@ -257,6 +257,22 @@ def test_a_damaged_version_that_is_brought_back_is_gone_on_with(trained: Root) -
     adapter.write_bytes(content)
     assert trained.finished("b.jsonl").version == "0002"
     assert trained.stop() == 0
+
+
+def test_a_base_that_is_gone_holds_the_queue_until_it_is_back(trained: Root) -> None:
+    """As a lost mount leaves it: no queued job fails for it, and what was configured anew is told as that."""
+    away = (trained.path / "base").rename(trained.path / "away")
+    trained.start()
+    for name in ("b", "c"):
+        trained.drop(f"{name}.jsonl", rows(name))
+    reason_to_wait(trained, "version 0001 was trained on ./base", f"{trained.path / 'base'} is missing")
+    away.rename(trained.path / "base")
+    assert {trained.finished(f"{name}.jsonl").state for name in ("b", "c")} == {JobState.SUCCEEDED}
+    assert trained.stop() == 0
+    trained.configure(model={"model_name_or_path": "/nowhere/model"})
+    trained.drop("d.jsonl", rows("d"))
+    assert trained.run("run", "--once").returncode == 1
+    assert trained.finished("d.jsonl").failure is FailureKind.CONFIG
 
 
 def test_digests_are_the_lineages_not_those_of_a_record_that_was_edited_along(trained: Root) -> None:
