@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from daemon.config import Settings
@@ -135,7 +136,7 @@ class Validator:
         if path is None:
             self._archive.finish(job, JobState.CANCELLED, "its file is gone from processing/")
             return
-        refusal = None
+        refusal = _lost_content(job, path)
         sidecar_path = path.with_name(layout.sidecar_name(job.name))
         if os.path.lexists(sidecar_path):  # False as well for a name that is too long to be one
             try:
@@ -214,3 +215,13 @@ class Validator:
         changed = "; ".join(changed_settings(before[-1], dataset, data))
         version = before[-1].version or "?"
         return [f"job {before[-1].id} trained the same file as version {version}, with other settings: {changed}"]
+
+
+def _lost_content(job: Job, path: Path) -> tuple[str, str] | None:
+    """Why a file that has become empty since it was claimed is refused, and what to do; None for any other."""
+    if not job.size_bytes or path.lstat().st_size:
+        return None
+    reason = (
+        f"it is empty, and had {job.size_bytes} bytes when it was dropped: it was cut, or was not on disk yet when the"
+    )
+    return f"{reason} machine lost its power", "drop it again"

@@ -175,6 +175,9 @@ class Life:
                 job = jobs[job_id]
                 assert job.state is JobState.SUCCEEDED, f"{job.name} was queued, and is {job.state}: {job.reason}"
                 assert (inbox / "done" / job_id / job.name).read_bytes() == self.dropped[job.name]
+            for job in jobs.values():  # what nobody had promised yet may be lost, not in silence
+                lost = job.size_bytes and job.state is JobState.REJECTED
+                assert not lost or "when it was dropped" in job.reason, job.reason
             for name in promised.submitted:
                 (job,) = (job for job in jobs.values() if job.name == name)
                 assert (job.state, job.overrides) == (JobState.SUCCEEDED, {"training": {"seed": 7}})
