@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import TracebackType
 from typing import ClassVar
 
 SQLITE_FULL = 13  # sqlite3.SQLITE_FULL, of a library that is imported in daemon.store alone
@@ -67,6 +68,8 @@ class TryLater(DropforgeError):
 class StoreError(DropforgeError):
     """The job store cannot be read or written now; the daemon holds until it can, rather than guess."""
 
+    is_of_machine: ClassVar[bool] = True
+
 
 def is_no_space(error: BaseException | None) -> bool:
     """Whether an error, or what it was raised from, says that the disk or a quota is full."""
@@ -82,3 +85,55 @@ def is_no_space(error: BaseException | None) -> bool:
 def is_gone(error: OSError) -> bool:
     """Whether an error says that a file was moved or removed by another process."""
     return error.errno in (errno.ENOENT, errno.ESTALE)
+
+
+# Errors of the machine, which pass when it is mended, whatever file or job met them.
+_OF_MACHINE = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES),
+        *(errno.EPERM, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),
+        *(errno.EAGAIN, errno.EBUSY),
+    }
+)
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether an error says nothing of the file or job in hand: the disk, the store, or the system refused."""
+    if isinstance(error, StoreError):
+        return error.is_of_machine
+    return isinstance(error, TryLater) or (isinstance(error, OSError) and error.errno in _OF_MACHINE)
+
+
+class Unexpected(Exception):
+    """What nobody foresaw, with what was being done, and to which job or dropped file; its cause has the traceback."""
+
+    def __init__(self, step: str, *, job: str, file: tuple[str, str] | None, cause: Exception) -> None:
+        super().__init__(step)
+        self.step = step
+        self.job = job
+        self.file = file  # priority and name
+        self.__cause__ = cause
+
+    def __str__(self) -> str:
+        cause = self.__cause__
+        return f"an unexpected error while it was {self.step}: {type(cause).__name__}: {cause}"
+
+
+class Handling:
+    """Attributes what goes wrong inside to a job or a dropped file: `with Handling("claimed", file=...)`.
+
+    What the machine refuses passes as it is. Raises Unexpected for everything else.
+    """
+
+    def __init__(self, step: str, *, job: str = "", file: tuple[str, str] | None = None) -> None:
+        self._step, self._job, self._file = step, job, file
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End; raises Unexpected."""
+        if isinstance(error, Exception) and not isinstance(error, Unexpected) and not is_of_machine(error):
+            raise Unexpected(self._step, job=self._job, file=self._file, cause=error)

@@ -17,7 +17,7 @@ from typing import Any
 from daemon import root_identity, versions
 from daemon.base_identity import find_base
 from daemon.config import Settings
-from daemon.errors import DropforgeError, StoreError, is_no_space
+from daemon.errors import DropforgeError, StoreError, TryLater, is_no_space
 from daemon.job import FailureKind, Job
 from daemon.recipe import Recipe
 from daemon.run_dir import RUNS_NAME
@@ -40,6 +40,7 @@ class HoldKind(StrEnum):
     IDENTITY = "identity"
     UNWRITABLE = "unwritable"
     STORE = "store"
+    INTERNAL = "internal"
     NO_SPACE = "no_space"
     GPU = "gpu"
 
@@ -56,8 +57,10 @@ def hold_of(error: DropforgeError | OSError) -> Hold:
     """Return the hold of a machine that refused to read or record something now."""
     if is_no_space(error):
         kind = HoldKind.NO_SPACE
+    elif isinstance(error, OSError | TryLater):
+        kind = HoldKind.UNWRITABLE
     else:
-        kind = HoldKind.STORE if isinstance(error, StoreError) else HoldKind.UNWRITABLE
+        kind = HoldKind.STORE if isinstance(error, StoreError) else HoldKind.INTERNAL
     sentence = error.sentence if isinstance(error, DropforgeError) else escape(str(error), most=1000)
     return Hold(kind=kind, reason=f"{sentence}; it is tried again until it can be done")
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from daemon.config import HookSettings
-from daemon.errors import NotFound
+from daemon.errors import Handling, NotFound
 from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState, JobTransition, seconds_between, to_json
 from daemon.observability.status import finished_job
 from daemon.store import JobStore
@@ -71,12 +71,13 @@ class Notifier:
                 self._published = number
                 continue
             self._published = number
-            name, level = _EVENTS[JobState(transition.new)] if is_final else _REQUEUED
-            getattr(self._log, level)(name, **canonical(job, transition))
             any_published = True
-            if is_final:
-                last = finished_job(job)
-                self.hooks.fire("on_job_finished", {"job": last})
+            with Handling("published", job=job.id):
+                name, level = _EVENTS[JobState(transition.new)] if is_final else _REQUEUED
+                getattr(self._log, level)(name, **canonical(job, transition))
+                if is_final:
+                    last = finished_job(job)
+                    self.hooks.fire("on_job_finished", {"job": last})
         if last is not None and not any(self._store.counts()[state] for state in OPEN_STATES):
             self.hooks.fire("on_queue_empty", {"job": last})
         if any_published:

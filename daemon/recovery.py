@@ -20,7 +20,7 @@ import msgspec
 
 from daemon import versions
 from daemon.config import Settings
-from daemon.errors import NotFound, TryLater
+from daemon.errors import NotFound, StoreError, TryLater
 from daemon.inbox import layout
 from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, unclaim_sidecar
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
@@ -163,10 +163,12 @@ def repair_inbox(settings: Settings, store: JobStore, archive: Archive, log: Any
 
 @contextmanager
 def _warned(warnings: list[str], job_id: str, log: Any) -> Iterator[None]:
-    """Turn one job's error into a warning, and go on with the next."""
+    """Turn one job's error into a warning, and go on with the next. A store that cannot be used is no job's error."""
     try:
         yield
-    except OSError as error:
+    except StoreError:
+        raise
+    except Exception as error:
         log.error("file.not_repaired", job=job_id, error=str(error))
         warnings.append(f"the files of job {job_id} could not be repaired: {error}; the next start tries it again")
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 import guard
 from daemon import root_identity, versions
 from daemon.config import Settings
-from daemon.errors import ConfigError, DropforgeError, is_no_space
+from daemon.errors import ConfigError, DropforgeError, Handling, NotFound, is_no_space
 from daemon.executors.base import Executor, Exit
 from daemon.gpu import GpuReservation
 from daemon.holds import (
@@ -35,13 +35,15 @@ from daemon.holds import (
     unwritable,
 )
 from daemon.inbox.archive import Archive
-from daemon.job import RUN_SPEC_VERSION, FailureKind, Job, JobState, Outcome, Progress, RunResult, RunSpec
+from daemon.job import FINAL_STATES, RUN_SPEC_VERSION, FailureKind, Job, JobState, Outcome, Progress, RunResult, RunSpec
 from daemon.notifications import Hooks
 from daemon.recipe import Recipe, explain
 from daemon.retry import RetryDecision, StopReason, decide, decide_not_launched
 from daemon.run_dir import RunEvent, RunReader, run_dir_of, sealed_step, step_in
 from daemon.store import JobStore, TransitionRefused
 from daemon.text import escape
+
+REAP_SECONDS = 5.0  # a trainer that was killed is gone long before
 
 
 @dataclass
@@ -95,23 +97,29 @@ class Scheduler:
     def recover(self) -> None:
         """Take up what an earlier daemon left running: adopt a living trainer and ask it to leave, finish a dead one."""
         for left in self._store.jobs({JobState.RUNNING}):
-            directory = run_dir_of(self.settings.state_dir, left.id)
-            # What it sealed while no daemon listened counts as progress all the same.
-            job = self._store.update(left.id, max_step=max(left.max_step, sealed_step(directory)))
-            run = Run(job=job, run_dir=directory, reader=RunReader(directory))
-            cancelled = StopReason.CANCEL if job.cancel_request else None
-            self.run = run
-            if self._executor.owns(run.run_dir):  # the parts of the daemon were made anew around it
-                return
-            if self._executor.adopt(run.run_dir):
-                self._log.warning("trainer.adopted", job=job.id, attempt=job.attempt)
-                self.request_stop(cancelled or StopReason.STOP)
+            with Handling("taken up again", job=left.id):
+                self._recover_run(left)
+            if self.run is not None:
                 return  # poll_run finishes it; at most one job is ever running
-            result = run.reader.result()
-            interrupted = result is not None and result.outcome is Outcome.INTERRUPTED
-            run.stop = cancelled or (StopReason.DAEMON_LOST if interrupted else None)
-            run.ended = Exit()
-            self._end_attempt(run, run.ended)
+
+    def _recover_run(self, left: Job) -> None:
+        directory = run_dir_of(self.settings.state_dir, left.id)
+        # What it sealed while no daemon listened counts as progress all the same.
+        job = self._store.update(left.id, max_step=max(left.max_step, sealed_step(directory)))
+        run = Run(job=job, run_dir=directory, reader=RunReader(directory))
+        cancelled = StopReason.CANCEL if job.cancel_request else None
+        self.run = run
+        if self._executor.owns(run.run_dir):  # the parts of the daemon were made anew around it
+            return
+        if self._executor.adopt(run.run_dir):
+            self._log.warning("trainer.adopted", job=job.id, attempt=job.attempt)
+            self.request_stop(cancelled or StopReason.STOP)
+            return
+        result = run.reader.result()
+        interrupted = result is not None and result.outcome is Outcome.INTERRUPTED
+        run.stop = cancelled or (StopReason.DAEMON_LOST if interrupted else None)
+        run.ended = Exit()
+        self._end_attempt(run, run.ended)
 
     def poll_control(self) -> bool:
         """Take what was requested through the store; True when another process has written to it."""
@@ -132,9 +140,11 @@ class Scheduler:
 
     def poll_run(self) -> None:
         """Relay what the trainer reported, end the attempt when it has left, kill it when it does not leave."""
-        run = self.run
-        if run is None:
-            return
+        if self.run is not None:
+            with Handling("followed", job=self.run.job.id):
+                self._poll(self.run)
+
+    def _poll(self, run: Run) -> None:
         if run.promote_at is not None:
             if time.monotonic() >= run.promote_at or run.stop is StopReason.CANCEL:
                 self._end_attempt(run, run.ended or Exit(code=0))
@@ -157,16 +167,18 @@ class Scheduler:
             self._change_hold(None)
             return
         contradiction = contradicted(self.settings)
-        if contradiction is None and self._finish_duplicate(ready):
-            return
-        self._change_hold(contradiction or self._hold_for(ready))
+        with Handling("launched", job=ready.id):
+            if contradiction is None and self._finish_duplicate(ready):
+                return
+            self._change_hold(contradiction or self._hold_for(ready))
         if self.hold is not None:
             return
         job = self._store.claim_next(time.time())
         if job is None:
             self._gpu.release()
             return
-        self._launch(job)
+        with Handling("launched", job=job.id):
+            self._launch(job)
 
     def request_stop(self, why: StopReason) -> None:
         """Ask the running trainer to seal a checkpoint and leave.
@@ -185,6 +197,26 @@ class Scheduler:
             self._log.info("trainer.asked_to_leave", job=run.job.id, reason=why.value)
         if run.stop is not StopReason.CANCEL:
             run.stop = why
+
+    def quarantine(self, job_id: str, reason: str) -> None:
+        """Fail a job that this program itself cannot handle, with its trainer, wherever it is on its way.
+
+        Raises what ending it raises.
+        """
+        if self.run is not None and self.run.job.id == job_id:
+            self.kill()
+            deadline = time.monotonic() + REAP_SECONDS
+            while self._executor.poll(self.run.run_dir) is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self.run = None
+            self._gpu.release()
+        try:
+            job = self._store.get(job_id)
+        except NotFound:
+            return
+        if job.state not in FINAL_STATES:
+            self._archive.finish(job, JobState.FAILED, reason, failure=FailureKind.INTERNAL)
+            self._log.error("job.quarantined", job=job_id, reason=reason)
 
     def kill(self) -> None:
         """Kill the running trainer at once; what it sealed stays."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import guard
 from daemon import config, control, gpu, root_identity, sd_notify, versions
 from daemon.config import Settings
-from daemon.errors import ConfigError, DropforgeError, RootHeld, StoreError, TryLater
+from daemon.errors import ConfigError, DropforgeError, RootHeld, StoreError, Unexpected
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
 from daemon.holds import Hold, HoldKind, hold_of
@@ -30,6 +30,7 @@ from daemon.retry import StopReason
 from daemon.scheduler import Scheduler
 from daemon.status_writer import StatusWriter, write_holding
 from daemon.store import BrokenStore, NewerStore
+from daemon.text import escape
 from daemon.verification import BackgroundVerifier
 from daemon.wakeup import Wakeup
 from guard.atomic import make_folder_durable
@@ -40,6 +41,8 @@ if TYPE_CHECKING:  # its library is imported only where metrics are configured
 POLL_SECONDS = 0.25  # between two looks at a running trainer's progress
 PRUNE_SECONDS = 600.0  # between two batches of old jobs that are forgotten
 RETRY_SECONDS = 1.0  # between two tries of what could not be recorded or opened
+MOST_STRIKES = 2  # unexpected errors in a row before a job or a file is given up
+STRIKE_SECONDS = 600.0  # errors that lie further apart are not in a row
 REBUILD_SECONDS = 60.0  # between two stores that are rebuilt while the daemon runs
 ONCE_PATIENCE_SECONDS = 15.0  # `run --once` waits so long for a machine that nobody is there to mend
 STOP_GRACE_SECONDS = 30.0  # requested of systemd at each tick of a stop; our own stop_timeout is what ends the wait
@@ -68,6 +71,10 @@ class Service:
         self._trouble: Hold | None = None  # why nothing can be recorded now
         self._troubled_since = 0.0  # monotonic
         self._rebuilt_at = float("-inf")  # likewise: when a damaged store was
+        self._strikes: dict[
+            str, tuple[int, float]
+        ] = {}  # unexpected errors in a row, and when the last came, by subject
+        self._last_unexpected = ""
         self._hopeless_since = float("inf")  # likewise: of `run --once`, since when nothing can go on
 
     def run(self, *, once: bool = False) -> int:
@@ -104,9 +111,7 @@ class Service:
         self.wakeup.clear()
         self._ticks += 1
         self._require_same_store()
-        self._handle_signals()  # SIGHUP reload, SIGTERM stop
         self._run_round()
-        self.verifier.poll()  # what is kept, read again now and then
         self._publish_status()
         self._feed_watchdog()
         self.wakeup.wait(self._max_sleep_seconds())
@@ -118,12 +123,14 @@ class Service:
         tried: a running trainer is followed all the same. Nothing is launched then.
         """
         stages = (
+            self._handle_signals,  # SIGHUP reload, SIGTERM stop
             self._recover,  # once, and again after what could not be recorded
             self._prune,
             self._poll_control,  # pause, cancel: written by the command line
             self._poll_inbox,  # inbox -> claimed -> queued
             self._poll_run,  # running -> succeeded | failed | queued
             self._publish_ends,  # log line and hooks for what ended
+            self._verify,  # what is kept, read again now and then
         )
         troubles = [hold for hold in map(self._attempt, stages) if hold is not None]
         trouble = troubles[0] if troubles else self._attempt(self._dispatch)  # queued -> running
@@ -146,6 +153,9 @@ class Service:
     def _publish_ends(self) -> None:
         self.notifier.publish()
 
+    def _verify(self) -> None:
+        self.verifier.poll()
+
     def _dispatch(self) -> None:
         if not self._recovered:
             self.scheduler.hold_contradicted()
@@ -153,7 +163,7 @@ class Service:
             self.scheduler.dispatch()
 
     def _attempt(self, stage: Callable[[], None]) -> Hold | None:
-        """Run one stage; returns what it has to wait for. Raises what nobody can wait for.
+        """Run one stage; returns what it has to wait for.
 
         A store that is damaged is rebuilt from the folders, as at a start.
         """
@@ -165,9 +175,52 @@ class Service:
             self._rebuilt_at = time.monotonic()
             self.log.error("store.broken", reason=error.cause)
             self._reopen(damage=error.cause)
-        except (TryLater, StoreError, OSError) as error:
+        except Unexpected as error:
+            return self._contain(error)
+        except (DropforgeError, OSError) as error:
             return hold_of(error)
+        except Exception as error:
+            return self._contain(Unexpected("at work", job="", file=None, cause=error))
         return None
+
+    def _contain(self, error: Unexpected) -> Hold | None:
+        """Set what met an unexpected error aside: it is tried once more, and the second time in a row given up.
+
+        Returns the hold of an error that belongs to no file and no job, or of one that cannot be given up.
+        """
+        subject = error.job or (f"{error.file[0]}/{error.file[1]}" if error.file else "")
+        now = time.monotonic()
+        strikes, since = self._strikes.get(subject, (0, now))
+        strikes = strikes + 1 if now - since < STRIKE_SECONDS else 1
+        self._strikes[subject] = strikes, now
+        self._recovered = False  # what was cut short half-way is found as after a crash
+        if str(error) != self._last_unexpected:
+            cause = error.__cause__
+            self.log.error(
+                "unexpected.raised", step=error.step, job=error.job, file=escape(error.file[1] if error.file else ""),
+                error=f"{type(cause).__name__}: {cause}", times=strikes, exc_info=cause,
+            )  # fmt: skip
+        self._last_unexpected = str(error)
+        what = f"job {error.job}" if error.job else f"the file {escape(subject)}" if subject else "the daemon"
+        told = f"{what} met {error}"
+        if not subject or strikes > MOST_STRIKES:
+            return Hold(kind=HoldKind.INTERNAL, reason=f"{told}; it is tried again, and the log has the traceback")
+        if strikes == MOST_STRIKES:
+            self._give_up(error, f"{error}, twice in a row; it is this program's fault, and the log has the traceback")
+        return None
+
+    def _give_up(self, error: Unexpected, reason: str) -> None:
+        """Fail a job, or leave a dropped file alone, that this program cannot handle."""
+        try:
+            if error.job:
+                self.scheduler.quarantine(error.job, reason)
+            elif error.file is not None:
+                self.intake.set_aside(error.file, reason)
+                self.log.error("file.quarantined", file=escape(error.file[1]), reason=reason)
+        except (StoreError, OSError) as failure:  # the next time is the third, and holds
+            self.log.error("unexpected.not_given_up", job=error.job, error=str(failure))
+        except Exception as failure:
+            self.log.error("unexpected.not_given_up", job=error.job, error=repr(failure), exc_info=failure)
 
     def _hold(self, hold: Hold) -> None:
         """Hold everything for a reason of the machine's."""
@@ -182,6 +235,9 @@ class Service:
             self.status.publish(force=force)
         except (StoreError, OSError) as error:  # the queue cannot be read: tell at least that
             write_holding(self.settings, (self._trouble or hold_of(error)).reason)
+        except Exception as error:
+            hold = self._contain(Unexpected("writing the status", job="", file=None, cause=error))
+            write_holding(self.settings, hold.reason if hold else "")
 
     def _serve(self, *, once: bool) -> int:
         with suppress(gpu.GpuUnavailable):  # a device that is not there is an error now, not when a file comes
@@ -330,7 +386,7 @@ class Service:
         ):
             try:
                 step()
-            except (StoreError, OSError) as error:  # what cannot be recorded now is found by the next start
+            except Exception as error:  # what cannot be recorded now is found by the next start
                 self.log.error("daemon.not_closed", error=str(error))
         self.log.info("daemon.stopped")
 
@@ -381,9 +437,11 @@ class Service:
             return 0.0
         watchdog = sd_notify.watchdog_seconds()
         heartbeat = watchdog / 3 if watchdog else None
-        for seconds in (self.intake.next_due_seconds(), self.scheduler.next_start_seconds(), heartbeat):
-            if seconds is not None:
-                due.append(seconds)
+        try:
+            own = (self.intake.next_due_seconds(), self.scheduler.next_start_seconds())
+        except StoreError:
+            return RETRY_SECONDS  # the next round meets it again
+        due += [seconds for seconds in (*own, heartbeat) if seconds is not None]
         return max(0.0, min(due))
 
     def _feed_watchdog(self) -> None:

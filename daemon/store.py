@@ -101,6 +101,8 @@ class BrokenStore(StoreError):
 class TransitionRefused(StoreError):
     """The job is in another state than the caller saw, or the transition is not in TRANSITIONS."""
 
+    is_of_machine = False
+
 
 class JobStore:
     """Open `path`, creating it if it is missing. One instance belongs to one thread; processes may share the file.

@@ -81,10 +81,11 @@ class Archive:
         """Move a finished job's folder; a failure is a warning until it succeeds."""
         try:
             archive_files(self.settings, job)
-        except (DropforgeError, OSError) as error:
+        except Exception as error:  # a finished job has nothing left to fail, whatever the error is
             problem = describe_problem(error)
             if self._problems.get(job.id) != problem:
-                self._log.error("file.not_moved", job=job.id, error=problem)
+                foreseen = isinstance(error, DropforgeError | OSError)
+                self._log.error("file.not_moved", job=job.id, error=problem, exc_info=not foreseen)
             self._problems.pop(job.id, None)
             self._problems[job.id] = problem  # last in line
             return
@@ -335,10 +336,12 @@ def read_rows_report(folder: Path) -> DatasetReport | None:
         return None
 
 
-def describe_problem(error: DropforgeError | OSError) -> str:
+def describe_problem(error: Exception) -> str:
     """Say in one sentence why files were not moved."""
     if isinstance(error, DropforgeError):
         return error.sentence
+    if not isinstance(error, OSError):
+        return escape(f"an unexpected error: {type(error).__name__}: {error}", most=1000)
     if error.errno == errno.EXDEV and error.filename2:
         return (
             f"{Path(error.filename2).parent} is on another file system than {Path(error.filename).parent}, and files"

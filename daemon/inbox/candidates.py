@@ -15,7 +15,7 @@ from pathlib import Path
 
 from daemon.config import InboxSettings
 from daemon.dataset.source import COMPRESSIONS, SourceError, kind_of_mode, open_regular
-from daemon.errors import is_gone
+from daemon.errors import Handling, Unexpected, is_gone
 from daemon.inbox.layout import OWN_FOLDERS, UNFINISHED_SECONDS, NameKind, name_kind, sidecar_name
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
 from daemon.inbox.settle import Candidate, EarlierClaim, FileStat, Settled, Wait, decide, required_stillness
@@ -104,6 +104,7 @@ class CandidateTracker:
         self._last_clock = (float("-inf"), "")
         self._claims: dict[tuple[Priority, str], EarlierClaim] = {}  # of files that were not renamed in
         self._unfinished: dict[tuple[Priority, str], _Unfinished] = {}
+        self._set_aside: dict[tuple[Priority, str], int] = {}  # inode; of files that this program could not handle
 
     @property
     def deferred(self) -> int:
@@ -114,9 +115,30 @@ class CandidateTracker:
         """Return the files that are not settled yet."""
         return iter(self._unsettled.values())
 
+    def set_aside(self, key: tuple[str, str], reason: str) -> None:
+        """Leave a file alone until another one has its name, or the daemon starts again."""
+        known = Priority(key[0]), key[1]
+        for table in (self._candidates, self._unsettled, self._sidecars):
+            table.pop(known, None)
+        self._settled[known[0]] = deque(found for found in self._settled[known[0]] if found.key != known)
+        self._set_aside[known] = _inode_of(self._folders[known[0]] / known[1])
+        self._ignore(known, reason, meant=True)
+
+    def _is_set_aside(self, key: tuple[Priority, str]) -> bool:
+        """Whether the very file that was set aside has this name still."""
+        if key not in self._set_aside:
+            return False
+        if self._set_aside[key] == _inode_of(self._folders[key[0]] / key[1]):
+            return True
+        del self._set_aside[key]
+        self._ignored.pop(key, None)
+        return False
+
     def add_events(self, batch: EventBatch, now: float) -> None:
         """Track the names of a batch; each is due now."""
         for (priority, name), events in batch.names.items():
+            if self._is_set_aside((priority, name)):
+                continue
             kind = name_kind(name)
             if kind in (NameKind.DATA, NameKind.SIDECAR):
                 candidate = self._track(priority, name, kind, now)
@@ -155,7 +177,13 @@ class CandidateTracker:
             _, _, key = heapq.heappop(self._due)
             candidate = self._candidates.get(key) or self._sidecars.get(key)
             if candidate is not None and candidate.due <= now and not candidate.settled:
-                self._examine_candidate(candidate, now)
+                try:
+                    with Handling("examined", file=candidate.key):
+                        self._examine_candidate(candidate, now)
+                except Unexpected:
+                    candidate.due = now + _LONGEST_PAUSE
+                    self._schedule(candidate)
+                    raise
 
     def next_due(self, now: float) -> float | None:
         """Return the seconds until a candidate is due; None when none will be."""
@@ -178,7 +206,8 @@ class CandidateTracker:
                 candidate = settled.popleft()
                 candidate.settled = False
                 self._unsettled[candidate.key] = candidate
-                file = self._examine(candidate, now)
+                with Handling("examined", file=candidate.key):
+                    file = self._examine(candidate, now)
                 if file is not None:
                     return file
                 if candidate.key in self._candidates:
@@ -256,6 +285,8 @@ class CandidateTracker:
             return
         self._forget_missing(priority, names)
         for name in sorted(names):
+            if self._is_set_aside((priority, name)):
+                continue
             kind = name_kind(name)
             if kind is NameKind.OTHER:
                 self._ignore_other(priority, name)
@@ -435,6 +466,14 @@ def _may_be_appended_to(candidate: Candidate, stat: FileStat) -> bool:
 
 def _has_one_line(descriptor: int, stat: FileStat) -> bool:
     return os.pread(descriptor, stat.size_bytes, 0).count(b"\n") <= 1
+
+
+def _inode_of(path: Path) -> int:
+    """The inode that a name leads to; 0 when there is none to see."""
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return 0
 
 
 def shown_name(priority: Priority, name: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from daemon.config import Settings
-from daemon.errors import StoreError
+from daemon.errors import Handling
 from daemon.inbox import layout
 from daemon.inbox.archive import Archive
 from daemon.inbox.candidates import REMEMBER_SECONDS, SHOWN, CandidateTracker, SettledFile, shown_name
@@ -135,6 +135,10 @@ class Intake:
         if now >= self._next_purge:
             self._next_purge = now + PURGE_SECONDS
             self._archive.purge()
+
+    def set_aside(self, key: tuple[str, str], reason: str) -> None:
+        """Leave a dropped file, by priority and name, alone until another one takes its name."""
+        self._candidates.set_aside(key, reason)
 
     @property
     def unusable(self) -> str:
@@ -290,7 +294,8 @@ class Intake:
             file = self._candidates.next_settled(now)
             if file is None:
                 break
-            job = self._claim(file, now)
+            with Handling("claimed", file=file.candidate.key):
+                job = self._claim(file, now)
             if job is not None:
                 places -= 1
                 self._validator.submit(job)
@@ -311,8 +316,9 @@ class Intake:
                 self._candidates.remove_claimed(file, now, None)
                 self._scan_requested = True
             return None
-        except (StoreError, OSError) as failure:  # its row or its rename is missing; recovery knows what to do about it
-            self._candidates.postpone(candidate, now, seconds=FAILED_CLAIM_SECONDS, reason=str(failure).splitlines()[0])
+        except Exception as failure:  # its row or its rename is missing; recovery knows what to do about it
+            reason = escape(f"{failure}".partition("\n")[0]) or type(failure).__name__
+            self._candidates.postpone(candidate, now, seconds=FAILED_CLAIM_SECONDS, reason=reason)
             raise
         if job.continues is not None:
             self._log.warning("file.came_back", file=file.shown, job=job.id, continues=job.continues)

@@ -17,7 +17,7 @@ from typing import Any
 from daemon.config import Settings
 from daemon.dataset.requests import Reply, Request
 from daemon.dataset.rows import Rules
-from daemon.errors import NotFound
+from daemon.errors import Handling, NotFound
 from daemon.inbox import layout
 from daemon.inbox.archive import Archive, sync_claims, write_rows_report
 from daemon.inbox.duplicates import changed_settings
@@ -78,12 +78,15 @@ class Validator:
     def tick(self) -> None:
         """Act on the pool's replies, and submit again what had changed while it was read."""
         for job, reply in self._collect():
-            try:
-                self._apply(job, reply)
-            except TransitionRefused:
-                continue  # a command cancelled it at this moment
-            except OSError as error:  # a full disk: the job stays claimed, and is submitted again at the next rescan
-                self._log.error("dataset.not_concluded", job=job.id, error=str(error))
+            with Handling("checked", job=job.id):
+                try:
+                    self._apply(job, reply)
+                except TransitionRefused:
+                    continue  # a command cancelled it at this moment
+                except (
+                    OSError
+                ) as error:  # a full disk: the job stays claimed, and is submitted again at the next rescan
+                    self._log.error("dataset.not_concluded", job=job.id, error=str(error))
         now = time.monotonic()
         for job_id, repeat in list(self._repeats.items()):
             if repeat.due <= now:
@@ -124,12 +127,13 @@ class Validator:
         The sidecar is read where it lies now: a crash after the claim, and a sidecar that was mended before a retry,
         are the same case.
         """
-        try:
-            self._submit(job)
-        except TransitionRefused:
-            return  # a command cancelled it at this moment
-        except OSError as error:  # it stays claimed, and is submitted again at the next rescan
-            self._log.error("dataset.not_concluded", job=job.id, error=str(error))
+        with Handling("checked", job=job.id):
+            try:
+                self._submit(job)
+            except TransitionRefused:
+                return  # a command cancelled it at this moment
+            except OSError as error:  # it stays claimed, and is submitted again at the next rescan
+                self._log.error("dataset.not_concluded", job=job.id, error=str(error))
 
     def _submit(self, job: Job) -> None:
         path = layout.locate(self.settings, job)

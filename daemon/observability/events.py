@@ -40,6 +40,14 @@ EVENTS: Mapping[str, Event] = {
     "daemon.not_closed": _event(
         "error", "Something could not be recorded at the end; the next start finds it.", "error"
     ),
+    "unexpected.raised": _event(
+        "error",
+        "What nobody foresaw, with its traceback: the job or file in hand is tried once more, then given up.",
+        "step job file error times exception",
+    ),
+    "unexpected.not_given_up": _event(
+        "error", "A job or file could not be given up; the queue is held.", "job error exception"
+    ),
     "store.broken": _event("error", "The queue's database was damaged while the daemon ran; it is rebuilt.", "reason"),
     "store.set_aside": _event("error", "The queue's database cannot be read and was moved aside.", "path reason"),
     "root.contradicted": _event("error", "Parts of the root do not belong together; the queue is held.", "reason"),
@@ -50,6 +58,7 @@ EVENTS: Mapping[str, Event] = {
     ),
     "root.damaged": _event("error", "Something that is kept is not as it was recorded.", "reason hint"),
     "root.not_verified": _event("error", "The background check did not come to its end; it is tried again.", "error"),
+    "job.quarantined": _event("error", "A job was failed over this program's own error, twice in a row.", "job reason"),
     "job.brought_forward": _event(
         "warning", "The queue was older than the lineage, which has the job's version.", "job version"
     ),
@@ -79,9 +88,14 @@ EVENTS: Mapping[str, Event] = {
         "file job continues",
     ),
     "file.unreadable": _event("warning", "A dropped file may not be read; it is taken when it may.", "file reason"),
+    "file.quarantined": _event(
+        "error", "A dropped file is left alone over this program's own error, twice in a row.", "file reason"
+    ),
     "file.replaced": _event("warning", "Another file took its place while it was taken.", "file job now"),
     "file.left_alone": _event("warning", "Something in the inbox will not be taken as it is.", "file reason"),
-    "file.not_moved": _event("error", "A finished job's file could not be moved; it is tried again.", "job error"),
+    "file.not_moved": _event(
+        "error", "A finished job's file could not be moved; it is tried again.", "job error exception"
+    ),
     "file.moved": _event("info", "A finished job's file that could not be moved has been.", "job"),
     "file.purged": _event("info", "A trained file was deleted after keep_done_days.", "job file finished_at"),
     "file.not_purged": _event("error", "A trained file could not be deleted.", "job error"),

@@ -65,11 +65,16 @@ class Root:
         base_model: Path | None = None,
         through: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
+        before: Sequence[Any] = (),
     ) -> None:
-        """`through`: a command that the daemon is started by; `variables`: of its environment."""
+        """`through`: a command that the daemon is started by; `variables`: of its environment.
+
+        `before`: a function that the daemon's process calls first, as `module:name` and its arguments.
+        """
         self.path = path
         self._through = tuple(through)
         self._variables = dict(variables or {})
+        self.before = tuple(before)
         self._daemon: subprocess.Popen[bytes] | Forked | None = None
         self.tables: dict[str, dict[str, Any]] = {name: dict(values) for name, values in QUICK.items()}
         if behaviour is not None:
@@ -122,7 +127,9 @@ class Root:
                     env=env,
                 )
             else:
-                self._daemon = server.start(arguments, stdout=nothing.fileno(), stderr=errors.fileno(), env=env)
+                self._daemon = server.start(
+                    arguments, stdout=nothing.fileno(), stderr=errors.fileno(), env=env, before=self.before
+                )
         pid = self._daemon.pid
 
         def watches() -> bool:

@@ -50,7 +50,8 @@ def calls() -> Iterator[Call]:
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in METHODS:
                 tables = (argument for argument in node.args[1:] if isinstance(argument, ast.Dict))
-                keys = frozenset(keyword.arg for keyword in node.keywords if keyword.arg) | frozenset(
+                given = (keyword.arg for keyword in node.keywords if keyword.arg)
+                keys = frozenset("exception" if key == "exc_info" else key for key in given) | frozenset(
                     str(key.value) for table in tables for key in table.keys if isinstance(key, ast.Constant)
                 )
                 for name in names_in(node.args[0]):
