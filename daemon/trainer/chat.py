@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 from daemon.trainer.chat_template import DEFAULT, OneTemplate, Span, Switches, TemplateError
-from daemon.trainer.completeness import Part, context_lacks, lacks
+from daemon.trainer.completeness import Part, context_lacks, held_by, held_by_tools, lacks
 from daemon.trainer.message_forms import Message
 
 _OPENED = re.compile(r"<(think|thinking|thought)>\s*\Z")  # at the end of a generation prompt
@@ -124,6 +124,8 @@ class _Rendering:
         self._template = template
         self._messages = messages
         self._tools = tools
+        self._held = [held_by(message) for message in messages]
+        self._held_by_tools = held_by_tools(tools)
         self._notes: set[Note] = set()
         self._ends: set[str] = set()
 
@@ -172,7 +174,7 @@ class _Rendering:
                 span = _span_in(text, turn)
                 kept.append((start, max(span[0], start)))
                 start = max(start, span[1])
-        missing = context_lacks(text, self._messages, self._tools)
+        missing = context_lacks(text, self._held, self._held_by_tools)
         if missing:
             raise ConversationError(f"the chat template leaves out {_listed(missing)}, which are to be learned")
         return self._split([TextSample(text, tuple(span for span in (*kept, (start, len(text))) if span[0] < span[1]))])
@@ -201,14 +203,13 @@ class _Rendering:
 
     def _turn(self, index: int) -> _Turn:
         """The turn in the first of the template's modes in which it is whole and continues the generation prompt."""
-        message = self._messages[index]
         problem: ConversationError | None = None
         for switches in self._template.modes:
             asked = self._text(index, generation_prompt=True, switches=switches)
             text, marked = self._template.finished(self._messages[: index + 1], self._tools, switches=switches)
             if not text.startswith(asked):
                 problem = problem or _NotContinued(index, asked, text)
-            elif missing := lacks(text[len(asked) :], message):
+            elif missing := lacks(text[len(asked) :], self._held[index]):
                 problem = _Incomplete(index, missing)
             else:
                 return self._ended(index, asked, text, switches, marked)
@@ -240,7 +241,7 @@ class _Rendering:
             if not text.startswith(asked) and rest and not rest.lstrip().startswith(opened.group().strip()):
                 text = f"{asked}{thought}{close}{_gap(rest)}{rest}"
             if text.startswith(asked) and not lacks(
-                text[len(asked) :], {**message, "content": answer, "reasoning_content": thought}
+                text[len(asked) :], held_by({**message, "content": answer, "reasoning_content": thought})
             ):
                 return self._ended(index, asked, text)
         return None
@@ -262,7 +263,7 @@ class _Rendering:
         if not prompt or not answered.startswith(alone) or not alone.endswith(prompt):
             return None
         written = answered[len(alone) :]
-        if not self._text(index + 1).endswith(prompt + written) or lacks(written, messages[index]):
+        if not self._text(index + 1).endswith(prompt + written) or lacks(written, self._held[index]):
             return None
         return self._ended(index, asked, asked + written)
 
@@ -309,7 +310,7 @@ class _Rendering:
 
     def _look_at_context(self, members: Sequence[_Turn]) -> None:
         last = members[-1]
-        missing = context_lacks(last.text[: last.start], self._messages[: last.index], self._tools)
+        missing = context_lacks(last.text[: last.start], self._held[: last.index], self._held_by_tools)
         self._notes.update(_LOST[part] for part in missing)
 
     def _text(self, count: int, *, generation_prompt: bool = False, switches: Switches = DEFAULT) -> str:

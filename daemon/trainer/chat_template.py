@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property, lru_cache
 from types import MethodType
@@ -92,9 +91,12 @@ class OneTemplate:
         switches: Switches = DEFAULT,
     ) -> str:
         """What apply_chat_template makes of the messages, as a string. Raises TemplateError."""
-        with _template_errors():
-            rendered: str = self._compiled.render(self._arguments(messages, tools, generation_prompt, switches))
-        return rendered
+        try:
+            return str(self._compiled.render(self._arguments(messages, tools, generation_prompt, switches)))
+        except TimeoutError:  # of a time limit that expires meanwhile
+            raise
+        except Exception as error:  # it is a program, and may raise anything
+            raise _said(error) from error
 
     def finished(
         self, messages: Sequence[Message], tools: Any, *, switches: Switches = DEFAULT
@@ -104,9 +106,14 @@ class OneTemplate:
             return self.text(messages, tools, switches=switches), []
         blocks: list[str] = []
         spans: list[Span] = []
-        with _template_errors(), self._compiled.environment.activate_tracker(blocks, spans):
-            for block in self._compiled.generate(self._arguments(messages, tools, False, switches)):
-                blocks.append(block)  # the tracker reads them meanwhile
+        try:
+            with self._compiled.environment.activate_tracker(blocks, spans):
+                for block in self._compiled.generate(self._arguments(messages, tools, False, switches)):
+                    blocks.append(block)  # the tracker reads them meanwhile
+        except TimeoutError:
+            raise
+        except Exception as error:
+            raise _said(error) from error
         return "".join(blocks), spans
 
     def adapted(self, messages: Sequence[Message]) -> list[Message]:
@@ -226,16 +233,8 @@ def on_day(template: str, day: date) -> str:
     return _TODAY.sub(lambda found: json.dumps(day.strftime(found.group(2))), template)
 
 
-@contextmanager
-def _template_errors() -> Iterator[None]:
-    """Raise whatever a template raises as TemplateError; a time limit that expires meanwhile stays one."""
-    try:
-        yield
-    except TimeoutError:
-        raise
-    except JinjaTemplateError as error:
-        if type(error) is JinjaTemplateError:  # its author's own words, by raise_exception
-            raise TemplateError(f"the chat template refuses the conversation: {error}") from error
-        raise TemplateError(f"the chat template fails on the conversation: {error}") from error
-    except Exception as error:  # it is a program, and may raise anything
-        raise TemplateError(f"the chat template fails on the conversation: {error}") from error
+def _said(error: Exception) -> TemplateError:
+    """Whatever a template raised as TemplateError."""
+    if type(error) is JinjaTemplateError:  # its author's own words, by raise_exception
+        return TemplateError(f"the chat template refuses the conversation: {error}")
+    return TemplateError(f"the chat template fails on the conversation: {error}")

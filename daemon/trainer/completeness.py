@@ -32,24 +32,25 @@ _TEXT_OF = {
     "tool": Part.RESULT,
     "assistant": Part.ANSWER,
 }
+Held = Sequence[tuple[Part, Sequence[str]]]  # strings that must occur, by what they are
 
 
-def lacks(rendering: str, message: Message) -> set[Part]:
-    """What `rendering`, what a template made of an assistant's message, lacks of it."""
-    return {part for part, strings in _parts(message) for string in strings if not _holds(rendering, string)}
+def lacks(rendering: str, held: Held) -> set[Part]:
+    """What `rendering`, what a template made of a message that holds this, lacks of it."""
+    return {part for part, strings in held for string in strings if not _holds(rendering, string)}
 
 
-def context_lacks(rendering: str, messages: Sequence[Message], tools: Any) -> set[Part]:
-    """What `rendering`, what a template made of these messages and tools, lacks of them.
+def context_lacks(rendering: str, messages: Iterable[Held], tools: Iterable[str]) -> set[Part]:
+    """What `rendering`, what a template made of messages and tools that hold this, lacks of them.
 
     Conversations go forward, so a short text is not found again in a message before its own; a system's text may stand
     anywhere.
     """
-    found = {Part.TOOLS for string in _tool_strings(tools) if not _holds(rendering, string)}
+    found = {Part.TOOLS for string in tools if not _holds(rendering, string)}
     at = 0
-    for message in messages:
+    for held in messages:
         begins = []
-        for part, strings in _parts(message):
+        for part, strings in held:
             start = 0 if part is Part.SYSTEM else at
             for string in strings:
                 place = rendering.find(string, start)
@@ -61,15 +62,22 @@ def context_lacks(rendering: str, messages: Sequence[Message], tools: Any) -> se
     return found
 
 
-def _parts(message: Message) -> Iterator[tuple[Part, list[str]]]:
-    """The strings of a message that must occur, by what they are."""
+def held_by(message: Message) -> Held:
+    """What of a message must occur."""
     message = thought_apart(message)
+    found: list[tuple[Part, tuple[str, ...]]] = []
     if content := _text(message.get("content")).strip():
-        yield _TEXT_OF[message["role"]], [content]
+        found.append((_TEXT_OF[message["role"]], (content,)))
     if reasoning := (message.get("reasoning_content") or "").strip():
-        yield Part.REASONING, [reasoning]
+        found.append((Part.REASONING, (reasoning,)))
     if calls := message.get("tool_calls"):
-        yield Part.CALL, [string for call in calls for string in _call_strings(call["function"])]
+        found.append((Part.CALL, tuple(string for call in calls for string in _call_strings(call["function"]))))
+    return found
+
+
+def held_by_tools(tools: Any) -> list[str]:
+    """What of definitions of functions must occur."""
+    return list(_tool_strings(tools))
 
 
 def _text(content: Any) -> str:
