@@ -28,7 +28,7 @@ from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.strays import is_job_folder
 from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, Priority, RunSpec
 from daemon.run_dir import latest_spec, run_dir_of, sealed_step
-from daemon.store import BrokenStore, JobStore
+from daemon.store import BrokenStore, JobStore, is_made
 from daemon.text import escape
 from guard.atomic import fsync_dir, write_atomic
 
@@ -50,7 +50,7 @@ def open_store(settings: Settings, log: Any, *, damage: str = "") -> JobStore:
         set_aside(path)  # a crash came in between: an older database without its log would look sound
     try:
         # A store that is lost or emptied is one that cannot be read; on a new root there is nothing to rebuild it from.
-        intact = path.exists() and path.stat().st_size > 0
+        intact = is_made(path)
         if damage and intact:
             raise BrokenStore(operation="use the job store", subject=path, cause=damage)
         store = JobStore(path, check=intact, busy_seconds=BUSY_SECONDS)

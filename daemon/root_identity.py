@@ -167,11 +167,11 @@ def adopt(settings: Settings) -> list[str]:
     known = None if is_copy else next((reading.root_id for reading in readings if reading.root_id), None)
     root_id = known or secrets.token_hex(16)
     present = max(reading.newest_version for reading in readings if reading.part is Part.MODEL)
-    changes = []
+    changes = ["this root has an id of its own now"] if is_copy else []
     for reading in readings:
         if not reading.exists:
             changes.append(f"{reading.path} is made, empty")
-        elif reading.root_id != root_id:
+        elif reading.root_id != root_id and not is_copy:
             changes.append(f"{reading.path} is part of this root now")
         if reading.part is Part.STATE and reading.newest_version > present:
             changes.append(f"versions {present + 1:04d} to {reading.newest_version:04d} are known to be gone")

@@ -104,6 +104,11 @@ class TransitionRefused(StoreError):
     is_of_machine = False
 
 
+def is_made(path: Path) -> bool:
+    """Whether there is a store, for those who make none: to open one that was emptied would make its loss look sound."""
+    return path.exists() and path.stat().st_size > 0
+
+
 class JobStore:
     """Open `path`, creating it if it is missing. One instance belongs to one thread; processes may share the file.
 

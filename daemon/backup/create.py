@@ -22,7 +22,7 @@ from daemon.holds import contradicted
 from daemon.inbox import layout
 from daemon.job import utc_now
 from daemon.root_identity import Part, part_paths
-from daemon.store import JobStore
+from daemon.store import JobStore, is_made
 from guard.atomic import write_all
 
 ATTEMPTS = 10  # the queue may move on while its files are copied
@@ -121,7 +121,7 @@ def _require_whole(settings: Settings) -> str:
 def _queue(settings: Settings) -> Iterator[JobStore | None]:
     """The root's store; None on a root that never had one. Raises DropforgeError where it is lost, StoreError."""
     path = settings.store_path
-    if not path.exists() or path.stat().st_size == 0:
+    if not is_made(path):
         if path.exists() or _has_history(settings):
             raise DropforgeError(
                 operation="back up",

@@ -28,7 +28,7 @@ from daemon.inbox.archive import NoLog
 from daemon.job import FINAL_STATES, Job, JobState, utc_now
 from daemon.recovery import bring_forward, follow_move
 from daemon.root_identity import Part, part_paths
-from daemon.store import JobStore
+from daemon.store import JobStore, is_made
 from daemon.text import escape
 from guard.atomic import (
     append_line_durable,
@@ -110,7 +110,7 @@ def plan_restore(root: Path, path: Path) -> RestorePlan:
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     return RestorePlan(
         root=root,
-        source=source.path,
+        source=source.path.absolute(),
         settings=settings,
         settings_text=verified.settings_text,
         manifest=manifest,
@@ -217,7 +217,7 @@ def _in_the_way(folder: Path) -> Iterator[str]:
 
 def _describe(part: Part, path: Path, names: tuple[str, ...]) -> str:
     if part is Part.MODEL and (found := versions.list_versions(path)):
-        return f"has {len(found)} versions, up to {found[-1].name}"
+        return f"has {len(found)} version{'s' if len(found) > 1 else ''}, up to {found[-1].name}"
     shown = ", ".join(escape(name) for name in names[:SHOWN])
     return f"has {shown}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
 
@@ -260,7 +260,7 @@ def _newer(settings: Settings, manifest: Manifest) -> Newer:
 
 def _changed_since(settings: Settings, moment: str) -> Iterator[Job]:
     path = settings.store_path
-    if not path.exists() or path.stat().st_size == 0:
+    if not is_made(path):
         return
     try:
         store = JobStore(path)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from daemon import config
 from daemon.errors import NotFound
-from daemon.store import JobStore
+from daemon.store import JobStore, is_made
 
 app = typer.Typer(
     name="dropforge",
@@ -60,10 +60,11 @@ class RootContext:
 
 @contextmanager
 def existing_store(context: typer.Context) -> Iterator[JobStore]:
-    """The root's job store. Raises NotFound when no daemon has made one yet."""
+    """The root's job store. Raises NotFound when no daemon has made one yet, or the one that it made is emptied."""
     path = context.obj.settings.store_path
-    if not path.exists():
-        raise context.obj.not_yet("open", path, "there is no queue on this root yet")
+    if not is_made(path):
+        cause = "it is empty: what it held is lost" if path.exists() else "there is no queue on this root yet"
+        raise context.obj.not_yet("open", path, cause)
     store = JobStore(path)
     try:
         yield store

@@ -15,7 +15,7 @@ import typer
 from daemon import config
 from daemon.config import Settings
 from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState
-from daemon.store import JobStore
+from daemon.store import JobStore, is_made
 from daemon.versions import list_versions
 
 Candidates = list[tuple[str, str]]  # what is offered, and what it is
@@ -62,7 +62,7 @@ def _settings(context: typer.Context) -> Settings:
 
 def _jobs(settings: Settings, states: Collection[JobState]) -> Iterable[Job]:
     """Those that wait, then the newest of the others: what a person will hardly name is not looked for."""
-    if not settings.store_path.exists():
+    if not is_made(settings.store_path):
         return []
     store = JobStore(settings.store_path)
     try:

@@ -18,7 +18,7 @@ from daemon.config import Settings
 from daemon.errors import ConfigError
 from daemon.job import JobState, Priority, to_json
 from daemon.observability.status import finished_job, read_status
-from daemon.store import JobStore
+from daemon.store import JobStore, is_made
 from daemon.text import escape
 
 JOB = "A job's id, or its beginning or end."
@@ -141,7 +141,7 @@ def check(
     from daemon.cli.check import check_files, render_text
 
     settings = context.obj.settings
-    store = JobStore(settings.store_path) if settings.store_path.exists() else None
+    store = JobStore(settings.store_path) if is_made(settings.store_path) else None
     try:
         reports = check_files(files, settings, store)
     finally:

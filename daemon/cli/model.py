@@ -21,7 +21,7 @@ from daemon.config import Settings
 from daemon.errors import DropforgeError, TryLater
 from daemon.job import JobState
 from daemon.processes import child_environment
-from daemon.store import JobStore
+from daemon.store import JobStore, is_made
 from daemon.text import escape
 
 WAIT_SECONDS = 0.05  # between two attempts; a promotion is followed by seconds of a trainer's start
@@ -154,7 +154,7 @@ def _base_change(settings: Settings, version: versions.Version) -> BaseChange | 
 
 def _running(settings: Settings) -> str:
     """Which job runs, or was running when its daemon died: its promotion may be half done."""
-    if not settings.store_path.exists():
+    if not is_made(settings.store_path):
         return ""
     store = JobStore(settings.store_path)
     try:

@@ -23,7 +23,7 @@ from daemon.inbox.other_files import explain_other_file
 from daemon.inbox.sidecar import read_sidecar
 from daemon.job import FINAL_STATES, Job, Priority
 from daemon.observability.status import read_status
-from daemon.store import JobStore
+from daemon.store import JobStore, is_made
 from daemon.text import escape
 from guard.atomic import fsync_dir, make_folder_durable
 
@@ -123,7 +123,7 @@ def _sidecar_text(settings: Settings, path: Path, *, force: bool) -> str:
 
 
 def _jobs_with(settings: Settings, inode: int) -> frozenset[str]:
-    if not settings.store_path.exists():
+    if not is_made(settings.store_path):
         return frozenset()
     with closing(JobStore(settings.store_path)) as store:
         return frozenset(job.id for job in store.with_inode(inode))
@@ -204,7 +204,7 @@ def wait_for(settings: Settings, placed: Submitted) -> Job:
     try:
         while True:
             snapshot = read_status(settings.status_path)
-            if store is None and settings.store_path.exists():
+            if store is None and is_made(settings.store_path):
                 store = JobStore(settings.store_path)
             jobs = store.with_inode(placed.inode) if store else []
             found = [job for job in jobs if job.id not in placed.earlier][-1:]

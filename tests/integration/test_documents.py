@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,12 @@ import typer.main
 
 from daemon import config
 from daemon.cli.main import app
+from daemon.holds import HoldKind
+from daemon.job import JobState
 from daemon.observability.status import read_status
 from tests.support.documents import OPERATIONS, README, blocks, commands_of
 from tests.support.root import REPOSITORY, Root, environment, wait_until
+from tests.support.sound import assert_sound
 
 DOCUMENTS = (README, *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "examples" / "README.md")
 # Every section that tells people to type something, and where that is done. A new one belongs here, and into a test.
@@ -32,6 +36,8 @@ TYPED = {
     (OPERATIONS, "First hour"): "tests/system/test_first_hour.py",
     (OPERATIONS, "Upgrade"): "tests/system/test_first_hour.py",
     (OPERATIONS, "Uninstall"): "tests/system/test_first_hour.py",
+    (OPERATIONS, "Backup and restore"): "below",
+    (OPERATIONS, "Moving a root"): "below",
     (OPERATIONS, "Completion"): "tests/unit/test_cli_operations.py runs the scripts; this file looks at the paths",
 }
 # What a quick start has that cannot be done here, each with its reason.
@@ -152,6 +158,71 @@ def test_the_readme_s_guard_commands(tmp_path: Path, path_with_dropforge: str) -
         codes[command.split()[3]] = done.returncode
     assert codes == {"fingerprint": 0, "check": 3, "verify": codes["verify"], "clear": 0, "purge": 0}
     assert (tmp_path / "out" / "checkpoint-10").is_dir()  # --dry-run
+
+
+@pytest.fixture
+def installed(tmp_path: Path, make_root: Callable[..., Root], path_with_dropforge: str) -> Root:
+    """A root with a version and a queued job where the document has /var/lib/dropforge; its engine lies outside."""
+    (tmp_path / "bin" / "systemctl").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "systemctl").chmod(0o755)
+    for name in ("carry", "backup", "new"):
+        (tmp_path / "mnt" / name).mkdir(parents=True)
+    root = make_root("var/lib/dropforge", behaviour={})
+    (tmp_path / "behaviour.json").write_text("{}")
+    root.configure(executor={"command": (*root.tables["executor"]["command"][:-1], str(tmp_path / "behaviour.json"))})
+    root.drop("a.jsonl", [{"text": f"a {number}"} for number in range(8)])
+    assert root.run("run", "--once").returncode == 0
+    root.start()
+    assert root.run("pause").returncode == 0
+    root.drop("b.jsonl", [{"text": f"b {number}"} for number in range(8)])
+    wait_until(lambda: (job := root.job("b.jsonl")) and job.state is JobState.QUEUED, what="the job to be queued")
+    assert root.stop() == 0
+    assert root.run("resume").returncode == 0
+    return root
+
+
+def placed(script: str, tmp_path: Path) -> str:
+    """A script of the document with its places below a folder; doctor's verdict is about this machine."""
+    here = script.replace("/var/lib/", f"{tmp_path}/var/lib/").replace("/mnt/", f"{tmp_path}/mnt/")
+    return re.sub(r"^(.* doctor)$", r"\1 || true", here, flags=re.MULTILINE)
+
+
+def assert_goes_on(root: Root) -> None:
+    done = root.run("run", "--once")
+    assert done.returncode == 0, done.stderr
+    assert root.job("b.jsonl").version == "0002"  # type: ignore[union-attr]
+    assert_sound(root)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_root_is_moved_as_the_document_tells(
+    installed: Root, tmp_path: Path, path_with_dropforge: str, number: int
+) -> None:
+    """By backup and restore, rsync and tar: the new place trains what was queued in the old one, on from its version."""
+    script = commands_of(OPERATIONS, "Moving a root")[number]
+    if "rsync" in script and shutil.which("rsync") is None:
+        pytest.skip("rsync is not installed")
+    done = type_in(placed(script, tmp_path), tmp_path, path_with_dropforge)
+    assert done.returncode == 0, done.stderr
+    installed.path = tmp_path / "mnt" / "new" / "dropforge"
+    assert_goes_on(installed)
+
+
+def test_a_root_is_backed_up_and_restored_as_the_document_tells(
+    installed: Root, tmp_path: Path, path_with_dropforge: str
+) -> None:
+    begin, back = commands_of(OPERATIONS, "Backup and restore")
+    done = type_in(placed(begin, tmp_path), tmp_path, path_with_dropforge)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(installed.settings.model_dir)
+    done = type_in(placed(back, tmp_path), tmp_path, path_with_dropforge)
+    assert done.returncode == 0, done.stderr
+    assert_goes_on(installed)
+
+
+def test_every_kind_of_hold_is_told_of(tmp_path: Path) -> None:
+    section = OPERATIONS.read_text().split("## What holds the queue")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == {kind.value for kind in HoldKind}
 
 
 def test_completion_is_put_where_a_shell_looks_for_it(tmp_path: Path, path_with_dropforge: str) -> None:

@@ -163,6 +163,19 @@ def test_a_lost_queue_is_rebuilt_and_nothing_is_trained_again(trained: Root, los
     assert trained.events("store.rebuilt")
 
 
+def test_a_command_that_meets_an_emptied_queue_leaves_its_loss_to_be_noticed(trained: Root) -> None:
+    """Opened, it would become a sound queue without jobs, and what was trained would be trained again."""
+    trained.settings.store_path.write_bytes(b"")
+    for command in (("jobs",), ("pause",), ("rollback", "1"), ("check", str(trained.settings.root / "dropforge.toml"))):
+        trained.run(*command)
+        assert trained.settings.store_path.stat().st_size == 0, command
+    assert "it is empty: what it held is lost" in trained.run("jobs").stderr
+    trained.drop("again.jsonl", ROWS)
+    assert trained.run("run", "--once").returncode == 0
+    assert trained.finished("again.jsonl").duplicate_of is not None
+    assert trained.events("store.rebuilt")
+
+
 def test_an_older_queue_is_brought_forward_from_the_lineage(make_root: MakeRoot) -> None:
     """A database of before two jobs ended: neither is trained or promoted again, and `latest` stays where it was."""
     root = make_root(behaviour={})
