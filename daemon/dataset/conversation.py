@@ -30,7 +30,7 @@ from daemon.dataset.keys import (
     role_named,
     speaker_name,
 )
-from daemon.dataset.masks import apply_row_masks, turn_weight
+from daemon.dataset.masks import apply_row_masks, is_binary, turn_weight, weight_of
 from daemon.dataset.strict_json import kind_of
 from daemon.dataset.tools import Tools, calls_of, one_of, read_calls, read_tools
 from daemon.dataset.values import (
@@ -64,6 +64,7 @@ _READ_IN_PAIRS = frozenset((*USER_KEYS, *ASSISTANT_KEYS, *MASK_KEYS, "system"))
 _KNOWN_ROLES = ", ".join(dict.fromkeys(ROLES.values()))
 _CALL, _RESULT = "tool_use", "tool_result"
 _READ_OF_RESULT = frozenset(("type", "tool_use_id", "content"))
+_SPLIT_THE_TURN = 'split the turn, or set "weight" to 0 or 1 for all of it'
 _USE_PAIRS = 'give earlier turns as "history": [["question", "answer"], ...]'
 _USE_TOOL_CALLS = 'give calls as "tool_calls" of the assistant\'s turn, and results as turns of the role "tool"'
 
@@ -303,7 +304,10 @@ def read_content(content: Any, path: JsonPath, unused: UnusedKeys) -> tuple[str 
 def _part_text(part: Mapping[str, Any], keys: Sequence[str], path: JsonPath, unused: UnusedKeys) -> str:
     refuse_keys(part, path)
     key = single_key(part, keys, path)
-    unused.note(part, frozenset((*keys, "type", "thought")), path)
+    for mask in MASK_KEYS:
+        if is_given(part.get(mask)) and not (is_binary(part[mask]) and weight_of(part[mask])):
+            raise RowError((*path, mask), "only whole turns can be chosen to be learned", _SPLIT_THE_TURN)
+    unused.note(part, frozenset((*keys, *MASK_KEYS, "type", "thought")), path)
     if key is not None:
         return text_of(part, key, path)
     if any(key in part for key in keys):

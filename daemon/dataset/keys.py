@@ -245,6 +245,12 @@ def _not_one(value: Any, answers: bool) -> bool:
     return is_number(value) and value != 1
 
 
+def _labelled_parts(value: Any, answers: bool) -> bool:
+    return isinstance(value, list) and any(
+        isinstance(item, dict) and {"label", "text"} <= item.keys() for item in value
+    )
+
+
 def _boxes(value: Any, answers: bool) -> bool:
     return isinstance(value, dict) and not value.keys().isdisjoint({"bbox", "ref", "image_id"})
 
@@ -549,6 +555,14 @@ REFUSED: tuple[Refused, ...] = (
         values="any",
         applies=_any,
         places=(Place.TURN,),
+    ),
+    Refused(
+        names=("segments",),
+        meaning="holds parts of a text of which only some are learned (axolotl's input_output), which is not supported",
+        advice='give what is not learned as "prompt" and what is as "completion", or turns as "messages"',
+        values="a list of objects with label and text",
+        applies=_labelled_parts,
+        places=(Place.ROW,),
     ),
     Refused(
         names=("refusal",),

@@ -24,7 +24,7 @@ def turn_weight(turn: Mapping[str, Any], role: str, path: JsonPath) -> int | Non
             continue
         if not is_binary(value):
             raise _not_binary((*path, key))
-        weights[key] = _weight(value)
+        weights[key] = weight_of(value)
         if weights[key] and role != "assistant":
             raise _only_answers((*path, key))
     if len(set(weights.values())) > 1:
@@ -50,7 +50,7 @@ def apply_row_masks(row: Mapping[str, Any], messages: list[dict[str, Any]], unus
             for index, (message, one) in enumerate(zip(masked, value, strict=True)):
                 _set_weight(message, one, (key, index))
         elif is_mask(key, value) and is_binary(value):
-            if not _weight(value):
+            if not weight_of(value):
                 for message in answers:
                     _set_weight(message, value, path)
         elif is_mask(key, value):
@@ -73,7 +73,7 @@ def is_binary(value: Any) -> bool:
     return isinstance(value, bool) or (is_number(value) and value in (0, 1))
 
 
-def _weight(value: Any) -> int:
+def weight_of(value: Any) -> int:
     """The weight that a binary value says."""
     return _TEXTS[value.strip().casefold()] if isinstance(value, str) else int(value)
 
@@ -84,10 +84,10 @@ def _set_weight(message: dict[str, Any], value: Any, path: JsonPath) -> None:
     if not is_binary(value):
         raise _not_binary(path)
     if message["role"] == "assistant":
-        weight = _weight(value)
+        weight = weight_of(value)
         if message.setdefault("weight", weight) != weight:
             raise RowError(path, "it contradicts what the turn itself says")
-    elif _weight(value):
+    elif weight_of(value):
         raise _only_answers(path)
 
 

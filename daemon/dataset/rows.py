@@ -26,6 +26,7 @@ from daemon.dataset.keys import (
     Place,
     is_given,
     refuses,
+    role_named,
 )
 from daemon.dataset.masks import apply_row_masks, is_mask
 from daemon.dataset.media import placeholder_apart, placeholder_in
@@ -38,6 +39,8 @@ from daemon.dataset.values import RowError, UnusedKeys, embedded, optional_text,
 if TYPE_CHECKING:  # the settings' machinery would double what a child that reads rows imports
     from daemon.recipe import ColumnSettings, DataSettings
 
+ONE_TURN = "the row is one turn of a conversation"
+WHOLE_CONVERSATION = 'write a whole conversation on one line: {"messages": [...]}'
 AS_CHAT = '[data] prompt_completion = "chat"'
 
 Kind = Literal["messages", "prompt_completion", "text"]
@@ -449,6 +452,8 @@ def _turns_to_complete(row: Mapping[str, Any], prompt_key: str, completion_key: 
 
 def _text(row: Mapping[str, Any], key: str) -> RowContent:
     text = text_of(row, key)
+    if key == "text" and isinstance(row.get("role"), str) and role_named(row["role"]) is not None:
+        raise RowError(("role",), ONE_TURN, WHOLE_CONVERSATION)
     conversation = _one_answer({name: value for name, value in row.items() if name != key}, text)
     return RowContent(kind="text", text=text, unused_keys=_unused(row, frozenset((*ROW_MASK_KEYS, key)), conversation))
 

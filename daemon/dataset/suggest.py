@@ -11,16 +11,27 @@ from dataclasses import replace
 from typing import Any
 
 from daemon.dataset.keys import Place, is_given, refuses
-from daemon.dataset.rows import AS_CHAT, Columns, Format, Rules, detect_format, joins_words, normalise
+from daemon.dataset.rows import (
+    AS_CHAT,
+    ONE_TURN,
+    WHOLE_CONVERSATION,
+    Columns,
+    Format,
+    Rules,
+    detect_format,
+    joins_words,
+    normalise,
+)
 from daemon.dataset.values import RowError
 
 PROMPT_NAMES = (
     "prompt", "question", "query", "instruction", "input", "problem", "request", "user", "human", "ask", "source",
-    "context", "article", "document",
+    "context", "article", "document", "inputs",
 )  # fmt: skip
 COMPLETION_NAMES = (
     "completion", "response", "answer", "output", "solution", "reply", "assistant", "target", "ideal", "expected",
     "generation", "generated_text", "answers", "summary", "highlights", "translation", "label_text", "cot",
+    "generated_solution", "targets",
 )  # fmt: skip
 TEXT_NAMES = (
     "text",
@@ -39,6 +50,7 @@ NOT_LEARNED = (
     "id", "uuid", "source", "url", "split", "lang", "language", "category", "subcategory", "topic", "date", "system",
     "data_source", "ability", "dataset", "subset", "model", "generator", "type", "task", "difficulty", "level", "domain",
     "license", "version", "name", "author", "tags", "label", "hash", "status", "conversation_id", "timestamp", "role",
+    "path", "file", "filename", "file_path", "repo", "repo_name", "size", "title",
 )  # fmt: skip
 ASKING_NAMES = PROMPT_NAMES[:8]  # a text of these alone is a question without its answer
 KEYS_SHOWN = 8
@@ -52,7 +64,7 @@ def describe_unknown(row: Mapping[str, Any], rules: Rules) -> tuple[str, str]:
     shown = ", ".join(json.dumps(key) for key in list(row)[:KEYS_SHOWN]) or "no keys"
     reason = f"no known format has these keys: {shown}{', …' if len(row) > KEYS_SHOWN else ''}"
     if isinstance(row.get("role"), str) and isinstance(row.get("content"), str):
-        return f"{reason}; it is one turn", 'write a whole conversation on one line: {"messages": [...]}'
+        return f"{reason}; {ONE_TURN}", WHOLE_CONVERSATION
     for name, inner in row.items():
         if isinstance(inner, dict) and _passes(inner, rules):
             return (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from daemon.dataset.keys import Place, is_given, refuses
+from daemon.dataset.keys import Place, is_given, is_number, refuses
 from daemon.dataset.strict_json import LineError, kind_of, parse_object
 
 JsonPath = tuple[str | int, ...]
@@ -51,8 +52,10 @@ def text_of(row: Mapping[str, Any], key: str, path: JsonPath = ()) -> str:
     """A string that the row, or the object at `path` in it, must have. Raises RowError."""
     value = required(row, key) if not path else row.get(key)
     if not isinstance(value, str):
-        where = (*path, key) if key in row else path
-        raise RowError(where, f"expected a string, found {kind_of(value)}" if key in row else f"{key!r} is missing")
+        if key not in row:
+            raise RowError(path, f"{key!r} is missing")
+        hint = f"write it as text: {json.dumps(str(value))}" if is_number(value) else ""
+        raise RowError((*path, key), f"expected a string, found {kind_of(value)}", hint)
     return value
 
 

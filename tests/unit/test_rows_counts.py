@@ -216,7 +216,7 @@ REFUSED_AS_THEY_ARE = {
     "steps": ({"prompt": "q", "completions": ["a"], "labels": [True]}, "step supervision"),
     "tokens": ({"input_ids": [1, 2], "labels": [1, 2]}, "finished tokens"),
     "picture_and_caption": ({"image": "a.png", "caption": "a barn"}, "only text"),
-    "one_turn": ({"role": "user", "content": "q"}, "it is one turn"),
+    "one_turn": ({"role": "user", "content": "q"}, "one turn of a conversation"),
     "verl_prompts": ({"data_source": "x", "prompt": [USER], "ability": "math", "reward_model": {"ground_truth": "4"}}, "no known format"),
     "openai_batch": ({"custom_id": "1", "method": "POST", "body": {"model": "x", **answer("a")}}, 'inside "body"'),
     "capital_keys": ({"Messages": answer("a")["messages"]}, "small letters"),

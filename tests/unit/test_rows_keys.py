@@ -144,6 +144,7 @@ LEARNED = {
                            {"from": "gpt", "value": "A1"}, {"from": "gpt", "value": "A2"}, {"from": "human", "value": "bye"}]},
         ["assistant*: G", "user: q1", "user: q2", "assistant*: A1", "assistant*: A2", "user: bye"],
     ),
+    "parts_to_learn": (said(content=[{"type": "text", "text": "A", "train": True}]), PLAIN),
     "text_parts": (said(content=[{"type": "text", "text": "A"}, {"type": "output_text", "text": "B", "image_url": None}]), ["user: Q", "assistant*: AB"]),
     "parts_of_plain_strings": (said(content=["A", "B"]), ["user: Q", "assistant*: AB"]),
     "a_part_with_null": (said(content=[{"type": "text", "text": None}, {"type": "text", "text": "A"}]), PLAIN),
@@ -352,6 +353,11 @@ REFUSALS = {
     "masks_contradict": (said(content="A", weight=1, train=False), "messages[1].train", "contradict"),
     "row_mask_contradicts": ({**muted("weight", 0, 1), "loss_mask": [1, 1]}, "loss_mask[0]", "contradicts"),
     "parts_of_a_turn": (said(content="A", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}]), "train_detail", "whole turns"),
+    "a_muted_part": (said(content=[{"type": "text", "text": "a", "train": False}, {"type": "text", "text": "b"}]), "content[0].train", "only whole turns"),
+    "a_weighed_part": (said(content=[{"type": "text", "text": "a", "weight": 0.5}]), "content[0].weight", "only whole turns"),
+    "axolotl_segments": ({"segments": [{"label": False, "text": "Q"}, {"label": True, "text": "A"}], "text": "QA"}, '"segments"', "only some are learned"),
+    "a_turn_alone": ({"text": "Q", "role": "prompter", "message_id": "1"}, "role", "one turn of a conversation"),
+    "a_number_for_an_answer": ({"prompt": "2+2=", "completion": 4}, "completion", "found a number"),
     "row_weight": ({"messages": TURNS, "weight": 0.3}, "weight", "0 or 1"),
     "sample_weight": ({"prompt": "Q", "completion": "A", "sample_weight": 2}, "sample_weight", "weighs the row"),
     "a_text_not_to_learn": ({"text": "A", "weight": 0}, "weight", "nothing of the row is learned"),
@@ -408,7 +414,7 @@ def test_a_row_that_would_be_trained_into_something_else_is_refused_by_name(
 @pytest.mark.parametrize("group", REFUSED, ids=lambda group: group.names[0])
 def test_every_refused_key_is_refused_with_what_to_do(group: Any) -> None:
     """In rows and in turns, whatever the row holds otherwise."""
-    values = (True, False, 2, -1, ["x"], "good", "analysis", "user", {"bbox": [1]})
+    values = (True, False, 2, -1, ["x"], "good", "analysis", "user", {"bbox": [1]}, [{"label": True, "text": "x"}])
     for name in group.names:
         value = next(value for value in values if group.applies(value, True))
         rows = {Place.ROW: {"messages": TURNS, name: value}, Place.TURN: said(content="A", **{name: value})}
