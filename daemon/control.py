@@ -10,12 +10,17 @@ import time
 from datetime import UTC, datetime
 
 from daemon.config import Settings
-from daemon.errors import DropforgeError
+from daemon.errors import DropforgeError, NotFound
 from daemon.holds import PAUSED_KEY
 from daemon.inbox.archive import Archive, describe_problem, reopen_files
 from daemon.job import FINAL_STATES, Job, JobState, Priority, utc_now
+from daemon.memory.forgetting import FORGOTTEN_KEY
+from daemon.memory.forgetting import forget as forget_memory
+from daemon.memory.store import HELD_OUT_NAME, ROWS_NAME, DatasetMemory, Discarded
 from daemon.retry import StopReason
 from daemon.store import JobStore, TransitionRefused
+from daemon.text import escape
+from daemon.versions import learned_by
 
 
 def pause(store: JobStore, *, after_job: bool, reason: str = "") -> str:
@@ -101,6 +106,40 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
         cancel_request="",
     )
     return f"job {job.id} is checked again and then queued"
+
+
+def forget(settings: Settings, store: JobStore | None, memory: DatasetMemory) -> list[str]:
+    """Delete what is kept of a dataset; returns sentences that say what happened, and what the weights still know.
+
+    A running job that may rehearse it is asked to leave, and starts over without it. Raises OSError.
+    """
+    meta = memory.meta
+    rows, apart = (meta.mark(name).rows for name in (ROWS_NAME, HELD_OUT_NAME))
+    drawn = forget_memory(settings.state_dir, memory, Discarded.FORGOTTEN)
+    said = [
+        f"{escape(meta.name)} ({meta.digest[:12]}) is forgotten: {rows:,} kept and {apart:,} held-out rows are deleted"
+    ]
+    running = store.jobs({JobState.RUNNING}, limit=1) if store is not None else []
+    if store is not None and running:
+        store.set_control(FORGOTTEN_KEY, {"at": utc_now(), "digest": meta.digest})
+    for job_id in drawn:
+        job = _open_job(store, job_id)
+        if job is not None:
+            said.append(f"job {job.id} rehearsed rows of it, and starts over without them")
+    learned = learned_by(settings.model_dir, meta.digest)
+    if not learned:
+        return [*said, "no version has learned it"]
+    before = f"; `dropforge rollback {int(learned[0]) - 1}` goes back to before it" if int(learned[0]) > 1 else ""
+    several = f"versions {learned[0]} to {learned[-1]} have" if len(learned) > 1 else f"version {learned[0]} has"
+    return [*said, f"weights do not change by that: {several} learned it{before}"]
+
+
+def _open_job(store: JobStore | None, job_id: str) -> Job | None:
+    try:
+        job = store.get(job_id) if store is not None else None
+    except NotFound:
+        return None
+    return None if job is None or job.state in FINAL_STATES else job
 
 
 def move(store: JobStore, job: Job, *, first: bool, priority: Priority | None) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from daemon.job import Dataset, Plan
+from daemon.job import Dataset, Plan, ReplayedDataset
 from daemon.recipe import Recipe
 from guard import DigestCache, Fingerprint, digest_model_files, digest_tokenizer_files
 
@@ -25,12 +25,15 @@ def fingerprint_run(
     precision: str,
     plan: Plan | None = None,
     tokens_digest: str | None = None,
+    replayed: Sequence[ReplayedDataset] = (),
+    replay_digest: str | None = None,
     lora_config: Mapping[str, Any] | None = None,
     cache_path: Path | None = None,
 ) -> Fingerprint:
     """Everything that decides what a run computes, and some things worth recording that do not.
 
-    `plan` and `tokens_digest`: what is left of the dataset once rows became tokens, and those. `lora_config`: every field of peft's own class, as the
+    `plan` and `tokens_digest`: what is left of the dataset once rows became tokens, and those. `replayed` and `replay_digest`:
+    of which earlier datasets rows are trained again, and those rows. `lora_config`: every field of peft's own class, as the
     trainer uses it. `cache_path` keeps digests of base-model files between runs, keyed by size, mtime and inode.
     """
     training, lora, data = recipe.training, recipe.lora, recipe.data
@@ -51,6 +54,9 @@ def fingerprint_run(
         "data.train_on": data.train_on,
         "data.columns": data.columns.model_dump(),
         "data.prompt_completion": data.prompt_completion,
+        "replay.share": recipe.replay.share if replayed else None,
+        "replay.datasets": [f"{found.name} {found.digest[:12]}" for found in replayed] or None,
+        "replay.digest": replay_digest,
         "tokenizer.digest": digest_tokenizer_files(base_path),
         "model.name": recipe.model.model_name_or_path,
         "model.digest": digest_model_files(base_path, DigestCache(cache_path) if cache_path else None),

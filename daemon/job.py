@@ -221,15 +221,27 @@ class RunSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The run's arithmetic, decided before the first step."""
+class ReplayedDataset:
+    """An earlier dataset of which a run trains rows again."""
 
-    rows: int  # rows that are trained
+    name: str
+    digest: str  # of the dataset
+    rows: int
+    tokens: int  # trained ones, one epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The run's arithmetic, decided before the first step. Samples and tokens are of all rows that are trained."""
+
+    rows: int  # rows of the dataset that are trained
+    replayed_rows: int  # rows of earlier datasets that are trained again
+    replayed_tokens: int  # of the trained tokens, theirs
     samples: int  # what they became for the model; more than rows where a chat template needs several of a conversation
     held_out_rows: int
     withheld_rows: int  # held out of an earlier dataset, so not trained here either
     dropped_rows: int  # rows without one trained token after truncation
-    tokens: int  # tokens of the trained rows, one epoch
+    tokens: int  # one epoch
     trained_tokens: int  # of them, those with a label
     global_batch_size: int  # samples a step
     steps_per_epoch: int
@@ -285,6 +297,7 @@ class RunResult:
     dropped_rows: int = 0
     refused_rows: int = 0  # left out under on_bad_rows = "skip" because they cannot be rendered as they should
     held_out_rows: int = 0
+    replayed: tuple[ReplayedDataset, ...] = ()  # rows of earlier datasets that were trained again
     withheld_rows: int = 0  # held out of an earlier dataset, so not trained here either
     unmeasured: str = ""  # why no row is held out; empty: some are, or nobody asked for it
     truncated_rows: int = 0

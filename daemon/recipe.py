@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from daemon.errors import ConfigError
 
-SIDECAR_TABLES = ("training", "lora", "data")
-SIDECAR_CONTENT = "priority, force, [training], [lora] and [data]"
+SIDECAR_TABLES = ("training", "lora", "data", "replay")
+SIDECAR_CONTENT = "priority, force, [training], [lora], [data] and [replay]"
 # What a dropped file has no say in: it is about this machine, or keeps one file from harming the daemon.
 NOT_FOR_ONE_DATASET: Mapping[str, frozenset[str]] = {
     "training": frozenset({"num_processes", "report_to", "save_total_limit"}),
     "data": frozenset({"max_line_bytes", "max_expansion", "render_seconds"}),
+    "replay": frozenset({"min_rows", "max_share", "memory_rows", "memory_bytes", "keep_deleted"}),
 }
 # What a dropped file may raise and not lower: it has no say in whether it is measured.
 ONLY_UPWARDS = (("data", "held_out_min_rows"),)
@@ -161,13 +162,27 @@ class DataSettings(Section):
 
 
 class ReplaySettings(Section):
-    """`[replay]`: rows of trained datasets that are kept."""
+    """`[replay]`: rows of earlier datasets that are trained again beside a new one's, so that they are not forgotten."""
 
+    share: float = Field(
+        0.1, ge=0, lt=1, description="Of all trained tokens, those of earlier datasets' rows; 0: none are rehearsed."
+    )
+    min_rows: int = Field(16, ge=0, description="At least so many rows of each earlier dataset, within max_share.")
+    max_share: float = Field(0.25, ge=0, lt=1, description="Of small files: the share up to which min_rows may lead.")
+    supersedes: tuple[str, ...] = Field(
+        (), description="Names of earlier files that this one replaces: what does not come again is rehearsed no more."
+    )
     memory_rows: int = Field(1000, ge=0, description="Rows of each dataset that are kept for later.")
     memory_bytes: int = Field(
         256 * 2**20, ge=0, description="Bytes of all kept rows; datasets share them equally, larger ones shrink first."
     )
     keep_deleted: bool = Field(False, description="Also of files that [inbox] on_success or keep_done_days deletes.")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> ReplaySettings:
+        if self.share > self.max_share:
+            raise ValueError(f"share is at most max_share = {self.max_share:g}")
+        return self
 
 
 class Recipe(Section):
@@ -180,7 +195,7 @@ class Recipe(Section):
     replay: ReplaySettings = ReplaySettings()
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Recipe:
-        """This recipe with a sidecar's `[training]`, `[lora]` and `[data]` laid over it.
+        """This recipe with a sidecar's `[training]`, `[lora]`, `[data]` and `[replay]` laid over it.
 
         Raises ConfigError that names the key; `[model]` and everything else is refused.
         """

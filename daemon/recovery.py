@@ -27,6 +27,8 @@ from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
 from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.strays import is_job_folder
 from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, Priority, RunSpec
+from daemon.memory.forgetting import sweep
+from daemon.memory.store import DatasetMemory
 from daemon.run_dir import latest_spec, run_dir_of, sealed_step
 from daemon.store import BrokenStore, JobStore, is_made
 from daemon.text import escape
@@ -116,6 +118,29 @@ def bring_forward(settings: Settings, store: JobStore, log: Any) -> None:
                 continue
         store.bring_forward(_from_version(settings, job_id, version))
         log.warning("job.brought_forward", job=job_id, version=version.name)
+
+
+def sweep_memories(settings: Settings, store: JobStore, log: Any) -> None:
+    """Delete what a crash left of discarded rows, and memories whose job ended without a version."""
+    learned = {str(version.record.get("dataset_digest")) for version in versions.list_versions(settings.model_dir)}
+    lineage = versions.read_lineage(settings.model_dir)
+    learned |= {str(event.get("dataset_digest")) for event in lineage.promoted().values()}
+
+    def is_orphan(memory: DatasetMemory) -> bool:
+        try:
+            state = store.get(memory.meta.job).state
+        except NotFound:
+            return False
+        has_failed = state in FINAL_STATES and state is not JobState.SUCCEEDED
+        return has_failed and memory.meta.digest not in learned
+
+    try:
+        removed = sweep(settings.state_dir, is_orphan)
+    except OSError as error:  # the next start tries it again
+        log.error("memory.not_swept", error=str(error))
+        return
+    if removed:
+        log.info("memory.swept", datasets=removed)
 
 
 def _is_forgotten(settings: Settings, version: versions.Version) -> bool:

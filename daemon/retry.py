@@ -30,6 +30,7 @@ class StopReason(StrEnum):
     CANCEL = "a person cancelled the job"
     STALL = "no progress within stall_timeout"
     TIMEOUT = "it took longer than job_timeout"
+    FORGOTTEN = "a dataset that it may rehearse was forgotten; it starts over without it"
     DAEMON_LOST = "its daemon was gone"  # the kernel asked, by the trainer's death signal
 
 

@@ -36,6 +36,7 @@ from daemon.holds import (
 )
 from daemon.inbox.archive import Archive
 from daemon.job import FINAL_STATES, RUN_SPEC_VERSION, FailureKind, Job, JobState, Outcome, Progress, RunResult, RunSpec
+from daemon.memory.forgetting import FORGOTTEN_KEY, forgotten
 from daemon.notifications import Hooks
 from daemon.recipe import Recipe, explain
 from daemon.retry import RetryDecision, StopReason, decide, decide_not_launched
@@ -132,10 +133,13 @@ class Scheduler:
         run = self.run
         if run is not None:
             run.job = self._store.get(run.job.id)
+            forgotten = self._store.control(FORGOTTEN_KEY)
             if run.job.cancel_request and run.stop is not StopReason.CANCEL:
                 self.request_stop(StopReason.CANCEL)
             elif control and control.get("mode") == "now" and run.stop is None:
                 self.request_stop(StopReason.PAUSE)
+            elif forgotten and forgotten["at"] >= (run.job.started_at or "") and run.stop is None:
+                self.request_stop(StopReason.FORGOTTEN)
         return True
 
     def poll_run(self) -> None:
@@ -366,6 +370,8 @@ class Scheduler:
             return
         decision = self._decide(run, ended, result)
         if decision.to is JobState.SUCCEEDED and result is not None:
+            decision = self._unless_forgotten(run, decision, result)
+        if decision.to is JobState.SUCCEEDED and result is not None:
             self._promote(run, decision, result, ended)
         else:
             self._finish(run, decision, result)
@@ -380,6 +386,19 @@ class Scheduler:
             progressed=run.job.max_step > run.job.step_at_launch,
             queue=self.settings.queue,
             now=time.time(),
+        )
+
+    def _unless_forgotten(self, run: Run, decision: RetryDecision, result: RunResult) -> RetryDecision:
+        """Have a finished run start over when rows that it rehearsed were forgotten meanwhile.
+
+        Not one whose adapter is a version already: a crash came before its job was told.
+        """
+        names = forgotten(self.settings.state_dir, result.replayed)
+        if not names or not Path(result.candidate or "").is_dir():
+            return decision
+        reason = f"{', '.join(map(escape, names))} was forgotten while the run rehearsed it; it starts over without it"
+        return RetryDecision(
+            to=JobState.QUEUED, reason=reason, attempts_without_progress=run.job.attempts_without_progress
         )
 
     def _promote(self, run: Run, decision: RetryDecision, result: RunResult, ended: Exit) -> None:

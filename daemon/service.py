@@ -25,7 +25,7 @@ from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.notifications import Notifier
 from daemon.observability import logs
-from daemon.recovery import bring_forward, follow_move, open_store, repair_inbox
+from daemon.recovery import bring_forward, follow_move, open_store, repair_inbox, sweep_memories
 from daemon.retry import StopReason
 from daemon.scheduler import Scheduler
 from daemon.status_writer import StatusWriter, write_holding
@@ -352,6 +352,7 @@ class Service:
         self.intake.resume_claimed(repair_inbox(self.settings, self.store, self._archive, self.log))
         if self.scheduler.run is None:
             self.scheduler.recover()
+        sweep_memories(self.settings, self.store, self.log)
         self._recovered = True
 
     def _newest_known(self) -> int:

@@ -205,6 +205,37 @@ def promotion_record(version: Version) -> Mapping[str, Any]:
     return read_lineage(version.path.parent.parent).promoted().get(version.name) or version.record
 
 
+def line_of(version: Version | None) -> tuple[list[Mapping[str, Any]], str]:
+    """Return what was noted at the promotion of a version and of all that it goes back to, newest first.
+
+    And a sentence where the line cannot be followed to its beginning, empty where it can.
+    """
+    line: list[Mapping[str, Any]] = []
+    if version is None:
+        return line, ""
+    model_dir = version.path.parent.parent
+    noted = {**{found.name: found.record for found in list_versions(model_dir)}, **read_lineage(model_dir).promoted()}
+    name: Any = version.name
+    while name is not None:
+        record = noted.pop(name, None)  # once: a line that leads back into itself ends there
+        if not record:
+            return line, f"version {escape(str(name))} is not known here: what was learned before it is not rehearsed"
+        line.append(record)
+        name = record.get("parent")
+    return line, ""
+
+
+def learned_by(model_dir: Path, dataset_digest: str) -> list[str]:
+    """Return the versions whose weights have learned a dataset, themselves or by way of their parents, oldest first."""
+    noted = {**{found.name: found.record for found in list_versions(model_dir)}, **read_lineage(model_dir).promoted()}
+    learned: dict[str, bool] = {}
+    for name in sorted(noted, key=_number):
+        record = noted[name]
+        own = record.get("dataset_digest") == dataset_digest
+        learned[name] = own or learned.get(str(record.get("parent")), False)
+    return [name for name, has in learned.items() if has]
+
+
 def named_base(version: Version) -> tuple[str, str]:
     """Return name and commit of the base model as the adapter's own configuration has them; "" for what it lacks."""
     try:
@@ -302,6 +333,8 @@ def promote_result(settings: Settings, job: Job, result: RunResult, log: Any) ->
         "train_loss": result.train_loss,
         "adapter_digest": result.adapter_digest,
     }
+    if result.replayed:
+        record = {**record, "replayed": {dataset.digest: dataset.rows for dataset in result.replayed}}
     if result.base is not None:  # what the run itself started from; a trainer of before that does not say
         record = {**record, "base": result.base, "parent": result.parent, "parent_digest": result.parent_digest}
     with guard.ModelLock(model_dir, owner="promotion"):

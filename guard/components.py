@@ -67,6 +67,9 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     _identity("data.truncation", "decides what happens to rows that are too long"),
     _identity("data.packing", "decides how rows share a sequence, and so how many steps there are"),
     _identity("data.tokens", "what the rows became, and which of it is learned: all that training sees of them"),
+    _identity("replay.share", "how many rows of earlier datasets are trained beside the new ones"),
+    _identity("replay.datasets", "rows of these earlier datasets are trained again", unordered=True),
+    _identity("replay.digest", "those rows: others move every step"),
     # -- the models
     _identity("tokenizer.digest", "other token ids for the same text"),
     _identity("tokenizer.chat_template", "other token ids for the same conversation"),

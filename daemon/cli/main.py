@@ -17,9 +17,9 @@ from daemon.cli.app import RootContext, app, out
 from daemon.errors import DropforgeError
 
 # Each adds its commands to the application, in the order in which help shows them.
-from daemon.cli import service, jobs, model, admin, backup  # isort: skip
+from daemon.cli import service, jobs, model, memory, admin, backup  # isort: skip
 
-__all__ = ["admin", "app", "backup", "jobs", "main", "model", "service"]
+__all__ = ["admin", "app", "backup", "jobs", "main", "memory", "model", "service"]
 
 
 def main() -> NoReturn:

@@ -14,7 +14,7 @@ from daemon.cli.estimates import format_duration
 from daemon.config import Settings
 from daemon.inbox import layout
 from daemon.inbox.report import remarks
-from daemon.job import Job, JobState, JobTransition, Priority, to_json
+from daemon.job import Job, JobState, JobTransition, Priority, RunResult, to_json
 from daemon.run_dir import run_dir_of
 from daemon.text import HOLD_CHARACTERS, escape, printable
 from daemon.versions import Version
@@ -179,6 +179,7 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
             ("resumed from", result.resumed_from),
             ("steps", f"{result.steps_run} of {result.steps_planned} planned"),
             ("held-out loss", losses(result.held_out_before, result.held_out_after) or result.unmeasured or None),
+            ("replayed", escape(replayed(result), most=1000) or None),
             (
                 "withheld",
                 f"{result.withheld_rows:,} rows, held out of earlier datasets" if result.withheld_rows else None,
@@ -199,6 +200,15 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
     for event in events:
         moves.add_row(event.at, event.old or "", event.new, Text(escape(event.reason)))
     return Group(grid, "", moves)
+
+
+def replayed(result: RunResult) -> str:
+    """Which rows of earlier datasets were trained again; empty when none was."""
+    if not result.replayed:
+        return ""
+    rows, tokens = (sum(getattr(dataset, name) for dataset in result.replayed) for name in ("rows", "tokens"))
+    each = ", ".join(f"{dataset.rows:,} of {dataset.name}" for dataset in result.replayed)
+    return f"{rows:,} rows of earlier datasets, {tokens:,} trained tokens an epoch: {each}"
 
 
 def _located(settings: Settings, item: Job) -> str:

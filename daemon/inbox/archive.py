@@ -25,6 +25,7 @@ from daemon.inbox.duplicates import find_duplicate
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
 from daemon.inbox.sidecar import MAX_SIDECAR_BYTES
 from daemon.job import FINAL_STATES, Dataset, Job, JobState, from_json, to_json
+from daemon.memory.forgetting import delete_file_memory
 from daemon.recipe import DataSettings
 from daemon.run_dir import LOG_NAME, run_dir_of
 from daemon.store import JobStore
@@ -141,6 +142,8 @@ class Archive:
             if not layout.is_trained(job) or job.finished_at is None or job.finished_at >= before:
                 continue
             try:
+                if job.dataset is not None and not self.settings.replay.keep_deleted:
+                    delete_file_memory(self.settings.state_dir, job.dataset.digest)
                 shutil.rmtree(folder)
                 fsync_dir(done)
             except OSError as error:

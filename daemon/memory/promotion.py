@@ -11,19 +11,20 @@ from daemon.memory.store import (
     MEMORY_NAME,
     ROWS_NAME,
     DatasetMemory,
+    Discarded,
     FileMark,
     MemoryDamaged,
+    dataset_dir,
     digest_of,
     discard_rows,
     list_memories,
     memory_dir_of,
     place_memory,
+    read_memory,
     write_meta,
 )
 from daemon.recipe import ReplaySettings
 from guard.atomic import fsync_file
-
-FILE_DELETED = "its file is deleted after training, and [replay] keep_deleted is false"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +42,25 @@ def keep_memory(state_dir: Path, run_dir: Path, replay: ReplaySettings, *, file_
     Before the version becomes current: a crash in between leaves a memory too many, never one too few. Can be repeated.
     Raises OSError.
     """
+    target = memory_dir_of(state_dir)
     try:
-        memory = place_memory(run_dir / MEMORY_NAME, memory_dir_of(state_dir))
+        was_forgotten = _forgotten_since(run_dir / MEMORY_NAME, target)
+        memory = place_memory(run_dir / MEMORY_NAME, target)
     except ValueError as error:
         return Placed(problems=(f"the memory that the run left in {run_dir / MEMORY_NAME} is damaged: {error}",))
-    if memory is not None and file_is_deleted and not replay.keep_deleted:
-        memory = discard_rows(memory, FILE_DELETED)
-    shrunk, problems = shrink(memory_dir_of(state_dir), replay.memory_bytes)
+    if memory is not None and (was_forgotten or (file_is_deleted and not replay.keep_deleted)):
+        memory = discard_rows(memory, Discarded.FORGOTTEN if was_forgotten else Discarded.DELETED)
+    shrunk, problems = shrink(target, replay.memory_bytes)
     return Placed(memory=memory, shrunk=shrunk, problems=problems)
+
+
+def _forgotten_since(source: Path, memory_dir: Path) -> bool:
+    """Whether somebody had the dataset forgotten after the run had written what it would keep of it."""
+    written = read_memory(source)
+    before = read_memory(dataset_dir(memory_dir, written.meta.digest)) if written is not None else None
+    if written is None or before is None or before.meta.discarded is not Discarded.FORGOTTEN:
+        return False
+    return (before.meta.discarded_at or "") >= written.meta.created_at
 
 
 def shrink(memory_dir: Path, most_bytes: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

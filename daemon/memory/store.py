@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,14 @@ META_VERSION = 1
 T = TypeVar("T")
 
 
+class Discarded(StrEnum):
+    """Why a dataset's rows are not kept."""
+
+    NO = ""
+    FORGOTTEN = "forgotten"  # a person asked for it
+    DELETED = "deleted"  # with its file, as the settings say
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileMark:
     """What a file of a memory holds."""
@@ -57,7 +66,7 @@ class DatasetMeta:
     trained_tokens: int  # one epoch, those with a loss
     train_on: str  # what is learned of its rows, as its own settings said
     created_at: str
-    discarded: str = ""  # why its rows are gone, as a sentence; empty: they are kept
+    discarded: Discarded = Discarded.NO
     discarded_at: str | None = None
     files: Mapping[str, FileMark] = field(default_factory=dict)  # by name
     schema_version: int = META_VERSION
@@ -65,6 +74,15 @@ class DatasetMeta:
     def mark(self, name: str) -> FileMark:
         """What a file has to hold; nothing when there is none."""
         return self.files.get(name, FileMark())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRow:
+    """A row as it is kept: what it is, and its line, which `decode_row` makes a row."""
+
+    digest: str
+    asks: str  # digest of its prompt, empty without one
+    line: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +95,15 @@ class DatasetMemory:
     @property
     def is_kept(self) -> bool:
         """Whether rows of it are kept."""
-        return not self.meta.discarded
+        return self.meta.discarded is Discarded.NO
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[StoredRow]:
         """The trained rows that are kept. Raises MemoryDamaged, OSError."""
-        return [_row(line) for line in self.read(ROWS_NAME).splitlines()]
+        return list(map(_stored, self.read(ROWS_NAME).splitlines(keepends=True)))
 
-    def held_out(self) -> list[Row]:
+    def held_out(self) -> list[StoredRow]:
         """The rows that were never trained. Raises MemoryDamaged, OSError."""
-        return [_row(line) for line in self.read(HELD_OUT_NAME).splitlines()]
+        return list(map(_stored, self.read(HELD_OUT_NAME).splitlines(keepends=True)))
 
     def retired(self) -> frozenset[str]:
         """Digests of other datasets' rows that this one took the place of. Raises MemoryDamaged, OSError."""
@@ -219,8 +237,15 @@ def keyed_hash(key: bytes, digest: str) -> bytes:
 def encode_row(row: Row) -> bytes:
     """Return a row as a line of rows.jsonl."""
     content = {name: getattr(row, name) for name in _CONTENT if getattr(row, name) is not None}
-    line = {"digest": row.content_digest, "prompt": row.prompt_digest, "line": row.line, **content}
+    line = {"digest": row.content_digest, "asks": row.prompt_digest, "line": row.line, **content}
     return to_json(line).encode() + b"\n"
+
+
+def decode_row(line: bytes) -> Row:
+    """Return the row that `encode_row` made a line of."""
+    value: dict[str, Any] = msgspec.json.decode(line)
+    content = {name: value[name] for name in _CONTENT if name in value}
+    return Row(line=value["line"], content_digest=value["digest"], prompt_digest=value["asks"], **content)
 
 
 def write_memory(
@@ -275,12 +300,12 @@ def place_memory(source: Path, memory_dir: Path) -> DatasetMemory | None:
     return read_memory(target)
 
 
-def discard_rows(memory: DatasetMemory, reason: str) -> DatasetMemory:
+def discard_rows(memory: DatasetMemory, why: Discarded) -> DatasetMemory:
     """Delete what is kept of a dataset's rows; its numbers stay, and say why. Can be repeated. Raises OSError."""
     meta = memory.meta
-    if memory.is_kept:
+    if meta.discarded not in (why, Discarded.FORGOTTEN):
         files = {RETIRED_INDEX: meta.mark(RETIRED_INDEX)}
-        meta = replace(meta, discarded=reason, discarded_at=utc_now(), files=files)
+        meta = replace(meta, discarded=why, discarded_at=utc_now(), files=files)
         write_meta(memory.path, meta)  # first: from here on nothing reads them
     for name in (ROWS_NAME, HELD_OUT_NAME, HELD_OUT_INDEX):
         (memory.path / name).unlink(missing_ok=True)
@@ -296,9 +321,16 @@ def digest_of(data: bytes) -> str:
 _CONTENT = tuple(name for name in RowContent.__dataclass_fields__ if name != "unused_keys")
 
 
-def _row(line: bytes) -> Row:
-    value: dict[str, Any] = msgspec.json.decode(line)
-    return Row(content_digest=value.pop("digest"), prompt_digest=value.pop("prompt"), **value)
+class _Named(msgspec.Struct):
+    """The part of a line that says what the row is; the rest is not decoded."""
+
+    digest: str
+    asks: str
+
+
+def _stored(line: bytes) -> StoredRow:
+    named = msgspec.json.decode(line, type=_Named)
+    return StoredRow(digest=named.digest, asks=named.asks, line=line)
 
 
 def _digests(data: bytes) -> Iterator[str]:

@@ -27,7 +27,7 @@ _END = (
     "job dataset was reason failure attempt version duplicate_of priority force overrides base_model size_bytes digest"
     " format dataset_rows skipped_rows hint tried steps_planned steps_run start_step resumed_from verdict reasons cleared"
     " train_loss held_out_before held_out_after tokens_per_second steady_tokens_per_second tokens_trained rows samples refused_rows dropped_rows held_out_rows"
-    " withheld_rows unmeasured truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm base parent parent_digest warnings max_step created_at started_at"
+    " replayed withheld_rows unmeasured truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm base parent parent_digest warnings max_step created_at started_at"
     " total_seconds"
 )
 
@@ -150,10 +150,17 @@ EVENTS: Mapping[str, Event] = {
         "info", "Fewer rows of some datasets are kept, within memory_bytes.", "datasets memory_bytes"
     ),
     "memory.damaged": _event("error", "A dataset's memory is not as it was written, and is passed over.", "job error"),
+    "memory.swept": _event("info", "Memories of jobs that ended without a version were removed.", "datasets"),
+    "memory.not_swept": _event("error", "What a crash left among the memories could not be deleted.", "error"),
+    "run.replay_drawn": _event(
+        "info",
+        "Which rows of earlier datasets are trained again, and how many of theirs the new ones replace.",
+        "job rows trained_tokens wanted_tokens datasets replaced_rows",
+    ),
     "run.planned": _event(
         "info",
         "The arithmetic of the run, before its first step.",
-        "job rows samples held_out_rows withheld_rows dropped_rows tokens trained_tokens global_batch_size steps_per_epoch epochs total_steps"
+        "job rows replayed_rows replayed_tokens samples held_out_rows withheld_rows dropped_rows tokens trained_tokens global_batch_size steps_per_epoch epochs total_steps"
         " warmup_steps arithmetic",
     ),
     "run.data_warned": _event("warning", "What a person should know of the data before it is trained.", "job warnings"),

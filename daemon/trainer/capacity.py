@@ -38,7 +38,7 @@ def refuse_what_does_not_fit(examples: Examples, tokenizer: Any, capacity: Capac
 
     A GPU would only say that it failed, and after checkpoints were cleared.
     """
-    for example in (*examples.train, *examples.held_out):
+    for example in (*examples.trained, *examples.held_out):
         if (highest := max(example.input_ids, default=0)) >= capacity.tokens:
             raise RunFailure(
                 FailureKind.CONFIG,

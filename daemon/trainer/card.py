@@ -36,6 +36,7 @@ tags: [lora, dropforge]
 |---|---|
 | base model | {base.describe(tuple(part for part in BasePart if base.part(part)))} |
 | dataset | {escape(spec.dataset.name)}, {spec.dataset.rows} rows, {planned.samples} samples trained, BLAKE3 `{spec.dataset.digest}` |
+| rehearsed | {_rehearsed(result)} |
 | continues | {f"version {parent.name}" if parent else "the base model"} |
 | steps | {result.steps_run} of {result.steps_planned}, {planned.global_batch_size} samples each, {planned.epochs:g} epochs |
 | adapter | {_kind(recipe)}, r = {lora.r}, lora_alpha = {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {lora.target_modules} |
@@ -72,6 +73,11 @@ def _warnings(result: RunResult) -> str:
     if not result.warnings:
         return ""
     return "\n## Warnings of the run\n\n" + "".join(f"- {escape(warning, most=1000)}\n" for warning in result.warnings)
+
+
+def _rehearsed(result: RunResult) -> str:
+    found = ", ".join(f"{dataset.rows} rows of {escape(dataset.name)}" for dataset in result.replayed)
+    return found or "nothing of earlier datasets"
 
 
 def _kind(recipe: Recipe) -> str:

@@ -22,6 +22,7 @@ from daemon.trainer.collate import Examples
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.model import lora_config, precision_of
 from daemon.trainer.origin import Origin, find_parent
+from daemon.trainer.rehearsal import Replay
 from daemon.trainer.requirements import require_resume_support
 from daemon.trainer.tokenise import digest_tokens
 
@@ -63,6 +64,7 @@ def decide_start(
     plan: Plan,
     *,
     origin: Origin,
+    replay: Replay,
     key: bytes | None,
     writer: RunWriter,
 ) -> Start:
@@ -91,7 +93,9 @@ def decide_start(
             parent_digest=parent.digest if parent else None,
             precision=precision,
             plan=plan,
-            tokens_digest=digest_tokens(examples.train),
+            tokens_digest=digest_tokens(examples.trained),
+            replayed=replay.datasets,
+            replay_digest=replay.digest,
             lora_config=lora_config(recipe.lora, base).to_dict(),
             cache_path=Path(spec.state_dir) / CACHE_NAME if spec.state_dir else None,
         )

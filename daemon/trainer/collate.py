@@ -53,6 +53,9 @@ class Examples:
     train_rows: int
     held_out_rows: int  # those that are held out for the first time
     dropped_lines: tuple[int, ...]  # rows without a trained token
+    replay: list[Example] = field(default_factory=list)  # rows of earlier datasets, which are trained as well
+    replay_rows: int = 0
+    answers: Mapping[str, frozenset[str]] = field(default_factory=dict)  # known prompt -> digests of trained rows
     withheld: Mapping[str, int] = field(default_factory=dict)  # earlier dataset -> rows that are held out of it
     released: frozenset[str] = (
         frozenset()
@@ -65,6 +68,11 @@ class Examples:
     notes: Mapping[Note, tuple[int, ...]] = field(default_factory=dict)  # what a person should know, and the lines
     end_ids: frozenset[int] = frozenset()  # the tokens that the model learns to stop with
     whole_sizes: Sequence[int] = ()  # tokens of each sample before truncation
+
+    @property
+    def trained(self) -> list[Example]:
+        """Everything that is trained, in the order that `StepBatches` counts by."""
+        return [*self.train, *self.replay]
 
     @property
     def rows(self) -> int:
@@ -84,18 +92,21 @@ class Examples:
 
 def plan(examples: Examples, training: TrainingSettings) -> Plan:
     """The run's arithmetic, the same as the Trainer's own."""
-    samples = len(examples.train)
+    trained = examples.trained
+    samples = len(trained)
     global_batch_size = rows_a_step(training)
     steps_per_epoch = max(math.ceil(samples / global_batch_size), 1)
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
     return Plan(
         rows=examples.train_rows,
+        replayed_rows=examples.replay_rows,
+        replayed_tokens=sum(example.trained_tokens for example in examples.replay),
         samples=samples,
         held_out_rows=examples.held_out_rows,
         withheld_rows=examples.withheld_rows,
         dropped_rows=len(examples.dropped_lines),
-        tokens=sum(len(example.input_ids) for example in examples.train),
-        trained_tokens=sum(example.trained_tokens for example in examples.train),
+        tokens=sum(len(example.input_ids) for example in trained),
+        trained_tokens=sum(example.trained_tokens for example in trained),
         global_batch_size=global_batch_size,
         steps_per_epoch=steps_per_epoch,
         epochs=total / steps_per_epoch if training.max_steps > 0 else training.num_train_epochs,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from daemon.dataset.rows import Row, RowReader
 from daemon.job import Plan, RunSpec, utc_now
@@ -14,6 +16,8 @@ from daemon.memory.store import (
     MEMORY_NAME,
     DatasetMemory,
     DatasetMeta,
+    MemoryDamaged,
+    StoredRow,
     encode_row,
     held_out_registry,
     keyed_hash,
@@ -25,6 +29,16 @@ from daemon.memory.store import (
 )
 from daemon.recipe import Recipe
 from daemon.trainer.collate import Examples
+from daemon.versions import Version, line_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierDataset:
+    """A dataset that the run's parent has learned."""
+
+    memory: DatasetMemory
+    rows: tuple[StoredRow, ...]
+    held_out: tuple[StoredRow, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +47,7 @@ class KnownDatasets:
 
     memories: tuple[DatasetMemory, ...] = ()
     held_out: Mapping[str, str] = field(default_factory=dict)  # digest of a row that is held out -> its dataset's name
+    earlier: tuple[EarlierDataset, ...] = ()  # of the parent's line; the one that was rehearsed longest ago first
     problems: tuple[str, ...] = ()  # what cannot be read, a sentence each
 
     def held_out_of(self, digest: str) -> set[str]:
@@ -40,20 +55,74 @@ class KnownDatasets:
         same = (memory for memory in self.memories if memory.meta.digest == digest)
         return {row for memory in same for row in readable_index(memory)[0]}
 
+    @property
+    def prompts(self) -> frozenset[str]:
+        """What earlier datasets ask."""
+        asked = {row.asks for dataset in self.earlier for row in (*dataset.rows, *dataset.held_out)}
+        return frozenset(asked - {""})
 
-def read_known(spec: RunSpec) -> KnownDatasets:
-    """Read what earlier datasets left; nothing for a run without a root. Raises OSError."""
+
+def read_known(spec: RunSpec, parent: Version | None) -> KnownDatasets:
+    """Read what earlier datasets left; nothing for a run without a root.
+
+    Of datasets of the parent's line, the rows that no later one of that line took the place of. Raises OSError.
+    """
     if not spec.state_dir:
         return KnownDatasets()
     memories, unreadable = list_memories(memory_dir_of(Path(spec.state_dir)))
     held_out, damaged = held_out_registry(memories)
-    return KnownDatasets(memories=tuple(memories), held_out=held_out, problems=(*unreadable, *damaged))
+    line, broken = line_of(parent)
+    by_digest = {memory.meta.digest: memory for memory in memories if memory.is_kept}
+    of_line = [by_digest[digest] for digest in last_trained(line) if digest in by_digest]
+    problems = [*unreadable, *damaged, *([broken] if broken else [])]
+    found = []
+    retired: set[str] = set()
+    for memory in of_line:
+        try:
+            found.append((memory, memory.rows(), memory.held_out()))
+            retired |= memory.retired()
+        except MemoryDamaged as error:
+            problems.append(f"{error.sentence}; nothing of it is rehearsed, {error.hint}")
+    earlier = tuple(
+        EarlierDataset(
+            memory=memory,
+            rows=tuple(row for row in rows if row.digest not in retired),
+            held_out=tuple(row for row in apart if row.digest not in retired),
+        )
+        for memory, rows, apart in found
+    )
+    return KnownDatasets(memories=tuple(memories), held_out=held_out, earlier=earlier, problems=tuple(problems))
+
+
+def last_trained(line: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the datasets of a line of versions, newest version first, by when they were trained or rehearsed last.
+
+    The one that was left alone for longest comes first, of several the one that was learned first.
+    """
+    last: dict[str, int] = {}
+    learned: dict[str, int] = {}
+    for age, record in enumerate(line):
+        own = str(record.get("dataset_digest") or "")
+        for digest in (own, *(record.get("replayed") or ())):
+            last.setdefault(digest, age)
+        learned[own] = age
+    return sorted((digest for digest in learned if digest), key=lambda digest: (-last[digest], -learned[digest]))
 
 
 def leave_memory(
-    spec: RunSpec, recipe: Recipe, *, reader: RowReader, examples: Examples, plan: Plan, known: KnownDatasets
+    spec: RunSpec,
+    recipe: Recipe,
+    *,
+    reader: RowReader,
+    examples: Examples,
+    plan: Plan,
+    known: KnownDatasets,
+    replaced: AbstractSet[str],
 ) -> None:
-    """Write what is kept of the run's dataset into its run directory; the promotion moves it. Raises OSError."""
+    """Write what is kept of the run's dataset into its run directory; the promotion moves it. Raises OSError.
+
+    `replaced`: digests of earlier rows that it takes the place of.
+    """
     if not spec.state_dir:
         return
     key = root_key(memory_dir_of(Path(spec.state_dir)))
@@ -73,11 +142,18 @@ def leave_memory(
         digest=spec.dataset.digest,
         job=spec.job_id,
         trained_rows=examples.train_rows,
-        trained_tokens=plan.trained_tokens,
+        trained_tokens=plan.trained_tokens - plan.replayed_tokens,
         train_on=recipe.data.train_on,
         created_at=utc_now(),
     )
-    write_memory(Path(spec.run_dir) / MEMORY_NAME, meta, rows=trained, held_out=held_out, retired=examples.released)
+    write_memory(
+        Path(spec.run_dir) / MEMORY_NAME,
+        meta,
+        rows=trained,
+        held_out=held_out,
+        held_out_before=known.held_out_of(spec.dataset.digest) - examples.released,
+        retired=examples.released | replaced,
+    )
 
 
 def _read_lines(reader: RowReader, wanted: set[int]) -> Iterable[Row]:

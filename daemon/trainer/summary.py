@@ -23,7 +23,8 @@ def arithmetic(planned: Plan, examples: Examples, recipe: Recipe) -> str:
             "rows",
             f"{planned.rows:,} trained + {planned.held_out_rows:,} held out{withheld} + {planned.dropped_rows:,} dropped",
         ),
-        ("samples", f"{planned.samples:,} of the trained rows"),
+        ("replayed", f"{planned.replayed_rows:,} rows of earlier datasets, {_share(planned)} of the trained tokens"),
+        ("samples", f"{planned.samples:,} of all trained rows"),
         ("tokens", f"{planned.tokens:,} = {planned.samples:,} samples x {tokens_a_sample:.1f}"),
         ("trained", f"{planned.trained_tokens:,} tokens = {planned.trained_tokens / planned.tokens:.1%}"),
         ("truncated", f"{examples.truncated_rows:,} rows to {recipe.data.max_length:,} tokens"),
@@ -97,6 +98,10 @@ def training_warnings(
             for step, loss, usual in spikes[:10]
         ),
     )
+
+
+def _share(planned: Plan) -> str:
+    return f"{planned.replayed_tokens / max(planned.trained_tokens, 1):.1%}"
 
 
 def _shown(lines: tuple[int, ...]) -> str:

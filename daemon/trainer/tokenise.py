@@ -11,9 +11,10 @@ import os
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import chain
 from typing import Any
@@ -70,6 +71,7 @@ class _EncodedRow:
 
     line: int
     content_digest: str
+    prompt_digest: str
     samples: tuple[tuple[int, tuple[Span, ...]], ...]  # tokens, and the learned spans of them
 
 
@@ -100,6 +102,7 @@ class _Work:
             _EncodedRow(
                 line=row.line,
                 content_digest=row.content_digest,
+                prompt_digest=row.prompt_digest,
                 samples=tuple((len(sample.ids), sample.learned) for sample in samples),
             )
         )
@@ -119,6 +122,8 @@ class _Work:
 class _Tally:
     """What is known of the chunks so far."""
 
+    prompts: AbstractSet[str]  # whose answers are looked for
+    answers: dict[str, set[str]] = field(default_factory=dict)  # prompt -> digests of rows that answer it
     kept: list[list[Example]] = field(default_factory=list)  # of each row with a trained token
     dropped: list[int] = field(default_factory=list)
     refused: list[RefusedRow] = field(default_factory=list)
@@ -141,6 +146,8 @@ class _Tally:
         for row, examples in chunk.examples():
             if examples:
                 self.kept.append(examples)
+                if row.prompt_digest in self.prompts:
+                    self.answers.setdefault(row.prompt_digest, set()).add(row.content_digest)
             else:
                 self.dropped.append(row.line)
 
@@ -163,9 +170,11 @@ class _Tally:
             elif digest not in held_out_before:
                 train += row
                 train_rows += 1
+        untrained = chosen | held_out_before.keys()
         return Examples(
             train=train,
             held_out=held_out,
+            answers={prompt: frozenset(found) for prompt, rows in self.answers.items() if (found := rows - untrained)},
             train_rows=train_rows,
             held_out_rows=held_out_rows,
             dropped_lines=tuple(self.dropped),
@@ -196,6 +205,7 @@ def tokenise(
     processes: int = 1,
     day: date | None = None,
     held_out_before: Mapping[str, str] | None = None,
+    prompts: AbstractSet[str] = frozenset(),
     force: bool = False,
     keep_refused: bool = False,
 ) -> Examples:
@@ -203,14 +213,14 @@ def tokenise(
 
     `read` makes an item a row, or None of one that is to be skipped; `day` as in ChatTemplate. `held_out_before`: digests of
     rows that are held out of earlier datasets, whose names they map to; such a row is not trained. With `force`, a file that
-    is for the greater part such rows is trained all the same, and they are `released`. More than one process only before
-    CUDA starts: they are forks of this one. Raises what `read` raises, RunFailure(BAD_DATA) when no row has a trained token or one is at fault
+    is for the greater part such rows is trained all the same, and they are `released`. `prompts`: those whose `answers` are
+    told. More than one process only before CUDA starts: they are forks of this one. Raises what `read` raises, RunFailure(BAD_DATA) when no row has a trained token or one is at fault
     that may not be skipped, RunFailure(CONFIG) when the tokenizer lacks what the rows need. With `keep_refused` nothing of the
     first two kinds is raised: `require_trainable` does.
     """
     encoder = Encoder(tokenizer, data, day=day)
     work = _Work(read=read, encoder=encoder, max_length=data.max_length, bos=tokenizer.bos_token_id)
-    tally = _Tally()
+    tally = _Tally(prompts=prompts)
     for chunk in _encode_all(chunks(items), work, processes):
         tally.add(chunk)
         if not keep_refused and tally.refused and data.on_bad_rows == "reject":
@@ -219,6 +229,23 @@ def tokenise(
     if not keep_refused:
         require_trainable(examples, data)
     return examples
+
+
+def encode_rows(
+    rows: Sequence[Row], tokenizer: Any, data: DataSettings, *, day: date | None = None
+) -> list[list[Example]]:
+    """Return the samples of each row that have a trained token; none of a row that cannot be trained as it should."""
+    work = _Work(
+        read=_itself, encoder=Encoder(tokenizer, data, day=day), max_length=data.max_length, bos=tokenizer.bos_token_id
+    )
+    found: dict[int, list[Example]] = {}
+    for part in chunks(replace(row, line=number) for number, row in enumerate(rows)):
+        found |= {row.line: examples for row, examples in work.encode(part).examples()}
+    return [found.get(number, []) for number in range(len(rows))]
+
+
+def _itself(row: Row) -> Row:
+    return row
 
 
 def require_trainable(examples: Examples, data: DataSettings) -> None:

@@ -36,6 +36,7 @@ from daemon.trainer.loss import Objective
 from daemon.trainer.memory import leave_memory, read_known
 from daemon.trainer.model import adapter_tensors, load_model, lora_b_norm, resolve_attention
 from daemon.trainer.origin import Origin, find_origin, require_as_proven, require_base
+from daemon.trainer.rehearsal import Replay, find_replaced, rehearse
 from daemon.trainer.requirements import require_packages
 from daemon.trainer.summary import arithmetic, data_warnings, timing, training_warnings
 from daemon.trainer.tokenise import tokenise, worker_processes
@@ -53,7 +54,15 @@ def train(spec: RunSpec, writer: RunWriter, stop: StopFlag) -> RunResult:
     with guard.ModelLock(Path(spec.model_dir), owner=f"job {spec.job_id}") if main else nullcontext(), offline():
         # fresh | resume | stale -> cleared
         start = decide_start(
-            spec, run.recipe, run.base, data.examples, data.plan, origin=run.origin, key=run.key, writer=writer
+            spec,
+            run.recipe,
+            run.base,
+            data.examples,
+            data.plan,
+            origin=run.origin,
+            replay=data.replay,
+            key=run.key,
+            writer=writer,
         )
         with report_full_disk(start.staging_dir) if main else nullcontext():
             stop.check()
@@ -84,6 +93,7 @@ class TrainingData:
     examples: Examples
     capacity: Capacity
     plan: Plan
+    replay: Replay
     warnings: tuple[str, ...]
     ready_at: float  # time.monotonic()
 
@@ -146,7 +156,7 @@ def load_examples(run: Run) -> TrainingData:
     """
     spec, recipe = run.spec, run.recipe
     tokenizer = load_tokenizer(run.base)
-    known = read_known(spec)
+    known = read_known(spec, run.origin.parent)
     reader = RowReader(Path(spec.dataset.path), Format(spec.dataset.format), recipe.data)
     # A process that has started CUDA, as some package may have when it was imported, cannot be forked.
     processes = 1 if torch.cuda.is_initialized() else worker_processes(spec.dataset.rows)
@@ -158,14 +168,27 @@ def load_examples(run: Run) -> TrainingData:
         processes=max(1, processes // distributed.world_size()),
         day=claimed_on(spec.job_id),
         held_out_before=known.held_out,
+        prompts=known.prompts,
         force=spec.force,
     )
+    replaced = find_replaced(spec, recipe, examples, known)
+    replay = rehearse(spec, recipe, tokenizer, examples=examples, known=known, replaced=replaced)
+    examples = replace(examples, replay=replay.examples, replay_rows=replay.rows)
     capacity = capacity_of(run.base)
     refuse_what_does_not_fit(examples, tokenizer, capacity)
     planned = plan(examples, recipe.training)
     if distributed.is_main_process():
-        leave_memory(spec, recipe, reader=reader, examples=examples, plan=planned, known=known)
+        leave_memory(spec, recipe, reader=reader, examples=examples, plan=planned, known=known, replaced=replaced)
     check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between
+    if replay.datasets or replaced:
+        run.writer.event(
+            "run.replay_drawn",
+            rows=replay.rows,
+            trained_tokens=replay.tokens,
+            wanted_tokens=replay.wanted_tokens,
+            datasets={dataset.name: dataset.rows for dataset in replay.datasets},
+            replaced_rows=len(replaced),
+        )
     run.writer.event("run.planned", **vars(planned), arithmetic=arithmetic(planned, examples, recipe))
     if warnings := (*data_warnings(examples, planned, capacity), *known.problems):
         run.writer.event("run.data_warned", warnings=warnings)
@@ -175,6 +198,7 @@ def load_examples(run: Run) -> TrainingData:
         examples=examples,
         capacity=capacity,
         plan=planned,
+        replay=replay,
         warnings=warnings,
         ready_at=time.monotonic(),
     )
@@ -198,7 +222,7 @@ def load_for_training(run: Run, data: TrainingData, start: Start) -> LoadedModel
     collator = make_collator(model, recipe, examples, padding_token(data.tokenizer, data.capacity.tokens))
     objective = Objective()
     if not (recipe.training.use_liger_kernel or recipe.training.torch_compile):  # they have ways of their own
-        objective.select_trained(model, examples.train)
+        objective.select_trained(model, examples.trained)
     held_out = sorted(examples.held_out, key=lambda example: (example.content_digest, example.line))
     run.writer.progress(phase="evaluating", total_steps=data.plan.total_steps)
     held_out_before = held_out_loss(model, held_out, collator, objective, run.stop)
@@ -221,7 +245,7 @@ def fit(run: Run, data: TrainingData, start: Start, loaded: LoadedModel) -> Fitt
     trainer = RunTrainer(
         model=loaded.model,
         args=training_arguments(recipe, data.plan, start.staging_dir, start.precision),
-        examples=data.examples.train,
+        examples=data.examples.trained,
         collator=loaded.collator,
         objective=loaded.objective,
         tokenizer=data.tokenizer,
@@ -331,6 +355,7 @@ def trained_result(run: Run, data: TrainingData, start: Start, loaded: LoadedMod
         dropped_rows=planned.dropped_rows,
         held_out_rows=planned.held_out_rows,
         withheld_rows=planned.withheld_rows,
+        replayed=data.replay.datasets,
         unmeasured=data.examples.unmeasured,
         truncated_rows=data.examples.truncated_rows,
         trained_share=planned.trained_tokens / planned.tokens,
@@ -348,7 +373,7 @@ def make_collator(model: PeftModel, recipe: Recipe, examples: Examples, pad_toke
     return Collator(
         pad_token_id=pad_token_id,
         budget_tokens=recipe.training.per_device_train_batch_size * recipe.data.max_length,
-        flat=device == "cuda" and use_packed(model, examples.train),
+        flat=device == "cuda" and use_packed(model, examples.trained),
         pass_tokens=PASS_TOKENS.get(device, PASS_TOKENS["cuda"]),
         rank=distributed.rank(),
         world_size=distributed.world_size(),

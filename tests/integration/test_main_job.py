@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from daemon.cli.init import examples_dir
 from daemon.job import Job, JobState
 from daemon.run_dir import run_dir_of
 from daemon.versions import list_versions
-from tests.support.root import Root, wait_until
+from tests.support.root import Root, allow, slowed, wait_until
 from tests.support.sound import assert_sound
 
 MakeRoot = Callable[..., Root]
@@ -48,13 +47,6 @@ def adapter(root: Root, job: Job) -> dict[str, torch.Tensor]:
 
 def lora_b(tensors: dict[str, torch.Tensor]) -> float:
     return sum(float(tensor.norm()) for name, tensor in tensors.items() if "lora_B" in name)
-
-
-def slowed(root: Root) -> None:
-    """Make each step wait until the test says `go`, so that a signal always finds the trainer in mid-run."""
-    root.configure(
-        executor={"command": (sys.executable, "-P", str(Path(__file__).parents[1] / "support" / "slow_trainer.py"))}
-    )
 
 
 def test_every_job_trains_all_its_steps_and_carries_the_weights_on(root: Root) -> None:
@@ -199,13 +191,6 @@ def test_a_run_that_was_killed_twice_ends_like_one_that_was_not(
     for root in (whole, broken):
         assert root.stop() == 0
         assert_sound(root)
-
-
-def allow(root: Root, steps: int) -> None:
-    """Let the slowed trainer go on up to this step."""
-    beside = root.path / ".allowed"
-    beside.write_text(str(steps))
-    beside.rename(root.path / "allowed")
 
 
 def seen(root: Root, job: Job) -> list[tuple[int, list[int]]]:

@@ -33,7 +33,7 @@ def kept(root: Root, job: Job, which: str) -> set[str]:
     assert job.dataset is not None
     memory = read_memory(dataset_dir(memory_dir_of(root.settings.state_dir), job.dataset.digest))
     assert memory is not None
-    return {row.content_digest for row in (memory.rows() if which == "rows" else memory.held_out())}
+    return {row.digest for row in (memory.rows() if which == "rows" else memory.held_out())}
 
 
 def finished(root: Root, name: str, content: Any) -> Job:
@@ -143,3 +143,18 @@ def test_of_a_file_that_is_deleted_after_training_no_row_lives_on_unless_that_is
     found = [path for path in state.rglob("*") if path.is_file() and b"Question 7?" in path.read_bytes()]
     assert bool(found) is kept_anyway
     assert bool(kept(root, job, "rows")) is kept_anyway
+
+
+def test_what_one_reading_of_a_file_held_out_stays_held_out_under_other_settings(
+    make_root: MakeRoot, tiny_base: Path
+) -> None:
+    """The same bytes are trained again under another train_on, and hold fewer rows out."""
+    root = make_root(base_model=tiny_base, tables=SHORT)
+    root.start()
+    held_out = kept(root, finished(root, "first.jsonl", pairs()), "held_out")
+    (root.settings.inbox_dir / "again.job.toml").write_text('[data]\ntrain_on = "all"\nheld_out_fraction = 0.0\n')
+    assert finished(root, "again.jsonl", pairs()).state is JobState.SUCCEEDED
+    third = finished(root, "third.jsonl", [{"n": 1, **row} for row in pairs()])
+    assert third.result is not None
+    assert third.result.withheld_rows == len(held_out)
+    assert not held_out & kept(root, third, "rows")

@@ -27,7 +27,7 @@ from tests.support.inprocess import StopAfterLoading, rows, specify, train
 
 SHORT = {"training": {"max_steps": 2}, "data": {"held_out_fraction": 0.0}}
 PLAN = Plan(
-    rows=16, samples=16, held_out_rows=0, withheld_rows=0, dropped_rows=0, tokens=100, trained_tokens=50, global_batch_size=8, steps_per_epoch=2,
+    rows=16, replayed_rows=0, replayed_tokens=0, samples=16, held_out_rows=0, withheld_rows=0, dropped_rows=0, tokens=100, trained_tokens=50, global_batch_size=8, steps_per_epoch=2,
     epochs=1.0, total_steps=2, warmup_steps=0,
 )  # fmt: skip
 

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from daemon import versions
 from daemon.cli.init import examples_dir
 from daemon.job import RUN_SPEC_VERSION, Dataset, RunResult, RunSpec
-from daemon.recipe import Recipe
+from daemon.memory.promotion import keep_memory
+from daemon.recipe import Recipe, ReplaySettings
 from daemon.run_dir import RunWriter
 from daemon.trainer.errors import Interrupted
+from daemon.versions import Version
 from guard import digest_file
 
 QUICK: Mapping[str, Mapping[str, Any]] = {
@@ -94,5 +97,20 @@ def train(spec: RunSpec, wish: Wish | None = None) -> RunResult:
 
 
 def events(spec: RunSpec, name: str = "") -> list[dict[str, Any]]:
-    lines = (Path(spec.run_dir) / "events.jsonl").read_text().splitlines()
+    path = Path(spec.run_dir) / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []  # made with its first event
     return [event for event in map(json.loads, lines) if event["event"].startswith(name)]
+
+
+def promote(spec: RunSpec, result: RunResult) -> Version:
+    """Promote a run's candidate as the daemon does: its memory first."""
+    keep_memory(Path(spec.state_dir), Path(spec.run_dir), ReplaySettings(), file_is_deleted=False)
+    record = {
+        "dataset": spec.dataset.name,
+        "dataset_digest": spec.dataset.digest,
+        "replayed": {dataset.digest: dataset.rows for dataset in result.replayed},
+        "parent": result.parent,
+        "parent_digest": result.parent_digest,
+        "base": result.base,
+    }
+    return versions.promote(Path(spec.model_dir), Path(result.candidate or ""), job_id=spec.job_id, record=record)

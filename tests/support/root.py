@@ -31,6 +31,7 @@ from tests.support.forked import Forked, ForkServer
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parents[2]
+SLOW_TRAINER = Path(__file__).with_name("slow_trainer.py")
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 DROPFORGE = [sys.executable, "-P", "-m", "daemon"]
 # Quick settings: nothing here is what a test is about.
@@ -270,6 +271,18 @@ class Root:
         return "\n".join(
             f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in texts if path.exists()
         )
+
+
+def slowed(root: Root) -> None:
+    """Make each step wait until the test says `go`, so that a signal always finds the trainer in mid-run."""
+    root.configure(executor={"command": (sys.executable, "-P", str(SLOW_TRAINER))})
+
+
+def allow(root: Root, steps: int) -> None:
+    """Let the slowed trainer go on up to this step."""
+    beside = root.path / ".allowed"
+    beside.write_text(str(steps))
+    beside.rename(root.path / "allowed")
 
 
 def children_of(pid: int) -> Iterator[tuple[int, str]]:

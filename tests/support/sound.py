@@ -82,8 +82,8 @@ def assert_memory_sound(root: Root) -> None:
         assert {name for name in FILE_NAMES if (memory.path / name).exists()} >= meta.files.keys()
         rows, apart = memory.rows(), memory.held_out()
         assert (len(rows), len(apart)) == (meta.mark(ROWS_NAME).rows, meta.mark(HELD_OUT_NAME).rows)
-        assert {row.content_digest for row in apart} <= held_out.keys() | retired
-        both = {row.content_digest for row in rows} & {row.content_digest for row in apart}
+        assert {row.digest for row in apart} <= held_out.keys() | retired
+        both = {row.digest for row in rows} & {row.digest for row in apart}
         assert not both, f"{memory.path} keeps held-out rows to train"
         if meta.discarded:
             assert {path.name for path in memory.path.iterdir()} <= {META_NAME, RETIRED_INDEX}
