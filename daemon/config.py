@@ -93,8 +93,10 @@ class GpuSettings(Section):
 
     device: str = Field("auto", description='"auto" (the one with most free memory), an index, a UUID, or "none".')
     min_free_bytes: int = Field(0, ge=0, description="Free memory to wait for; 0: estimated from the base model.")
-    lock_dir: Path = Field(
-        Path("/run/lock"), description="Where daemons of this machine share a lock file for each GPU, by its UUID."
+    lock_dir: Path | None = Field(
+        None,
+        description="Where daemons of this machine share a lock file for each GPU, by its UUID; not set: `/run/dropforge`"
+        " where `dropforge service install` made it, else `/run/lock`.",
     )
 
 

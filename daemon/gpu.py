@@ -6,9 +6,11 @@ package, the driver or a GPU there is nothing to wait for: the trainer then runs
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +33,11 @@ CONTEXT_BYTES = 600 * 2**20  # what CUDA and its libraries take before the first
 ACTIVATIONS_SHARE = 0.5
 CPU_HINT = 'or set device = "none" under [gpu] to train on the CPU'
 QUERY_SECONDS = 10.0  # how old the last answer may be
+# Made by the line below, from `dropforge service install`; where it is not, /run/lock, which some systems open to all.
+SHARED_LOCKS, PLAIN_LOCKS = Path("/run/dropforge"), Path("/run/lock")
+TMPFILES_LINE = f"d {SHARED_LOCKS} 1777 root root -"
+LOCK_NAMES = 8  # a name that somebody closed to others is passed over
+DEVICES = Path("/dev")
 TIMEOUT_SECONDS = 5.0  # how long a launch waits for the driver
 
 
@@ -58,7 +65,8 @@ def devices() -> tuple[Gpu, ...]:
     """Return every device of this machine, in the driver's order; empty without the package, the driver or a GPU.
 
     Waits for the driver, and one in trouble may never answer: use `GpuProbe` where waiting is no option. A device that is
-    lost is left out while there are others; raises GpuUnavailable when there are none.
+    lost is left out while there are others; raises GpuUnavailable when there are none, or when the driver does not work
+    although the machine has the device nodes of an NVIDIA GPU.
     """
     try:
         import pynvml
@@ -66,7 +74,9 @@ def devices() -> tuple[Gpu, ...]:
         return ()
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
+    except pynvml.NVMLError as error:
+        if node := next(iter(sorted(DEVICES.glob("nvidia[0-9]*"))), None):
+            raise GpuUnavailable(f"this machine has a GPU ({node}), but its driver does not work: {error}") from error
         return ()
     gpus: list[Gpu] = []
     failure = None
@@ -205,8 +215,9 @@ class GpuLock:
     """One training at a time among several daemons of one machine: a lock file that they share.
 
     It is a flock(2) on an open file that the trainer inherits: it lasts as long as either of the two lives, so that a
-    trainer that outlives its daemon still keeps the others away, and nothing has to be cleaned up after a crash. Without a
-    path it is not shared, and always ours.
+    trainer that outlives its daemon still keeps the others away, and nothing has to be cleaned up after a crash. Every
+    account can use the file, whoever made it: a lock takes no more than a file that can be read. Without a path it is not
+    shared, and always ours.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -221,19 +232,19 @@ class GpuLock:
     def acquire(self, owner: str) -> str:
         """Try to take it for `owner`, a text that the others show; returns why not, empty when it is ours.
 
-        Raises OSError when the file cannot be made.
+        Raises OSError when there is no file that all can use, and none can be made.
         """
         if self.path is None or self._fd is not None:
             return ""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        fd = _open_for_all(self.path)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = _holder(fd)
             os.close(fd)
             return f"the GPU is in use by {holder}"
-        # Only for people: on a full disk the lock holds all the same.
+        # Only for people: on a full disk, or in a file that we can only read, the lock holds all the same.
         with suppress(OSError):
             os.ftruncate(fd, 0)
             write_all(fd, json.dumps({"owner": owner, "since": utc_now()}).encode())
@@ -245,6 +256,37 @@ class GpuLock:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+def _open_for_all(path: Path) -> int:
+    """Open the lock file, making it where it is missing. Raises OSError.
+
+    One that is not open to everybody, or no file at all, would keep all accounts but its maker's away: its name is passed
+    over, and since everybody sees its mode, everybody agrees on the next one.
+    """
+    for number in range(LOCK_NAMES):
+        name = path if number == 0 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        try:
+            return _make_for_all(name)
+        except FileExistsError:
+            mode = name.lstat().st_mode
+        if not stat.S_ISREG(mode) or mode & 0o444 != 0o444:
+            continue
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            return os.open(name, os.O_RDWR | flags)
+        except PermissionError:
+            return os.open(name, os.O_RDONLY | flags)
+    raise PermissionError(errno.EACCES, f"{LOCK_NAMES} names are taken by files that are closed to others", str(path))
+
+
+def _make_for_all(path: Path) -> int:
+    """Make a file that everybody may write to, from its first moment on. Raises FileExistsError, OSError."""
+    umask = os.umask(0)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    finally:
+        os.umask(umask)
 
 
 def _holder(fd: int) -> str:
@@ -286,11 +328,16 @@ class GpuReservation:
             if hold is not None:
                 return hold
             if self._follows_device and not self.lock.descriptors:
-                self.lock.path = configured.lock_dir / f"dropforge-{self.device.uuid}.lock"
+                folder = configured.lock_dir or (SHARED_LOCKS if SHARED_LOCKS.is_dir() else PLAIN_LOCKS)
+                self.lock.path = folder / f"dropforge-{self.device.uuid}.lock"
         try:
             in_use = self.lock.acquire(f"the daemon of {settings.root}")
         except OSError as error:
-            in_use = f"the GPU lock cannot be opened: {error}"
+            in_use = (
+                f"the GPU lock {self.lock.path} cannot be used: {(error.strerror or str(error)).lower()}; an administrator makes"
+                f" a folder for it by the line `{TMPFILES_LINE}` in /etc/tmpfiles.d/dropforge.conf and `systemd-tmpfiles"
+                " --create`, or lock_dir under [gpu] names one that every account of this GPU may write to"
+            )
         return Hold(kind=HoldKind.GPU, reason=in_use) if in_use else None
 
     def release(self) -> None:

@@ -315,6 +315,7 @@ def outputs() -> Iterator[tuple[str, str]]:
         "systemd/dropforge@.service",
         units.render_unit(Unit(kind=UnitKind.TEMPLATE, root=Path("/var/lib/dropforge-%i"))),
     )
+    yield "systemd/tmpfiles.d/dropforge.conf", units.tmpfiles()
     user = Unit(kind=UnitKind.USER, python=Path("%h/dropforge/.venv/bin/python"), root=Path("%h/forge"))
     yield "systemd/user/dropforge.service", units.render_unit(user)
     for kind in DropIn:

@@ -28,3 +28,9 @@ def fail(place: str, word: str, most: int, count_path: str) -> None:
         return real(*args, **kwargs)
 
     setattr(owner, last, failing)
+
+
+def put(place: str, value: str) -> None:
+    """Set `module:NAME`, a path, for this process."""
+    module, _, name = place.partition(":")
+    setattr(importlib.import_module(module), name, Path(value))

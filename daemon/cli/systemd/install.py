@@ -19,6 +19,7 @@ from daemon.errors import ConfigError, DropforgeError
 from guard.atomic import make_folder_durable, write_atomic
 
 SYSTEM_UNITS = Path("/etc/systemd/system")
+TMPFILES = Path("/etc/tmpfiles.d/dropforge.conf")
 INBOX_FOLDERS = ("", "high", "low")
 
 
@@ -76,7 +77,11 @@ def plan_install(
         files.append((where / f"{name}.d" / "root.conf", units.instance_drop_in(unit)))
     if not user:
         files += [(where / f"{name}.d" / f"{kind}.conf", units.drop_in(kind)) for kind in drop_ins]
-    return InstallPlan(files=tuple(files), commands=_user_commands(unit) if user else _commands(unit, name))
+    if user:
+        return InstallPlan(files=tuple(files), commands=_user_commands(unit))
+    tmpfiles = TMPFILES if directory is None else where / "tmpfiles.d" / TMPFILES.name
+    files.append((tmpfiles, units.tmpfiles()))
+    return InstallPlan(files=tuple(files), commands=_commands(unit, name, tmpfiles))
 
 
 def wanted_drop_ins(settings: Settings) -> tuple[DropIn, ...]:
@@ -116,7 +121,7 @@ def _user_units() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user"
 
 
-def _commands(unit: Unit, name: str) -> tuple[str, ...]:
+def _commands(unit: Unit, name: str, tmpfiles: Path) -> tuple[str, ...]:
     root = shlex.quote(str(unit.root))
     folders = " ".join(shlex.quote(str(unit.root / "inbox" / part)) for part in INBOX_FOLDERS)
     dropforge = f"{shlex.quote(str(unit.python))} -P -m daemon --root {root}"
@@ -135,6 +140,7 @@ def _commands(unit: Unit, name: str) -> tuple[str, ...]:
     return (
         *commands,
         f"runuser -u {ACCOUNT} -- {dropforge} doctor",
+        f"systemd-tmpfiles --create {shlex.quote(str(tmpfiles))}",
         "systemctl daemon-reload",
         f"systemctl enable --now {name}",
         f"systemctl status {name}",

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from daemon.gpu import SHARED_LOCKS, TMPFILES_LINE
+
 TEMPLATES = Path(__file__).with_name("templates")
 _PLACEHOLDER = re.compile(r"@([A-Z_]+)@")
 DEFAULT_PYTHON = Path("/opt/dropforge/.venv/bin/python")
 DEFAULT_ROOT = Path("/var/lib/dropforge")
 STATE_PARENT = Path("/var/lib")
 ACCOUNT = "dropforge"
-GPU_LOCK = "/run/dropforge/gpu.lock"
 # What ProtectHome= hides.
 HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
 STOP_MARGIN_SECONDS = 30  # beyond the daemon's own patience with its trainer
@@ -83,6 +84,11 @@ def drop_in(kind: DropIn) -> str:
     return (TEMPLATES / f"{kind}.conf").read_text(encoding="utf-8")
 
 
+def tmpfiles() -> str:
+    """Render the tmpfiles.d(5) file that makes the folder of the GPUs' locks."""
+    return _fill("tmpfiles.conf.in", {"LINE": TMPFILES_LINE})
+
+
 def instance_drop_in(unit: Unit) -> str:
     """Render dropforge@NAME.service.d/root.conf: an instance whose root is not where the template says."""
     return _fill("instance.conf.in", _values(unit))
@@ -117,7 +123,7 @@ def _values(unit: Unit) -> dict[str, str]:
         "LOGS": _setting(logs),
         "LOG_FOLDER_VARIABLE": _quoted(f"DROPFORGE_LOGGING__FOLDER=/var/log/{logs}"),
         "HOME_VARIABLE": _quoted(f"HOME={unit.root}"),
-        "GPU_LOCK": GPU_LOCK,
+        "GPU_LOCKS": str(SHARED_LOCKS),
         "PATHS": "\n".join(_paths(unit)),
     }
 
