@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +33,10 @@ _EVENTS: Mapping[JobState, tuple[str, str]] = {
     JobState.REJECTED: ("job.rejected", "warning"),
 }
 _REQUEUED = ("job.requeued", "info")
+MAX_RUNNING = 4  # hooks at once
+MAX_PENDING = 100  # that wait
+COALESCED = ("on_hold", "on_queue_empty")  # of which the newest says everything
+CLOSING_PAUSE_SECONDS = 0.02
 RESULT_FIELDS_IN_JOB = ("outcome", "failure", "message", "candidate")  # or gone by now
 
 
@@ -128,43 +133,46 @@ class _Running:
     deadline: float  # monotonic
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A hook that waits for its turn."""
+
+    name: str
+    facts: Mapping[str, Any]
+    fired_at: float  # monotonic
+
+
 class Hooks:
     """Commands of the administrator's own, run when something happened, with the facts as JSON on stdin.
 
     They come from dropforge.toml alone; nothing in a dropped file or its sidecar reaches their command line. A hook never
-    delays a job: it runs beside, with a time limit, and its failure is a line in the log. One thread calls everything.
+    delays a job: a few run beside, with a time limit, the others wait in order, and a failure is a line in the log. Of
+    `on_hold` and `on_queue_empty` only the newest waits; of `on_job_finished` as many as MAX_PENDING, then the oldest is
+    left out, which the log and the next one's facts tell. One thread calls everything.
     """
 
     def __init__(self, settings: HookSettings, log: Any) -> None:
         self.settings = settings
         self._log = log
         self._running: list[_Running] = []
+        self._pending: deque[_Pending] = deque()
+        self._left_out = 0  # since the last start
 
     def fire(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Start the hook called `name`, if one is configured."""
-        command: Sequence[str] = getattr(self.settings, name)
-        if not command:
+        """Start the hook called `name`, if one is configured, once the earlier ones have left a place."""
+        if not getattr(self.settings, name):
             return
-        stdin = os.memfd_create("dropforge-hook")
-        try:
-            os.write(stdin, to_json({"hook": name, **facts}).encode("ascii"))
-            os.lseek(stdin, 0, os.SEEK_SET)
-            process = subprocess.Popen(
-                list(command),
-                stdin=stdin,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._log.error("hook.failed", hook=name, error=str(error))
-            return
-        finally:
-            os.close(stdin)
-        self._running.append(_Running(name=name, process=process, deadline=time.monotonic() + self.settings.timeout))
+        if name in COALESCED:
+            self._pending = deque(hook for hook in self._pending if hook.name != name)
+        if len(self._pending) >= MAX_PENDING:
+            oldest = self._pending.popleft()
+            self._left_out += 1
+            self._log.warning("hook.left_out", hook=oldest.name, waiting=len(self._pending))
+        self._pending.append(_Pending(name=name, facts=facts, fired_at=time.monotonic()))
+        self._start_next()
 
     def collect(self) -> None:
-        """Reap hooks that ended, and kill those over their time."""
+        """Reap hooks that ended, kill those over their time, and start those that waited for them."""
         for hook in list(self._running):
             code = hook.process.poll()
             if code is None and time.monotonic() < hook.deadline:
@@ -175,10 +183,52 @@ class Hooks:
                 self._log.error("hook.failed", hook=hook.name, error=f"ended after {self.settings.timeout:g} s")
             elif code:
                 self._log.error("hook.failed", hook=hook.name, error=f"exit code {code}")
+        self._start_next()
+
+    def _start_next(self) -> None:
+        while self._pending and len(self._running) < MAX_RUNNING:
+            self._start(self._pending.popleft())
+
+    def _start(self, hook: _Pending) -> None:
+        command: Sequence[str] = getattr(self.settings, hook.name)
+        if not command:  # taken out of the settings while it waited
+            return
+        told = {
+            "hook": hook.name,
+            **hook.facts,
+            "age_seconds": round(time.monotonic() - hook.fired_at, 3),
+            "left_out": self._left_out,
+        }
+        stdin = os.memfd_create("dropforge-hook")
+        try:
+            os.write(stdin, to_json(told).encode("ascii"))
+            os.lseek(stdin, 0, os.SEEK_SET)
+            process = subprocess.Popen(
+                list(command),
+                stdin=stdin,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._log.error("hook.failed", hook=hook.name, error=str(error))
+            return
+        finally:
+            os.close(stdin)
+        self._left_out = 0
+        self._running.append(
+            _Running(name=hook.name, process=process, deadline=time.monotonic() + self.settings.timeout)
+        )
 
     def close(self, patience: float = 2.0) -> None:
-        """Wait at most `patience` seconds for running hooks, then kill them."""
+        """Wait at most `patience` seconds for running hooks, then kill them; those that wait are told in the log."""
         deadline = time.monotonic() + patience
+        while self._pending and time.monotonic() < deadline:
+            self.collect()
+            time.sleep(CLOSING_PAUSE_SECONDS)
+        if self._pending:
+            self._log.warning("hook.left_out", hook=self._pending[0].name, waiting=len(self._pending))
+            self._pending.clear()
         for hook in self._running:
             try:
                 hook.process.wait(max(0.0, deadline - time.monotonic()))

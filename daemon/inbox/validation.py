@@ -87,6 +87,10 @@ class Validator:
                     OSError
                 ) as error:  # a full disk: the job stays claimed, and is submitted again at the next rescan
                     self._log.error("dataset.not_concluded", job=job.id, error=str(error))
+        for job_id in tuple(self._pool.reading()):
+            if self._claimed(job_id) is None:  # a command cancelled it: the next file need not wait for its end
+                self._pool.cancel(job_id)
+                self._submitted.discard(job_id)
         now = time.monotonic()
         for job_id, repeat in list(self._repeats.items()):
             if repeat.due <= now:

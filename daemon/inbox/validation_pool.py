@@ -131,6 +131,22 @@ class ValidationPool:
             for task in (*(lane.child.in_flight if lane.child else ()), *lane.waiting)
         )
 
+    def reading(self) -> Iterator[str]:
+        """Return the jobs whose files are read now."""
+        return (lane.child.in_flight[0].request.job_id for lane in self._lanes() if lane.child and lane.child.in_flight)
+
+    def cancel(self, job_id: str) -> None:
+        """Forget a file; the child that reads it ends, and another goes on with the next."""
+        for lane in self._lanes():
+            lane.waiting = deque(task for task in lane.waiting if task.request.job_id != job_id)
+            child = lane.child
+            if child is None or not child.in_flight or child.in_flight[0].request.job_id != job_id:
+                continue
+            child.end()
+            lane.child = None
+            lane.waiting.extendleft(reversed([task for task in child.in_flight if task.request.job_id != job_id]))
+            self._feed(lane)
+
     def close(self) -> None:
         """End all children; what they had not answered is submitted again at the next start."""
         for lane in self._lanes():

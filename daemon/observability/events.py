@@ -71,6 +71,9 @@ EVENTS: Mapping[str, Event] = {
     "queue.held": _event("warning", "Nothing is launched although jobs are ready.", "kind reason"),
     "queue.released": _event("info", "The reason to hold the queue is gone.", "kind"),
     "hook.failed": _event("error", "A hook could not be started, failed, or took too long.", "hook error"),
+    "hook.left_out": _event(
+        "warning", "Too many hooks waited, or the daemon ended; these were not run.", "hook waiting"
+    ),
     "inbox.claims_failed": _event("error", "Files could not be claimed; it is tried again.", "error"),
     "inbox.unusable": _event(
         "warning", "A folder of the inbox is missing or may not be entered; logged once.", "reason"

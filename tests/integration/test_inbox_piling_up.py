@@ -1,0 +1,64 @@
+"""What must not pile up: hooks of a hundred jobs that end at once, and the passes of files that were cancelled."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from daemon.config import HookSettings
+from daemon.job import JobState
+from daemon.notifications import MAX_PENDING, MAX_RUNNING, Hooks
+from tests.support.inbox import ROW, Record, Root
+
+
+def test_a_cancelled_file_is_not_read_to_its_end(tmp_path: Path) -> None:
+    """Its child ends, and the next large file gets its turn at once."""
+    with Root(tmp_path, data={"on_bad_rows": "skip"}) as root:
+        root.drop("long.jsonl", ROW.encode() * 6_000_000)
+        root.drop("next.jsonl", b'{"text": "%s"}\n' % (b"a" * 2**20) * 33)
+        root.pump(lambda: any(done for job, done, _ in root.intake.view().scanning if job))
+        long = next(job for job in root.jobs() if job.name == "long.jsonl")
+        root.archive.finish(long, JobState.CANCELLED, "by a person")
+        root.wait_for(1)
+        assert not root.intake.view().scanning
+        assert {job.name: job.state for job in root.jobs()} == {
+            "long.jsonl": JobState.CANCELLED,
+            "next.jsonl": JobState.QUEUED,
+        }
+
+
+def test_hundreds_of_ends_run_few_hooks_at_once_and_lose_none_in_silence(tmp_path: Path) -> None:
+    """As many as MAX_RUNNING at once, in order; what was left out is told in the log and to the next hook."""
+    log = Record()
+    out = tmp_path / "told"
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    command = ("sh", "-c", f'read -r _ < {gate}; told=$(cat); echo "$told" >> {out}')
+    hooks = Hooks(HookSettings(on_job_finished=command, timeout=60.0), log)
+    for number in range(300):
+        hooks.fire("on_job_finished", {"job": number})
+        assert len(hooks._running) <= MAX_RUNNING
+    left_out = 300 - MAX_RUNNING - MAX_PENDING
+    assert len(log.events("hook.left_out")) == left_out
+    keeper = os.open(gate, os.O_RDWR)
+    os.write(keeper, b"go\n" * 300)
+    deadline = time.monotonic() + 60
+    while hooks._running and time.monotonic() < deadline:
+        hooks.collect()
+    os.close(keeper)
+    told = [json.loads(line) for line in out.read_text().splitlines() if line]
+    assert len(told) == MAX_RUNNING + MAX_PENDING
+    assert sum(hook["left_out"] for hook in told) == left_out
+    assert max(hook["age_seconds"] for hook in told) > 0
+    assert not log.events("hook.failed")
+
+
+def test_of_holds_only_the_newest_waits(tmp_path: Path) -> None:
+    """A hook that is slow is told of the state of now, not of every state before."""
+    hooks = Hooks(HookSettings(on_hold=("sleep", "60"), timeout=60.0), Record())
+    for number in range(20):
+        hooks.fire("on_hold", {"reason": str(number)})
+    assert [hook.facts["reason"] for hook in hooks._pending] == ["19"]
+    hooks.close(patience=0.0)
