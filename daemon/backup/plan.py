@@ -29,6 +29,7 @@ from daemon.inbox.report import REPORT_JSON, REPORT_TEXT
 from daemon.inbox.strays import is_job_folder
 from daemon.inbox.writers import WriterState, writer_state
 from daemon.job import OPEN_STATES, Job, JobState
+from daemon.memory.store import MEMORY_NAME, META_NAME
 from daemon.root_identity import MARK, Part, part_paths
 from daemon.run_dir import ATTEMPT_NAMES, RUNS_NAME
 from daemon.store import JobStore
@@ -329,6 +330,10 @@ class _Planner:
                 continue
             if entry.name == MARK:
                 self._capture(name, path)
+            elif entry.name == MEMORY_NAME and entry.is_dir(follow_symlinks=False):
+                self._add_folder(name, path)
+                for memory in self._scan(path):
+                    self._plan_memory(f"{name}/{memory.name}", memory)
             elif entry.name == RUNS_NAME and entry.is_dir(follow_symlinks=False):
                 self._add_folder(name, path)
                 for run in self._scan(path):
@@ -337,6 +342,20 @@ class _Planner:
                     self._plan_other(f"{name}/{run.name}", run, gone=Gone.LEAVES_OUT, skipped=skipped)
             else:
                 self._plan_other(name, entry, gone=Gone.LEAVES_OUT)
+
+    def _plan_memory(self, name: str, entry: os.DirEntry[str]) -> None:
+        """One unit, its meta.json first: what that says of the others stays true of files that only grow."""
+        if not entry.is_dir(follow_symlinks=False):
+            self._plan_other(name, entry, gone=Gone.LEAVES_OUT)
+            return
+        with suppress(FileNotFoundError):  # forgotten
+            files = {
+                f"{name}/{inner.name}": Path(inner.path) for inner in self._scan(Path(entry.path)) if inner.is_file()
+            }
+            whole = {found: path for found, path in files.items() if not _TEMPORARY.fullmatch(path.name)}
+            ordered = dict(sorted(whole.items(), key=lambda item: (item[1].name != META_NAME, item[0])))
+            folders = {name: _mode(Path(entry.path))}
+            self._rest.append(Unit(gone=Gone.PLANS_ANEW, files=ordered, folders=folders))
 
     def _find_base(self, parts: Iterable[Path]) -> tuple[Path | None, str]:
         """The base model's folder, and its place below the root, empty where that is in a part or not below the root."""

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 from typing import Any
 
-from daemon import config, verification
+from daemon import config, verification, versions
 from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.inbox.layout import UNFINISHED_SECONDS, NameKind, name_kind, watched_folders
@@ -270,6 +271,9 @@ def _model(settings: Settings) -> Iterator[Finding]:
         else:
             yield _fail("model", f"{local} has no config.json or no *.safetensors", "fetch the model again")
         return
+    if local.is_absolute() or name.startswith((".", "~")):
+        yield _fail("model", f"{local} is not a folder", "bring it back, or set model_name_or_path under [model]")
+        return
     cache = Path(
         os.environ.get("HF_HUB_CACHE")
         or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
@@ -283,8 +287,36 @@ def _model(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield _fail(
-            "model", f"{name} is neither a folder nor in {cache}", f"`hf download {name}` as the service's user"
+            "model",
+            f"{name} is neither a folder nor in {cache}",
+            f"`hf download {name}` as the service's user, or bring the folder {settings.root / name}",
         )
+
+
+def _places(settings: Settings) -> Iterator[Finding]:
+    """Absolute paths, which a root that is moved does not take along."""
+    named = {
+        **{f"[paths] {name}": path for name, path in settings.paths},
+        "[logging] folder": settings.logging.folder,
+        "[guard] key_file": settings.guard.key_file,
+    }
+    for name, path in named.items():
+        if path is None or not path.is_absolute() or path.is_relative_to(settings.root):
+            continue
+        message = f"{name} = {escape(str(path))} lies outside the root, and does not move along with it"
+        if path.exists():
+            yield _ok("places", message)
+        else:
+            yield _warn(
+                "places", f"{message}; nothing is there", f"edit {settings.root / config.CONFIG_NAME}, or bring it"
+            )
+    with suppress(DropforgeError):  # which holds the queue, and is told there
+        current = versions.current_version(settings.model_dir)
+        base = versions.named_base(current)[0] if current is not None else ""
+        if current is not None and Path(base).is_absolute() and not Path(base).is_dir():
+            message = f"the adapter of version {current.name} names its base model {escape(base)}, which is not here"
+            hint = "training goes on all the same, by the base's contents; programs that load the adapter need the base named"
+            yield _warn("places", message, hint)
 
 
 def _clock(settings: Settings) -> Iterator[Finding]:
@@ -350,6 +382,7 @@ CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "dropped": _dropped,
     "permissions": _permissions,
     "model": _model,
+    "places": _places,
     "clock": _clock,
     "systemd": _systemd,
     "kept": _kept_last,

@@ -348,6 +348,28 @@ def test_the_doctor_tells_packages_that_are_too_old_and_whose_view_this_is(
     )
 
 
+def test_the_doctor_names_what_a_moved_root_does_not_take_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Absolute paths of the settings, and the base model that the current adapter names."""
+    monkeypatch.setattr(doctor, "CHECKS", {"places": doctor.CHECKS["places"]})
+    root, gone = tmp_path / "root", tmp_path / "gone"
+    version = root / "current_model" / "versions" / "0001"
+    version.mkdir(parents=True)
+    (root / "current_model" / "latest").symlink_to("versions/0001")
+    (version / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(gone / "base")}))
+    (root / "dropforge.toml").write_text(
+        f'[paths]\ninbox = "{gone}/inbox"\nstate = "{tmp_path}"\n[guard]\nkey_file = "key"\n'
+    )
+    found = {finding.message: finding for finding in doctor.examine(root) if finding.name == "places"}
+    outside = "lies outside the root, and does not move along with it"
+    assert found[f"[paths] inbox = {gone}/inbox {outside}; nothing is there"].verdict is Severity.WARN
+    assert found[f"[paths] state = {tmp_path} {outside}"].verdict is Severity.OK
+    named = found[f"the adapter of version 0001 names its base model {gone}/base, which is not here"]
+    assert named.verdict is Severity.WARN
+    assert len(found) == 3
+
+
 def test_the_doctor_s_json_is_what_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -683,3 +683,34 @@ def test_names_of_any_bytes_come_back(trained: Root, tmp_path: Path) -> None:
         saved(trained, tmp_path / target)
         restored(trained, tmp_path / target, "--move-aside")
         assert (trained.settings.inbox_dir / "low" / name).read_text() == '{"text": "x"}\n'
+
+
+def test_a_memory_is_saved_with_what_describes_it_first(trained: Root, tmp_path: Path) -> None:
+    """Its files only grow: what meta.json says of them is true of copies that were made after it."""
+    folder = trained.settings.state_dir / "memory" / ("0" * 32)
+    folder.mkdir(parents=True)
+    for name in ("held_out.idx", "meta.json", "rows.jsonl"):
+        (folder / name).write_text(name)
+    (folder.parent / "key").write_text("a key")
+    saved(trained, tmp_path / "forge.tar")
+    with tarfile.open(tmp_path / "forge.tar") as tar:
+        names = [Path(name).name for name in tar.getnames() if f"memory/{folder.name}/" in name]
+    assert names == ["meta.json", "held_out.idx", "rows.jsonl"]
+    state_gone(trained)
+    restored(trained, tmp_path / "forge.tar", "--move-aside")
+    assert (folder / "rows.jsonl").read_text() == "rows.jsonl"
+    assert (folder.parent / "key").read_text() == "a key"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_root_restores_belongs_to_the_owner_of_the_root(trained: Root, tmp_path: Path) -> None:
+    saved(trained, tmp_path / "forge.tar")
+    everything_gone(trained)
+    os.chown(trained.path, 65534, 65534)
+    restored(trained, tmp_path / "forge.tar")
+    made = [
+        trained.path / "dropforge.toml",
+        *(path for top in ("state", "current_model", "inbox") for path in (trained.path / top).rglob("*")),
+    ]
+    assert len(made) > 20
+    assert {path.lstat().st_uid for path in made} == {65534}
