@@ -13,6 +13,7 @@ from statistics import median
 from daemon.job import Job, seconds_between
 
 JOBS_MEASURED = 10  # whose pace counts
+COMPARABLE = 0.25  # of the largest one's tokens, for a run to say how fast runs are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +47,17 @@ class _Run:
 def measure_pace(finished: Sequence[Job]) -> Pace | None:
     """Learn from the newest jobs that trained, `finished` being newest first; None when none did.
 
-    The largest of them gives the speed: short runs end before a device is as fast as it gets.
+    The fastest of those about as large as the largest gives the speed: short runs end before a device is as fast as it
+    gets, and whatever else a machine does makes runs slower only.
     """
     runs = list(_runs(finished))[:JOBS_MEASURED]
     if not runs:
         return None
-    largest = max(runs, key=lambda run: run.tokens)
+    most = max(run.tokens for run in runs)
+    fastest = max(run.tokens_per_second for run in runs if run.tokens >= COMPARABLE * most)
     return Pace(
         start_seconds=median(max(0.0, run.seconds - run.tokens / run.tokens_per_second) for run in runs),
-        tokens_per_second=largest.tokens_per_second,
+        tokens_per_second=fastest,
         tokens_per_byte=sum(run.tokens for run in runs) / sum(run.bytes_trained for run in runs),
     )
 

@@ -61,6 +61,16 @@ def test_the_largest_of_the_recent_jobs_gives_the_speed() -> None:
     assert pace.seconds(finished[1]) == pytest.approx(finished[1].result.wall_seconds, rel=0.05)
 
 
+def test_of_runs_of_one_size_the_fastest_gives_the_speed() -> None:
+    """What else the machine did made the others slower."""
+    finished = [
+        trained(rows=rows, start=8.0, rate=rate) for rows, rate in ((50, 40.0), (40, 130.0), (60, 99.0), (2, 900.0))
+    ]
+    pace = measure_pace(finished)
+    assert pace is not None
+    assert pace.tokens_per_second == 130.0
+
+
 def test_a_slow_first_step_belongs_to_the_start() -> None:
     """Of two steps, the first of which compiles and loads, the second says how fast a run is."""
     tiny = trained(rows=4, start=0.0, rate=100.0)
