@@ -18,7 +18,6 @@ from daemon import root_identity, versions
 from daemon.base_identity import find_base
 from daemon.config import Settings
 from daemon.errors import DropforgeError, StoreError, TryLater, is_no_space
-from daemon.job import FailureKind, Job
 from daemon.recipe import Recipe
 from daemon.run_dir import RUNS_NAME
 from daemon.text import escape, format_bytes
@@ -84,12 +83,6 @@ def contradicted(settings: Settings) -> Hold | None:
         except OSError:
             return None  # a folder that cannot be entered is the next hold's matter
     return Hold(kind=HoldKind.IDENTITY, reason=reason) if reason else None
-
-
-def refused(job: Job, judged: Evidence | None, now: Evidence) -> Hold | None:
-    """Return the hold of a job that a trainer refused by the evidence `judged`; None once that is another."""
-    is_held = job.failure is FailureKind.IDENTITY and judged == now
-    return Hold(kind=HoldKind.IDENTITY, reason=job.reason) if is_held else None
 
 
 def evidence(settings: Settings, recipe: Recipe) -> Evidence:

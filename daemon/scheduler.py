@@ -31,7 +31,6 @@ from daemon.holds import (
     evidence,
     no_space,
     paused,
-    refused,
     unwritable,
 )
 from daemon.inbox.archive import Archive
@@ -257,11 +256,17 @@ class Scheduler:
         except ConfigError:  # nothing to wait for: its job fails at the launch
             return None
         return (
-            refused(job, self._judged, evidence(self.settings, recipe))
+            self._still_refused(job, recipe)
             or unwritable(self.settings)
             or no_space(self.settings, recipe)
             or self._gpu.reserve(self.settings, recipe)
         )
+
+    def _still_refused(self, job: Job, recipe: Recipe) -> Hold | None:
+        """The hold of a job that a trainer refused for its base or parent, until what that was judged by is another."""
+        if job.failure is not FailureKind.IDENTITY or self._judged != evidence(self.settings, recipe):
+            return None
+        return Hold(kind=HoldKind.IDENTITY, reason=job.reason)
 
     def _recipe_of(self, job: Job) -> Recipe:
         """The recipe of a job's next attempt. Raises ConfigError.

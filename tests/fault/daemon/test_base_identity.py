@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,52 @@ def test_start_from_base_is_a_way_out_for_jobs_that_wait_already(trained: Root) 
     assert trained.run("run", "--once").returncode == 0
     assert [record(trained, name)["parent"] for name in ("0001", "0002", "0003")] == [None, None, "0002"]
     assert_sound(trained)
+
+
+@pytest.mark.parametrize(
+    ("change", "tables", "parent"),
+    [
+        (other_template, {"model": {"allow_template_change": True}}, "0001"),
+        (other_weights, {"training": {"start_from": "base"}}, None),
+    ],
+)
+def test_a_reload_is_enough_for_the_settings_that_a_hold_names(
+    trained: Root, change: Change, tables: dict[str, dict[str, Any]], parent: str | None
+) -> None:
+    change(trained.path / "base")
+    trained.start()
+    trained.drop("b.jsonl", rows("b"))
+    reason_to_wait(trained, "version 0001 was trained")
+    trained.configure(**tables)
+    os.kill(trained.start_pid, signal.SIGHUP)
+    assert trained.finished("b.jsonl").version == "0002"
+    assert record(trained, "0002")["parent"] == parent
+    assert trained.events("job.renewed")
+    assert trained.stop() == 0
+
+
+def test_another_commit_of_a_hub_model_holds_the_queue_until_the_settings_name_the_first(
+    make_root: MakeRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`main` moved on: what was trained on one commit is not continued on the next."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    root = make_root(behaviour={}, variables={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    base = root.path / "base"
+    hub_cache(tmp_path / "hub", base, "a" * 40)
+    root.configure(model={"model_name_or_path": "org/model"})
+    root.start()
+    root.drop("a.jsonl", rows("a"))
+    assert root.finished("a.jsonl").state is JobState.SUCCEEDED
+    assert record(root, "0001")["base"]["commit"] == "a" * 40
+    other_weights(base)
+    hub_cache(tmp_path / "hub", base, "b" * 40)
+    root.drop("b.jsonl", rows("b"))
+    reason_to_wait(root, "org/model@aaaaaaaaaaaa (weights", "org/model@bbbbbbbbbbbb (weights")
+    root.configure(model={"revision": "a" * 40})
+    os.kill(root.start_pid, signal.SIGHUP)
+    assert root.finished("b.jsonl").version == "0002"
+    assert record(root, "0002")["parent"] == "0001"
+    assert root.stop() == 0
 
 
 def test_a_sidecar_that_starts_from_the_base_runs_before_what_is_held(trained: Root) -> None:
