@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.errors import ConfigError
+from daemon.limits import LimitSettings
 from daemon.recipe import (
     DataSettings,
     LoraSettings,
@@ -169,6 +170,7 @@ class Settings(BaseSettings):
     data: DataSettings = DataSettings()
     replay: ReplaySettings = ReplaySettings()
     inbox: InboxSettings = InboxSettings()
+    limits: LimitSettings = LimitSettings()
     queue: QueueSettings = QueueSettings()
     executor: ExecutorSettings = ExecutorSettings()
     gpu: GpuSettings = GpuSettings()

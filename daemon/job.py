@@ -161,6 +161,8 @@ class Job:
     source: str = ""  # where it was dropped
     source_inode: int = 0  # survives the claim's rename, so that a submitter recognises its own file
     size_bytes: int = 0
+    owner: int | None = None  # user id of the file; None: not known, as of jobs of older versions
+    notes: tuple[str, ...] = ()  # what its owner should know of how it was taken
     force: bool = False  # train even if the same content was trained before
     dataset: Dataset | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)  # the sidecar's [training], [lora], [data]
@@ -217,6 +219,7 @@ class RunSpec:
     daemon_pid: int = 0
     root: str = ""  # of Dropforge: a base model in it is named by a path that moves along
     gpu: str | None = None  # UUID of the only device that the trainer shall see
+    limits: Mapping[str, Any] = field(default_factory=dict)  # see daemon.limits.LimitSettings
     force: bool = False  # train the rows also where most of them are held out of earlier datasets
 
 

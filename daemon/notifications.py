@@ -102,6 +102,7 @@ def canonical(job: Job, transition: JobTransition) -> dict[str, Any]:
         "version": job.version,
         "duplicate_of": job.duplicate_of,
         "priority": job.priority,
+        "owner": job.owner,
         "force": job.force or None,
         "overrides": dict(job.overrides) or None,
         "base_model": job.recipe["model"]["model_name_or_path"] if job.recipe else None,

@@ -7,9 +7,9 @@ nothing else.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from daemon.errors import ConfigError
 
@@ -24,8 +24,11 @@ NOT_FOR_ONE_DATASET: Mapping[str, frozenset[str]] = {
 # What a dropped file may raise and not lower: it has no say in whether it is measured.
 ONLY_UPWARDS = (("data", "held_out_min_rows"),)
 
+MOST = 10**9  # of anything that is counted or measured here: what is beyond is a slip, and overflows somewhere
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Amount = Annotated[float, Field(gt=0, le=MOST)]
 
 
 class Section(BaseModel):
@@ -41,6 +44,15 @@ class Section(BaseModel):
             return values
         unset = {name for name, field in cls.model_fields.items() if field.default is None}
         return {name: None if value == "" and name in unset else value for name, value in values.items()}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`r = true` would count as 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in {annotation, *get_args(annotation)}:
+            raise ValueError("true and false are no value for it")
+        return value
 
 
 class ModelSettings(Section):
@@ -68,45 +80,47 @@ class TrainingSettings(Section):
     start_from: Literal["latest", "base"] = Field(
         "latest", description="Continue the current version's weights, or start a new adapter on the base."
     )
-    num_train_epochs: PositiveFloat = Field(1.0, description="Passes over the data.")
-    max_steps: int = Field(-1, ge=-1, description="Stop after so many steps; -1: as the epochs say.")
-    per_device_train_batch_size: PositiveInt = Field(
+    num_train_epochs: Amount = Field(1.0, description="Passes over the data.")
+    max_steps: int = Field(-1, ge=-1, le=MOST, description="Stop after so many steps; -1: as the epochs say.")
+    per_device_train_batch_size: Count = Field(
         4, description="Rows of max_length that fit one forward pass on one device; of shorter rows, as many tokens."
     )
-    gradient_accumulation_steps: PositiveInt = Field(
+    gradient_accumulation_steps: Count = Field(
         2, description="A step has this times per_device_train_batch_size times num_processes rows."
     )
     num_processes: PositiveInt = Field(1, description="Processes (one a GPU) that share each step.")
     train_sampling_strategy: Literal["group_by_length", "random"] = Field(
         "group_by_length", description="Rows of similar length share a step's parts, or rows at random."
     )
-    learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
+    learning_rate: Amount = Field(2e-4, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Shape of the schedule."
     )
-    warmup_steps: float = Field(0.03, ge=0, description="Steps of linear warm-up; below 1: a share of all steps.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0: none.")
+    warmup_steps: float = Field(
+        0.03, ge=0, le=MOST, description="Steps of linear warm-up; below 1: a share of all steps."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=MOST, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, le=MOST, description="Gradient clipping; 0: none.")
     optim: Literal["adamw_torch", "adamw_torch_fused"] = Field(
         "adamw_torch_fused", description="Optimizer, by its name in transformers."
     )
-    seed: int = Field(42, ge=0, description="Of weights, dropout and data order.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Of weights, dropout and data order.")
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="Trade speed for memory; auto: only when it would run out."
     )
     use_liger_kernel: bool = Field(False, description="Fused kernels of `dropforge[gpu]`.")
     torch_compile: bool = Field(False, description="Compile the model; pays in runs of thousands of steps only.")
-    save_steps: PositiveInt = Field(100, description="Steps between sealed checkpoints.")
+    save_steps: Count = Field(100, description="Steps between sealed checkpoints.")
     save_total_limit: PositiveInt = Field(2, description="Checkpoints of a run that are kept.")
-    logging_steps: PositiveInt = Field(10, description="Steps between logged losses.")
+    logging_steps: Count = Field(10, description="Steps between logged losses.")
     report_to: tuple[str, ...] = Field((), description="Further trackers, by their names in transformers.")
 
 
 class LoraSettings(Section):
     """`[lora]`: shape of the adapter. May be overridden by a sidecar."""
 
-    r: PositiveInt = Field(16, description="Rank.")
-    lora_alpha: PositiveFloat = Field(32, description="Scale; the update is multiplied by lora_alpha / r.")
+    r: Count = Field(16, description="Rank.")
+    lora_alpha: Amount = Field(32, description="Scale; the update is multiplied by lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: str | tuple[str, ...] = Field("all-linear", description="Modules that get an adapter.")
     modules_to_save: tuple[str, ...] = Field((), description="Modules that are trained and saved in full.")
@@ -134,7 +148,7 @@ class ColumnSettings(Section):
 class DataSettings(Section):
     """`[data]`: how rows become tokens. May be overridden by a sidecar."""
 
-    max_length: PositiveInt = Field(2048, description="Tokens a row; of longer rows the trained part is kept.")
+    max_length: Count = Field(2048, description="Tokens a row; of longer rows the trained part is kept.")
     train_on: Literal["auto", "completion", "assistant", "last_turn", "all"] = Field(
         "auto",
         description="Tokens that get a loss; auto: the completion, the assistant's turns, or all of a text.",
@@ -149,9 +163,10 @@ class DataSettings(Section):
     held_out_min_rows: int = Field(
         40,
         ge=0,
+        le=MOST,
         description="At least so many rows are held out, but at most a fifth of the file; none of one with fewer than 25.",
     )
-    held_out_max_rows: int = Field(256, ge=0, description="Upper bound on held-out rows.")
+    held_out_max_rows: int = Field(256, ge=0, le=MOST, description="Upper bound on held-out rows.")
     on_bad_rows: Literal["reject", "skip"] = Field("reject", description="Refuse the file, or leave bad rows out.")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="Under skip: more bad rows refuse the file.")
     max_line_bytes: PositiveInt = Field(16 * 2**20, description="Longest line that is read.")

@@ -24,9 +24,8 @@ from daemon.errors import NotFound, StoreError, TryLater
 from daemon.inbox import layout
 from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, unclaim_sidecar
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
-from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.strays import is_job_folder
-from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, Priority, RunSpec
+from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, RunSpec
 from daemon.memory.forgetting import sweep
 from daemon.memory.store import DatasetMemory
 from daemon.run_dir import latest_spec, run_dir_of, sealed_step
@@ -238,21 +237,15 @@ def _adopt(settings: Settings, store: JobStore, folder: Path, log: Any, *, run: 
         return
     path = folder / data[0]
     found = path.lstat()
-    sidecar = Sidecar()
-    with suppress(OSError, RejectedSidecar):  # reported when the rows are validated
-        if os.path.lexists(beside := folder / layout.sidecar_name(path.name)):
-            sidecar = read_sidecar(beside, settings.recipe)
     job = Job(
         id=folder.name,
         name=path.name,
         state=JobState.CLAIMED,
-        priority=sidecar.priority or Priority.NORMAL,
         path=str(path),
         source=str(settings.inbox_dir / path.name),
         source_inode=found.st_ino,
         size_bytes=found.st_size,
-        force=sidecar.force,
-        overrides=sidecar.overrides,
+        owner=found.st_uid,
         reason="found in processing/ without a record",
     )
     if run is not None:
@@ -327,6 +320,7 @@ def _from_report(path: Path, report: Mapping[str, Any]) -> Job:
         name=report["file"],
         state=state,
         source=report.get("source") or "",
+        owner=report["owner"] if isinstance(report.get("owner"), int) else None,
         dataset=msgspec.convert(dataset, Dataset) if dataset else None,
         duplicate_of=report.get("duplicate_of"),
         version=report.get("version"),

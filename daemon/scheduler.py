@@ -173,7 +173,9 @@ class Scheduler:
         with Handling("launched", job=ready.id):
             if contradiction is None and self._finish_duplicate(ready):
                 return
-            self._change_hold(contradiction or self._hold_for(ready))
+            hold = contradiction or self._hold_for(ready)
+            fault = self._own_fault(ready, hold) if hold is not None else ""
+            self._change_hold(None if fault else hold)
         if self.hold is not None:
             return
         job = self._store.claim_next(time.time())
@@ -181,7 +183,11 @@ class Scheduler:
             self._gpu.release()
             return
         with Handling("launched", job=job.id):
-            self._launch(job)
+            if fault:
+                # A command may have given another the first place at this moment: its turn is the next tick's.
+                self._give_back(job, fault if job.id == ready.id else "")
+            else:
+                self._launch(job)
 
     def request_stop(self, why: StopReason) -> None:
         """Ask the running trainer to seal a checkpoint and leave.
@@ -281,6 +287,23 @@ class Scheduler:
         training = frozen.training.model_copy(update={"start_from": start_from})
         return frozen.model_copy(update={"model": now.model, "training": training})
 
+    def _own_fault(self, job: Job, hold: Hold) -> str:
+        """Say that a job's own settings, and not the root's, are why it does not fit; empty when they are not.
+
+        What one job asks for never holds the others.
+        """
+        if hold.kind is not HoldKind.NO_SPACE or not job.overrides or no_space(self.settings, self.settings.recipe):
+            return ""
+        return f"its sidecar asks for more than there is room for: {hold.reason.removesuffix('; waits for free space')}"
+
+    def _give_back(self, job: Job, fault: str) -> None:
+        """End a job that was not launched for its own fault, or without one put it back into the queue."""
+        run_dir = run_dir_of(self.settings.state_dir, job.id)
+        decision = RetryDecision(to=JobState.FAILED, reason=fault, failure=FailureKind.CONFIG)
+        if not fault:
+            decision = RetryDecision(to=JobState.QUEUED, reason="waits for its turn")
+        self._finish(Run(job=job, run_dir=run_dir, reader=RunReader(run_dir)), decision, None)
+
     def _launch(self, job: Job) -> None:
         directory = run_dir_of(self.settings.state_dir, job.id)
         self.run = run = Run(job=job, run_dir=directory, reader=RunReader(directory))
@@ -330,6 +353,7 @@ class Scheduler:
             root=str(self.settings.root),
             daemon_pid=os.getpid(),
             gpu=self._gpu.device.uuid if self._gpu.device is not None and not several else None,
+            limits=self.settings.limits.model_dump(mode="json"),
             force=job.force,
         )
 

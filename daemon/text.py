@@ -60,3 +60,11 @@ def _visible(character: str, *, backslash: str = "\\\\") -> str:
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
         return character.encode("unicode_escape").decode("ascii")
     return character
+
+
+LIMITS_HINT = "ask for less, or have its administrator raise the limit in dropforge.toml"
+
+
+def beyond_limit(wish: str, name: str, limit: float) -> str:
+    """Say what was asked for, what the administrator allows, and where: one sentence for every limit."""
+    return f"{wish}, but [limits] {name} = {limit:.12g} allows no more"

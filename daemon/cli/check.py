@@ -21,6 +21,7 @@ from daemon.config import Settings
 from daemon.dataset import DatasetReport
 from daemon.dataset.requests import Request
 from daemon.dataset.rows import Row, Rules, iter_rows
+from daemon.dataset.sidecar import ForeignSidecar, RejectedSidecar, Sidecar, read_sidecar
 from daemon.dataset.source import SourceError
 from daemon.dataset.strict_json import LineError
 from daemon.errors import RejectedData
@@ -28,7 +29,6 @@ from daemon.inbox.duplicates import changed_settings
 from daemon.inbox.layout import NameKind, name_kind, sidecar_name
 from daemon.inbox.other_files import explain_other_file
 from daemon.inbox.report import remarks, rows_text
-from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.validation_pool import validate_once
 from daemon.job import Dataset, to_json
 from daemon.processes import child_environment
@@ -93,6 +93,7 @@ class CheckReport:
     lengths: Mapping[int, int] = field(default_factory=dict)  # rows whose text has 2**(k-1) to 2**k - 1 characters
     tokens: Tokens = Tokens(reason="not asked")
     sidecar: str | None = None  # name of the sidecar that was applied
+    sidecar_ignored: str = ""  # why the one that lies there was not
     trained_before: tuple[
         Mapping[str, Any], ...
     ] = ()  # job, version, and settings under which other words were learned
@@ -126,6 +127,7 @@ class Prepared:
     request: Request
     recipe: Recipe
     sidecar: str | None = None  # name of the sidecar that was applied
+    sidecar_ignored: str = ""  # why the one that lies there was not
 
 
 def prepare(path: Path, settings: Settings) -> Prepared:
@@ -136,12 +138,16 @@ def prepare(path: Path, settings: Settings) -> Prepared:
         reason, hint = explain_other_file(path)
         raise RejectedData(operation="read", subject=escape(str(path)), cause=reason, hint=hint)
     sidecar, sidecar_path = Sidecar(), path.with_name(sidecar_name(path.name))
-    beside = os.path.lexists(sidecar_path)
+    beside, ignored = os.path.lexists(sidecar_path), ""
     if beside:
-        sidecar = read_sidecar(sidecar_path, settings.recipe)
+        try:
+            sidecar = read_sidecar(sidecar_path, settings.recipe, settings.limits, data_owner=path.lstat().st_uid)
+        except ForeignSidecar as error:
+            beside, ignored = False, str(error)
     recipe = settings.recipe.with_overrides(sidecar.overrides)
-    request = Request(job_id="check", path=str(path.absolute()), rules=Rules.of(recipe.data))
-    return Prepared(request=request, recipe=recipe, sidecar=sidecar_path.name if beside else None)
+    request = Request(job_id="check", path=str(path.absolute()), rules=Rules.of(recipe.data, settings.limits))
+    applied = sidecar_path.name if beside else None
+    return Prepared(request=request, recipe=recipe, sidecar=applied, sidecar_ignored=ignored)
 
 
 def _check(path: Path, settings: Settings, store: JobStore | None, verdict_command: Sequence[str]) -> CheckReport:
@@ -151,7 +157,9 @@ def _check(path: Path, settings: Settings, store: JobStore | None, verdict_comma
         return CheckReport(path=str(path), accepted=False, reason=error.sentence, hint=error.hint)
     except RejectedData as error:
         return CheckReport(path=str(path), accepted=False, reason=error.cause, hint=error.hint)
-    recipe, rules, applied = prepared.recipe, prepared.request.rules, prepared.sidecar
+    recipe, rules, applied, ignored = (
+        prepared.recipe, prepared.request.rules, prepared.sidecar, prepared.sidecar_ignored
+    )  # fmt: skip
     reply = validate_once(prepared.request)
     if reply.dataset is None:
         found = reply.report
@@ -162,6 +170,7 @@ def _check(path: Path, settings: Settings, store: JobStore | None, verdict_comma
             hint=found.hint if found else "",
             rows=found,
             sidecar=applied,
+            sidecar_ignored=ignored,
         )
     try:
         repeats, lengths = _read_rows(path, reply.dataset.format, rules)
@@ -180,6 +189,7 @@ def _check(path: Path, settings: Settings, store: JobStore | None, verdict_comma
         lengths=lengths,
         tokens=tokens,
         sidecar=applied,
+        sidecar_ignored=ignored,
         trained_before=tuple(
             {
                 "job": job.id,
@@ -262,6 +272,8 @@ def render_text(report: CheckReport) -> str:
         lines += [f"  {line}" for line in rows_text(report.rows)]
     if report.sidecar:
         lines.append(f"  sidecar     {escape(report.sidecar)}")
+    if report.sidecar_ignored:
+        lines.append(f"  warning     {report.sidecar_ignored}")
     if report.dataset is not None:
         found = report.dataset
         skipped = f", {found.skipped_rows:,} left out" if found.skipped_rows else ""

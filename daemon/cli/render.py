@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ def status_view(snapshot: Mapping[str, Any]) -> RenderableType:
     job = snapshot.get("job")
     if job and alive:
         grid.add_row("job", f"{printable(str(job['id']))}  {printable(str(job['dataset']))}  attempt {job['attempt']}")
+        if (owner := user_name(job.get("owner"))) is not None:
+            grid.add_row("", f"dropped by {owner}")
         grid.add_row("", progress_line(job))
     for name in ("waiting", "left_alone"):
         found = snapshot.get(name, ())
@@ -156,6 +159,7 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
         ("reason", escape(item.reason, most=2000)),
         ("hint", escape(item.advice, most=2000) or None),
         ("failure", item.failure),
+        ("owner", user_name(item.owner)),
         ("attempt", item.attempt or None),
         ("priority", item.priority if item.priority is not Priority.NORMAL else None),
         ("sidecar", escape(to_json(item.overrides), most=2000) if item.overrides else None),
@@ -164,6 +168,7 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
             f"job {item.continues}, whose file was written to after it had been taken" if item.continues else None,
         ),
         ("version", item.version),
+        *(("warning", Text(escape(note), style="yellow")) for note in item.notes),
     ]
     if item.dataset:
         rows += [
@@ -209,6 +214,16 @@ def replayed(result: RunResult) -> str:
     rows, tokens = (sum(getattr(dataset, name) for dataset in result.replayed) for name in ("rows", "tokens"))
     each = ", ".join(f"{dataset.rows:,} of {dataset.name}" for dataset in result.replayed)
     return f"{rows:,} rows of earlier datasets, {tokens:,} trained tokens an epoch: {each}"
+
+
+def user_name(owner: int | None) -> str | None:
+    """`alice (1001)`; the number alone where it has no name, None where it is not known."""
+    if owner is None:
+        return None
+    try:
+        return f"{escape(pwd.getpwuid(owner).pw_name)} ({owner})"
+    except (KeyError, OverflowError):
+        return str(owner)
 
 
 def _located(settings: Settings, item: Job) -> str:

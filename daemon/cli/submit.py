@@ -17,10 +17,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from daemon.config import Settings
 from daemon.dataset.convert import Converted, conversion_of, convert, converted_stem
 from daemon.dataset.rows import Rules
+from daemon.dataset.sidecar import may_speak_for, read_sidecar
 from daemon.errors import ConfigError, DropforgeError, NotFound, RejectedData, TryLater
 from daemon.inbox.layout import ROW_SUFFIXES, NameKind, name_kind, numbered_name, sidecar_name, watched_folders
 from daemon.inbox.other_files import explain_other_file
-from daemon.inbox.sidecar import read_sidecar
 from daemon.job import FINAL_STATES, Job, Priority
 from daemon.observability.status import read_status
 from daemon.store import JobStore, is_made
@@ -115,7 +115,7 @@ def _sidecar_text(settings: Settings, path: Path, *, force: bool) -> str:
     """What the file's sidecar shall say; empty when it needs none. Raises RejectedSidecar."""
     if not os.path.lexists(path):
         return "force = true\n" if force else ""
-    asked = read_sidecar(path, settings.recipe)
+    asked = read_sidecar(path, settings.recipe, settings.limits, data_owner=path.lstat().st_uid)
     text = path.read_text(encoding="utf-8")
     if not force or asked.force:
         return text
@@ -174,6 +174,8 @@ def _place(hidden: Path, folder: Path, name: str, sidecar: str) -> Path:
         target = folder / numbered_name(name, number)
         beside = folder / sidecar_name(target.name)
         waits = os.path.lexists(beside)
+        if waits and not may_speak_for(beside.lstat().st_uid, hidden.stat().st_uid):
+            continue  # another user's, which would not count: a name of its own spares both the question
         shared = any(_is_data(other.name) and sidecar_name(other.name) == beside.name for other in folder.iterdir())
         if os.path.lexists(target) or (waits and sidecar) or (shared and (waits or sidecar)):
             continue

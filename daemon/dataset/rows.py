@@ -37,6 +37,7 @@ from daemon.dataset.transcript import is_transcript, read_transcript, read_trans
 from daemon.dataset.values import RowError, UnusedKeys, embedded, optional_text, required, text_of
 
 if TYPE_CHECKING:  # the settings' machinery would double what a child that reads rows imports
+    from daemon.limits import LimitSettings
     from daemon.recipe import ColumnSettings, DataSettings
 
 ONE_TURN = "the row is one turn of a conversation"
@@ -103,10 +104,15 @@ class Rules:
     max_bad_fraction: float = 0.01
     max_line_bytes: int = 16 * 2**20
     max_expansion: float = 100.0
+    max_rows: int = 0  # of `[limits]`, as the next two; 0: any number
+    max_file_bytes: int = 0
+    max_expanded_bytes: int = 0
 
     @classmethod
-    def of(cls, data: Rules | DataSettings) -> Rules:
-        """The rules that settings or a recipe's `[data]` hold."""
+    def of(cls, data: Rules | DataSettings, limits: LimitSettings | None = None) -> Rules:
+        """The rules that settings or a recipe's `[data]` hold; with `limits`, bounded by the administrator's."""
+        if isinstance(data, Rules):
+            return data
         names = data.columns
         return cls(
             columns=Columns(prompt=names.prompt, completion=names.completion, text=names.text),
@@ -116,6 +122,9 @@ class Rules:
             max_bad_fraction=data.max_bad_fraction,
             max_line_bytes=data.max_line_bytes,
             max_expansion=data.max_expansion,
+            max_rows=limits.max_rows if limits else 0,
+            max_file_bytes=limits.max_file_bytes if limits else 0,
+            max_expanded_bytes=limits.max_expanded_bytes if limits else 0,
         )
 
 

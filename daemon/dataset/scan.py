@@ -19,15 +19,18 @@ from daemon.dataset.rows import (
     joins_words,
     mentions_media,
 )
-from daemon.dataset.source import TooLong
+from daemon.dataset.source import SourceError, TooLong
 from daemon.dataset.strict_json import LineError, excerpt, parse_object
 from daemon.dataset.suggest import describe_unknown
 from daemon.job import RowWarning
+from daemon.text import LIMITS_HINT, beyond_limit
 
 LISTED_PROBLEMS = 20  # bad lines that a report shows
 LISTED_LINES = 1000  # numbers of skipped lines that a report names
 WARNED_LINES = 20  # numbers of lines that a warning names
-STOP_AFTER_BAD_ROWS = 1000  # under "reject": a file of another kind need not be read to its end
+# Under "reject" the first bad row decides. Further ones are read for the report alone, but no more than this.
+STOP_AFTER_BAD_ROWS = 1000
+STOP_AFTER_BYTES = 64 * 2**20
 DETECT_LINES, DETECT_BYTES = 100, 64 * 2**20  # the first row with known keys among these decides the format
 COUNTED_KEYS = 100  # unused keys that are counted by name
 OTHER_KEYS = "(other keys)"
@@ -139,8 +142,11 @@ def _check(lines: Iterable[Line], format_: Format, rules: Rules) -> Tally:
     tally = Tally()
     rejecting = rules.on_bad_rows == "reject"
     blank = 0
+    left = STOP_AFTER_BYTES  # to be read after a bad row
     for number, line in lines:
         tally.lines = number
+        if rejecting and tally.bad and not isinstance(line, TooLong):
+            left -= len(line)
         if isinstance(line, TooLong):
             tally.add_bad(b"", number, _too_long(line))
             tally.stopped = rejecting
@@ -155,7 +161,10 @@ def _check(lines: Iterable[Line], format_: Format, rules: Rules) -> Tally:
             else:
                 tally.add_row(content, number, rules.train_on)
         tally.blank, blank = tally.blank + blank, 0
-        if tally.stopped or (rejecting and tally.bad > STOP_AFTER_BAD_ROWS):
+        if rules.max_rows and tally.rows > rules.max_rows:
+            wish = f"it has more than {rules.max_rows:,} rows"
+            raise SourceError(beyond_limit(wish, "max_rows", rules.max_rows), LIMITS_HINT)
+        if tally.stopped or (rejecting and (tally.bad > STOP_AFTER_BAD_ROWS or left < 0)):
             tally.stopped = True
             break
     return tally

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from daemon.text import LIMITS_HINT, beyond_limit
+
 BLOCK_BYTES = 256 * 1024  # fits the second-level cache with what is made from it; larger blocks were measured slower
 BOM = b"\xef\xbb\xbf"
 MAX_WINDOW_BYTES = 2**27  # of zstd, as its own command line accepts without --long
@@ -105,10 +107,13 @@ def open_regular(path: Path | str) -> int:
 class DatasetSource:
     """An opened dataset. `blocks` and `lines` read it once, from the start; `on_raw` sees every byte of the file."""
 
-    def __init__(self, descriptor: int, *, compression: str | None, max_expansion: float) -> None:
+    def __init__(
+        self, descriptor: int, *, compression: str | None, max_expansion: float, max_expanded_bytes: int = 0
+    ) -> None:
         self._descriptor = descriptor
         self.compression = compression
         self._max_expansion = max_expansion
+        self._max_expanded_bytes = max_expanded_bytes  # 0: any number
         self.on_raw: Callable[[bytes], object] | None = None
         self.raw_bytes_read = 0
         self.expanded_bytes = 0  # decompressed so far
@@ -125,6 +130,30 @@ class DatasetSource:
         """Now, of what was opened."""
         found = os.fstat(self._descriptor)
         return Signature(inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
+
+    def refuse_holes(self) -> None:
+        """Raise SourceError when most of the file was never written: its size says nothing of what it holds.
+
+        Block counts would not tell: file systems compress, and share blocks.
+        """
+        size = self.signature().size_bytes
+        written = at = 0
+        while at < size:
+            try:
+                start = os.lseek(self._descriptor, at, os.SEEK_DATA)
+                at = os.lseek(self._descriptor, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # ENXIO: no more data; else the file system knows of no holes
+                    written = size
+                break
+            written += at - start
+            if written * 2 >= size:
+                break
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        if written * 2 < size:
+            raise SourceError(
+                f"it is mostly holes: {written:,} of its {size:,} bytes were ever written", "copy it again, whole"
+            )
 
     def head(self, size: int) -> bytes:
         """The file's first bytes, as they are; `blocks` still reads from the start."""
@@ -186,6 +215,11 @@ class DatasetSource:
         for block in blocks:
             total += len(block)
             self.expanded_bytes = total
+            if self._max_expanded_bytes and total > self._max_expanded_bytes:
+                most = self._max_expanded_bytes
+                raise SourceError(
+                    beyond_limit(f"it expands to more than {most:,} bytes", "max_expanded_bytes", most), LIMITS_HINT
+                )
             if total > limit:
                 raise SourceError(
                     f"it expands to more than {limit} bytes, {self._max_expansion:g} times its size",
@@ -200,10 +234,13 @@ class DatasetSource:
             yield b"".join(held)
 
 
-def open_dataset(path: Path, *, max_expansion: float) -> DatasetSource:
+def open_dataset(path: Path, *, max_expansion: float, max_expanded_bytes: int = 0) -> DatasetSource:
     """Open a dropped file; `.gz` and `.zst` are decompressed. Raises SourceError, OSError."""
     return DatasetSource(
-        open_regular(path), compression=COMPRESSIONS.get(path.suffix.lower()), max_expansion=max_expansion
+        open_regular(path),
+        compression=COMPRESSIONS.get(path.suffix.lower()),
+        max_expansion=max_expansion,
+        max_expanded_bytes=max_expanded_bytes,
     )
 
 

@@ -21,7 +21,7 @@ from daemon.dataset.source import DatasetSource, SourceError, open_dataset
 from daemon.dataset.suggest import describe_unknown
 from daemon.errors import RejectedData, TryLater
 from daemon.job import Dataset, RowWarning
-from daemon.text import escape
+from daemon.text import LIMITS_HINT, beyond_limit, escape
 
 if TYPE_CHECKING:
     from daemon.recipe import DataSettings
@@ -92,9 +92,15 @@ def scan_dataset(
     rules = Rules.of(data)
     size = 0
     try:
-        with open_dataset(target, max_expansion=rules.max_expansion) as source:
+        with open_dataset(
+            target, max_expansion=rules.max_expansion, max_expanded_bytes=rules.max_expanded_bytes
+        ) as source:
             before = source.signature()
             size = before.size_bytes
+            if rules.max_file_bytes and size > rules.max_file_bytes:
+                too_large = beyond_limit(f"it has {size:,} bytes", "max_file_bytes", rules.max_file_bytes)
+                raise SourceError(too_large, LIMITS_HINT)
+            source.refuse_holes()
             other = recognise_source(source)
             if other is not None and other.certain:
                 raise SourceError(other.reason, _whole_hint(other, rules))

@@ -19,11 +19,12 @@ from typing import Any
 
 from daemon.config import Settings
 from daemon.dataset import DatasetReport
+from daemon.dataset.sidecar import MAX_SIDECAR_BYTES, may_speak_for
+from daemon.dataset.source import SourceError, open_regular
 from daemon.errors import DropforgeError, NotFound
 from daemon.inbox import layout
 from daemon.inbox.duplicates import find_duplicate
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
-from daemon.inbox.sidecar import MAX_SIDECAR_BYTES
 from daemon.job import FINAL_STATES, Dataset, Job, JobState, from_json, to_json
 from daemon.memory.forgetting import delete_file_memory
 from daemon.recipe import DataSettings
@@ -163,8 +164,10 @@ def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None)
     folder.mkdir(exist_ok=True)
     if sidecar is not None:
         with suppress(FileNotFoundError):
-            if _is_shared(sidecar, source):
-                shutil.copyfile(sidecar, folder / sidecar.name, follow_symlinks=False)
+            if not may_speak_for(sidecar.lstat().st_uid, source.lstat().st_uid):
+                pass  # it stays where it is: the file is taken without it
+            elif _is_shared(sidecar, source):
+                _copy_sidecar(sidecar, folder / sidecar.name)
             else:
                 sidecar.rename(folder / sidecar.name)
     target = folder / job.name
@@ -179,6 +182,18 @@ def _is_shared(sidecar: Path, source: Path) -> bool:
     found = sidecar.lstat()
     usable = stat.S_ISREG(found.st_mode) and found.st_size <= MAX_SIDECAR_BYTES
     return usable and any(other != source and os.path.lexists(other) for other in others)
+
+
+def _copy_sidecar(sidecar: Path, target: Path) -> None:
+    """Copy it in bounded time, whatever takes its place meanwhile. Raises OSError."""
+    try:
+        descriptor = open_regular(sidecar)
+    except SourceError as error:
+        raise OSError(errno.EINVAL, error.reason, str(sidecar)) from error
+    try:
+        target.write_bytes(os.read(descriptor, MAX_SIDECAR_BYTES + 1))  # one byte more: it is refused for its size
+    finally:
+        os.close(descriptor)
 
 
 def sync_claims(settings: Settings, jobs: Iterable[Job]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daemon.config import InboxSettings
+from daemon.dataset.sidecar import foreign_sentence, may_speak_for
 from daemon.dataset.source import COMPRESSIONS, SourceError, kind_of_mode, open_regular
 from daemon.errors import Handling, Unexpected, is_gone
 from daemon.inbox.layout import OWN_FOLDERS, UNFINISHED_SECONDS, NameKind, name_kind, sidecar_name
@@ -56,7 +57,8 @@ class SettledFile:
     candidate: Candidate
     folder: Path
     stat: FileStat
-    sidecar_name: str | None
+    sidecar_name: str | None  # that counts
+    sidecar_ignored: str  # why the one that lies there does not
     reason: str
 
     @property
@@ -229,7 +231,7 @@ class CandidateTracker:
             self._sidecars.pop((candidate.priority, file.sidecar_name), None)
         if job_id is not None and not candidate.renamed_in:
             self._claims[candidate.key] = EarlierClaim(
-                job_id=job_id, claimed_at=now, changed_at=candidate.unchanged_since
+                job_id=job_id, claimed_at=now, changed_at=candidate.unchanged_since, owner=file.stat.owner
             )
 
     def _earlier_claim(self, key: tuple[Priority, str], now: float) -> EarlierClaim | None:
@@ -252,7 +254,10 @@ class CandidateTracker:
         paired = {(priority, sidecar_name(name)) for priority, name in self._candidates}
         for sidecar in old:
             if sidecar.key not in paired and sidecar.key not in self._ignored:
-                reason = "a sidecar whose file has not come, or was taken before the sidecar came"
+                reason = (
+                    "a sidecar whose file has not come, was taken before the sidecar came, or is another user's, for which"
+                    " it does not count"
+                )
                 yield IgnoredFile(
                     priority=sidecar.priority, name=sidecar.name, reason=reason, since=sidecar.since, meant=True
                 )
@@ -384,15 +389,25 @@ class CandidateTracker:
             return None
         if thorough and not self._is_free(candidate, path, stat, verdict, now):
             return None
-        sidecar = None
+        sidecar, ignored = None, ""
         if name_kind(candidate.name) is NameKind.DATA:
             name = sidecar_name(candidate.name)
-            if os.path.lexists(f"{folder}/{name}"):
+            owner = _owner_of(f"{folder}/{name}")
+            if owner is not None and not may_speak_for(owner, stat.owner):
+                ignored = foreign_sentence(name, owner, stat.owner)
+            elif owner is not None:
                 sidecar = name
             if sidecar is not None and not self._sidecar_is_settled(candidate.priority, name, now):
                 self._wait(candidate, "its sidecar is not settled", now + SIDECAR_PAUSE)
                 return None
-        return SettledFile(candidate=candidate, folder=folder, stat=stat, sidecar_name=sidecar, reason=verdict.reason)
+        return SettledFile(
+            candidate=candidate,
+            folder=folder,
+            stat=stat,
+            sidecar_name=sidecar,
+            sidecar_ignored=ignored,
+            reason=verdict.reason,
+        )
 
     def _sidecar_is_settled(self, priority: Priority, name: str, now: float) -> bool:
         sidecar = self._track(priority, name, NameKind.SIDECAR, now)
@@ -462,6 +477,14 @@ def _may_be_appended_to(candidate: Candidate, stat: FileStat) -> bool:
         and 0 < stat.size_bytes <= SINGLE_LINE_BYTES and name_kind(candidate.name) is NameKind.DATA
         and not candidate.name.lower().endswith(tuple(COMPRESSIONS))
     )  # fmt: skip
+
+
+def _owner_of(path: str) -> int | None:
+    """The user id of what lies there; None when nothing does."""
+    try:
+        return os.lstat(path).st_uid
+    except OSError:  # also of a name that is too long to be one
+        return None
 
 
 def _has_one_line(descriptor: int, stat: FileStat) -> bool:

@@ -17,7 +17,6 @@ from daemon.inbox import layout
 from daemon.inbox.archive import Archive, claim_file, return_pair, unclaim_sidecar
 from daemon.inbox.candidates import SettledFile
 from daemon.inbox.settle import FileStat
-from daemon.inbox.sidecar import RejectedSidecar, Sidecar, read_sidecar
 from daemon.inbox.watcher import identity_of
 from daemon.job import Job, JobState, new_job_id
 from daemon.store import JobStore, TransitionRefused
@@ -66,15 +65,13 @@ def claim(settings: Settings, store: JobStore, archive: Archive, file: SettledFi
             log.warning("file.replaced", file=file.shown, job=job.id, now=escape(returned.name))
         _close(archive, job, reason, cancel_request="return")
         raise NotClaimed(reason, waits=False)
-    log.info("file.claimed", file=file.shown, job=job.id, priority=job.priority.value)
+    log.info("file.claimed", file=file.shown, job=job.id, priority=job.priority.value, owner=job.owner)
+    if file.sidecar_ignored:
+        log.warning("file.sidecar_ignored", job=job.id, file=file.shown, reason=file.sidecar_ignored)
     return job
 
 
 def _plan_job(settings: Settings, store: JobStore, file: SettledFile) -> Job:
-    sidecar = Sidecar()
-    if file.sidecar is not None:
-        with suppress(RejectedSidecar):  # reported when it is read again, in its final place
-            sidecar = read_sidecar(file.sidecar, settings.recipe)
     job_id = new_job_id()
     while _is_used(settings, store, job_id):  # four hex digits a second are few in a burst
         job_id = new_job_id()
@@ -82,13 +79,13 @@ def _plan_job(settings: Settings, store: JobStore, file: SettledFile) -> Job:
         id=job_id,
         name=file.candidate.name,
         state=JobState.CLAIMED,
-        priority=sidecar.priority or file.candidate.priority,
+        priority=file.candidate.priority,  # until its sidecar is read, with its rows
         path=str(layout.processing_dir(settings, job_id) / file.candidate.name),
         source=str(file.path),
         source_inode=file.stat.inode,
         size_bytes=file.stat.size_bytes,
-        force=sidecar.force,
-        overrides=sidecar.overrides,
+        owner=file.stat.owner,
+        notes=(file.sidecar_ignored,) if file.sidecar_ignored else (),
         continues=file.candidate.continued_job,
         reason="its rows are being checked",
     )

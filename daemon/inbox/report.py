@@ -61,7 +61,8 @@ def report_json(
         "file_deleted": file_deleted,
         "dataset": job.dataset,
         "rows": rows,
-        "warnings": job.result.warnings if job.result is not None else (),
+        "owner": job.owner,
+        "warnings": (*job.notes, *(job.result.warnings if job.result is not None else ())),
         "trainer": trainer,
         "retry": retry_command(job),
     }
@@ -96,6 +97,7 @@ def report_text(
         lines.append(f"  failure   {job.failure}")
     if job.advice:
         lines.append(f"  hint      {escape(job.advice, most=1000)}")
+    lines += [f"  warning   {escape(note, most=1000)}" for note in job.notes]
     for warning in job.result.warnings if job.result is not None else ():
         lines.append(f"  warning   {escape(warning, most=1000)}")
     if file_deleted:

@@ -29,6 +29,7 @@ class FileStat:
     mtime_ns: int
     ctime_ns: int
     mode: int
+    owner: int  # user id
 
     @classmethod
     def of(cls, found: object) -> FileStat:
@@ -40,6 +41,7 @@ class FileStat:
             found.st_mtime_ns,  # type: ignore[attr-defined]
             found.st_ctime_ns,  # type: ignore[attr-defined]
             found.st_mode,  # type: ignore[attr-defined]
+            found.st_uid,  # type: ignore[attr-defined]
         )
 
     @property
@@ -67,6 +69,7 @@ class EarlierClaim:
     job_id: str
     claimed_at: float  # on our monotonic clock
     changed_at: float  # when it was seen to change for the last time, likewise
+    owner: int  # user id
 
 
 @dataclass(slots=True)
@@ -106,6 +109,8 @@ class Candidate:
         if self.stat is not None and stat.inode != self.stat.inode:
             self.closes, self.closed_at, self.renamed_in, self.must_settle = 0, None, False, False
             self.longest_pause = 0.0
+        if self.continues is not None and stat.owner != self.continues.owner:  # another user's, of the same name
+            self.continues, self.must_settle, self.longest_pause = None, False, 0.0
         self.stat = stat
         self.single_line = False  # not looked at yet
         self.unchanged_since = now

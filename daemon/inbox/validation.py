@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from daemon.config import Settings
-from daemon.dataset.requests import Reply, Request
+from daemon.dataset.requests import Reply, Request, SidecarRequest, SidecarWish
 from daemon.dataset.rows import Rules
 from daemon.errors import Handling, NotFound
 from daemon.inbox import layout
 from daemon.inbox.archive import Archive, sync_claims, write_rows_report
 from daemon.inbox.duplicates import changed_settings
-from daemon.inbox.sidecar import RejectedSidecar, read_sidecar
 from daemon.inbox.validation_pool import ValidationPool
 from daemon.job import Dataset, Job, JobState, utc_now
 from daemon.recipe import DataSettings
@@ -145,20 +144,15 @@ class Validator:
             self._archive.finish(job, JobState.CANCELLED, "its file is gone from processing/")
             return
         refusal = _lost_content(job, path)
-        sidecar_path = path.with_name(layout.sidecar_name(job.name))
+        sidecar, sidecar_path = None, path.with_name(layout.sidecar_name(job.name))
+        recipe, limits = self.settings.recipe, self.settings.limits
         if os.path.lexists(sidecar_path):  # False as well for a name that is too long to be one
-            try:
-                sidecar = read_sidecar(sidecar_path, self.settings.recipe)
-            except RejectedSidecar as error:
-                refusal = (error.sentence, error.hint)
-            else:
-                requested = (sidecar.overrides, sidecar.force, sidecar.priority or job.priority)
-                if requested != (job.overrides, job.force, job.priority):
-                    overrides, force, priority = requested
-                    job = self._store.update(job.id, overrides=overrides, force=force, priority=priority)
-        rules = Rules.of(self.settings.recipe.with_overrides(job.overrides).data)
+            sidecar = SidecarRequest(
+                path=str(sidecar_path), recipe=recipe.model_dump(mode="json"), limits=limits.model_dump(mode="json")
+            )
         self._submitted.add(job.id)
-        request = Request(job_id=job.id, path=str(path), rules=rules, durable=True, refusal=refusal)
+        rules = Rules.of(recipe.data, limits)
+        request = Request(job_id=job.id, path=str(path), rules=rules, durable=True, refusal=refusal, sidecar=sidecar)
         self._pool.submit(request, job.size_bytes)
 
     def _claimed(self, job_id: str) -> Job | None:
@@ -179,12 +173,29 @@ class Validator:
         self._repeats.pop(job.id, None)
         if reply.report is not None and (reply.report.bad_rows or reply.report.reason):
             write_rows_report(layout.processing_dir(self.settings, job.id), reply.report)
+        job = self._with_wish(job, reply.wish or SidecarWish())
         if reply.dataset is not None:
             self._queue(job, reply.dataset)
         else:
             found = reply.report
             reason, hint = (found.reason, found.hint) if found is not None else (reply.message, reply.hint)
             self._archive.finish(job, JobState.REJECTED, reason, hint=hint)
+
+    def _with_wish(self, job: Job, wish: SidecarWish) -> Job:
+        """Record what the job's sidecar asks for, as far as it says something new."""
+        notes = job.notes
+        if wish.ignored and wish.ignored not in notes:
+            notes = (*notes, wish.ignored)
+            self._log.warning("file.sidecar_ignored", job=job.id, file=escape(job.name), reason=wish.ignored)
+        asked: dict[str, Any] = {
+            "overrides": wish.overrides,
+            "force": job.force or wish.force,
+            "priority": wish.priority or job.priority,
+            "notes": notes,
+        }
+        if all(getattr(job, name) == value for name, value in asked.items()):
+            return job
+        return self._store.update(job.id, expected=JobState.CLAIMED, **asked)
 
     def _queue(self, job: Job, dataset: Dataset) -> None:
         """Queue a job whose rows are good, unless it is a duplicate of trained content."""

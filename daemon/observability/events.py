@@ -24,7 +24,7 @@ def _event(level: str, meaning: str, keys: str = "") -> Event:
 
 
 _END = (
-    "job dataset was reason failure attempt version duplicate_of priority force overrides base_model size_bytes digest"
+    "job dataset was reason failure attempt version duplicate_of priority owner force overrides base_model size_bytes digest"
     " format dataset_rows skipped_rows hint tried steps_planned steps_run start_step resumed_from verdict reasons cleared"
     " train_loss held_out_before held_out_after tokens_per_second steady_tokens_per_second tokens_trained rows samples refused_rows dropped_rows held_out_rows"
     " replayed withheld_rows unmeasured truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm base parent parent_digest warnings max_step created_at started_at"
@@ -83,12 +83,15 @@ EVENTS: Mapping[str, Event] = {
     "inbox.watch_rebuilt": _event("warning", "The watch was lost and set up again.", "reason"),
     "inbox.events_lost": _event("warning", "The kernel dropped events; a scan finds their files.", "overflows"),
     "file.settled": _event("info", "A dropped file stopped changing.", "file reason"),
-    "file.claimed": _event("info", "A dropped file was taken.", "file job priority"),
+    "file.claimed": _event("info", "A dropped file was taken.", "file job priority owner"),
     "file.not_claimed": _event("warning", "A file could not be taken; it stays or is gone.", "file job reason"),
     "file.came_back": _event(
         "warning",
         "More was written under a name that had just been taken: it comes as several jobs.",
         "file job continues",
+    ),
+    "file.sidecar_ignored": _event(
+        "warning", "The sidecar beside a file is another user's: the file is taken without it.", "job file reason"
     ),
     "file.unreadable": _event("warning", "A dropped file may not be read; it is taken when it may.", "file reason"),
     "file.quarantined": _event(

@@ -83,6 +83,7 @@ class RunningJob(TypedDict):
 
     id: str
     dataset: Annotated[str, Meta(description="The file's name, safe to print.")]
+    owner: Annotated[int | None, Meta(description="User id of whose file it is; null: not known.")]
     rows: int | None
     attempt: int
     started_at: Annotated[str | None, Meta(description="Of this attempt, UTC ISO 8601.")]
@@ -122,6 +123,7 @@ class FinishedJob(TypedDict):
     id: str
     dataset: str
     state: Annotated[str, _enum(tuple(JobState))]
+    owner: Annotated[int | None, Meta(description="User id of whose file it is; null: not known.")]
     reason: str
     hint: Annotated[str, Meta(description="What to do about a job that was refused or failed; empty: not known.")]
     failure: Annotated[str | None, Meta(extra_json_schema={"enum": [*FailureKind, None]})]
@@ -308,6 +310,7 @@ def running_job(job: Job, progress: Progress | None, losses: list[tuple[int, flo
     shown: dict[str, Any] = {
         "id": job.id,
         "dataset": escape(job.name),
+        "owner": job.owner,
         "rows": job.dataset.rows if job.dataset else None,
         "attempt": job.attempt,
         "started_at": job.started_at,
@@ -339,10 +342,12 @@ def gpu_device(gpu: Gpu) -> GpuDevice:
 def finished_job(job: Job) -> FinishedJob:
     """One entry of `recent`."""
     result = job.result
+    warnings = (*job.notes, *(result.warnings if result else ()))
     return {
         "id": job.id,
         "dataset": escape(job.name),
         "state": job.state.value,
+        "owner": job.owner,
         "reason": escape(job.reason, most=TEXT_CHARACTERS),
         "hint": escape(job.advice, most=TEXT_CHARACTERS),
         "failure": job.failure.value if job.failure else None,
@@ -351,8 +356,6 @@ def finished_job(job: Job) -> FinishedJob:
         "steps": result.steps_run if result else None,
         "held_out_before": result.held_out_before if result else None,
         "held_out_after": result.held_out_after if result else None,
-        "warnings": [escape(warning, most=TEXT_CHARACTERS) for warning in result.warnings[:RUN_WARNINGS]]
-        if result
-        else [],
+        "warnings": [escape(warning, most=TEXT_CHARACTERS) for warning in warnings[:RUN_WARNINGS]],
         "updated_at": job.updated_at,
     }

@@ -15,9 +15,11 @@ from transformers import set_seed
 import guard
 from daemon.base_identity import BaseModel
 from daemon.dataset.rows import Format, RowReader
-from daemon.job import Outcome, Plan, RunResult, RunSpec, claimed_on
+from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec, claimed_on
+from daemon.limits import LimitSettings, plan_refusal
 from daemon.recipe import Recipe
 from daemon.run_dir import TENSORBOARD_NAME, RunWriter
+from daemon.text import LIMITS_HINT
 from daemon.trainer import distributed
 from daemon.trainer.arguments import training_arguments
 from daemon.trainer.attempt import StopFlag, check_unchanged
@@ -29,7 +31,7 @@ from daemon.trainer.capacity import Capacity, capacity_of, padding_token, refuse
 from daemon.trainer.card import model_card
 from daemon.trainer.checkpoints import Start, decide_start, seal_checkpoints
 from daemon.trainer.collate import PASS_TOKENS, Collator, Example, Examples, plan
-from daemon.trainer.errors import report_full_disk
+from daemon.trainer.errors import RunFailure, report_full_disk
 from daemon.trainer.generation import generation_config
 from daemon.trainer.loop import RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.loss import Objective
@@ -177,6 +179,9 @@ def load_examples(run: Run) -> TrainingData:
     capacity = capacity_of(run.base)
     refuse_what_does_not_fit(examples, tokenizer, capacity)
     planned = plan(examples, recipe.training)
+    limits = LimitSettings.model_validate(spec.limits)
+    if too_much := plan_refusal(planned.total_steps, planned.tokens, limits):
+        raise RunFailure(FailureKind.CONFIG, too_much, hint=LIMITS_HINT)
     if distributed.is_main_process():
         leave_memory(spec, recipe, reader=reader, examples=examples, plan=planned, known=known, replaced=replaced)
     check_unchanged(spec)  # again: what was digested is what was read, also when somebody wrote in between

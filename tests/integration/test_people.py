@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -197,6 +198,23 @@ def test_a_lost_run_keeps_its_checkpoints_while_others_wait(make_root: MakeRoot)
     assert (done.attempt, done.result.start_step) == (2, 40)
     assert [event["dataset"] for event in root.events("job.started")] == ["a.jsonl", "a.jsonl", "b.jsonl", "c.jsonl"]
     assert_sound(root)
+
+
+def test_what_one_job_s_sidecar_asks_for_fails_that_job_and_holds_no_other(make_root: MakeRoot) -> None:
+    """An adapter that is larger than the disk: its own fault, where one of the root's settings has room."""
+    root = make_root(behaviour={}, tables=STEPS)
+    hidden = shutil.disk_usage(root.path).free // (16 * 23 * 4 * 10 * 20)  # a run of rank 16 takes a 20th of the disk
+    shape = {"hidden_size": hidden, "num_hidden_layers": 1, "intermediate_size": 4 * hidden}
+    (root.path / "base" / "config.json").write_text(json.dumps(shape))
+    (root.settings.inbox_dir / "greedy.job.toml").write_text("[lora]\nr = 1024\n")
+    root.drop("greedy.jsonl", texts(5))
+    root.start()
+    job = root.finished("greedy.jsonl")
+    assert (job.state, job.failure) == (JobState.FAILED, FailureKind.CONFIG)
+    assert "its sidecar asks for more than there is room for" in job.reason
+    root.drop("modest.jsonl", texts(6))
+    assert root.finished("modest.jsonl").state is JobState.SUCCEEDED
+    assert not root.events("queue.held")
 
 
 def test_a_disk_without_room_holds_the_queue_and_lets_it_go_by_itself(make_root: MakeRoot) -> None:

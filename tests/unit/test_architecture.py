@@ -15,7 +15,7 @@ from tests.support.root import REPOSITORY
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard",),
     (
-        *("daemon.config", "daemon.errors", "daemon.job", "daemon.processes", "daemon.recipe"),
+        *("daemon.config", "daemon.errors", "daemon.job", "daemon.limits", "daemon.processes", "daemon.recipe"),
         *("daemon.run_dir", "daemon.sd_notify", "daemon.text", "daemon.wakeup"),
     ),
     (
@@ -45,6 +45,7 @@ TRAINER_USES = {
         "daemon.errors",
         "daemon.fingerprint",
         "daemon.job",
+        "daemon.limits",
         "daemon.processes",
         "daemon.recipe",
     ),

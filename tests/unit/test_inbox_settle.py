@@ -17,7 +17,7 @@ from daemon.inbox.watcher import NameEvents
 from daemon.job import Priority
 
 SETTINGS = InboxSettings(settle_seconds=2.0, quiet_seconds=0.02)
-LOOK = FileStat(device=1, inode=2, size_bytes=3, mtime_ns=4, ctime_ns=5, mode=stat.S_IFREG | 0o644)
+LOOK = FileStat(device=1, inode=2, size_bytes=3, mtime_ns=4, ctime_ns=5, mode=stat.S_IFREG | 0o644, owner=6)
 CLOSED, RENAMED = NameEvents(closes=1), NameEvents(renamed_in=True)
 
 
@@ -218,7 +218,7 @@ def test_a_name_that_comes_back_goes_on_with_the_file_that_was_taken(
     """Unless it comes late and whole: then it is another file, which is taken at once."""
     made = candidate()
     made.add_events(CLOSED, 100.0)
-    made.follow(EarlierClaim(job_id="job-1", claimed_at=99.0, changed_at=100.0 - pause), 100.0, SETTINGS)
+    made.follow(EarlierClaim(job_id="job-1", claimed_at=99.0, changed_at=100.0 - pause, owner=6), 100.0, SETTINGS)
     made.single_line = single_line
     assert settled_after(made) == pytest.approx(seconds, abs=0.05)
     assert made.continued_job == ("job-1" if continues else None)
