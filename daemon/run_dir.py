@@ -9,6 +9,9 @@
 | `progress.json`  | trainer, `RunWriter`    | replaced, at most every 0.2 s         | no      | the trainer has not begun              |
 | `.result.reserve`| trainer, `RunWriter`    | first: room for the result            | no      | a full disk may cost the result        |
 | `result.json`    | trainer, `RunWriter`    | last, once an attempt                 | yes     | it still runs, or it is lost           |
+| `replay.jsonl`   | trainer of rank 0       | once a run, before its first step     | yes     | nothing is rehearsed, or not drawn yet |
+| `replay.json`    | trainer of rank 0       | after `replay.jsonl`: what of         | yes     | the rows are drawn at the next attempt |
+| `memory/`        | trainer of rank 0       | each attempt; the promotion moves it  | yes     | it was moved, or tokens come first     |
 | `process-N/`     | worker N of several     | as above: its result; events from 1 on| as above| the run has one process                |
 | `tensorboard/`   | trainer of rank 0       | at each logged step                   | no      | no step was logged                     |
 

@@ -39,3 +39,30 @@ def restore_root(root: str, source: str) -> str:
         return str(execute(plan_restore(Path(root), Path(source)), move_aside=True).plan.root)
     except DropforgeError as error:
         return f"error: {error.sentence}"
+
+
+def keep_memory(state: str) -> str:
+    """What a promotion does first with what its run left; returns the error's sentence."""
+    from daemon.memory import promotion
+    from daemon.recipe import ReplaySettings
+
+    try:
+        promotion.keep_memory(
+            Path(state), Path(state) / "runs" / "job", ReplaySettings(memory_bytes=3000), file_is_deleted=False
+        )
+    except OSError as error:
+        return f"error: {error}"
+    return ""
+
+
+def forget(state: str, name: str) -> str:
+    """What `dropforge memory forget` does; returns the error's sentence."""
+    from daemon.memory import forgetting
+    from daemon.memory.store import Discarded
+
+    try:
+        for memory in forgetting.find_memories(Path(state), name):
+            forgetting.forget(Path(state), memory, Discarded.FORGOTTEN)
+    except OSError as error:
+        return f"error: {error}"
+    return ""
