@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,9 +19,11 @@ from daemon import root_identity, versions
 from daemon.base_identity import find_base
 from daemon.config import Settings
 from daemon.errors import DropforgeError, StoreError, TryLater, is_no_space
+from daemon.processes import account_name
 from daemon.recipe import Recipe
 from daemon.run_dir import RUNS_NAME
 from daemon.text import escape, format_bytes
+from guard.layout import LOCK_NAME
 
 PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", "at": ..., "reason": ...}
 FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model's configuration is known
@@ -106,10 +109,15 @@ def _listing(folder: Path | None) -> Evidence:
     return tuple(found)
 
 
-def unwritable(settings: Settings) -> Hold | None:
-    """Return the hold of a folder that a run cannot write to: its mode, or a file system that became read-only."""
+def unwritable(settings: Settings, job_id: str = "") -> Hold | None:
+    """Return the hold of what a run cannot write to, clear or replace.
+
+    That is a folder's mode, a file system that became read-only, or what another account left: a checkpoint that is not
+    ours can be neither resumed from nor moved out of the way, whatever job comes. `job_id`: whose run directory counts.
+    """
     model, runs = settings.model_dir, settings.state_dir / RUNS_NAME
-    for path in (model, *(model / name for name in ("versions", ".staging", ".cleared")), settings.state_dir, runs):
+    own = (*(model / name for name in ("versions", ".staging", ".cleared")), settings.state_dir, runs)
+    for path in (model, *own, *_parts_of_runs(model), *((runs / job_id,) if job_id else ())):
         try:
             why = access_problem(path)
         except FileNotFoundError:
@@ -119,21 +127,39 @@ def unwritable(settings: Settings) -> Hold | None:
     return None
 
 
+def _parts_of_runs(model_dir: Path) -> Iterator[Path]:
+    """Checkpoints, and the records that are written in place: what a run replaces or moves away in the model directory."""
+    for folder in (model_dir, model_dir / ".staging"):
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                is_record = entry.name in (LOCK_NAME, versions.LINEAGE)
+                if is_record or (
+                    entry.is_dir(follow_symlinks=False) and entry.name.startswith(("checkpoint-", "candidate-"))
+                ):
+                    yield Path(entry.path)
+
+
 def access_problem(path: Path) -> str:
-    """Return why nothing can be read, made and renamed in a folder; empty when all of that can be done.
+    """Return why nothing can be read, made and renamed in a folder, or a file not read and written; empty when all can be.
 
     Raises FileNotFoundError when there is none.
     """
     try:
-        if not stat.S_ISDIR(path.stat().st_mode):
+        found = path.stat()
+        is_folder = stat.S_ISDIR(found.st_mode)
+        if not is_folder and not stat.S_ISREG(found.st_mode):
             return "it is not a folder"
-        if os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        if os.access(path, os.R_OK | os.W_OK | (os.X_OK if is_folder else 0)):
             return ""
-        return "read-only file system" if os.statvfs(path).f_flag & os.ST_RDONLY else "permission denied"
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            return "read-only file system"
     except FileNotFoundError:
         raise
     except OSError as error:
         return (error.strerror or str(error)).lower()
+    if found.st_uid == os.geteuid():
+        return "permission denied"
+    return f"permission denied, it belongs to {account_name(found.st_uid)} (`chown -R {account_name(os.geteuid())} {path}` as root)"
 
 
 def no_space(settings: Settings, recipe: Recipe) -> Hold | None:

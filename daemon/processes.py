@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pwd
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,6 +52,14 @@ def command_of(pid: int) -> str:
     except OSError:
         return "gone"
     return escape(name)
+
+
+def account_name(uid: int) -> str:
+    """Return the name of an account, `user 4001` for one without."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def _stat(pid: int) -> list[str]:

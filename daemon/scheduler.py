@@ -263,7 +263,7 @@ class Scheduler:
             return None
         return (
             self._still_refused(job, recipe)
-            or unwritable(self.settings)
+            or unwritable(self.settings, job.id)
             or no_space(self.settings, recipe)
             or self._gpu.reserve(self.settings, recipe)
         )

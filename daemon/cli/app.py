@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 
 from daemon import config
-from daemon.errors import NotFound
+from daemon.errors import ConfigError, NotFound
+from daemon.processes import account_name
 from daemon.store import JobStore, is_made
 
 app = typer.Typer(
@@ -29,6 +30,13 @@ app = typer.Typer(
 BEGIN, DATA, WATCH, QUEUE, MODEL, MACHINE = "Begin", "Data", "Watch", "Queue", "Model", "Machine"
 # What goes into a file or a pipe is not cut to a terminal's width.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
+# Commands that write nothing into the root, or drop a file as anybody does; guard and memory decide for themselves.
+READERS = frozenset(
+    {
+        *("backup", "check", "completion", "demo", "doctor", "guard", "jobs", "logs", "memory", "merge", "preview"),
+        *("service", "show", "status", "submit", "versions"),
+    }
+)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -37,10 +45,14 @@ class RootContext:
     """Which root a command works on."""
 
     root: Path
+    command: str = ""
 
     @property
     def settings(self) -> config.Settings:
-        """The root's settings, read when a command needs them. Raises NotFound when there is no such folder."""
+        """The root's settings, read when a command needs them.
+
+        Raises NotFound when there is no such folder, ConfigError when the command writes and the root is another account's.
+        """
         if not self.root.is_dir():
             raise NotFound(
                 operation="use",
@@ -48,7 +60,10 @@ class RootContext:
                 cause="there is no such folder",
                 hint="`dropforge init` makes a root",
             )
-        return config.load(self.root)
+        settings = config.load(self.root)
+        if self.command not in READERS:
+            require_own_account(settings)
+        return settings
 
     def not_yet(self, operation: str, path: Path, cause: str) -> NotFound:
         """The error for what a daemon makes and none has made; in a folder that is no root, it says that."""
@@ -56,6 +71,21 @@ class RootContext:
         if not (self.root / config.CONFIG_NAME).exists():
             hint = f"{self.root} has no {config.CONFIG_NAME}: is it the root? --root or DROPFORGE_ROOT names another"
         return NotFound(operation=operation, subject=path, cause=cause, hint=hint)
+
+
+def require_own_account(settings: config.Settings) -> None:
+    """Raise ConfigError for root on the root of another account: what it makes there would keep that account's daemon out."""
+    known = settings.state_dir if settings.state_dir.exists() else settings.root
+    if os.geteuid() != 0 or not known.exists() or (owner := known.stat().st_uid) == 0:
+        return
+    name = account_name(owner)
+    account = f"'#{owner}'" if " " in name else name
+    raise ConfigError(
+        operation="work as root on",
+        subject=settings.root,
+        cause=f"it belongs to {name}, and what root makes there would keep its daemon out",
+        hint=f"`sudo -u {account} dropforge ...`; or `chown -R root {settings.root}` if it shall be root's",
+    )
 
 
 @contextmanager

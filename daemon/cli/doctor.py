@@ -8,7 +8,6 @@ from __future__ import annotations
 import grp
 import json
 import os
-import pwd
 import re
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from daemon.inbox.layout import UNFINISHED_SECONDS, NameKind, name_kind, watched
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
 from daemon.inbox.strays import find_strays
 from daemon.inbox.watcher import mounted_type, remote_type
+from daemon.processes import account_name
 from daemon.text import escape, format_bytes
 
 TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
@@ -213,7 +213,7 @@ def _why_not_taken(path: Path) -> str | None:
     if kind is NameKind.DATA:
         if path.is_symlink() or not path.is_file():
             return "only regular files are trained"
-        return None if os.access(path, os.R_OK) else f"{_user()} may not read it"
+        return None if os.access(path, os.R_OK) else f"{account_name(os.geteuid())} may not read it"
     if kind is NameKind.UNFINISHED:
         old = names_unfinished_dataset(path.name) and time.time() - path.lstat().st_mtime > UNFINISHED_SECONDS
         return UNFINISHED if old else None
@@ -222,7 +222,7 @@ def _why_not_taken(path: Path) -> str | None:
 
 
 def _permissions(settings: Settings) -> Iterator[Finding]:
-    name = _user()
+    name = account_name(os.geteuid())
     closed = [
         str(folder)
         for folder in (settings.inbox_dir, settings.model_dir, settings.state_dir)
@@ -238,9 +238,9 @@ def _permissions(settings: Settings) -> Iterator[Finding]:
         yield _ok("permissions", f"{name} may write to inbox, model and state")
     owner = _nearest(settings.state_dir).stat().st_uid
     if os.geteuid() == 0 and owner != 0:  # root may do everything, which says nothing of the service
-        message = f"this is root's view; {settings.state_dir} belongs to {_user(owner)}"
+        message = f"this is root's view; {settings.state_dir} belongs to {account_name(owner)}"
         yield _warn(
-            "permissions", message, f"`runuser -u {_user(owner)} -- dropforge doctor` sees what the service sees"
+            "permissions", message, f"`runuser -u {account_name(owner)} -- dropforge doctor` sees what the service sees"
         )
     key_file = settings.guard.key_file
     if (
@@ -254,6 +254,27 @@ def _permissions(settings: Settings) -> Iterator[Finding]:
         group = grp.getgrgid(config_path.stat().st_gid).gr_name
         message = f"{config_path} may be changed by others (group {group} or everybody): it names what the daemon runs"
         yield _warn("settings", message, f"`chmod go-w {config_path}`")
+
+
+def _ownership(settings: Settings) -> Iterator[Finding]:
+    """What in state and model directory belongs to another account than they do, as after one command as root."""
+    if not settings.state_dir.exists():
+        return
+    owner = settings.state_dir.stat().st_uid
+    foreign: list[Path] = []
+    for part in (settings.state_dir, settings.model_dir):
+        for folder, folders, files in os.walk(part):
+            foreign += [path for name in (*folders, *files) if (path := Path(folder, name)).lstat().st_uid != owner]
+    if not foreign:
+        yield _ok("ownership", f"state and model belong to {account_name(owner)}, with all that is in them")
+        return
+    shown = ", ".join(escape(str(path)) for path in foreign[:3])
+    what = "one file or folder does" if len(foreign) == 1 else f"{len(foreign)} files and folders do"
+    yield _fail(
+        "ownership",
+        f"{what} not belong to {account_name(owner)}, as state/ does: {shown}",
+        f"`chown -R {owner} {settings.state_dir} {settings.model_dir}` as root; run commands as {account_name(owner)}",
+    )
 
 
 def _model(settings: Settings) -> Iterator[Finding]:
@@ -381,6 +402,7 @@ CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "inbox": _inbox,
     "dropped": _dropped,
     "permissions": _permissions,
+    "ownership": _ownership,
     "model": _model,
     "places": _places,
     "clock": _clock,
@@ -405,15 +427,6 @@ def _too_old() -> Iterator[tuple[str, str, str]]:
 def _numbers(text: str) -> tuple[int, ...]:
     """The numbers that a version begins with: 2.13.0+cpu is (2, 13, 0)."""
     return tuple(int(part) for part in re.match(r"[0-9.]*", text)[0].split(".") if part)  # type: ignore[index]
-
-
-def _user(uid: int | None = None) -> str:
-    """A user's name; of this process without `uid`."""
-    number = os.geteuid() if uid is None else uid
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"
 
 
 def _nearest(path: Path) -> Path:

@@ -87,4 +87,4 @@ def root_options(
     ] = False,
 ) -> None:
     """Options that every command shares."""
-    context.obj = RootContext(root=config.find_root(root))
+    context.obj = RootContext(root=config.find_root(root), command=context.invoked_subcommand or "")

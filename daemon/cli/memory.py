@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon import control, versions
-from daemon.cli.app import MODEL, JsonFlag, app, out, print_json
+from daemon.cli.app import MODEL, JsonFlag, app, out, print_json, require_own_account
 from daemon.config import Settings
 from daemon.memory.forgetting import find_memories
 from daemon.memory.store import (
@@ -54,6 +54,7 @@ def forget_dataset(
 ) -> None:
     """Delete the kept and held-out rows of a dataset. Open jobs that rehearse it start over; weights do not change."""
     settings: Settings = context.obj.settings
+    require_own_account(settings)
     found = find_memories(settings.state_dir, dataset)
     store = JobStore(settings.store_path) if settings.store_path.exists() else None
     try:

@@ -15,7 +15,7 @@ import guard
 from daemon import versions
 from daemon.base_identity import BaseChange, base_change, find_base, identify_base, recorded_base, remembered
 from daemon.cli import completion, render
-from daemon.cli.app import MODEL, JsonFlag, app, print_json
+from daemon.cli.app import MODEL, JsonFlag, app, print_json, require_own_account
 from daemon.cli.app import out as out_console
 from daemon.config import Settings
 from daemon.errors import DropforgeError, TryLater
@@ -176,6 +176,8 @@ def guard_command(context: typer.Context) -> None:
     from guard.cli import main as guard_main
 
     settings: Settings = context.obj.settings
+    if {"clear", "purge", "seal"} & set(context.args):
+        require_own_account(settings)
     policy = settings.guard
     own = OwnModel(
         model_dir=settings.model_dir,

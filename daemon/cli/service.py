@@ -10,7 +10,7 @@ from rich.console import Console
 
 from daemon import config, root_identity
 from daemon.cli import render
-from daemon.cli.app import BEGIN, WATCH, JsonFlag, RootContext, app, out, print_json
+from daemon.cli.app import BEGIN, WATCH, JsonFlag, RootContext, app, out, print_json, require_own_account
 from daemon.errors import DropforgeError
 from daemon.observability.status import Liveness, read_status
 from daemon.text import escape
@@ -27,6 +27,7 @@ def init_root(
     from daemon.cli.init import init
 
     root_context: RootContext = context.obj
+    require_own_account(config.load(root_context.root))
     settings = init(root_context.root, tiny=tiny)
     out.print(f"initialised {escape(str(root_context.root))}", markup=False)
     if not tiny:
