@@ -31,6 +31,7 @@ from daemon.dataset.keys import (
     speaker_name,
 )
 from daemon.dataset.masks import apply_row_masks, is_binary, turn_weight, weight_of
+from daemon.dataset.media import placeholder_apart
 from daemon.dataset.strict_json import kind_of
 from daemon.dataset.tools import Tools, calls_of, one_of, read_calls, read_tools
 from daemon.dataset.values import (
@@ -92,8 +93,10 @@ class Conversation:
             if turn is not None:  # lists of equal length are filled up so
                 self._turn(turn, (*path, index))
 
-    def say(self, role: str, content: str) -> None:
-        """Add a turn of text."""
+    def say(self, role: str, content: str, path: JsonPath = ()) -> None:
+        """Add a turn of text. Raises RowError."""
+        if role == "user":
+            refuse_placeholder(content, path)
         self.messages.append({"role": role, "content": content})
 
     def read_history(self, pairs: Any, path: JsonPath) -> None:
@@ -118,7 +121,7 @@ class Conversation:
                 if not isinstance(text, str | None):
                     raise RowError((*here, side), f"expected a string, found {kind_of(text)}")
                 if text:
-                    self.say(role, text)
+                    self.say(role, text, (*here, side))
 
     def finish(self, row: Mapping[str, Any]) -> tuple[list[Message], Tools | None]:
         """The messages, with the row's own masks, system text and tools in their places. Raises RowError."""
@@ -149,7 +152,7 @@ class Conversation:
             and type(turn["role"]) is type(turn["content"]) is str
             and turn["role"] in _READ_BY_ROLE
         ):
-            self.say(turn["role"], turn["content"])  # the usual case, in a fifth of the time
+            self.say(turn["role"], turn["content"], (*path, "content"))  # the usual case, in a fifth of the time
             return
         refuse_keys(turn, path)
         role_key = next((key for key in ROLE_KEYS if is_given(turn.get(key))), None)
@@ -213,6 +216,8 @@ class Conversation:
             text = self._result(value, where)
         else:
             text, thought = read_content(value, where, self.unused)
+        if role == "user" and text:
+            refuse_placeholder(text, where)
         message: Message = {"role": role, "content": text}
         if role == "assistant" and (reasoning := self._reasoning(turn, thought, path)):
             message["reasoning_content"] = reasoning
@@ -247,7 +252,7 @@ class Conversation:
         system = "system" if is_given(turn.get("system")) else None
         for key, role in ((system, "system"), (asked, "user"), (answered, "assistant")):
             if key is not None:
-                self.say(role, text_of(turn, key, path))
+                self.say(role, text_of(turn, key, path), (*path, key))
         if answered is not None and (weight := turn_weight(turn, "assistant", path)) is not None:
             self.messages[-1]["weight"] = weight
 
@@ -271,6 +276,16 @@ class Conversation:
         if thought and said != thought:
             raise RowError((*path, key), "it contradicts the reasoning among the content's parts")
         return said
+
+
+def refuse_placeholder(text: str, path: JsonPath) -> None:
+    """Raise RowError for what is asked about a picture, video or sound that is not there."""
+    if (found := placeholder_apart(text)) is not None:
+        raise RowError(
+            path,
+            f"{found} in the place of a picture, video or sound that the row does not hold; only text can be trained",
+            "leave such rows out, or take the placeholder out where the text stands on its own",
+        )
 
 
 def read_content(content: Any, path: JsonPath, unused: UnusedKeys) -> tuple[str | None, str]:

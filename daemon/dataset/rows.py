@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from daemon.dataset.conversation import Conversation, Message, read_system
+from daemon.dataset.conversation import Conversation, Message, read_system, refuse_placeholder
 from daemon.dataset.identity import RowIdentity, identify
 from daemon.dataset.keys import (
     ANSWER_KEYS,
@@ -29,7 +29,7 @@ from daemon.dataset.keys import (
     role_named,
 )
 from daemon.dataset.masks import apply_row_masks, is_mask
-from daemon.dataset.media import placeholder_apart, placeholder_in
+from daemon.dataset.media import placeholder_in
 from daemon.dataset.source import TooLong, open_dataset
 from daemon.dataset.strict_json import LineError, column_of, parse_object
 from daemon.dataset.tools import calls_of, one_of
@@ -195,20 +195,6 @@ def normalise(row: Mapping[str, Any], format_: Format, data: Rules | DataSetting
             raise RowError((key,), group.reason(key), group.advice)
     if is_text:
         return _text(row, columns.text if format_ is Format.COLUMNS and columns.text is not None else "text")
-    content = _with_answer(row, format_, data)
-    for asked in _asked(content):
-        if (found := placeholder_apart(asked)) is not None:
-            raise RowError(
-                (),
-                f"{found} in the place of a picture, video or sound that the row does not hold; only text can be trained",
-                "leave such rows out, or take the placeholder out where the text stands on its own",
-            )
-    return content
-
-
-def _with_answer(row: Mapping[str, Any], format_: Format, data: Rules | DataSettings) -> RowContent:
-    """A row that is no plain text."""
-    columns = data.columns
     if format_ in (Format.MESSAGES, Format.SHAREGPT):
         return _conversation(row, format_)
     if format_ is Format.ALPACA:
@@ -426,6 +412,7 @@ def _prompt_completion(
             f'write it as "{prompt_key}": [{{"role": "user", "content": ...}}]',
         )
     prompt, completion = text_of(row, prompt_key), text_of(row, completion_key)
+    refuse_placeholder(prompt, (prompt_key,))
     if data.prompt_completion == "chat":
         return _pair(row, prompt, completion, (prompt_key, completion_key))
     if (system := read_system(row, UnusedKeys())) is not None:

@@ -45,7 +45,7 @@ def read_transcript(text: str, path: JsonPath) -> Conversation:
             message = {"role": role, "content": words.strip() or None, "tool_calls": _calls(call.strip(), path)}
             conversation.messages.append(message)
         else:
-            conversation.say(role, said)
+            conversation.say(role, said, path)
     return conversation
 
 
