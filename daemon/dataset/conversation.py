@@ -87,7 +87,7 @@ class Conversation:
         """Add a list of turns. Raises RowError."""
         if not isinstance(turns, list):
             raise RowError(path, f"expected a list, found {kind_of(turns)}")
-        if not turns:
+        if all(turn is None for turn in turns):
             raise RowError(path, "the list is empty")
         for index, turn in enumerate(turns):
             if turn is not None:  # lists of equal length are filled up so

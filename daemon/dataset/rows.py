@@ -7,6 +7,7 @@ trainer's reading go through `normalise`, so a row that is skipped by one is ski
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -34,7 +35,7 @@ from daemon.dataset.source import TooLong, open_dataset
 from daemon.dataset.strict_json import LineError, column_of, parse_object
 from daemon.dataset.tools import calls_of, one_of
 from daemon.dataset.transcript import is_transcript, read_transcript, read_transcript_system
-from daemon.dataset.values import RowError, UnusedKeys, embedded, optional_text, required, text_of
+from daemon.dataset.values import JsonPath, RowError, UnusedKeys, embedded, optional_text, required, text_of
 
 if TYPE_CHECKING:  # the settings' machinery would double what a child that reads rows imports
     from daemon.limits import LimitSettings
@@ -169,7 +170,7 @@ def detect_format(row: Mapping[str, Any], columns: Columns | ColumnSettings) -> 
     for format_ in possible:
         if any(is_given(row[key]) for key in FORMAT_KEYS[format_]):
             return format_
-    if any(_is_conversation(row.get(key)) for key in CONVERSATION_KEYS):
+    if any(_holds_turns(row.get(key)) for key in CONVERSATION_KEYS):
         return Format.SHAREGPT
     if any(is_transcript(row.get(key)) for key in TRANSCRIPT_KEYS):
         return Format.GLAIVE
@@ -324,12 +325,9 @@ def iter_rows(path: str | Path, format_: str, data: Rules | DataSettings) -> Ite
 
 def _conversation(row: Mapping[str, Any], format_: Format) -> RowContent:
     expected = FORMAT_KEYS[format_][0]
-    key = next((key for key in CONVERSATION_KEYS if _is_conversation(row.get(key))), expected)
+    key = next((key for key in CONVERSATION_KEYS if _holds_turns(row.get(key))), expected)
     conversation = Conversation()
-    turns = required(row, key)
-    if isinstance(turns, str) and turns.lstrip().startswith("["):  # as tables have them
-        turns = embedded(turns, (key,))
-    conversation.read(turns, (key,))
+    conversation.read(_turns(required(row, key), (key,)), (key,))
     if isinstance(row.get(HISTORY_KEY), list) and is_given(row[HISTORY_KEY]):
         raise RowError(
             (HISTORY_KEY,),
@@ -396,7 +394,8 @@ def _question(row: Mapping[str, Any]) -> str:
 def _prompt_completion(
     row: Mapping[str, Any], prompt_key: str, completion_key: str, data: Rules | DataSettings
 ) -> RowContent:
-    prompt, completion = required(row, prompt_key), required(row, completion_key)
+    prompt = _turns(required(row, prompt_key), (prompt_key,))
+    completion = _turns(required(row, completion_key), (completion_key,))
     if isinstance(prompt, list):
         if not isinstance(completion, list):
             raise RowError(
@@ -404,7 +403,7 @@ def _prompt_completion(
                 "expected a list of messages, as the prompt is one",
                 f'write it as "{completion_key}": [{{"role": "assistant", "content": ...}}]',
             )
-        return _turns_to_complete(row, prompt_key, completion_key)
+        return _turns_to_complete({**row, prompt_key: prompt, completion_key: completion}, prompt_key, completion_key)
     if isinstance(prompt, str) and _is_conversation(completion):
         raise RowError(
             (prompt_key,),
@@ -473,6 +472,19 @@ def _unused(row: Mapping[str, Any], used: frozenset[str], conversation: Conversa
 def _is_conversation(value: Any) -> bool:
     """Whether a value is a list of turns; whether they are sound is seen when they are read."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _holds_turns(value: Any) -> bool:
+    """The same of a list that may also be JSON inside a string, as tables have them."""
+    return _is_conversation(value) or (isinstance(value, str) and _TURNS_IN_TEXT.match(value) is not None)
+
+
+def _turns(value: Any, path: JsonPath) -> Any:
+    """A list of turns out of the string that it may be in; any other value as it is. Raises RowError."""
+    return embedded(value, path) if isinstance(value, str) and _TURNS_IN_TEXT.match(value) else value
+
+
+_TURNS_IN_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value|speaker)["']\s*:""")
 
 
 def _holds_json(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from daemon.dataset.rows import Columns, Format, Rules, check_row, count_answers
 from daemon.dataset.strict_json import LineError
 from daemon.dataset.suggest import describe_unknown
 from tests.unit.test_rows_formats import BAD, GOOD
+from tests.unit.test_rows_keys import LEARNED, REFUSALS
 from tests.unit.test_rows_strict_json import HOSTILE
 
 COLUMNS = Columns(prompt="q", completion="a")
@@ -73,6 +75,16 @@ def test_any_bytes_are_rows_as_json_reads_them_or_are_refused_by_line_and_column
         assert problem.excerpt.isprintable()
 
 
+PUBLISHED = [row for row, _ in LEARNED.values()] + [row for row, _, _ in REFUSALS.values()]
+ODD: list[Any] = [
+    [None],
+    [[]],
+    [{}],
+    "[{",
+    '[{"role": 1}]',
+    "USER: a\nASSISTANT: <functioncall>",
+    "<tool_call>x</tool_call>",
+]
 KNOWN = sorted(
     {name for used in keys.USED for name in used.names}
     | {name for group in keys.REFUSED for name in group.names[:2]}
@@ -103,15 +115,28 @@ rows = st.dictionaries(st.sampled_from(KNOWN), trees, max_size=4).flatmap(
 )
 
 
-@given(rows, st.sampled_from(list(Format)), st.sampled_from(["as_is", "chat"]))
-@settings(max_examples=300, deadline=None)
+@st.composite
+def published(draw: st.DrawFn) -> dict[str, Any]:
+    """A row of the tables with any value in the place of one of its values."""
+    row = copy.deepcopy(draw(st.sampled_from(PUBLISHED)))
+    holder: Any = row
+    while True:
+        key = draw(st.sampled_from(list(holder) if isinstance(holder, dict) else range(len(holder))))
+        if not isinstance(holder[key], dict | list) or not holder[key] or draw(st.integers(0, 3)) == 0:
+            holder[key] = draw(trees | st.sampled_from(ODD))
+            return row
+        holder = holder[key]
+
+
+@given(rows | published(), st.sampled_from(list(Format)), st.sampled_from(["as_is", "chat"]))
+@settings(max_examples=500, deadline=None)
 def test_any_values_under_known_keys_are_a_row_of_the_normal_form_or_a_bad_row(
     row: dict[str, Any], format_: Format, style: str
 ) -> None:
     """Never another exception; and what the trainer gets has only the keys and types that it knows."""
     rules = Rules(columns=COLUMNS, prompt_completion=style)
     try:
-        content = check_row(json.dumps(row).encode(), format_, rules)
+        content = check_row(json.dumps(row).encode(), detect_format(row, COLUMNS) or format_, rules)
     except LineError:
         return
     finally:

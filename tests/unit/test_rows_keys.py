@@ -137,6 +137,9 @@ LEARNED = {
     ),
     "bedrock": ({"schemaVersion": "x", "system": [{"text": "S"}], "messages": [{"role": "user", "content": [{"text": "Q"}]}, TURNS[1]]}, ["system: S", *PLAIN]),
     "turns_in_text": ({"messages": json.dumps(TURNS)}, PLAIN),
+    "turns_in_text_under_another_key": ({"conversation": json.dumps(TURNS)}, PLAIN),
+    "prompt_and_completion_of_turns_in_text": ({"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:])}, PLAIN),
+    "a_prompt_that_begins_as_json": ({"prompt": '[{"a": 1}]', "completion": "A"}, ['prompt: [{"a": 1}]', "completion*: A"]),
     "role_model": ({"messages": [TURNS[0], {"role": "model", "content": "A"}]}, PLAIN),
     "developer": ({"messages": [{"role": "developer", "content": "D"}, *TURNS]}, ["developer: D", *PLAIN]),
     "begins_and_ends_with_any_turn": (
@@ -390,6 +393,8 @@ REFUSALS = {
     "glaive_with_another_system": ({"system": "SYSTEM: S", "chat": "SYSTEM: T\nUSER: Q\nASSISTANT: A"}, "system", "contradicts"),
     "refusal": (said(content="A", refusal="I can not"), '"refusal"', "refusal"),
     "turns_in_text_that_are_none": ({"messages": "[{'role': 'user'}]"}, "messages", "should hold JSON"),
+    "turns_that_are_all_null": ({"messages": [None], "text": None}, "messages", "the list is empty"),
+    "a_completion_of_null": ({"prompt": TURNS[:1], "completion": [None]}, "completion", "the list is empty"),
     "unknown_role": ({"messages": [{"role": "narrator", "content": "x"}]}, "messages[0].role", "unknown role 'narrator'"),
     "a_result_with_a_picture": ({"messages": [{"role": "tool", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]}, "image_url", "only text"),
     "a_users_call": ({"messages": [{"role": "user", "content": [{"type": "tool_use", "name": "f", "input": {}}]}]}, "content[0]", "in a turn of the user"),
