@@ -25,6 +25,7 @@ from daemon.errors import DropforgeError
 from daemon.inbox import layout
 from daemon.inbox.report import REPORT_JSON, parse_report
 from daemon.job import from_json, to_json, utc_now
+from daemon.memory.store import MemoryDamaged, list_memories, memory_dir_of, read_memory
 from daemon.processes import child_environment, describe_exit, die_with_parent, prefer_oom_kill
 from daemon.text import escape
 from guard import GuardError
@@ -92,12 +93,8 @@ class _Counted:
 def _problems(settings: Settings, digest: _Counted) -> Iterator[Problem]:
     if reason := root_identity.contradiction(root_identity.read_parts(settings)):
         yield Problem(message=reason)
-    for check in (
-        _versions,
-        _base,
-        _datasets,
-        _lineage,
-    ):  # the lineage last: a version may have been promoted meanwhile
+    # The lineage last: a version may have been promoted meanwhile.
+    for check in (_versions, _base, _datasets, _memories, _lineage):
         try:
             yield from check(settings, digest)
         except (GuardError, OSError) as error:
@@ -173,6 +170,18 @@ def _datasets(settings: Settings, digest: _Counted) -> Iterator[Problem]:
                 message=f"{shown} is not the file that was trained",
                 hint="bring it back from its source; the version that was made from it is not changed by this",
             )
+
+
+def _memories(settings: Settings, digest: _Counted) -> Iterator[Problem]:
+    """The rows that are kept of earlier datasets."""
+    memories, unreadable = list_memories(memory_dir_of(settings.state_dir))
+    yield from (Problem(message=sentence, hint="bring the folder back from a backup") for sentence in unreadable)
+    for memory in memories:
+        try:
+            digest.size_bytes += sum(len(memory.read(name)) for name in memory.meta.files)
+        except MemoryDamaged as error:
+            if read_memory(memory.path) == memory:  # else it was forgotten at this moment
+                yield Problem(message=f"the memory of {error.subject}: {error.cause}", hint=error.hint)
 
 
 def _lineage(settings: Settings, digest: _Counted) -> Iterator[Problem]:

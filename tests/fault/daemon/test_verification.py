@@ -13,6 +13,7 @@ import pytest
 
 from daemon import versions
 from daemon.cli import doctor
+from daemon.memory.store import ROWS_NAME, DatasetMeta, dataset_dir, memory_dir_of, write_memory
 from daemon.verification import RESULT_NAME, verify
 from guard.digest import digest_file
 from tests.support.root import Root, children_of, wait_until
@@ -82,7 +83,18 @@ def lose_mark(root: Root) -> None:
     (root.settings.inbox_dir / ".dropforge-root.json").unlink()
 
 
+def damage_memory(root: Root) -> None:
+    meta = DatasetMeta(
+        name="a.jsonl", digest="ab" * 32, job="j", trained_rows=1, trained_tokens=1, train_on="all", created_at="2026"
+    )
+    folder = dataset_dir(memory_dir_of(root.settings.state_dir), meta.digest)
+    write_memory(folder, meta, rows=[b'{"digest": "1", "asks": ""}\n'])
+    assert verify(root.settings).problems == ()
+    flip_last(folder / ROWS_NAME)
+
+
 DAMAGES = [
+    (damage_memory, "is not as it was written"),
     (damage_adapter, "version 0001: adapter_model.safetensors is not the file that was promoted"),
     (damage_dataset, "b.jsonl is not the file that was trained"),
     (replace_base, "version 0002 was trained on another base model"),
