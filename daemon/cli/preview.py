@@ -18,6 +18,7 @@ from rich.text import Text
 from daemon.cli.check import Prepared, prepare
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, RejectedData
+from daemon.inbox.report import keys_text
 from daemon.inbox.validation_pool import validate_once
 from daemon.job import to_json
 from daemon.processes import child_environment
@@ -117,8 +118,7 @@ def render(shown: Mapping[str, Any], *, colour: bool) -> Text:
         for warning in row["warnings"]:
             text.append(f"  ! line {row['line']}: {escape(warning, most=500)}\n", "yellow")
     if shown["unused_keys"]:
-        keys = ", ".join(f"{escape(key)} ({rows:,} rows)" for key, rows in shown["unused_keys"].items())
-        text.append(f"\nnot used: {keys}\n")
+        text.append(f"\nnot used: {keys_text(shown['unused_keys'])}\n")
     for refused in shown["refused"]:
         text.append(f"refused: line {refused['line']}: {escape(refused['reason'], most=500)}\n", "red")
     return text

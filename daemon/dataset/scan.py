@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from daemon.dataset.rows import (
+    Answers,
     Format,
     Line,
     RowContent,
@@ -100,12 +101,8 @@ class Tally:
         answers = count_answers(content, train_on)
         if answers.learned > answers.empty:
             self.teaching += 1
-        if answers.empty:
-            self._warn(EMPTY_ANSWER, number)
-        elif not answers.learned:
-            self._warn(NO_ANSWER, number)
-        if mentions_media(content):
-            self._warn(MEDIA, number)
+        for code in row_warnings(content, answers):
+            self._warn(code, number)
         if content.kind == "prompt_completion" and isinstance(content.prompt, str):
             self.joined += 1
             self.joined_tightly += joins_words(content)
@@ -123,6 +120,12 @@ class Tally:
         lines = self.warned.setdefault(code, [])
         if len(lines) < WARNED_LINES:
             lines.append(number)
+
+
+def row_warnings(content: RowContent, answers: Answers) -> list[str]:
+    """What the owner of a good row may not have meant: codes of WARNINGS."""
+    found = [EMPTY_ANSWER] if answers.empty else [] if answers.learned else [NO_ANSWER]
+    return [*found, MEDIA] if mentions_media(content) else found
 
 
 def scan_lines(lines: Iterable[Line], rules: Rules) -> tuple[Format | None, Tally]:

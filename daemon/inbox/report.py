@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,7 @@ def remarks(found: Dataset | DatasetReport) -> list[tuple[str, str]]:
     """Return label and text of remarks on good rows: keys that are not used, warnings, how rows are read."""
     lines = []
     if found.unused_keys:
-        shown = list(found.unused_keys.items())
-        keys = [
-            f"{escape(key, most=80)} ({rows:,}{'' if at else ' rows' if rows != 1 else ' row'})"
-            for at, (key, rows) in enumerate(shown[:_SHOWN_KEYS])
-        ]
-        more = f", and {len(shown) - _SHOWN_KEYS} more" if len(shown) > _SHOWN_KEYS else ""
-        lines.append(("not used", f"{', '.join(keys)}{more}"))
+        lines.append(("not used", keys_text(found.unused_keys)))
     for warning in found.warnings:
         numbers = ", ".join(map(str, warning.lines))
         more = ", …" if warning.rows > len(warning.lines) else ""
@@ -152,6 +147,17 @@ def remarks(found: Dataset | DatasetReport) -> list[tuple[str, str]]:
         lines.append(("warning", f"{warning.message}: {count} {numbers}{more}"))
     lines += [("note", note) for note in found.notes]
     return lines
+
+
+def keys_text(unused: Mapping[str, int]) -> str:
+    """Return keys with the number of rows that have them: `id (1,200 rows), source (1,200)`."""
+    shown = list(unused.items())
+    keys = [
+        f"{escape(key, most=80)} ({rows:,}{'' if at else ' rows' if rows != 1 else ' row'})"
+        for at, (key, rows) in enumerate(shown[:_SHOWN_KEYS])
+    ]
+    more = f", and {len(shown) - _SHOWN_KEYS} more" if len(shown) > _SHOWN_KEYS else ""
+    return f"{', '.join(keys)}{more}"
 
 
 def retry_command(job: Job) -> str:

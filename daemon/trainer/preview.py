@@ -13,7 +13,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daemon.dataset.rows import Format, RowReader
+from daemon.dataset.rows import Format, RowReader, count_answers
+from daemon.dataset.scan import NO_ANSWER, WARNINGS, row_warnings
 from daemon.dataset.source import SourceError
 from daemon.dataset.strict_json import LineError
 from daemon.recipe import Recipe
@@ -54,15 +55,17 @@ def preview(path: Path, format_: str, recipe: Recipe, *, rows: int, line: int | 
                     reason = f"{encoded.reason}; {encoded.hint}" if encoded.hint else encoded.reason
                     refused.append({"line": number, "reason": reason})
                 else:
-                    shown.append(_row(encoded, tokenizer, data.max_length))
+                    told = row_warnings(row, count_answers(row, data.train_on))
+                    warnings = [WARNINGS[code] for code in told if code != NO_ANSWER]  # told by the tokens themselves
+                    shown.append(_row(encoded, tokenizer, data.max_length, warnings))
         if number == line or len(shown) >= rows:
             break
     return {"rows": shown, "refused": refused}
 
 
-def _row(encoded: EncodedRow, tokenizer: Any, max_length: int) -> dict[str, Any]:
+def _row(encoded: EncodedRow, tokenizer: Any, max_length: int, told: Sequence[str]) -> dict[str, Any]:
     samples = [_sample(sample, tokenizer, max_length) for sample in encoded.samples]
-    warnings = [f"rows like this {note}" for note in sorted(encoded.notes)]
+    warnings = [*told, *(f"rows like this {note}" for note in sorted(encoded.notes))]
     if not any(sample["learned_tokens"] for sample in samples):
         warnings.append("nothing of it is learned")
     if any(sample.spells_special for sample in encoded.samples):

@@ -104,6 +104,20 @@ def test_a_row_is_shown_by_its_line_and_a_bad_one_is_told(make_root: MakeRoot, t
     assert "expected a list" in shown["refused"][0]["reason"]
 
 
+def test_what_check_warns_of_stands_at_its_row(make_root: MakeRoot, tiny_base: Path, tmp_path: Path) -> None:
+    """Empty answers, and placeholders of pictures among words."""
+    user = {"role": "user", "content": "Is <image> a tag?"}
+    empty = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": " "}]}
+    path = write(tmp_path, {"messages": [user, CHAT["messages"][1]], "id": 1}, empty)
+    root = make_root(base_model=tiny_base)
+    shown = json.loads(root.run("preview", str(path), "--json").stdout)
+    assert [[warning.partition(";")[0] for warning in row["warnings"]] for row in shown["rows"]] == [
+        ["the placeholder of a picture, video or sound in the text"],
+        ["an answer that would be learned is empty or only white space"],
+    ]
+    assert "not used: id (1 row)" in root.run("preview", str(path)).stdout
+
+
 def test_what_max_length_cuts_off_is_shown_as_cut_off(make_root: MakeRoot, tiny_base: Path, tmp_path: Path) -> None:
     root = make_root(base_model=tiny_base, tables={"data": {"max_length": 16}})
     path = write(tmp_path, {"messages": [{"role": "user", "content": "word " * 50}, CHAT["messages"][1]]})
