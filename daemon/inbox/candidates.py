@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,15 +18,25 @@ from daemon.config import InboxSettings
 from daemon.dataset.sidecar import foreign_sentence, may_speak_for
 from daemon.dataset.source import COMPRESSIONS, SourceError, kind_of_mode, open_regular
 from daemon.errors import Handling, Unexpected, is_gone
-from daemon.inbox.layout import OWN_FOLDERS, UNFINISHED_SECONDS, NameKind, name_kind, sidecar_name
+from daemon.inbox.layout import (
+    DATA_SUFFIXES,
+    OWN_FOLDERS,
+    SIDECAR_SUFFIX,
+    UNFINISHED_SECONDS,
+    NameKind,
+    name_kind,
+    sidecar_name,
+)
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
 from daemon.inbox.settle import Candidate, EarlierClaim, FileStat, Settled, Wait, decide, required_stillness
-from daemon.inbox.watcher import EventBatch
+from daemon.inbox.watcher import EventBatch, NameEvents
 from daemon.inbox.writers import WriterState, find_writer, writer_state
 from daemon.job import Priority, utc_now
 from daemon.text import escape
 
-EXAMINED_PER_TICK = 2000  # candidates before the service gets its turn again
+EXAMINED_PER_TICK, EXAMINE_SECONDS = 2000, 0.1  # candidates before the service gets its turn again
+SLICE_SECONDS = 0.05  # of names in a tick, likewise
+NAMES_A_PAUSE = 200
 FULL_SCAN_SECONDS = 60.0  # a folder whose times did not move is listed all the same after so long
 COARSEST_CLOCK_SECONDS = 2.5  # a folder's times move every 2 s on FAT, every second through SFTP, every 4 ms on ext4
 ORPHAN_SECONDS = 60.0  # a sidecar without its file is reported after so long
@@ -34,6 +45,10 @@ SHOWN = 100  # files whose reasons are published
 REMEMBER_SECONDS = 600.0  # how long a claim is remembered, for a writer that goes on under the same name
 SINGLE_LINE_BYTES = 64 * 1024  # of a file that is looked through for a second line
 SIDECAR_PAUSE = 0.05  # before a file whose sidecar is being written is examined again
+ORPHAN = (
+    "a sidecar whose file has not come, was taken before the sidecar came, or is another user's, for which it does not"
+    " count"
+)
 OPEN = "open for writing"
 NAME_AFTER_SECONDS, NAME_EVERY_SECONDS = 1.0, 5.0  # all of /proc is searched for a name: not for a short copy
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0  # before a file that is open for writing is examined again
@@ -77,13 +92,49 @@ class SettledFile:
         return shown_name(self.candidate.priority, self.candidate.name)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Unfinished:
     """A file under a temporary name."""
 
     stat: FileStat
     unchanged_since: float
     since: str  # the same moment by the wall clock
+    told: bool = False  # that it has not changed for long
+
+
+class _IgnoredFiles:
+    """Names that will not be taken: however many there are, the first and the new ones are found at once."""
+
+    def __init__(self) -> None:
+        self.meant: dict[tuple[Priority, str], IgnoredFile] = {}  # those that seem to be datasets
+        self.other: dict[tuple[Priority, str], IgnoredFile] = {}
+        self._new: list[IgnoredFile] = []
+
+    def __contains__(self, key: tuple[Priority, str]) -> bool:
+        return key in self.meant or key in self.other
+
+    def __iter__(self) -> Iterator[tuple[Priority, str]]:
+        return itertools.chain(self.meant, self.other)
+
+    def get(self, key: tuple[Priority, str]) -> IgnoredFile | None:
+        return self.meant.get(key) or self.other.get(key)
+
+    def add(self, key: tuple[Priority, str], reason: str, *, meant: bool) -> None:
+        before = self.get(key)
+        if before is not None and before.reason == reason:
+            return
+        self.discard(key)
+        file = IgnoredFile(priority=key[0], name=key[1], reason=reason, since=utc_now(), meant=meant)
+        (self.meant if meant else self.other)[key] = file
+        self._new.append(file)
+
+    def discard(self, key: tuple[Priority, str]) -> None:
+        self.meant.pop(key, None)
+        self.other.pop(key, None)
+
+    def take_new(self) -> list[IgnoredFile]:
+        new, self._new = self._new, []
+        return new
 
 
 class CandidateTracker:
@@ -98,7 +149,11 @@ class CandidateTracker:
         self._settled: dict[Priority, deque[Candidate]] = {p: deque() for p in Priority}
         self._due: list[tuple[float, int, tuple[Priority, str]]] = []
         self._order = itertools.count()
-        self._ignored: dict[tuple[Priority, str], IgnoredFile] = {}
+        self._ignored = _IgnoredFiles()
+        self._orphans: dict[tuple[Priority, str], IgnoredFile] = {}  # sidecars whose file has not come
+        self._new_orphans: list[IgnoredFile] = []
+        self._listings: dict[Priority, Iterator[None]] = {}  # begun, and gone on with at each tick
+        self._events: deque[tuple[tuple[Priority, str], NameEvents]] = deque()  # that a tick had no time for
         self._folder_times: dict[Priority, tuple[int, ...]] = {}
         self._moved_at: dict[Priority, float] = {}  # when a folder's times were seen to have moved
         self._last_listed: dict[Priority, float] = {}
@@ -133,14 +188,15 @@ class CandidateTracker:
         if self._set_aside[key] == _inode_of(self._folders[key[0]] / key[1]):
             return True
         del self._set_aside[key]
-        self._ignored.pop(key, None)
+        self._ignored.discard(key)
         return False
 
     def add_events(self, batch: EventBatch, now: float) -> None:
-        """Track the names of a batch; each is due now."""
-        for (priority, name), events in batch.names.items():
-            if self._is_set_aside((priority, name)):
-                continue
+        """Track the names of a batch; each is due now. What takes too long is gone on with at the next tick."""
+        self._events.extend(batch.names.items())
+        until = time.monotonic() + SLICE_SECONDS
+        while self._events and time.monotonic() < until:
+            (priority, name), events = self._events.popleft()
             kind = name_kind(name)
             if kind in (NameKind.DATA, NameKind.SIDECAR):
                 candidate = self._track(priority, name, kind, now)
@@ -160,7 +216,11 @@ class CandidateTracker:
                 found = folder.stat()
             except OSError:
                 self._folder_times.pop(priority, None)
+                self._listings.pop(priority, None)
                 self._forget_missing(priority, set())
+                continue
+            if priority in self._listings:  # it is still being listed: what came since is found by the next scan
+                self._folder_times.pop(priority, None)
                 continue
             times = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
             if times != self._folder_times.get(priority):
@@ -170,11 +230,22 @@ class CandidateTracker:
                 continue
             self._last_listed[priority] = now
             self._list(priority, folder, now)
+        self.continue_listing()
+
+    def continue_listing(self) -> None:
+        """Go on with folders whose names are many, for a moment."""
+        until = time.monotonic() + SLICE_SECONDS
+        for priority, listing in list(self._listings.items()):
+            for _ in listing:
+                if time.monotonic() >= until:
+                    return
+            del self._listings[priority]
 
     def examine_due(self, now: float) -> None:
         """Examine the candidates that are due, at most EXAMINED_PER_TICK of them."""
+        until = time.monotonic() + EXAMINE_SECONDS
         for _ in range(EXAMINED_PER_TICK):
-            if not self._due or self._due[0][0] > now:
+            if not self._due or self._due[0][0] > now or time.monotonic() >= until:
                 return
             _, _, key = heapq.heappop(self._due)
             candidate = self._candidates.get(key) or self._sidecars.get(key)
@@ -189,6 +260,8 @@ class CandidateTracker:
 
     def next_due(self, now: float) -> float | None:
         """Return the seconds until a candidate is due; None when none will be."""
+        if self._listings or self._events:
+            return 0.0
         while self._due:
             due, _, key = self._due[0]
             candidate = self._candidates.get(key) or self._sidecars.get(key)
@@ -240,27 +313,45 @@ class CandidateTracker:
         return self._claims.get(key)
 
     def ignored(self, now: float) -> Iterator[IgnoredFile]:
-        """Return everything that will not be taken as it is.
+        """Return what will not be taken as it is, what seems to be a dataset first; take no more than is shown.
 
         That is other kinds of files, and sidecars whose file has not come.
         """
-        yield from self._ignored.values()
+        for (priority, name), file in self._unfinished.items():  # in the order in which they last changed
+            if now - file.unchanged_since < UNFINISHED_SECONDS:
+                break
+            yield IgnoredFile(priority=priority, name=name, reason=UNFINISHED, since=file.since, meant=True)
+        yield from self._orphans.values()
+        yield from self._ignored.meant.values()
+        yield from self._ignored.other.values()
+
+    def take_new_ignored(self, now: float) -> list[IgnoredFile]:
+        """Return what came to be ignored since the last call."""
+        found = []
         for (priority, name), file in self._unfinished.items():
-            if now - file.unchanged_since >= UNFINISHED_SECONDS:
-                yield IgnoredFile(priority=priority, name=name, reason=UNFINISHED, since=file.since, meant=True)
-        old = [sidecar for sidecar in self._sidecars.values() if now - sidecar.first_seen >= ORPHAN_SECONDS]
-        if not old:
+            if now - file.unchanged_since < UNFINISHED_SECONDS:
+                break
+            if not file.told:
+                file.told = True
+                found.append(IgnoredFile(priority=priority, name=name, reason=UNFINISHED, since=file.since, meant=True))
+        new, self._new_orphans = self._new_orphans, []
+        found += [file for file in new if self._orphans.get((file.priority, file.name)) is file]
+        return found + [
+            file for file in self._ignored.take_new() if self._ignored.get((file.priority, file.name)) is file
+        ]
+
+    def _note_orphan(self, sidecar: Candidate, now: float) -> None:
+        """Tell of a sidecar whose file has not come for long."""
+        base, tail = sidecar.name[: -len(SIDECAR_SUFFIX)], DATA_SUFFIXES
+        names = (f"{base}{suffix}" for suffix in (*tail, *(suffix.upper() for suffix in tail)))
+        if any((sidecar.priority, name) in self._candidates for name in names):
             return
-        paired = {(priority, sidecar_name(name)) for priority, name in self._candidates}
-        for sidecar in old:
-            if sidecar.key not in paired and sidecar.key not in self._ignored:
-                reason = (
-                    "a sidecar whose file has not come, was taken before the sidecar came, or is another user's, for which"
-                    " it does not count"
-                )
-                yield IgnoredFile(
-                    priority=sidecar.priority, name=sidecar.name, reason=reason, since=sidecar.since, meant=True
-                )
+        if now - sidecar.first_seen >= ORPHAN_SECONDS and sidecar.key not in self._orphans:
+            file = IgnoredFile(
+                priority=sidecar.priority, name=sidecar.name, reason=ORPHAN, since=sidecar.since, meant=True
+            )
+            self._orphans[sidecar.key] = file
+            self._new_orphans.append(file)
 
     def _track(self, priority: Priority, name: str, kind: NameKind, now: float) -> Candidate:
         table = self._candidates if kind is NameKind.DATA else self._sidecars
@@ -272,6 +363,7 @@ class CandidateTracker:
             table[candidate.key] = candidate
             if kind is NameKind.DATA:
                 self._unsettled[candidate.key] = candidate
+                self._orphans.pop((priority, sidecar_name(name)), None)
         return candidate
 
     def _clock(self, now: float) -> str:
@@ -281,17 +373,23 @@ class CandidateTracker:
         return self._last_clock[1]
 
     def _list(self, priority: Priority, folder: Path, now: float) -> None:
+        """Begin to list a folder; `continue_listing` does it."""
+        self._listings[priority] = self._listing(priority, folder, now)
+
+    def _listing(self, priority: Priority, folder: Path, now: float) -> Iterator[None]:
+        """Track the names of a folder and forget those that are gone, with a pause after each few."""
         names = set()
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     names.add(entry.name)
+                    if len(names) % NAMES_A_PAUSE == 0:
+                        yield
         except OSError:
             return
-        self._forget_missing(priority, names)
-        for name in sorted(names):
-            if self._is_set_aside((priority, name)):
-                continue
+        for _ in self._forget_slowly(priority, names):
+            yield
+        for number, name in enumerate(sorted(names), 1):
             kind = name_kind(name)
             if kind is NameKind.OTHER:
                 self._ignore_other(priority, name)
@@ -299,6 +397,8 @@ class CandidateTracker:
                 self._watch_unfinished(priority, name, now)
             elif (priority, name) not in self._known(kind):
                 self._schedule(self._track(priority, name, kind, now))
+            if number % NAMES_A_PAUSE == 0:
+                yield
 
     def _watch_unfinished(self, priority: Priority, name: str, now: float) -> None:
         """Remember since when a dataset that is still to be renamed has not changed."""
@@ -310,17 +410,35 @@ class CandidateTracker:
             return
         before = self._unfinished.get((priority, name))
         if before is None or before.stat != stat:
+            self._unfinished.pop((priority, name), None)  # the order is that of the last change
             self._unfinished[(priority, name)] = _Unfinished(stat=stat, unchanged_since=now, since=self._clock(now))
 
     def _known(self, kind: NameKind) -> dict[tuple[Priority, str], Candidate]:
         return self._candidates if kind is NameKind.DATA else self._sidecars
 
     def _forget_missing(self, priority: Priority, names: set[str]) -> None:
-        for table in (self._candidates, self._unsettled, self._sidecars, self._ignored, self._unfinished):
-            for key in [key for key in table if key[0] is priority and key[1] not in names]:
-                del table[key]
-        if any(candidate.name not in names for candidate in self._settled[priority]):
-            self._settled[priority] = deque(found for found in self._settled[priority] if found.name in names)
+        for _ in self._forget_slowly(priority, names):
+            pass
+
+    def _forget_slowly(self, priority: Priority, names: set[str]) -> Iterator[None]:
+        """Forget what is not among the names, with a pause after each few; what came since the listing began stays."""
+        tables = (
+            self._candidates, self._unsettled, self._sidecars, self._orphans, self._unfinished,
+            self._ignored.meant, self._ignored.other,
+        )  # fmt: skip
+        gone: set[str] = set()
+        for table in tables:
+            for number, key in enumerate(tuple(table), 1):
+                if key[0] is priority and key[1] not in names and (key[1] in gone or self._is_gone(key)):
+                    gone.add(key[1])
+                    table.pop(key, None)
+                if number % NAMES_A_PAUSE == 0:
+                    yield
+        if any(candidate.name in gone for candidate in self._settled[priority]):
+            self._settled[priority] = deque(found for found in self._settled[priority] if found.name not in gone)
+
+    def _is_gone(self, key: tuple[Priority, str]) -> bool:
+        return not os.path.lexists(f"{self._folders[key[0]]}/{key[1]}")
 
     def _ignore_other(self, priority: Priority, name: str) -> None:
         key = (priority, name)
@@ -338,9 +456,7 @@ class CandidateTracker:
             self._ignore(key, f"left alone: it is {kind}", meant=False)
 
     def _ignore(self, key: tuple[Priority, str], reason: str, *, meant: bool) -> None:
-        before = self._ignored.get(key)
-        if before is None or before.reason != reason:
-            self._ignored[key] = IgnoredFile(priority=key[0], name=key[1], reason=reason, since=utc_now(), meant=meant)
+        self._ignored.add(key, reason, meant=meant)
 
     def _examine_candidate(self, candidate: Candidate, now: float) -> None:
         if candidate.settled:
@@ -353,6 +469,9 @@ class CandidateTracker:
             return
         if name_kind(candidate.name) is NameKind.SIDECAR:
             candidate.reason, candidate.due = "", now + ORPHAN_SECONDS
+            self._note_orphan(candidate, now)
+            if candidate.key not in self._orphans:
+                self._schedule(candidate)
             return
         del self._unsettled[candidate.key]
         candidate.settled, candidate.reason = True, ""
@@ -381,7 +500,7 @@ class CandidateTracker:
             self._forget(candidate)
             self._ignore(candidate.key, f"refused: it is {stat.kind}, only regular files are trained", meant=True)
             return None
-        self._ignored.pop(candidate.key, None)
+        self._ignored.discard(candidate.key)
         candidate.observe(stat, now)
         verdict = decide(candidate, now, self.settings)
         if isinstance(verdict, Wait):
@@ -467,6 +586,7 @@ class CandidateTracker:
         self._candidates.pop(candidate.key, None)
         self._unsettled.pop(candidate.key, None)
         self._sidecars.pop(candidate.key, None)
+        self._orphans.pop(candidate.key, None)
 
 
 def _may_be_appended_to(candidate: Candidate, stat: FileStat) -> bool:

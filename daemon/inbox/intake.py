@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from daemon.config import Settings
@@ -34,6 +35,7 @@ MIN_SCAN_SECONDS = 0.05  # between two scans, however often events arrive
 FAILED_CLAIM_SECONDS, LONGEST_FAILED_SECONDS = 5.0, 600.0  # before a file that could not be claimed is tried again
 JOBS_SHOWN = 5  # of a file that came in pieces, the newest
 PURGE_SECONDS = 3600.0
+LOGGED_NAMES = 20  # that are found at once, each with a line of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,7 @@ class Intake:
             waiting=tuple(waiting),
             deferred=self._candidates.deferred,
             scanning=self._validator.busy(),
-            left_alone=tuple(self._ignored(now)[:SHOWN]),
+            left_alone=tuple(self._ignored(now)),
             overflows=self._watcher.overflows,
             warnings=tuple(warnings),
         )
@@ -199,6 +201,7 @@ class Intake:
             self._overflows_logged = self._watcher.overflows
             self._log.warning("inbox.events_lost", overflows=self._watcher.overflows)
         self._candidates.add_events(batch, now)
+        self._candidates.continue_listing()
         if now >= self._next_rescan or self._watcher.lost:
             self._rescan(now)
         elif self._scan_requested and now - self._scanned_at >= MIN_SCAN_SECONDS:
@@ -216,7 +219,7 @@ class Intake:
         if self._is_usable():
             self._archive.retry()
         self._scan(now, full=self._scan_requested)
-        self._strays = self._stray_finder.find(self.settings)
+        self._strays = sorted(self._stray_finder.find(self.settings), key=lambda stray: not stray.meant)
         self._log_ignored(now)
         self.adopt_claimed()
 
@@ -246,28 +249,35 @@ class Intake:
         return not self._unusable
 
     def _ignored(self, now: float) -> list[Waiting]:
-        """What will not be taken as it is: what seems to be a dataset first."""
+        """The first SHOWN of what will not be taken as it is: what seems to be a dataset first."""
         found = [
             (file.meant, Waiting(name=shown_name(file.priority, file.name), reason=file.reason, since=file.since))
-            for file in self._candidates.ignored(now)
+            for file in islice(self._candidates.ignored(now), SHOWN)
         ]
         found += [
-            (stray.meant, Waiting(name=f"{stray.folder}/{escape(stray.name)}", reason=stray.reason, since=stray.since))
-            for stray in self._strays
+            (stray.meant, Waiting(name=_stray_name(stray), reason=stray.reason, since=stray.since))
+            for stray in islice(self._strays, SHOWN)
         ]
-        return [waiting for _, waiting in sorted(found, key=lambda pair: not pair[0])]
+        return [waiting for _, waiting in sorted(found, key=lambda pair: not pair[0])][:SHOWN]
 
     def _log_ignored(self, now: float) -> None:
-        """Log each name that is ignored, or that cannot be read, once."""
-        present = {("file.left_alone", found.name, found.reason) for found in self._ignored(now)}
+        """Log each name that is ignored, or that cannot be read, once; of very many the first, and how many more."""
+        new = [
+            ("file.left_alone", shown_name(found.priority, found.name), found.reason)
+            for found in self._candidates.take_new_ignored(now)
+        ]
+        present = {("file.left_alone", _stray_name(stray), stray.reason) for stray in self._strays}
         present |= {
             ("file.unreadable", shown_name(found.priority, found.name), found.reason)
             for found in self._candidates.unsettled()
             if found.unreadable
         }
-        for event, name, reason in sorted(present - self._ignored_logged):
-            self._log.warning(event, file=name, reason=reason)
+        new += sorted(present - self._ignored_logged)
         self._ignored_logged = present
+        for event, name, reason in new[:LOGGED_NAMES]:
+            self._log.warning(event, file=name, reason=reason)
+        if len(new) > LOGGED_NAMES:
+            self._log.warning("inbox.many_left_alone", more=len(new) - LOGGED_NAMES, last=new[-1][1])
 
     def _piece_warnings(self, now: float) -> list[str]:
         """Tell of files that came as several jobs not long ago."""
@@ -326,3 +336,7 @@ class Intake:
             self._pieces[file.shown] = _Pieces(jobs=(*earlier, job.id), latest=now)
         self._candidates.remove_claimed(file, now, job.id)
         return job
+
+
+def _stray_name(stray: Stray) -> str:
+    return f"{stray.folder}/{escape(stray.name)}"

@@ -79,6 +79,9 @@ EVENTS: Mapping[str, Event] = {
         "warning", "A folder of the inbox is missing or may not be entered; logged once.", "reason"
     ),
     "inbox.usable_again": _event("info", "The inbox can be used again."),
+    "inbox.many_left_alone": _event(
+        "warning", "So many names more than were logged will not be taken, or cannot be read.", "more last"
+    ),
     "inbox.polling": _event("warning", "The inbox cannot be watched by events; it is polled instead.", "reason"),
     "inbox.watch_rebuilt": _event("warning", "The watch was lost and set up again.", "reason"),
     "inbox.events_lost": _event("warning", "The kernel dropped events; a scan finds their files.", "overflows"),

@@ -7,7 +7,10 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from daemon.config import HookSettings
+from daemon.inbox import candidates
 from daemon.job import JobState
 from daemon.notifications import MAX_PENDING, MAX_RUNNING, Hooks
 from tests.support.inbox import ROW, Record, Root
@@ -62,3 +65,29 @@ def test_of_holds_only_the_newest_waits(tmp_path: Path) -> None:
         hooks.fire("on_hold", {"reason": str(number)})
     assert [hook.facts["reason"] for hook in hooks._pending] == ["19"]
     hooks.close(patience=0.0)
+
+
+@pytest.mark.parametrize("name", ["f{}.txt", "f{}.job.toml"], ids=["foreign", "orphaned"])
+def test_thousands_of_names_that_are_not_taken_hold_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """They are worked through in slices, status shows the first, and the log has a line for few and one for the rest."""
+    monkeypatch.setattr(candidates, "ORPHAN_SECONDS", 0.5)
+    count, told = 20_000, 0
+    with Root(tmp_path) as root:
+        for number in range(count):
+            (root.inbox / name.format(number)).touch()
+        slowest, end = 0.0, time.monotonic() + 60
+        while told < count and time.monotonic() < end:
+            began = time.process_time()
+            root.tick(wait=0.02)
+            root.intake.view()
+            slowest = max(slowest, time.process_time() - began)
+            rest = sum(event["more"] for event in root.log.events("inbox.many_left_alone"))
+            told = len(root.log.events("file.left_alone")) + rest
+        assert told == count
+        assert len(root.log.lines) < count / 10
+        assert len(root.intake.view().left_alone) == candidates.SHOWN
+        assert slowest < 1.0  # of this process's own time, which a loaded machine does not stretch
+        root.drop("good.jsonl", ROW)
+        root.wait_for(1)
