@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from importlib.machinery import PathFinder
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,6 +32,8 @@ def daemon_folders() -> list[Path]:
 
 def complain(folder: Path) -> int:
     """Name the package in `folder` and the way out on stderr; returns the exit code."""
+    from importlib.metadata import packages_distributions, version  # a tenth of a command's start, else for nothing
+
     others = sorted(set(packages_distributions().get("daemon", ())) - {"dropforge"})
     owner = f"the package {others[0]} {version(others[0])}" if others else "another package"
     print(

@@ -25,7 +25,7 @@ SECONDS_GOAL, MEMORY_GOAL_MB = 15.0, 100.0
 
 ARMS = {
     "dropforge": """
-from daemon.dataset import scan_dataset; from daemon.dataset.rows import Rules
+from daemon.dataset.validate import scan_dataset; from daemon.dataset.rows import Rules
 ---
 rows = scan_dataset(path, Rules()).dataset.rows
 """,

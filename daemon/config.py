@@ -7,10 +7,9 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daemon.errors import ConfigError
 from daemon.limits import LimitSettings
@@ -156,12 +155,10 @@ class MetricsSettings(Section):
     )
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """All settings of one root, immutable."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", protected_namespaces=()
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
     root: Path = Field(Path(), exclude=True, description="Directory that holds dropforge.toml.")
     model: ModelSettings = ModelSettings()
@@ -180,18 +177,6 @@ class Settings(BaseSettings):
     status: StatusSettings = StatusSettings()
     logging: LogSettings = LogSettings()
     metrics: MetricsSettings = MetricsSettings()
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what `load` passes in: it lays the layers over each other itself, in one visible order."""
-        return (init_settings,)
 
     @property
     def inbox_dir(self) -> Path:
@@ -259,9 +244,8 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | No
     _refuse_unknown_variables()
     if "root" in table:
         raise ConfigError(operation="use", subject=path, cause="unknown key root", hint="use --root or DROPFORGE_ROOT")
-    environment = EnvSettingsSource(Settings)()
     try:
-        return Settings.model_validate({"root": root, **layered(table, environment, flags or {})})
+        return Settings.model_validate({"root": root, **layered(table, _from_environment(), flags or {})})
     except ValidationError as error:
         raise ConfigError(
             operation="use",
@@ -284,6 +268,17 @@ def changes_for_restart(running: Settings, read: Settings) -> list[str]:
 def reloaded(running: Settings, read: Settings) -> Settings:
     """Return `read`, but what only a restart applies as it is in `running`."""
     return read.model_copy(update={table: getattr(running, table) for table in RESTART_TABLES})
+
+
+def _from_environment() -> dict[str, Any]:
+    """The tables that DROPFORGE_TABLE__KEY variables hold."""
+    if not any(name.upper().startswith(ENV_PREFIX) and name.upper() != ROOT_VARIABLE for name in os.environ):
+        return {}
+    # It imports a third of what a command needs to start, and hardly anybody sets such a variable.
+    from pydantic_settings import BaseSettings, EnvSettingsSource
+
+    source = EnvSettingsSource(cast("type[BaseSettings]", Settings), env_prefix=ENV_PREFIX, env_nested_delimiter="__")
+    return source()
 
 
 def _refuse_unknown_variables() -> None:

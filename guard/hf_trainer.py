@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -112,6 +111,8 @@ def _training(args: Any) -> dict[str, Any]:
 
 
 def _major_minor(package: str) -> str | None:
+    import importlib.metadata  # which brings e-mail's parser along, and few who import guard ask for it
+
     try:
         return ".".join(importlib.metadata.version(package).split(".")[:2])
     except importlib.metadata.PackageNotFoundError:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from daemon.backup.create import Backup, back_up
-from daemon.backup.manifest import Manifest
-from daemon.backup.plan import Options
-from daemon.backup.restore import JOURNAL, Restored, RestorePlan, execute, plan_restore
 from daemon.cli.app import MACHINE, JsonFlag, app, out, print_json
 from daemon.config import find_root
 from daemon.text import escape, format_bytes
+
+if TYPE_CHECKING:  # what saves and restores is imported when one of the two is asked for
+    from daemon.backup.create import Backup
+    from daemon.backup.manifest import Manifest
+    from daemon.backup.restore import Restored, RestorePlan
 
 
 @app.command("backup", rich_help_panel=MACHINE)
@@ -34,6 +35,9 @@ def backup_root(
 
     For example: `dropforge backup /mnt/backup/forge.tar.zst`, or a folder, where files that did not change are kept once.
     """
+    from daemon.backup.create import back_up
+    from daemon.backup.plan import Options
+
     done = back_up(context.obj.settings, target, options=Options(checkpoints=checkpoints, base=base))
     if as_json:
         print_json(_as_dict(done))
@@ -68,6 +72,8 @@ def restore_root(
 
     For example: `dropforge restore /mnt/backup/forge.tar.zst --root /var/lib/dropforge`
     """
+    from daemon.backup.restore import execute, plan_restore
+
     plan = plan_restore(find_root(root) if root is not None else context.obj.root, source)
     done = None if dry_run else execute(plan, move_aside=move_aside)
     if as_json:
@@ -84,6 +90,8 @@ def restore_root(
 
 
 def _print_aside(plan: RestorePlan, *, is_done: bool) -> None:
+    from daemon.backup.restore import JOURNAL
+
     newer = plan.newer
     for obstacle in plan.obstacles:
         verb = "moved aside" if is_done else "in the way"

@@ -18,12 +18,12 @@ from typing import Any
 import msgspec
 
 from daemon.config import Settings
-from daemon.dataset import DatasetReport
 from daemon.dataset.requests import Request
 from daemon.dataset.rows import Row, Rules, iter_rows
 from daemon.dataset.sidecar import ForeignSidecar, RejectedSidecar, Sidecar, read_sidecar
 from daemon.dataset.source import SourceError
 from daemon.dataset.strict_json import LineError
+from daemon.dataset.validate import DatasetReport
 from daemon.errors import RejectedData
 from daemon.inbox.duplicates import changed_settings
 from daemon.inbox.layout import NameKind, name_kind, sidecar_name

@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from daemon.config import Settings
-from daemon.dataset import DatasetReport
 from daemon.dataset.sidecar import MAX_SIDECAR_BYTES, may_speak_for
 from daemon.dataset.source import SourceError, open_regular
 from daemon.errors import DropforgeError, NotFound
 from daemon.inbox import layout
-from daemon.inbox.duplicates import find_duplicate
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
 from daemon.job import FINAL_STATES, Dataset, Job, JobState, from_json, to_json
 from daemon.memory.forgetting import delete_file_memory
@@ -32,6 +30,9 @@ from daemon.run_dir import LOG_NAME, run_dir_of
 from daemon.store import JobStore
 from daemon.text import escape
 from guard.atomic import fsync_dir, make_folder_durable, rename_durable, write_atomic
+
+if TYPE_CHECKING:
+    from daemon.dataset.validate import DatasetReport
 
 ROWS_JSON = "rows.json"  # the validation's report, kept beside the file until the job's own is written
 RETURNED_AS = ".returned_as"  # the name under which a file goes back to the inbox, while it does
@@ -72,6 +73,8 @@ class Archive:
 
     def finish_duplicate(self, job: Job, dataset: Dataset, data: DataSettings) -> bool:
         """End a job whose rows a version learned already, read as they would be now. Returns whether it ended."""
+        from daemon.inbox.duplicates import find_duplicate  # it brings along all that reads rows
+
         first = None if job.force else find_duplicate(self._store.trained(dataset.digest), dataset, data)
         if first is None:
             return False
@@ -348,6 +351,8 @@ def write_rows_report(folder: Path, report: DatasetReport) -> None:
 
 def read_rows_report(folder: Path) -> DatasetReport | None:
     """Return what `write_rows_report` kept; None when there is none."""
+    from daemon.dataset.validate import DatasetReport  # all that checks a dataset comes along
+
     try:
         return from_json((folder / ROWS_JSON).read_bytes(), DatasetReport)
     except (OSError, ValueError):

@@ -7,11 +7,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from daemon.dataset import DatasetReport
 from daemon.job import Dataset, Job, JobState, to_json
 from daemon.text import escape
+
+if TYPE_CHECKING:  # most commands say something of a report, and none of those checks a dataset
+    from daemon.dataset.validate import DatasetReport
 
 REPORT_TEXT = "report.txt"
 REPORT_JSON = "report.json"

@@ -10,18 +10,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from blake3 import blake3
 
 from daemon.dataset.identity import ROW_DIGEST_BYTES
-from daemon.dataset.rows import Row, RowContent
 from daemon.errors import DropforgeError
 from daemon.job import from_json, to_json, utc_now
 from daemon.text import escape
 from guard.atomic import fsync_dir, make_folder_durable, rename_durable, write_atomic
+
+if TYPE_CHECKING:  # commands ask what is kept, and only a run reads rows
+    from daemon.dataset.rows import Row
 
 MEMORY_NAME = "memory"
 META_NAME = "meta.json"
@@ -236,15 +239,17 @@ def keyed_hash(key: bytes, digest: str) -> bytes:
 
 def encode_row(row: Row) -> bytes:
     """Return a row as a line of rows.jsonl."""
-    content = {name: getattr(row, name) for name in _CONTENT if getattr(row, name) is not None}
+    content = {name: getattr(row, name) for name in _content_names() if getattr(row, name) is not None}
     line = {"digest": row.content_digest, "asks": row.prompt_digest, "line": row.line, **content}
     return to_json(line).encode() + b"\n"
 
 
 def decode_row(line: bytes) -> Row:
     """Return the row that `encode_row` made a line of."""
+    from daemon.dataset.rows import Row
+
     value: dict[str, Any] = msgspec.json.decode(line)
-    content = {name: value[name] for name in _CONTENT if name in value}
+    content = {name: value[name] for name in _content_names() if name in value}
     return Row(line=value["line"], content_digest=value["digest"], prompt_digest=value["asks"], **content)
 
 
@@ -318,7 +323,11 @@ def digest_of(data: bytes) -> str:
     return blake3(data).hexdigest(length=16)
 
 
-_CONTENT = tuple(name for name in RowContent.__dataclass_fields__ if name != "unused_keys")
+@cache
+def _content_names() -> tuple[str, ...]:
+    from daemon.dataset.rows import RowContent
+
+    return tuple(name for name in RowContent.__dataclass_fields__ if name != "unused_keys")
 
 
 class _Named(msgspec.Struct):

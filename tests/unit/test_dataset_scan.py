@@ -16,8 +16,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from daemon.dataset import DatasetChanged, RejectedDataset, scan_dataset, source
+from daemon.dataset import source
 from daemon.dataset.rows import Columns, Rules, iter_rows
+from daemon.dataset.validate import DatasetChanged, RejectedDataset, scan_dataset
 from daemon.job import Dataset, RunSpec
 from daemon.trainer.attempt import check_unchanged
 from daemon.trainer.errors import RunFailure
@@ -231,7 +232,7 @@ def test_a_change_after_the_validation_is_found_before_training(tmp_path: Path) 
 
 GIANT = """
 import sys, time
-from daemon.dataset import RejectedDataset, scan_dataset
+from daemon.dataset.validate import RejectedDataset, scan_dataset
 from daemon.dataset.rows import Rules
 began = time.perf_counter()
 try:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from daemon.cli.estimates import Pace, format_duration, measure_pace, queue_etas
-from daemon.dataset import scan_dataset
 from daemon.dataset.rows import Rules
+from daemon.dataset.validate import scan_dataset
 from daemon.job import Dataset, Job, JobState, Outcome, RunResult
 
 BYTES_PER_TOKEN = 4

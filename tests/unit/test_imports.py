@@ -34,6 +34,19 @@ def test_a_command_loads_nothing_that_only_the_daemon_or_the_doctor_uses() -> No
     assert not loaded & {"daemon.cli.doctor", "daemon.service", "daemon.scheduler"}
 
 
+def test_a_command_loads_nothing_that_only_some_commands_use() -> None:
+    """What reads and checks datasets, saves roots and reads variables is loaded by who does one of these."""
+    loaded = modules_after("import dropforge, daemon.cli.main")
+    packages = ("daemon.backup", "pydantic_settings", "asyncio", "rich.markdown")
+    assert not {name for name in loaded if name.startswith(packages)}
+    assert not loaded & {
+        "daemon.dataset.rows",
+        "daemon.dataset.scan",
+        "daemon.dataset.validate",
+        "daemon.dataset.convert",
+    }
+
+
 def test_the_guard_knows_nothing_of_the_daemon() -> None:
     loaded = modules_after("import guard, guard.cli")
     assert not {name for name in loaded if name.partition(".")[0] in ("daemon", "torch", "transformers", "msgspec")}

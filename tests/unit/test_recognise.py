@@ -22,9 +22,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.dataset import RejectedDataset, scan_dataset
 from daemon.dataset.recognise import SAMPLE_BYTES, recognise
 from daemon.dataset.rows import Rules
+from daemon.dataset.validate import RejectedDataset, scan_dataset
 from tests.support.root import Root
 
 ROW = '{"text": "a row"}\n'

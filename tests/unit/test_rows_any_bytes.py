@@ -11,10 +11,11 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from daemon.dataset import RejectedDataset, keys, scan_dataset
+from daemon.dataset import keys
 from daemon.dataset.rows import Columns, Format, Rules, check_row, count_answers, detect_format, iter_rows, normalise
 from daemon.dataset.strict_json import LineError
 from daemon.dataset.suggest import describe_unknown
+from daemon.dataset.validate import RejectedDataset, scan_dataset
 from tests.unit.test_rows_formats import BAD, GOOD
 from tests.unit.test_rows_keys import LEARNED, REFUSALS
 from tests.unit.test_rows_strict_json import HOSTILE

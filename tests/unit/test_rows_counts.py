@@ -13,8 +13,8 @@ from rich.console import Console
 from daemon.cli import render
 from daemon.cli.check import CheckReport, check_files, render_text
 from daemon.config import Settings
-from daemon.dataset import DatasetReport, RejectedDataset, scan_dataset
 from daemon.dataset.rows import Columns, Rules
+from daemon.dataset.validate import DatasetReport, RejectedDataset, scan_dataset
 from daemon.inbox.report import report_json, report_text
 from daemon.job import Dataset, Job, JobState, from_json, to_json
 
