@@ -62,7 +62,7 @@ class BaseModel:
         """What an adapter names as its base: the Hub id, `./PATH` from the root, or a folder elsewhere in full."""
         if self.revision is not None or self.root is None:
             return self.reference
-        for folder in (Path(self.name).expanduser(), self.path):  # as it is named first: it may lead out by a link
+        for folder in (expand_home(self.name), self.path):  # as it is named first: it may lead out by a link
             for root in (self.root, self.root.resolve()):
                 if folder.is_absolute() and folder.is_relative_to(root):
                     return f"./{folder.relative_to(root)}"
@@ -159,21 +159,33 @@ def base_change(version: str, recorded: BaseIdentity, found: BaseIdentity) -> Ba
     )
 
 
+def expand_home(name: str) -> Path:
+    """Return a path whose `~` is spelled out; as it is where nobody has that home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def find_base(model: ModelSettings, root: Path | None = None) -> BaseModel | None:
-    """Return the configured base model where it is on this machine: a folder, or a snapshot in the Hub's cache."""
-    name = model.model_name_or_path
+    """Return the configured base model where it is on this machine: a folder, or a snapshot in the Hub's cache.
+
+    None where it is not, or where that cannot be told: the trainer says why.
+    """
+    name, revision = model.model_name_or_path, model.revision or "main"
     if not name:
         return None
-    local = Path(name).expanduser()
-    if local.is_dir():
-        return BaseModel(name=name, path=local.resolve(), revision=None, root=root)
-    folder, revision = hub_folder(name), model.revision or "main"
     try:
-        commit = revision if (folder / "snapshots" / revision).is_dir() else (folder / "refs" / revision).read_text()
-    except (OSError, ValueError):
+        local = expand_home(name)
+        if local.is_dir():
+            return BaseModel(name=name, path=local.resolve(), revision=None, root=root)
+        folder = hub_folder(name)
+        known = (folder / "snapshots" / revision).is_dir()
+        commit = revision if known else (folder / "refs" / revision).read_text(encoding="utf-8").strip()
+        path = folder / "snapshots" / commit
+        return BaseModel(name=name, path=path, revision=path.name, root=root) if path.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: nobody has that home
         return None
-    path = folder / "snapshots" / commit.strip()
-    return BaseModel(name=name, path=path, revision=path.name, root=root) if path.is_dir() else None
 
 
 def hub_folder(name: str) -> Path:

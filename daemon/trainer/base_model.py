@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from daemon.base_identity import BaseModel
+from daemon.base_identity import BaseModel, expand_home
 from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
 from daemon.trainer.errors import RunFailure
@@ -35,7 +35,7 @@ def resolve_base(model: ModelSettings, root: Path | None = None) -> BaseModel:
             "no base model is configured",
             hint="set model_name_or_path under [model] in dropforge.toml, or try `dropforge init --tiny`",
         )
-    local = Path(name).expanduser()
+    local = expand_home(name)
     if local.is_dir():
         base = BaseModel(name=name, path=local.resolve(), revision=None, root=root)
     elif local.is_absolute() or name.startswith((".", "~")):

@@ -16,6 +16,7 @@ from daemon.base_identity import (
     BasePart,
     base_change,
     changed_parts,
+    expand_home,
     find_base,
     identify_base,
     recorded_base,
@@ -62,7 +63,7 @@ def _lost_base(spec: RunSpec, recipe: Recipe, root: Path | None) -> RunFailure |
     if recipe.training.start_from != "latest" or (parent := find_parent(Path(spec.model_dir))) is None:
         return None
     recorded, name = recorded_base(versions.promotion_record(parent)), recipe.model.model_name_or_path
-    folder = (root or Path("/")) / Path(name).expanduser()
+    folder = (root or Path("/")) / expand_home(name)
     named = BaseModel(name=str(folder), path=folder, revision=None, root=root).portable_name
     if recorded is None or recorded.commit is not None or recorded.name != named:
         return None

@@ -317,7 +317,7 @@ def test_a_base_that_is_gone_holds_the_queue_until_it_is_back(trained: Root) -> 
     away.rename(trained.path / "base")
     assert {trained.finished(f"{name}.jsonl").state for name in ("b", "c")} == {JobState.SUCCEEDED}
     assert trained.stop() == 0
-    trained.configure(model={"model_name_or_path": "/nowhere/model"})
+    trained.configure(model={"model_name_or_path": "~nobody-at-all/model"})
     trained.drop("d.jsonl", rows("d"))
     assert trained.run("run", "--once").returncode == 1
     assert trained.finished("d.jsonl").failure is FailureKind.CONFIG
@@ -384,6 +384,11 @@ def hub_cache(folder: Path, base: Path, commit: str, *, head: bool = True) -> No
     if head:
         (model / "refs").mkdir(exist_ok=True)
         (model / "refs" / "main").write_text(commit)
+
+
+@pytest.mark.parametrize("name", ["", "~nobody-at-all/model", "n" * 5000, "a\0b", "org/none", "/root/../\udcff"])
+def test_a_name_that_leads_nowhere_is_no_base_and_no_error(name: str) -> None:
+    assert find_base(ModelSettings(model_name_or_path=name)) is None
 
 
 def test_a_snapshot_of_the_hub_is_known_by_its_commit_and_contents(
