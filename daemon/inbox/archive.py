@@ -199,13 +199,12 @@ def _copy_sidecar(sidecar: Path, target: Path) -> None:
         os.close(descriptor)
 
 
-def sync_claims(settings: Settings, jobs: Iterable[Job]) -> None:
-    """Make the renames of these claims durable in the folders that jobs share, once for all of them. Raises OSError.
+def sync_claims(settings: Settings, dropped: Iterable[Path]) -> None:
+    """Make all renames so far from these folders durable in what jobs share. Raises OSError.
 
     A job's own folder, and what lies in it, is synced by the child that reads the file.
     """
-    dropped = {Path(job.source).parent for job in jobs}
-    for folder in (settings.inbox_dir / layout.PROCESSING, *sorted(dropped)):
+    for folder in (settings.inbox_dir / layout.PROCESSING, *sorted({*dropped})):
         with suppress(FileNotFoundError):  # a folder that is not watched any more
             fsync_dir(folder)
 

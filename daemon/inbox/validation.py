@@ -2,7 +2,7 @@
 
 Good rows are queued with the recipe frozen; content that was trained before ends as a duplicate; everything else is
 refused with a report. Before that the file, its sidecar and their places are durable, by the child that read them and by
-one fsync of each shared folder for all that came back together: what status calls queued survives a power cut.
+one fsync of each shared folder for all that were claimed by then: what status calls queued survives a power cut.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Validator:
         self._log = log
         self._pool = ValidationPool(wakeup, log)
         self._submitted: set[str] = set()  # jobs whose file is in the pool
+        self._unsynced: dict[str, Path] = {}  # of these, whose claim may not be on disk yet -> where it was dropped
         self._repeats: dict[str, _Repeat] = {}
 
     def open(self) -> None:
@@ -61,6 +62,7 @@ class Validator:
         """End the children; their jobs stay claimed and are validated at the next start."""
         self._pool.close()
         self._submitted.clear()
+        self._unsynced.clear()
 
     def busy(self) -> tuple[tuple[str, int, int], ...]:
         """Return job, bytes read and size of each file in the pool."""
@@ -110,12 +112,13 @@ class Validator:
                 self._repeats.pop(reply.job_id, None)
             else:
                 found.append((job, reply))
-        if found:
+        if any(job.id in self._unsynced for job, _ in found):
             try:
-                sync_claims(self.settings, [job for job, _ in found])
+                sync_claims(self.settings, self._unsynced.values())
             except OSError as error:  # they stay claimed, and are submitted again at the next rescan
                 self._log.error("dataset.not_concluded", job=found[0][0].id, error=str(error))
                 return []
+            self._unsynced.clear()
         return found
 
     def adopt_claimed(self) -> None:
@@ -151,6 +154,7 @@ class Validator:
                 path=str(sidecar_path), recipe=recipe.model_dump(mode="json"), limits=limits.model_dump(mode="json")
             )
         self._submitted.add(job.id)
+        self._unsynced[job.id] = Path(job.source).parent
         rules = Rules.of(recipe.data, limits)
         request = Request(job_id=job.id, path=str(path), rules=rules, durable=True, refusal=refusal, sidecar=sidecar)
         self._pool.submit(request, job.size_bytes)
