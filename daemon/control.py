@@ -14,7 +14,7 @@ from daemon.errors import DropforgeError, NotFound
 from daemon.holds import PAUSED_KEY
 from daemon.inbox.archive import Archive, describe_problem, reopen_files
 from daemon.job import FINAL_STATES, Job, JobState, Priority, utc_now
-from daemon.memory.forgetting import FORGOTTEN_KEY
+from daemon.memory.forgetting import FORGOTTEN_KEY, shared_rows
 from daemon.memory.forgetting import forget as forget_memory
 from daemon.memory.store import HELD_OUT_NAME, ROWS_NAME, DatasetMemory, Discarded
 from daemon.retry import StopReason
@@ -115,6 +115,7 @@ def forget(settings: Settings, store: JobStore | None, memory: DatasetMemory) ->
     """
     meta = memory.meta
     rows, apart = (meta.mark(name).rows for name in (ROWS_NAME, HELD_OUT_NAME))
+    shared = shared_rows(settings.state_dir, memory)
     drawn = forget_memory(settings.state_dir, memory, Discarded.FORGOTTEN)
     said = [
         f"{escape(meta.name)} ({meta.digest[:12]}) is forgotten: {rows:,} kept and {apart:,} held-out rows are deleted"
@@ -126,6 +127,10 @@ def forget(settings: Settings, store: JobStore | None, memory: DatasetMemory) ->
         job = _open_job(store, job_id)
         if job is not None:
             said.append(f"job {job.id} rehearsed rows of it, and starts over without them")
+    said += [
+        f"{count:,} of the same rows are kept of {escape(other.name)} ({other.digest[:12]}), which is not forgotten by that"
+        for other, count in shared
+    ]
     learned = learned_by(settings.model_dir, meta.digest)
     if not learned:
         return [*said, "no version has learned it"]

@@ -128,6 +128,7 @@ class Prepared:
     recipe: Recipe
     sidecar: str | None = None  # name of the sidecar that was applied
     sidecar_ignored: str = ""  # why the one that lies there was not
+    force: bool = False
 
 
 def prepare(path: Path, settings: Settings) -> Prepared:
@@ -147,7 +148,7 @@ def prepare(path: Path, settings: Settings) -> Prepared:
     recipe = settings.recipe.with_overrides(sidecar.overrides)
     request = Request(job_id="check", path=str(path.absolute()), rules=Rules.of(recipe.data, settings.limits))
     applied = sidecar_path.name if beside else None
-    return Prepared(request=request, recipe=recipe, sidecar=applied, sidecar_ignored=ignored)
+    return Prepared(request=request, recipe=recipe, sidecar=applied, sidecar_ignored=ignored, force=sidecar.force)
 
 
 def _check(path: Path, settings: Settings, store: JobStore | None, verdict_command: Sequence[str]) -> CheckReport:
@@ -176,7 +177,8 @@ def _check(path: Path, settings: Settings, store: JobStore | None, verdict_comma
         repeats, lengths = _read_rows(path, reply.dataset.format, rules)
     except (LineError, SourceError, OSError) as error:
         return CheckReport(path=str(path), accepted=False, reason=f"it changed while it was read: {error}")
-    tokens = _ask_trainer(path, reply.dataset.format, recipe, verdict_command)
+    root = [str(settings.state_dir), *(["force"] if prepared.force else [])]
+    tokens = _ask_trainer(path, reply.dataset.format, recipe, verdict_command, root)
     trained = store.trained(reply.dataset.digest) if store is not None else []
     return CheckReport(
         path=str(path),
@@ -230,11 +232,11 @@ def _characters(row: Row) -> int:
     return total
 
 
-def _ask_trainer(path: Path, format_: str, recipe: Recipe, command: Sequence[str]) -> Tokens:
+def _ask_trainer(path: Path, format_: str, recipe: Recipe, command: Sequence[str], root: Sequence[str]) -> Tokens:
     """Ask the trainer's side; whatever goes wrong there is a reason, not an error."""
     if not recipe.model.model_name_or_path:
         return Tokens(reason="no base model is configured")
-    arguments = [*command, str(path.absolute()), format_, to_json(recipe.model_dump(mode="json"))]
+    arguments = [*command, str(path.absolute()), format_, to_json(recipe.model_dump(mode="json")), *root]
     try:
         child = subprocess.run(
             arguments,

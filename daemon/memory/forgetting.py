@@ -11,7 +11,9 @@ from daemon.job import ReplayedDataset
 from daemon.memory.replay import rehearses, thaw
 from daemon.memory.store import (
     DatasetMemory,
+    DatasetMeta,
     Discarded,
+    MemoryDamaged,
     dataset_dir,
     discard_rows,
     list_memories,
@@ -56,6 +58,22 @@ def forget(state_dir: Path, memory: DatasetMemory, why: Discarded) -> list[str]:
     for folder in drawn:
         thaw(folder)
     return [folder.name for folder in drawn]
+
+
+def shared_rows(state_dir: Path, memory: DatasetMemory) -> list[tuple[DatasetMeta, int]]:
+    """Return the other datasets of which some of a dataset's rows are kept too, and how many. Raises OSError."""
+    own = _digests(memory)
+    others = [found for found in list_memories(memory_dir_of(state_dir))[0] if found.meta.digest != memory.meta.digest]
+    counts = [(found.meta, len(own & _digests(found))) for found in others]
+    return [(meta, count) for meta, count in counts if count]
+
+
+def _digests(memory: DatasetMemory) -> set[str]:
+    """The rows that are kept of a dataset, as far as they can be read."""
+    try:
+        return {row.digest for row in (*memory.rows(), *memory.held_out())}
+    except (MemoryDamaged, OSError):
+        return set()
 
 
 def forgotten(state_dir: Path, replayed: Iterable[ReplayedDataset]) -> list[str]:

@@ -36,4 +36,5 @@ def too_small(rows: int, data: DataSettings) -> str:
     """Say that a dataset cannot be measured; empty when it can, and where nobody wants it measured."""
     if rows >= MIN_MEASURED_ROWS or data.held_out_fraction == 0:
         return ""
-    return f"too small to measure: {rows} different rows, and rows are held out of {MIN_MEASURED_ROWS} or more"
+    different = "one row" if rows == 1 else f"{rows} different rows"
+    return f"too small to measure: {different}, and rows are held out of {MIN_MEASURED_ROWS} or more"

@@ -1,4 +1,4 @@
-"""`python -m daemon.trainer.check FILE FORMAT RECIPE_JSON`: the verdict that a run would give on a dataset, as JSON.
+"""`python -m daemon.trainer.check FILE FORMAT RECIPE_JSON [STATE_DIR [force]]`: a run's verdict on a dataset, as JSON.
 
 For `dropforge check`: the rows become samples as in a run, by the same functions and in as many processes, and what a run
 would refuse or warn of is said. No weights are loaded.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon.dataset.rows import Format, RowReader
+from daemon.memory.store import held_out_registry, list_memories, memory_dir_of
 from daemon.recipe import Recipe
 from daemon.trainer.base_model import load_tokenizer, resolve_base
 from daemon.trainer.capacity import capacity_of, refuse_what_does_not_fit
@@ -27,8 +28,12 @@ BYTES_A_ROW = 256  # guessed from the file's size: it decides how many processes
 LISTED_LINES = 1000
 
 
-def verdict(path: Path, format_: str, recipe: Recipe) -> dict[str, Any]:
+def verdict(
+    path: Path, format_: str, recipe: Recipe, *, state_dir: Path | None = None, force: bool = False
+) -> dict[str, Any]:
     """Say what a run would make of a dataset, and refuse as it would; every line at fault is listed, up to LISTED_LINES.
+
+    `state_dir`: of the root, whose earlier datasets' held-out rows are not trained.
 
     Returns `tokens` and `trained_tokens` (before truncation, and after it), `samples`, `lengths` (a histogram of samples
     before truncation), `rows_over_max_length`, `truncated_lines`, `unlearned_lines`, `refused` ({line, reason, hint}),
@@ -39,9 +44,17 @@ def verdict(path: Path, format_: str, recipe: Recipe) -> dict[str, Any]:
     tokenizer, capacity = load_tokenizer(base), capacity_of(base)
     reader = RowReader(path, Format(format_), recipe.data)
     processes = worker_processes(path.stat().st_size // BYTES_A_ROW)
+    held_out, problems = held_out_registry(list_memories(memory_dir_of(state_dir))[0]) if state_dir else ({}, [])
     try:
         examples = tokenise(
-            reader.lines(), tokenizer, recipe.data, read=reader.row, processes=processes, keep_refused=True
+            reader.lines(),
+            tokenizer,
+            recipe.data,
+            read=reader.row,
+            processes=processes,
+            held_out_before=held_out,
+            force=force,
+            keep_refused=True,
         )
     except RunFailure as failure:  # the tokenizer lacks what these rows need
         return {"failure": {"message": failure.message, "hint": failure.hint}}
@@ -67,14 +80,17 @@ def verdict(path: Path, format_: str, recipe: Recipe) -> dict[str, Any]:
             {"line": row.line, "reason": row.reason, "hint": row.hint} for row in examples.refused[:LISTED_LINES]
         ],
         "refused_rows": len(examples.refused),
-        "warnings": data_warnings(examples, planned, capacity) if examples.train else (),
+        "warnings": (*data_warnings(examples, planned, capacity), *problems) if examples.train else (),
         "failure": {"message": failed.message, "hint": failed.hint} if failed else None,
     }
 
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(verdict(Path(sys.argv[1]), sys.argv[2], Recipe.model_validate_json(sys.argv[3]))))
+        recipe = Recipe.model_validate_json(sys.argv[3])
+        state_dir = Path(sys.argv[4]) if len(sys.argv) > 4 else None
+        force = sys.argv[5:6] == ["force"]
+        print(json.dumps(verdict(Path(sys.argv[1]), sys.argv[2], recipe, state_dir=state_dir, force=force)))
     except RunFailure as failure:
         print(json.dumps({"error": failure.message, "hint": failure.hint}))
         sys.exit(1)

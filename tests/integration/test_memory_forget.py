@@ -121,10 +121,14 @@ def test_memory_lists_what_is_kept_and_says_what_is_not(make_root: MakeRoot, tin
     assert root.run("rollback", "1").returncode == 0
     assert [one["rehearsed"] for one in json.loads(root.run("memory", "--json").stdout)["datasets"]] == [True, False]
 
+    assert root.run("rollback", "2").returncode == 0
+    trained(root, "again.jsonl", [{"n": 1, **row} for row in pairs("apple", 40)])
     missing = root.run("memory", "forget", "c.jsonl")
     assert missing.returncode == 4
     assert "cannot find the memory of c.jsonl: there is none" in missing.stderr
-    assert root.run("memory", "forget", "a.jsonl").returncode == 0
+    done = root.run("memory", "forget", "a.jsonl")
+    assert done.returncode == 0
+    assert "of the same rows are kept of again.jsonl" in done.stdout
     assert "forgotten" in root.run("memory").stdout
     assert root.run("memory", "forget", "a.jsonl").returncode == 0  # said twice, nothing is harmed
     assert_sound(root)

@@ -97,6 +97,10 @@ def test_a_file_of_held_out_rows_is_refused_with_their_dataset_and_trained_by_fo
     numbers = {n for n in range(COUNT) if pair_digest(n) in held_out}
     assert len(numbers) == len(held_out)
     stolen = [row for n, row in enumerate(pairs()) if n in numbers] + pairs(4, start=900)
+    said = root.path / "stolen.jsonl"
+    said.write_bytes(lines(stolen))
+    refused = " ".join(root.run("check", str(said)).stdout.split())
+    assert f"{len(held_out)} of {len(stolen)} rows are held-out rows of first.jsonl" in refused
     job = finished(root, "stolen.jsonl", stolen)
     assert job.state is JobState.FAILED
     assert re.search(rf"{len(held_out)} of {len(stolen)} rows are held-out rows of first\.jsonl", job.reason)
