@@ -164,9 +164,8 @@ def access_problem(path: Path) -> str:
 
 def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
     """Return the hold of a disk that a run would fill."""
-    for folder in (settings.state_dir, settings.model_dir, settings.inbox_dir):
-        if why := _exhausted(folder):
-            return Hold(kind=HoldKind.NO_SPACE, reason=f"{folder} {why}; waits until there is more")
+    if (hold := no_room(settings)) is not None:
+        return hold
     needed = bytes_needed(recipe, settings.model_dir) + settings.queue.min_free_bytes
     free = free_bytes(settings.model_dir)
     if free >= needed:
@@ -175,6 +174,14 @@ def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
         kind=HoldKind.NO_SPACE,
         reason=f"{settings.model_dir} has {format_bytes(free)} free, a run needs {format_bytes(needed)}; waits for free space",
     )
+
+
+def no_room(settings: Settings) -> Hold | None:
+    """Return the hold of a disk without room for records, whatever is trained."""
+    for folder in (settings.state_dir, settings.model_dir, settings.inbox_dir):
+        if why := _exhausted(folder):
+            return Hold(kind=HoldKind.NO_SPACE, reason=f"{folder} {why}; waits until there is more")
+    return None
 
 
 def _exhausted(folder: Path) -> str:

@@ -379,6 +379,8 @@ class Scheduler:
     def _enforce_limits(self, run: Run) -> None:
         """Ask a trainer that takes too long to leave, and kill one that was asked and has not left."""
         now, queue = time.monotonic(), self.settings.queue
+        if run.stop is None and self.suspended:
+            return  # what it could not report is no sign of a stall
         if run.stop is None:
             if queue.job_timeout and now - run.launched_at > queue.job_timeout:
                 self.request_stop(StopReason.TIMEOUT)

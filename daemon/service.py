@@ -19,10 +19,10 @@ from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, RootHeld, StoreError, Unexpected
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
-from daemon.holds import Hold, HoldKind, hold_of
+from daemon.holds import Hold, HoldKind, hold_of, no_room
 from daemon.inbox.archive import Archive
 from daemon.inbox.intake import Intake
-from daemon.job import FINAL_STATES, Job, JobState
+from daemon.job import FINAL_STATES, Job, JobState, utc_now
 from daemon.notifications import Notifier
 from daemon.observability import logs
 from daemon.recovery import bring_forward, follow_move, open_store, repair_inbox, sweep_memories
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # its library is imported only where metrics are configured
 POLL_SECONDS = 0.25  # between two looks at a running trainer's progress
 PRUNE_SECONDS = 600.0  # between two batches of old jobs that are forgotten
 RETRY_SECONDS = 1.0  # between two tries of what could not be recorded or opened
+PROBE_KEY = "recorded_again"  # of the store's controls: what is written to learn whether it can be
 MOST_STRIKES = 2  # unexpected errors in a row before a job or a file is given up
 STRIKE_SECONDS = 600.0  # errors that lie further apart are not in a row
 REBUILD_SECONDS = 60.0  # between two stores that are rebuilt while the daemon runs
@@ -134,11 +135,16 @@ class Service:
         )
         troubles = [hold for hold in map(self._attempt, stages) if hold is not None]
         trouble = troubles[0] if troubles else self._attempt(self._dispatch)  # queued -> running
+        if trouble is None and self._trouble is not None:  # a round that had nothing to record says nothing of the disk
+            trouble = self._attempt(self._record_probe) or no_room(self.settings)
         if trouble is not None:
             self._hold(trouble)
         elif self._trouble is not None:
             self._trouble = None
             self.scheduler.unsuspend()
+
+    def _record_probe(self) -> None:
+        self.store.set_control(PROBE_KEY, utc_now())
 
     def _poll_control(self) -> None:
         if self.scheduler.poll_control():

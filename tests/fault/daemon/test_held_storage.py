@@ -31,6 +31,7 @@ TABLES = {
     },
     "queue": {**QUICK["queue"], "max_attempts": 2, "min_free_bytes": 0},
 }
+LIMITS = {"stall_timeout": 3.0}  # shorter than the disk is full for: what cannot be reported is no stall
 SLOW = {"*": {"step_seconds": 0.03}}
 
 
@@ -42,6 +43,13 @@ def told(root: Root, *words: str) -> dict[str, Any] | None:
     """The status, once its reason has one of these words."""
     status = root.status()
     return status if status and any(word in status["reason"] for word in words) else None
+
+
+def heartbeat(root: Root) -> float:
+    """When the daemon wrote its status last, on its monotonic clock."""
+    status = root.status()
+    assert status
+    return float(status["monotonic_seconds"])
 
 
 @contextmanager
@@ -74,7 +82,7 @@ def test_a_disk_that_takes_nothing_while_a_job_trains_holds_until_it_does(
     part, break_disk = FAULTS[fault]
     (tmp_path / "root" / part).mkdir(parents=True)
     with mounted(tmp_path / "root" / part, "300m", options="nr_inodes=3000"):
-        root = make_root(behaviour=SLOW, tables=TABLES)
+        root = make_root(behaviour=SLOW, tables={**TABLES, "queue": {**TABLES["queue"], **LIMITS}})
         (root.path / "base" / "config.json").write_text('{"hidden_size": 8, "num_hidden_layers": 1}')
         daemon = root.start()
         root.drop("before.jsonl", rows(2, "before"))
@@ -87,6 +95,11 @@ def test_a_disk_that_takes_nothing_while_a_job_trains_holds_until_it_does(
                 root.drop("b.jsonl", rows(3, "b"))
             wait_until(lambda: told(root, *FULL), what="the status to say that nothing can be recorded")
             wait_until(lambda: "queue.held" in root.errors(), what="a word on stderr")
+            if fault == "state is full":  # for longer than a stall may last, nothing happens
+                seen = heartbeat(root)
+                wait_until(lambda: heartbeat(root) > seen + 2 * LIMITS["stall_timeout"])
+            held = [line for line in root.errors().splitlines() if "queue.held" in line]
+            assert len(held) <= 2, held
             assert daemon.poll() is None
         if not part:
             root.drop("b.jsonl", rows(3, "b"))
