@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from daemon.inbox import layout
 from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, unclaim_sidecar
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
 from daemon.inbox.strays import is_job_folder
-from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, RunSpec
+from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, RunSpec, from_json, to_json
 from daemon.memory.forgetting import sweep
 from daemon.memory.store import DatasetMemory
 from daemon.run_dir import latest_spec, run_dir_of, sealed_step
@@ -33,6 +33,7 @@ from daemon.store import BrokenStore, JobStore, is_made
 from daemon.text import escape
 from guard.atomic import fsync_dir, write_atomic
 
+REBUILDING = ".rebuilding"  # beside the database while another is made in its place
 SETTING_ASIDE = ".set-aside"  # beside the database while it is renamed: its new name
 
 BUSY_SECONDS = 2.0  # the main loop waits no longer for a lock; it tries again
@@ -54,15 +55,30 @@ def open_store(settings: Settings, log: Any, *, damage: str = "") -> JobStore:
         intact = is_made(path)
         if damage and intact:
             raise BrokenStore(operation="use the job store", subject=path, cause=damage)
-        store = JobStore(path, check=intact, busy_seconds=BUSY_SECONDS)
+        if intact:
+            return JobStore(path, check=True, busy_seconds=BUSY_SECONDS)
     except BrokenStore as error:
-        intact = False
         log.error("store.set_aside", path=str(set_aside(path)), reason=error.cause)
-        store = JobStore(path, busy_seconds=BUSY_SECONDS)
-    found = [] if intact else [store.add(job) for job in jobs_on_disk(settings)]
+    found = _rebuild(settings)
     if found:
         log.warning("store.rebuilt", jobs=len(found), succeeded=sum(job.state is JobState.SUCCEEDED for job in found))
-    return store
+    return JobStore(path, busy_seconds=BUSY_SECONDS)
+
+
+def _rebuild(settings: Settings) -> list[Job]:
+    """Make a store anew from the folders, beside its place: one that is cut short half-way would look whole.
+
+    Returns the jobs that it knows. Raises OSError, StoreError.
+    """
+    path = settings.store_path
+    beside = path.with_name(path.name + REBUILDING)
+    for suffix in ("", "-wal", "-shm"):
+        beside.with_name(beside.name + suffix).unlink(missing_ok=True)
+    with closing(JobStore(beside)) as store:
+        found = [store.add(job) for job in jobs_on_disk(settings)]
+    beside.replace(path)
+    fsync_dir(path.parent)
+    return found
 
 
 def follow_move(settings: Settings, store: JobStore, log: Any) -> None:
@@ -302,7 +318,7 @@ def _reported(settings: Settings, trained: Mapping[str, versions.Version]) -> It
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             try:
                 report = parse_report((path / REPORT_JSON).read_text(encoding="utf-8"))
-                job = _from_report(path, report)
+                job = from_json(to_json(_from_report(path, report)), Job)  # a store holds what can be read again
             except (OSError, ValueError, KeyError):
                 continue  # without a report it is not ours to judge; the file stays where it is
             if job.state is JobState.SUCCEEDED and job.id not in trained:

@@ -215,6 +215,11 @@ class Service:
             self._give_up(error, f"{error}, twice in a row; it is this program's fault, and the log has the traceback")
         return None
 
+    def _contain_start(self, error: Exception) -> Hold:
+        """Return the hold of a start that met an unexpected error."""
+        unexpected = Unexpected("started", job="", file=None, cause=error)
+        return self._contain(unexpected) or Hold(kind=HoldKind.INTERNAL, reason=str(unexpected))
+
     def _give_up(self, error: Unexpected, reason: str) -> None:
         """Fail a job, or leave a dropped file alone, that this program cannot handle."""
         try:
@@ -276,11 +281,13 @@ class Service:
                 self._open(damage)
             except (NewerStore, BrokenStore):
                 raise
-            except (StoreError, OSError) as error:
+            except Exception as error:
                 self._close_parts()
+                if isinstance(error, DropforgeError) and not isinstance(error, StoreError):
+                    raise  # a person has to say what is true
                 if once and time.monotonic() - since > ONCE_PATIENCE_SECONDS:
                     raise
-                hold = hold_of(error)
+                hold = hold_of(error) if isinstance(error, DropforgeError | OSError) else self._contain_start(error)
                 if hold.reason != last:
                     self.log.warning("queue.held", kind=hold.kind.value, reason=hold.reason)
                 last = hold.reason

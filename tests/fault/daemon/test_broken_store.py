@@ -127,3 +127,38 @@ def test_a_store_without_its_log_is_never_opened_wherever_setting_it_aside_was_k
             assert {name.partition("unreadable-")[2][15:] for name in aside} >= {"", "-wal"}, str(run)
         assert not path.with_name(path.name + ".set-aside").exists(), str(run)
     assert len(outcomes) == 2
+
+
+def test_a_report_that_somebody_edited_is_no_part_of_a_rebuilt_store(make_root: Callable[..., Root]) -> None:
+    """What could not be read again from the store would break it for ever."""
+    root = make_root(behaviour={})
+    root.start()
+    root.drop("bad.jsonl", b"no row")
+    bad = root.finished("bad.jsonl")
+    assert root.stop() == 0
+    report = root.settings.inbox_dir / "failed" / bad.id / "report.json"
+    report.write_text(report.read_text().replace('"bad.jsonl"', "7", 1))
+    for path in root.settings.state_dir.glob("queue.sqlite3*"):
+        path.unlink()
+    root.start()
+    root.drop("a.jsonl", texts(3, "a"))
+    assert root.finished("a.jsonl").state is JobState.SUCCEEDED
+    assert root.stop() == 0
+    assert not root.events("store.broken")
+
+
+def test_a_rebuild_that_was_cut_short_begins_anew(make_root: Callable[..., Root]) -> None:
+    root = make_root(behaviour={})
+    root.start()
+    root.drop("a.jsonl", texts(3, "a"))
+    root.finished("a.jsonl")
+    assert root.stop() == 0
+    for path in root.settings.state_dir.glob("queue.sqlite3*"):
+        path.unlink()
+    (root.settings.state_dir / "queue.sqlite3.rebuilding").write_bytes(b"half of one")
+    root.start()
+    job = root.job("a.jsonl")
+    assert job is not None
+    assert job.state is JobState.SUCCEEDED
+    assert root.stop() == 0
+    assert not list(root.settings.state_dir.glob("*.rebuilding*"))
