@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,15 +115,19 @@ def newest_number(model_dir: Path) -> int:
     Raises OSError.
     """
     used = read_lineage(model_dir).newest_number
-    return max(used, *(int(version.name) for version in list_versions(model_dir)), 0)
+    return max(used, *map(int, _version_names(model_dir)), 0)
 
 
 def list_versions(model_dir: Path) -> list[Version]:
     """Return all versions, oldest first."""
+    return [read_version(model_dir / VERSIONS / name) for name in sorted(_version_names(model_dir), key=int)]
+
+
+def _version_names(model_dir: Path) -> list[str]:
+    """The names of the versions' folders, in no order. Raises OSError."""
     folder = model_dir / VERSIONS
-    names = sorted((entry.name for entry in os.scandir(folder)), key=len) if folder.is_dir() else []
-    versions = [read_version(folder / name) for name in names if _NAME.fullmatch(name) and (folder / name).is_dir()]
-    return sorted(versions, key=lambda version: int(version.name))
+    entries = os.scandir(folder) if folder.is_dir() else ()
+    return [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir()]
 
 
 def current_version(model_dir: Path) -> Version | None:
@@ -288,8 +292,8 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
             raise CandidateLost(operation="promote", subject=candidate, cause=f"{', '.join(missing)} is missing")
         for leftover in candidate.glob(".*.tmp"):  # of a record that was being written when its writer died
             leftover.unlink()
-        for earlier in list_versions(model_dir):  # one whose promotion failed half-way is part of the line all the same
-            _record_promotion(model_dir, earlier)
+        # One whose promotion failed half-way is part of the line all the same.
+        _record_promotions(model_dir, list_versions(model_dir))
         name = f"{newest_number(model_dir) + 1:04d}"  # never one that was used, also when its folder is gone
         parent = current_version(model_dir)
         full = {
@@ -309,7 +313,7 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
         make_folder_durable(folder)
         rename_durable(candidate, folder / name)
         version = read_version(folder / name)
-    _record_promotion(model_dir, version)
+    _record_promotions(model_dir, [version])
     if read_lineage(model_dir).current == version.name:  # else it was promoted long ago: `latest` never moves back
         point_latest(model_dir, version)
     return version
@@ -470,9 +474,12 @@ def _of_job(model_dir: Path, job_id: str) -> Version | None:
     return mine[-1] if mine else None
 
 
-def _record_promotion(model_dir: Path, version: Version) -> None:
-    if version.name not in read_lineage(model_dir).promoted():
-        _append(model_dir, {"event": "promoted", **version.record, "version": version.name})
+def _record_promotions(model_dir: Path, versions: Iterable[Version]) -> None:
+    """Append a line for each version that the lineage does not have. Raises OSError."""
+    promoted = read_lineage(model_dir).promoted()
+    for version in versions:
+        if version.name not in promoted:
+            _append(model_dir, {"event": "promoted", **version.record, "version": version.name})
 
 
 def _append(model_dir: Path, event: Mapping[str, Any]) -> None:
