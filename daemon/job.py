@@ -156,6 +156,7 @@ class Job:
     state: JobState
     priority: Priority = Priority.NORMAL
     position: int = 0  # within its priority; smaller runs earlier
+    turn: int = 0  # within its position: the first jobs of every owner come before anybody's second
     cancel_request: str = ""  # "" | cancel | return (its file goes back to the inbox)
     path: str = ""  # where the file lies now
     source: str = ""  # where it was dropped

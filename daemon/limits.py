@@ -40,6 +40,9 @@ class LimitSettings(Section):
     max_steps: int = Field(
         1_000_000, ge=0, description="Steps of one run, also where rows and epochs make them; 0: any number."
     )
+    max_queued: PositiveInt = Field(
+        500, description="Jobs of one owner that may wait; further files of theirs stay in the inbox."
+    )
     max_rows: int = Field(0, ge=0, description="Rows of one file; 0: any number.")
     max_tokens: int = Field(0, ge=0, description="Tokens of one file's trained rows, one epoch; 0: any number.")
     max_file_bytes: int = Field(0, ge=0, description="Size of one file as it was dropped; 0: any.")

@@ -76,6 +76,14 @@ _MIGRATIONS = (
     DROP INDEX jobs_queue;
     CREATE INDEX jobs_queue ON jobs (state, begun DESC, priority, position, seq)
     """,
+    # Owners take turns: thousands of files of one do not stand before one file of another.
+    """
+    ALTER TABLE jobs ADD COLUMN owner INTEGER;                        -- user id of the file; NULL: not known
+    ALTER TABLE jobs ADD COLUMN turn INTEGER NOT NULL DEFAULT 0;      -- within a position; smaller runs earlier
+    DROP INDEX jobs_queue;
+    CREATE INDEX jobs_queue ON jobs (state, begun DESC, priority, position, turn, seq);
+    CREATE INDEX jobs_owner ON jobs (state, owner)
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 # Errors that say nothing of the file: a store is not set aside because a disk was full for a moment.
@@ -87,7 +95,7 @@ _PASSING = frozenset(
 )  # fmt: skip
 # Errors that only a damaged file gives, or one whose tables are gone: our own statements are right.
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR})
-_QUEUE_ORDER = "ORDER BY begun DESC, priority, position, seq"
+_QUEUE_ORDER = "ORDER BY begun DESC, priority, position, turn, seq"
 
 
 class NewerStore(StoreError):
@@ -163,8 +171,8 @@ class JobStore:
         stamped = replace(job, created_at=job.created_at or utc_now(), updated_at=utc_now())
         with self._transaction():
             self._db.execute(
-                "INSERT INTO jobs (id, state, begun, priority, position, not_before, digest, source_inode, body)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO jobs (id, state, begun, priority, position, turn, owner, not_before, digest, source_inode, body)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (stamped.id, *_columns(stamped)),
             )
             self._count(stamped.state, 1)
@@ -185,6 +193,8 @@ class JobStore:
                     cause=f"it is {job.state}" if job.state is not expected else "there is no such transition",
                 )
             moved = replace(job, state=to, reason=reason, updated_at=utc_now(), **fields)
+            if to is JobState.QUEUED and expected is JobState.CLAIMED:  # what was interrupted keeps its turn
+                moved = replace(moved, turn=self._next_turn(moved))
             self._write(moved)
             self._count(expected, -1)
             self._count(to, 1)
@@ -340,6 +350,13 @@ class JobStore:
         )
         return [self._job(body) for (body,) in rows]
 
+    def waiting_by_owner(self) -> dict[int | None, int]:
+        """Return how many claimed and queued jobs each owner has; None stands for those that are not known."""
+        rows = self._db.execute(
+            "SELECT owner, count(*) FROM jobs WHERE state IN (?, ?) GROUP BY owner", (JobState.CLAIMED, JobState.QUEUED)
+        ).fetchall()
+        return dict(rows)
+
     def counts(self) -> dict[str, int]:
         """Return the number of jobs by state, every state included."""
         found = dict(self._read("SELECT state, number FROM counts"))
@@ -408,6 +425,7 @@ class JobStore:
                 )
             if priority is not None:
                 job = replace(job, priority=priority, position=0)
+                job = replace(job, turn=self._next_turn(job))
             if first:
                 least = self._db.execute(
                     "SELECT min(position) FROM jobs WHERE state = ? AND priority = ? AND id != ?",
@@ -513,9 +531,18 @@ class JobStore:
             operation=f"{operation} the job store", subject=self.path, cause=str(error)
         )
 
+    def _next_turn(self, job: Job) -> int:
+        """Return the turn of a job that joins the queue: the one that is being served, or after its owner's last."""
+        first, own = self._db.execute(
+            "SELECT min(turn), max(CASE WHEN owner IS ?1 THEN turn + 1 END) FROM jobs"
+            " WHERE state = ?2 AND priority = ?3 AND position = ?4 AND id != ?5",
+            (job.owner, JobState.QUEUED, job.priority.rank, job.position, job.id),
+        ).fetchone()
+        return max(first or 0, own or 0)
+
     def _write(self, job: Job) -> None:
         self._db.execute(
-            "UPDATE jobs SET state = ?, begun = ?, priority = ?, position = ?, not_before = ?, digest = ?,"
+            "UPDATE jobs SET state = ?, begun = ?, priority = ?, position = ?, turn = ?, owner = ?, not_before = ?, digest = ?,"
             " source_inode = ?, body = ? WHERE id = ?",
             (*_columns(job), job.id),
         )
@@ -539,9 +566,9 @@ def _may_pass(error: sqlite3.Error | StoreError) -> bool:
     return code is not None and code & 0xFF in _PASSING
 
 
-def _columns(job: Job) -> tuple[str, bool, int, int, float, str | None, int, str]:
+def _columns(job: Job) -> tuple[str, bool, int, int, int, int | None, float, str | None, int, str]:
     """The values of the schema's columns, in its order."""
     digest = job.dataset.digest if job.dataset else None
     begun = job.max_step > 0
-    order = (job.priority.rank, job.position, job.not_before)
+    order = (job.priority.rank, job.position, job.turn, job.owner, job.not_before)
     return job.state.value, begun, *order, digest, job.source_inode, to_json(job)

@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +137,32 @@ class _IgnoredFiles:
         return new
 
 
+class _Turns:
+    """Settled files that wait for a place; their owners take turns, so that nobody stands behind all of another's."""
+
+    def __init__(self) -> None:
+        self._files: dict[int | None, deque[Candidate]] = {}  # by owner; who is next stands first
+
+    def append(self, candidate: Candidate) -> None:
+        owner = candidate.stat.owner if candidate.stat is not None else None
+        self._files.setdefault(owner, deque()).append(candidate)
+
+    def pop(self, full: Set[int | None]) -> Candidate | None:
+        """Take the next file of an owner that is not in `full`."""
+        owner = next((owner for owner in self._files if owner not in full), None)
+        files = self._files.pop(owner, None) if owner not in full else None
+        if not files:
+            return None
+        candidate = files.popleft()
+        if files:
+            self._files[owner] = files  # last in line now
+        return candidate
+
+    def keep(self, wanted: Callable[[Candidate], bool]) -> None:
+        kept = {owner: deque(filter(wanted, files)) for owner, files in self._files.items()}
+        self._files = {owner: files for owner, files in kept.items() if files}
+
+
 class CandidateTracker:
     """Every name in the watched folders. `now` is of one monotonic clock throughout."""
 
@@ -146,7 +172,7 @@ class CandidateTracker:
         self._candidates: dict[tuple[Priority, str], Candidate] = {}
         self._sidecars: dict[tuple[Priority, str], Candidate] = {}
         self._unsettled: dict[tuple[Priority, str], Candidate] = {}  # those of the candidates that are not in _settled
-        self._settled: dict[Priority, deque[Candidate]] = {p: deque() for p in Priority}
+        self._settled: dict[Priority, _Turns] = {p: _Turns() for p in Priority}
         self._due: list[tuple[float, int, tuple[Priority, str]]] = []
         self._order = itertools.count()
         self._ignored = _IgnoredFiles()
@@ -177,7 +203,7 @@ class CandidateTracker:
         known = Priority(key[0]), key[1]
         for table in (self._candidates, self._unsettled, self._sidecars):
             table.pop(known, None)
-        self._settled[known[0]] = deque(found for found in self._settled[known[0]] if found.key != known)
+        self._settled[known[0]].keep(lambda found: found.key != known)
         self._set_aside[known] = _inode_of(self._folders[known[0]] / known[1])
         self._ignore(known, reason, meant=True)
 
@@ -271,14 +297,13 @@ class CandidateTracker:
             return max(0.0, due - now)
         return None
 
-    def next_settled(self, now: float) -> SettledFile | None:
-        """Return the next settled file, examined anew; None when there is none.
+    def next_settled(self, now: float, full: Set[int | None] = frozenset()) -> SettledFile | None:
+        """Return the next settled file, examined anew; None when there is none of an owner that is not in `full`.
 
-        High priority comes before normal, and normal before low.
+        High priority comes before normal, and normal before low; within one, owners take turns.
         """
         for settled in (self._settled[priority] for priority in Priority):
-            while settled:
-                candidate = settled.popleft()
+            while (candidate := settled.pop(full)) is not None:
                 candidate.settled = False
                 self._unsettled[candidate.key] = candidate
                 with Handling("examined", file=candidate.key):
@@ -434,8 +459,8 @@ class CandidateTracker:
                     table.pop(key, None)
                 if number % NAMES_A_PAUSE == 0:
                     yield
-        if any(candidate.name in gone for candidate in self._settled[priority]):
-            self._settled[priority] = deque(found for found in self._settled[priority] if found.name not in gone)
+        if gone:
+            self._settled[priority].keep(lambda found: found.name not in gone)
 
     def _is_gone(self, key: tuple[Priority, str]) -> bool:
         return not os.path.lexists(f"{self._folders[key[0]]}/{key[1]}")

@@ -299,17 +299,24 @@ class Intake:
             return
         counts = self._store.counts()
         places = self.settings.inbox.max_queued - counts[JobState.CLAIMED] - counts[JobState.QUEUED]
+        most, waiting = self.settings.limits.max_queued, self._store.waiting_by_owner()
+        full = {owner for owner, number in waiting.items() if number >= most}
         until = time.monotonic() + CLAIM_SECONDS
+        nobody = False  # has a file and a place
         while places > 0 and (now := time.monotonic()) < until:
-            file = self._candidates.next_settled(now)
+            file = self._candidates.next_settled(now, full)
             if file is None:
+                nobody = True
                 break
             with Handling("claimed", file=file.candidate.key):
                 job = self._claim(file, now)
             if job is not None:
                 places -= 1
+                waiting[job.owner] = waiting.get(job.owner, 0) + 1
+                if waiting[job.owner] >= most:
+                    full.add(job.owner)
                 self._validator.submit(job)
-        self._queue_full = places <= 0
+        self._queue_full = places <= 0 or nobody
 
     def _claim(self, file: SettledFile, now: float) -> Job | None:
         """Claim one file; None when it waits, or left the inbox."""

@@ -245,3 +245,41 @@ def test_a_file_without_holes_is_not_taken_for_one(tmp_path: Path) -> None:
         opened.refuse_holes()
         assert opened.head(4) == ROW.encode()[:4]
         assert next(iter(opened.blocks())).startswith(ROW.encode())
+
+
+@needs_root
+def test_owners_take_turns_so_that_many_drops_of_one_do_not_stand_before_one_of_another() -> None:
+    """In the claims, where one owner may have so many waiting, and in the queue."""
+    with open_folder() as path, Root(path, limits={"max_queued": 5}) as root:
+        share(root.inbox)
+        for number in range(12):
+            drop_as(MALLORY, root.inbox, f"m{number:02}.jsonl", json.dumps({"text": f"m {number}"}) + "\n")
+        root.wait_for(5)
+        for number in range(2):
+            drop_as(ALICE, root.inbox, f"a{number}.jsonl", json.dumps({"text": f"a {number}"}) + "\n")
+        root.wait_for(7)
+        assert root.intake.view().deferred == 7
+        ran = []
+        for _ in range(14):
+            root.wait_for(1)
+            job = root.store.peek(time.time())
+            assert job is not None
+            ran.append(job.owner)
+            root.finish(job)
+            root.tick()
+        assert [place for place, owner in enumerate(ran) if owner == ALICE] == [1, 3]
+        assert not root.jobs(JobState.QUEUED)
+        assert_sound(root.settings, root.store)
+
+
+def test_a_job_that_is_moved_or_tried_again_finds_its_turn(root: Root) -> None:
+    """`move --first` stands above turns; another priority has turns of its own."""
+    for name in ("a", "b", "c"):
+        root.drop(f"{name}.jsonl", json.dumps({"text": name}) + "\n")
+        root.pump(lambda name=name: any(job.name == f"{name}.jsonl" for job in root.jobs(JobState.QUEUED)))
+    a, b, c = root.jobs(JobState.QUEUED)
+    assert [job.turn for job in (a, b, c)] == [0, 1, 2]
+    root.store.reorder(c.id, first=True)
+    assert [job.id for job in root.store.queue()] == [c.id, a.id, b.id]
+    root.store.reorder(b.id, priority=Priority.HIGH)
+    assert [job.id for job in root.store.queue()] == [b.id, c.id, a.id]
