@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon import config, verification, versions
+from daemon.base_identity import expand_home, hub_folder
 from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.inbox.layout import UNFINISHED_SECONDS, NameKind, name_kind, watched_folders
@@ -284,7 +285,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
             "model", "no base model is configured", "set model_name_or_path under [model], or `dropforge init --tiny`"
         )
         return
-    local = Path(settings.recipe.model.model_name_or_path).expanduser()
+    local = expand_home(settings.recipe.model.model_name_or_path)
     if local.is_dir():
         whole = (local / "config.json").is_file() and any(local.glob("*.safetensors"))
         if whole:
@@ -295,12 +296,9 @@ def _model(settings: Settings) -> Iterator[Finding]:
     if local.is_absolute() or name.startswith((".", "~")):
         yield _fail("model", f"{local} is not a folder", "bring it back, or set model_name_or_path under [model]")
         return
-    cache = Path(
-        os.environ.get("HF_HUB_CACHE")
-        or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
-    )
-    snapshots = cache / f"models--{name.replace('/', '--')}" / "snapshots"
-    if any(snapshots.glob("*/config.json")):
+    folder = hub_folder(name)
+    cache = folder.parent
+    if any(folder.glob("snapshots/*/config.json")):
         yield _ok("model", f"{name} is in {cache}")
     elif settings.model.allow_downloads:
         yield _warn(
