@@ -240,7 +240,7 @@ def refused_table() -> str:
     """Every key that makes a row a bad one."""
     lines = ["| keys | in | with the value | the key | what to do |", "|---|---|---|---|---|"]
     for group in keys.REFUSED:
-        places = ", ".join(group.places)
+        places = ", ".join(group.places).replace("turn", "the assistant's turn" if group.of_answers else "turn")
         lines.append(f"| {_names(group.names)} | {places} | {group.values} | {group.meaning} | {group.advice} |")
     return "\n".join(lines)
 

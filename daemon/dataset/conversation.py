@@ -154,8 +154,9 @@ class Conversation:
         ):
             self.say(turn["role"], turn["content"], (*path, "content"))  # the usual case, in a fifth of the time
             return
-        refuse_keys(turn, path)
         role_key = next((key for key in ROLE_KEYS if is_given(turn.get(key))), None)
+        speaker = turn[role_key] if role_key is not None else None
+        refuse_keys(turn, path, is_answer=not isinstance(speaker, str) or role_named(speaker) in (None, "assistant"))
         if role_key is None:
             self._pair(turn, path)
             return

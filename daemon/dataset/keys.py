@@ -105,6 +105,7 @@ class Refused:
     values: str  # `applies` in words
     applies: Callable[[Any, bool], bool]  # the value, and whether the row holds answers (else it is plain text)
     places: tuple[Place, ...] = (Place.ROW, Place.TURN)
+    of_answers: bool = False  # in turns: in those of the assistant alone, whom a verdict is about
 
     def reason(self, key: str) -> str:
         """Why a row with this key is refused."""
@@ -392,6 +393,7 @@ REFUSED: tuple[Refused, ...] = (
         advice="leave out the rows whose answers are not to be learned",
         values="false or a word for it; beside answers also 0 and numbers below it; in lists and objects, any of these",
         applies=_says_wrong,
+        of_answers=True,
     ),
     Refused(
         names=(
@@ -402,6 +404,7 @@ REFUSED: tuple[Refused, ...] = (
         advice="leave out the rows whose answers are not to be learned",
         values="false or a word for it; beside answers also numbers below 0; in lists and objects, any of these",
         applies=_grades_below_zero,
+        of_answers=True,
     ),
     Refused(
         names=(
@@ -412,6 +415,7 @@ REFUSED: tuple[Refused, ...] = (
         advice="leave out the rows whose answers are not to be learned",
         values="true, or a number that is not 0",
         applies=_true,
+        of_answers=True,
     ),
     Refused(
         names=(

@@ -109,8 +109,9 @@ def first_present(value: Mapping[str, Any], keys: Sequence[str]) -> str | None:
     return next((key for key in keys if key in value), None)
 
 
-def refuse_keys(value: Mapping[str, Any], path: JsonPath) -> None:
+def refuse_keys(value: Mapping[str, Any], path: JsonPath, *, is_answer: bool = True) -> None:
     """Raise RowError for a key of a turn, or of a part of one, that changes what the row means."""
     for key, inner in value.items():
-        if (group := refuses(key, inner, Place.TURN, answers=True)) is not None:
+        group = refuses(key, inner, Place.TURN, answers=True)
+        if group is not None and (is_answer or not group.of_answers):
             raise RowError((*path, key), group.reason(key), group.advice)

@@ -245,6 +245,10 @@ LEARNED = {
     "answers_to_choose_from_that_became_messages": ({"messages": TURNS, "generations": ["x", "y"]}, PLAIN),
     "one_score": ({"messages": TURNS, "score": 0.5, "scores": 3}, PLAIN),
     "verdicts_that_say_yes": ({"messages": TURNS, "correct": True, "reward": 1, "feedback": "thumbs up", "is_wrong": False}, PLAIN),
+    "verdicts_on_what_is_no_answer": (
+        {"messages": [{**TURNS[0], "valid": False}, {"role": "tool", "content": "E", "success": False, "reward": 0, "failed": True}, TURNS[1]]},
+        ["user: Q", "tool: E", "assistant*: A"],
+    ),
     "metrics": ({"messages": TURNS, "score": 0.87, "rating": 1, "votes": 0, "quality": "B", "feedback": "Be more brief.", "grade": 3.5}, PLAIN),
     "an_outcome_that_is_told": ({"messages": TURNS, "outcome": "The parcel was sent.", "verdict": {"by": "A"}}, PLAIN),
     "a_score_of_a_text": ({"text": "A", "score": -3, "reward": 0}, ["text*: A"]),
