@@ -23,9 +23,9 @@ from daemon.recipe import (
     ReplaySettings,
     Section,
     TrainingSettings,
-    explain,
     layered,
 )
+from daemon.setting_names import explain
 
 CONFIG_NAME = "dropforge.toml"
 ENV_PREFIX = "DROPFORGE_"
@@ -230,8 +230,10 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | No
     `text` stands for a `dropforge.toml` that is not there yet. A root without `dropforge.toml` has the defaults. Raises ConfigError with every fault, one a line.
     """
     path = root / CONFIG_NAME
+    written = ""
     try:
-        table = tomllib.loads((path.read_bytes() if text is None else text).decode("utf-8"))
+        written = (path.read_bytes() if text is None else text).decode("utf-8")
+        table = tomllib.loads(written)
     except FileNotFoundError:
         table = {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -250,7 +252,7 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | No
         raise ConfigError(
             operation="use",
             subject=path,
-            cause=explain(error),
+            cause=explain(error, Settings, written),
             hint="`dropforge init` in an empty folder shows every key with its default",
         ) from error
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from daemon.errors import ConfigError
+from daemon.setting_names import explain
 
 SIDECAR_TABLES = ("training", "lora", "data", "replay")
 SIDECAR_CONTENT = "priority, force, [training], [lora], [data] and [replay]"
@@ -245,7 +246,7 @@ class Recipe(Section):
         try:
             return Recipe.model_validate(layered(self.model_dump(), overrides))
         except ValidationError as error:
-            raise ConfigError(operation="apply the sidecar", cause=explain(error)) from error
+            raise ConfigError(operation="apply the sidecar", cause=explain(error, Recipe)) from error
 
 
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,16 +257,3 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
             below = merged.get(name)
             merged[name] = {**below, **value} if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged
-
-
-def explain(error: ValidationError) -> str:
-    """Pydantic's findings as `[table] key: what is wrong (got VALUE)`, joined by `; `."""
-    lines = []
-    for item in error.errors(include_url=False):
-        table, *keys = (str(part) for part in item["loc"]) if item["loc"] else ("",)
-        place = f"[{table}] {'.'.join(keys)}" if keys else table
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {place}")
-        else:
-            lines.append(f"{place}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r:.80})")
-    return "; ".join(dict.fromkeys(lines))

@@ -37,9 +37,10 @@ from daemon.inbox.archive import Archive
 from daemon.job import FINAL_STATES, RUN_SPEC_VERSION, FailureKind, Job, JobState, Outcome, Progress, RunResult, RunSpec
 from daemon.memory.forgetting import FORGOTTEN_KEY, forgotten
 from daemon.notifications import Hooks
-from daemon.recipe import Recipe, explain
+from daemon.recipe import Recipe
 from daemon.retry import RetryDecision, StopReason, decide, decide_not_launched
 from daemon.run_dir import RunEvent, RunReader, run_dir_of, sealed_step, step_in
+from daemon.setting_names import explain
 from daemon.store import JobStore, TransitionRefused
 from daemon.text import escape
 
@@ -530,7 +531,7 @@ def _recipe_of(job: Job) -> Recipe:
     try:
         return Recipe.model_validate(job.recipe)
     except ValidationError as error:
-        cause = "; ".join(explain(error).splitlines())
+        cause = explain(error, Recipe)
         raise ConfigError(operation="use the recipe of", subject=job.id, cause=cause, hint=_retry_hint(job)) from error
 
 

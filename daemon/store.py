@@ -307,13 +307,15 @@ class JobStore:
         return self._job(rows[0][0])
 
     def find(self, text: str) -> Job:
-        """Return the one job whose id begins or ends with `text`.
+        """Return the one job whose id begins or ends with `text`; of "last", the newest.
 
         Raises NotFound when none or several do.
         """
-        rows = self._read(
-            "SELECT body FROM jobs WHERE id >= ?1 AND id < ?1 || char(0x10FFFF) LIMIT 2", (text,)
-        ) or self._read("SELECT body FROM jobs WHERE substr(id, -length(?1)) = ?1 LIMIT 2", (text,))
+        rows = (
+            self._read("SELECT body FROM jobs WHERE ?1 = 'last' ORDER BY seq DESC LIMIT 1", (text,))
+            or self._read("SELECT body FROM jobs WHERE id >= ?1 AND id < ?1 || char(0x10FFFF) LIMIT 2", (text,))
+            or self._read("SELECT body FROM jobs WHERE substr(id, -length(?1)) = ?1 LIMIT 2", (text,))
+        )
         if len(rows) == 1:
             return self._job(rows[0][0])
         cause = "there is no such job" if not rows else "more than one job matches"

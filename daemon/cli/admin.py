@@ -34,6 +34,7 @@ class Level(StrEnum):
     DEBUG = "debug"
     INFO = "info"
     WARNING = "warning"
+    WARN = "warn"  # the same
     ERROR = "error"
 
 
@@ -67,7 +68,7 @@ def logs(
     path = log_path(context.obj.settings)
     if not path.exists():
         raise context.obj.not_yet("read", path, "there is no log yet")
-    selection = log_reader.EventFilter(job=job, level=level.value)
+    selection = log_reader.EventFilter(job=job, level=(Level.WARNING if level is Level.WARN else level).value)
     most = lines if lines is not None else None if job else BACKLOG
     reader = log_reader.LogReader(path)
     colours = sys.stdout.isatty() and not out.no_color

@@ -21,7 +21,7 @@ from daemon.observability.status import finished_job, read_status
 from daemon.store import JobStore, is_made
 from daemon.text import escape
 
-JOB = "A job's id, or its beginning or end."
+JOB = "A job's id, or its beginning or end; `last` is the newest."
 
 
 @app.command("jobs", rich_help_panel=WATCH)

@@ -14,6 +14,7 @@ from rich.console import Console
 import guard
 from daemon import config
 from daemon.cli.app import RootContext, app, out
+from daemon.cli.arguments import reorder
 from daemon.errors import DropforgeError
 
 # Each adds its commands to the application, in the order in which help shows them.
@@ -27,7 +28,9 @@ def main() -> NoReturn:
     prepare_process()
     code = 1
     try:
-        code = int(app(standalone_mode=False, prog_name="dropforge") or 0)
+        application = typer.main.get_command(app)
+        arguments = reorder(sys.argv[1:], application)
+        code = int(application(arguments, standalone_mode=False, prog_name="dropforge") or 0)
     except DropforgeError as error:
         code = complain(str(error), error.exit_code)
     except guard.GuardError as error:

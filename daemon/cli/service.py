@@ -11,7 +11,7 @@ from rich.console import Console
 from daemon import config, root_identity
 from daemon.cli import render
 from daemon.cli.app import BEGIN, WATCH, JsonFlag, RootContext, app, out, print_json, require_own_account
-from daemon.errors import DropforgeError
+from daemon.errors import ConfigError, DropforgeError
 from daemon.observability.status import Liveness, read_status
 from daemon.text import escape
 
@@ -86,6 +86,13 @@ def show_status(
 ) -> None:
     """Is it alive, what does it do, what waits and why. Exit 1 when the daemon died or hangs."""
     settings = context.obj.settings
+    if watch and as_json:
+        raise ConfigError(
+            operation="show",
+            subject="status",
+            cause="--watch is a screen and --json one object",
+            hint="`dropforge status --json`, as often as you need it",
+        )
     if watch:
         from daemon.cli.dashboard import run_dashboard
 

@@ -89,7 +89,7 @@ def test_a_sidecar_that_takes_its_parser_long_is_given_up(root: Root, monkeypatc
 
 
 VALUES = [
-    ("[training]\nseed = 4294967296", "[training] seed: input should be less than 4294967296"),
+    ("[training]\nseed = 4294967296", "[training] seed is less than 4294967296"),
     ("[training]\nseed = -1", "[training] seed"),
     ("[training]\nnum_train_epochs = inf", "[training] num_train_epochs"),
     ("[training]\nnum_train_epochs = nan", "[training] num_train_epochs"),
@@ -99,7 +99,7 @@ VALUES = [
     ("[training]\nwarmup_steps = 1e300", "[training] warmup_steps"),
     ("[training]\nsave_steps = 9000000000000000000", "[training] save_steps"),
     ("[training]\nper_device_train_batch_size = true", "[training] per_device_train_batch_size"),
-    ("[lora]\nr = true", "[lora] r: value error, true and false are no value for it"),
+    ("[lora]\nr = true", "[lora] r: true and false are no value for it"),
     ("[lora]\nr = 0", "[lora] r"),
     ("[lora]\nlora_alpha = 1e308", "[lora] lora_alpha"),
 ]

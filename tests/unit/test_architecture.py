@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard",),
     (
         *("daemon.config", "daemon.errors", "daemon.job", "daemon.limits", "daemon.processes", "daemon.recipe"),
-        *("daemon.run_dir", "daemon.sd_notify", "daemon.text", "daemon.wakeup"),
+        *("daemon.run_dir", "daemon.sd_notify", "daemon.setting_names", "daemon.text", "daemon.wakeup"),
     ),
     (
         *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds", "daemon.memory"),
