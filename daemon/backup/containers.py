@@ -18,7 +18,8 @@ import tarfile
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,10 @@ from daemon.backup.manifest import (
 )
 from daemon.errors import ConfigError, DropforgeError, NotFound, TryLater
 from daemon.text import escape
-from guard.atomic import fsync_tree, make_folder_durable, rename_durable
+from guard.atomic import fsync_dir, make_folder_durable, rename_durable
 
 BLOCK_BYTES = 2**20
+FSYNCS_AT_ONCE = 32
 TAR_SUFFIXES = {".tar": "", ".tar.gz": "gz", ".tgz": "gz", ".tar.zst": "zst"}
 # Archives that somebody may take this program to write: a folder of that name would be a surprise.
 FOREIGN_SUFFIXES = (".zip", ".7z", ".xz", ".bz2", ".gz", ".zst", ".tbz2", ".txz", ".tzst")
@@ -317,14 +319,14 @@ class _FolderSink(Sink):
         self._into = incomplete
         self._earlier = earlier
         self._known: Mapping[str, SavedFile] = {}
-        self.reused_bytes = 0
+        self._copied: list[Path] = []
         if earlier is not None:
             with suppress(DamagedManifest, OSError):  # then nothing of it is used again
                 self._known = parse_manifest((earlier / MANIFEST_NAME).read_bytes()).files
         self._by_digest = {file.blake3: name for name, file in self._known.items()}
 
     def clear(self) -> None:
-        self.files, self.folders, self.links, self.reused_bytes = {}, {}, {}, 0
+        self.files, self.folders, self.links, self._copied = {}, {}, {}, []
         shutil.rmtree(self._into)
         self._into.mkdir(mode=0o700)
 
@@ -351,6 +353,7 @@ class _FolderSink(Sink):
             saved = self._copy(name, source, status)
             if saved.blake3 in self._by_digest:  # it was moved
                 (self._into / name).unlink()
+                self._copied.pop()
                 if not self._reuse(name, saved):
                     os.lseek(descriptor, 0, os.SEEK_SET)
                     saved = self._copy(name, _Digesting(descriptor, status.st_size), status)
@@ -362,9 +365,8 @@ class _FolderSink(Sink):
             while block := source.read():
                 guard.atomic.write_all(copy.fileno(), block)
             saved = source.saved(status)
-            os.fchmod(copy.fileno(), saved.mode)
-            os.fsync(copy.fileno())
-            _forget_cached(copy.fileno())
+            os.fchmod(copy.fileno(), saved.mode | stat.S_IRUSR)  # that it can be verified; the manifest has its own
+        self._copied.append(self._into / name)
         os.utime(self._into / name, ns=(saved.mtime_ns, saved.mtime_ns))
         return saved
 
@@ -383,12 +385,11 @@ class _FolderSink(Sink):
             os.link(self._earlier / other, self._into / name, follow_symlinks=False)
         except OSError:
             return False  # links are refused here, or the earlier snapshot is being removed: it is copied
-        self.reused_bytes += saved.size_bytes
         return True
 
     def publish(self, manifest: Manifest) -> Path:
         guard.write_atomic(self._into / MANIFEST_NAME, render_manifest(manifest), mode=0o600)
-        fsync_tree(self._into)
+        make_durable(self._copied, [*(self._into / name for name in manifest.folders), self._into])
         verify(_FolderSource(self._into))
         for name, mode in sorted(manifest.folders.items(), reverse=True):
             (self._into / name).chmod(mode | 0o700)  # that its owner can read and remove it
@@ -631,6 +632,23 @@ def verify(source: Source, *, keep: str = "") -> Verified:
         if others[name] != expected_others[name]:
             raise damaged(f"{escape(name)} is not as it was saved")
     return Verified(manifest=manifest, settings_text=kept)
+
+
+def make_durable(files: Iterable[Path], folders: Iterable[Path]) -> None:
+    """Make new files and then their folders durable, many at once: the disk commits them together. Raises OSError."""
+    with ThreadPoolExecutor(max_workers=FSYNCS_AT_ONCE) as pool:
+        for paths, act in ((files, _fsync_new), (folders, fsync_dir)):
+            for _ in pool.map(act, paths):
+                pass
+
+
+def _fsync_new(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+        _forget_cached(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _forget_cached(descriptor: int) -> None:

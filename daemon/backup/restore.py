@@ -18,7 +18,7 @@ from blake3 import blake3
 
 import guard
 from daemon import config, root_identity, versions
-from daemon.backup.containers import BLOCK_BYTES, DamagedBackup, Readable, Source, open_source, verify
+from daemon.backup.containers import BLOCK_BYTES, DamagedBackup, Readable, Source, make_durable, open_source, verify
 from daemon.backup.manifest import BASE, MANIFEST_NAME, MARK_NAMES, Manifest
 from daemon.backup.plan import ASIDE_PREFIX, is_set_aside
 from daemon.config import CONFIG_NAME, Settings
@@ -331,6 +331,7 @@ def _put_back(plan: RestorePlan) -> None:
     """Write what the backup holds into folders that hold nothing."""
     made: dict[Path, int] = {}
     links: dict[Path, str] = {}
+    files: dict[Path, int] = {}
     for name, mode in sorted(plan.manifest.folders.items()):
         if (path := _place(plan, name)) is not None and not path.is_dir():
             if name == BASE:  # it may lie anywhere
@@ -346,6 +347,7 @@ def _put_back(plan: RestorePlan) -> None:
                 links[path] = plan.manifest.links[entry.name]
             else:
                 _write_file(source, plan.manifest, entry.name, entry.stream, path)
+                files[path] = plan.manifest.files[entry.name].mode
     for path, target in sorted(links.items()):  # last: nothing is written through one
         path.symlink_to(target)
     if plan.newer.used > plan.manifest.newest_version:
@@ -355,11 +357,9 @@ def _put_back(plan: RestorePlan) -> None:
             used=plan.newer.used,
             created_at=plan.manifest.created_at,
         )
-    for path, mode in sorted(made.items(), reverse=True):
-        fsync_dir(path)
-        path.chmod(mode)
-    for path in {*part_paths(plan.settings).values(), *(path.parent for path in made)}:
-        fsync_dir(path)
+    make_durable(files, {*made, *part_paths(plan.settings).values(), *(path.parent for path in made)})
+    for path, mode in (*files.items(), *sorted(made.items(), reverse=True)):
+        path.chmod(mode)  # after all that needs to read them; the mark's own fsync follows
 
 
 def _place(plan: RestorePlan, name: str) -> Path | None:
@@ -387,9 +387,7 @@ def _write_file(source: Source, manifest: Manifest, name: str, stream: Readable,
                 cause=f"{escape(name)} changed since it was verified",
                 hint="restore again from another backup, with --move-aside",
             )
-        os.fchmod(descriptor, saved.mode)
         os.utime(descriptor, ns=(saved.mtime_ns, saved.mtime_ns))
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

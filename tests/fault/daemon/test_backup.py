@@ -208,6 +208,8 @@ def test_every_kind_of_backup_brings_everything_back_as_it_was(trained: Root, tm
 
     (trained.settings.model_dir / "versions" / "0001").chmod(0o750)
     (trained.settings.model_dir / "versions" / "0001" / "adapter_model.safetensors").chmod(0o640)
+    (trained.settings.model_dir / "closed").mkdir(mode=0)
+    trained.drop("for_the_group_alone.jsonl", rows("group")).chmod(0o040)
     shutil.rmtree(trained.path / "base")
     (trained.path / "base").mkdir()
     before = everything()
