@@ -157,7 +157,7 @@ class Validator:
         self._unsynced[job.id] = Path(job.source).parent
         rules = Rules.of(recipe.data, limits)
         request = Request(job_id=job.id, path=str(path), rules=rules, durable=True, refusal=refusal, sidecar=sidecar)
-        self._pool.submit(request, job.size_bytes)
+        self._pool.submit(request, job.size_bytes, job.owner)
 
     def _claimed(self, job_id: str) -> Job | None:
         """The job, unless it was cancelled meanwhile."""

@@ -1,5 +1,6 @@
-"""The child processes that validate datasets for the daemon: one for ordinary files, one for large ones.
+"""The child processes that validate datasets for the daemon.
 
+One reads ordinary files and one large ones; while files of several owners wait, a few more read theirs.
 Requests and replies go through pipes; a thread for each child waits for its replies and wakes the service. A file whose
 child dies is validated once more in a new one, then it is refused.
 """
@@ -29,6 +30,7 @@ LARGE_BYTES = 32 * 2**20  # read in the lane for large files
 PIPELINED = 64  # requests that a child has at once, so that it never waits for the daemon's disk
 IDLE_SECONDS = 600.0  # an unused child ends after so long
 MAX_TRIES = 2
+MAX_LANES = 3  # for ordinary files, and as many for large ones: so many owners never wait for each other
 
 
 @dataclass
@@ -77,8 +79,17 @@ class _Child:
 
 @dataclass
 class _Lane:
+    """Files that one child reads, one after the other: of one owner, as long as there are lanes enough."""
+
+    large: bool
+    owner: int | None = None
     waiting: deque[_Task] = field(default_factory=deque)
     child: _Child | None = None
+
+    @property
+    def load(self) -> int:
+        """Files that wait here or are being read."""
+        return len(self.waiting) + (len(self.child.in_flight) if self.child else 0)
 
 
 class ValidationPool:
@@ -87,7 +98,8 @@ class ValidationPool:
     def __init__(self, wakeup: SupportsSet, log: Any) -> None:
         self._wakeup = wakeup
         self._log = log
-        self._small, self._large = _Lane(), _Lane()
+        self._small = _Lane(large=False)
+        self._all = [self._small, _Lane(large=True)]
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -99,9 +111,9 @@ class ValidationPool:
         if self._small.child is None:
             self._small.child = _Child(self._wakeup)
 
-    def submit(self, request: Request, size_bytes: int) -> None:
-        """Queue one file."""
-        lane = self._large if size_bytes >= LARGE_BYTES else self._small
+    def submit(self, request: Request, size_bytes: int, owner: int | None = None) -> None:
+        """Queue one file; those of one `owner` are read one after the other, and hold up nobody else's."""
+        lane = self._lane_of(owner, large=size_bytes >= LARGE_BYTES)
         lane.waiting.append(_Task(request, size_bytes))
         self._feed(lane)
 
@@ -155,14 +167,28 @@ class ValidationPool:
                 lane.child = None
             lane.waiting.clear()
 
-    def _lanes(self) -> tuple[_Lane, _Lane]:
-        return self._small, self._large
+    def _lanes(self) -> tuple[_Lane, ...]:
+        return tuple(self._all)
+
+    def _lane_of(self, owner: int | None, *, large: bool) -> _Lane:
+        """The owner's lane, else an idle one, else a new one, else the one with least to do."""
+        lanes = [lane for lane in self._all if lane.large is large]
+        for lane in lanes:
+            if lane.load and lane.owner == owner:
+                return lane
+        least = min(lanes, key=lambda lane: lane.load)
+        if least.load and len(lanes) < MAX_LANES:
+            least = _Lane(large=large)
+            self._all.append(least)
+        if not least.load:
+            least.owner = owner
+        return least
 
     def _feed(self, lane: _Lane) -> None:
         while lane.waiting:
             if lane.child is None:
                 lane.child = _Child(self._wakeup)
-            if len(lane.child.in_flight) >= (PIPELINED if lane is self._small else 1):
+            if len(lane.child.in_flight) >= (1 if lane.large else PIPELINED):
                 return
             lane.child.submit(lane.waiting.popleft())
 

@@ -283,3 +283,18 @@ def test_a_job_that_is_moved_or_tried_again_finds_its_turn(root: Root) -> None:
     assert [job.id for job in root.store.queue()] == [c.id, a.id, b.id]
     root.store.reorder(b.id, priority=Priority.HIGH)
     assert [job.id for job in root.store.queue()] == [b.id, c.id, a.id]
+
+
+@needs_root
+def test_a_file_that_takes_long_to_check_delays_no_other_owner_s() -> None:
+    """Another child reads hers, while his large file is still being read."""
+    with open_folder() as path, Root(path, data={"on_bad_rows": "skip"}) as root:
+        share(root.inbox)
+        drop_as(MALLORY, root.inbox, "long.jsonl", ROW.encode() * 6_000_000)
+        root.pump(lambda: any(done for _, done, _ in root.intake.view().scanning))
+        drop_as(ALICE, root.inbox, "large.jsonl", b'{"text": "%s"}\n' % (b"a" * 2**20) * 33)
+        (job,) = root.wait_for(1)
+        assert (job.owner, job.name) == (ALICE, "large.jsonl")
+        assert root.intake.view().scanning
+        root.archive.finish(root.jobs(JobState.CLAIMED)[0], JobState.CANCELLED, "by a person")
+        root.pump(lambda: not root.intake.view().scanning)
