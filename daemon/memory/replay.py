@@ -130,7 +130,10 @@ def read_frozen(
         return None
     if dict(frozen.key) != dict(key) or digest_of(data) != frozen.digest:
         return None
-    rows = [(msgspec.json.decode(line, type=_Frozen), line) for line in data.splitlines(keepends=True)]
+    try:
+        rows = [(msgspec.json.decode(line, type=_Frozen), line) for line in data.splitlines(keepends=True)]
+    except msgspec.MsgspecError:  # of another version of Dropforge
+        return None
     if not all(may_be_trained(row.dataset, row.digest) for row, _ in rows):
         return None
     return [(row.dataset, line) for row, line in rows]

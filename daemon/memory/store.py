@@ -102,15 +102,21 @@ class DatasetMemory:
 
     def rows(self) -> list[StoredRow]:
         """The trained rows that are kept. Raises MemoryDamaged, OSError."""
-        return list(map(_stored, self.read(ROWS_NAME).splitlines(keepends=True)))
+        return self._decoded(ROWS_NAME)
 
     def held_out(self) -> list[StoredRow]:
         """The rows that were never trained. Raises MemoryDamaged, OSError."""
-        return list(map(_stored, self.read(HELD_OUT_NAME).splitlines(keepends=True)))
+        return self._decoded(HELD_OUT_NAME)
 
     def retired(self) -> frozenset[str]:
         """Digests of other datasets' rows that this one took the place of. Raises MemoryDamaged, OSError."""
         return frozenset(_digests(self.read(RETIRED_INDEX)))
+
+    def _decoded(self, name: str) -> list[StoredRow]:
+        try:
+            return list(map(_stored, self.read(name).splitlines(keepends=True)))
+        except msgspec.MsgspecError as error:  # as it was written, and yet no row: another version wrote it
+            raise MemoryDamaged(self, f"{name} holds rows of another version of Dropforge ({error})") from error
 
     def read(self, name: str) -> bytes:
         """The bytes of a file that are as they were written. Raises MemoryDamaged, OSError."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from daemon.job import Job, JobState, Outcome, RunSpec
 from daemon.memory import replay
-from daemon.memory.store import DatasetMemory, dataset_dir, memory_dir_of, read_memory
+from daemon.memory.store import DatasetMemory, dataset_dir, digest_of, memory_dir_of, read_memory
 from daemon.run_dir import run_dir_of
 from tests.support.inprocess import StopAfterLoading, events, promote, specify, train
 from tests.support.root import Root
@@ -156,7 +156,7 @@ def test_a_new_answer_retires_the_old_one_for_training_and_for_measuring(tiny_ba
     assert events(b, "run.replay_drawn")[0]["replaced_rows"] == len(gone)
 
 
-@pytest.mark.parametrize("damage", ["edited", "cut", "meta", "gone"])
+@pytest.mark.parametrize("damage", ["edited", "cut", "meta", "gone", "another_version"])
 def test_a_damaged_memory_is_passed_over_and_told(tiny_base: Path, tmp_path: Path, damage: str) -> None:
     a = specified(tmp_path, "a", tiny_base, pairs("apple", 30))
     trained(a)
@@ -165,6 +165,13 @@ def test_a_damaged_memory_is_passed_over_and_told(tiny_base: Path, tmp_path: Pat
     content = path.read_bytes()
     if damage == "gone":
         path.unlink()
+    elif damage == "another_version":  # whole, and yet not what is read
+        other = content.replace(b'"asks"', b'"asked"')
+        path.write_bytes(other)
+        meta = (folder / "meta.json").read_text()
+        marks = json.loads(meta)["files"]["rows.jsonl"]
+        meta = meta.replace(marks["digest"], digest_of(other)).replace(str(len(content)), str(len(other)))
+        (folder / "meta.json").write_text(meta)
     else:
         path.write_bytes(content[: len(content) // 2] if damage in ("cut", "meta") else content.replace(b"7", b"8", 1))
     result = train(specified(tmp_path, "b", tiny_base, pairs("pear", 30)))
