@@ -19,6 +19,7 @@ _BOUNDED = (
     ("lora", "r", "max_lora_rank"),
     ("training", "num_train_epochs", "max_epochs"),
     ("training", "max_steps", "max_steps"),
+    ("training", "learning_rate", "max_learning_rate"),
     ("data", "max_length", "max_length"),
 )
 _ROWS_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -33,6 +34,7 @@ class LimitSettings(Section):
     )
     max_lora_rank: PositiveInt = Field(1024, description="Largest [lora] r that a sidecar may ask for.")
     max_epochs: PositiveFloat = Field(1000.0, description="Most [training] num_train_epochs, likewise.")
+    max_learning_rate: PositiveFloat = Field(10.0, description="Largest [training] learning_rate, likewise.")
     max_length: PositiveInt = Field(262_144, description="Largest [data] max_length, likewise.")
     max_batch_rows: PositiveInt = Field(
         65_536, description="Most rows a step, per_device_train_batch_size x gradient_accumulation_steps, likewise."

@@ -93,7 +93,7 @@ class TrainingSettings(Section):
     train_sampling_strategy: Literal["group_by_length", "random"] = Field(
         "group_by_length", description="Rows of similar length share a step's parts, or rows at random."
     )
-    learning_rate: Amount = Field(2e-4, description="Peak learning rate.")
+    learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Shape of the schedule."
     )

@@ -96,6 +96,7 @@ VALUES = [
     ("[training]\nnum_train_epochs = 1e308", "[training] num_train_epochs"),
     ("[training]\nnum_train_epochs = -1", "[training] num_train_epochs"),
     ("[training]\nlearning_rate = 1e308", "[training] learning_rate"),
+    ("[training]\nlearning_rate = 100", "learning_rate = 100.0 is asked for, but [limits] max_learning_rate = 10"),
     ("[training]\nwarmup_steps = 1e300", "[training] warmup_steps"),
     ("[training]\nsave_steps = 9000000000000000000", "[training] save_steps"),
     ("[training]\nper_device_train_batch_size = true", "[training] per_device_train_batch_size"),
