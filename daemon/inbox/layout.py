@@ -104,7 +104,7 @@ def unusable_reason(settings: Settings) -> str:
     """Say why no file can be claimed now; empty when one can."""
     for path in (settings.inbox_dir, settings.inbox_dir / PROCESSING):
         try:
-            why = access_problem(path)
+            why = access_problem(path) or ("" if path.is_dir() else "it is not a folder")
         except FileNotFoundError:
             why = "it is missing"
         if why:
