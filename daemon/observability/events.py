@@ -212,6 +212,31 @@ EVENTS: Mapping[str, Event] = {
     "version.unreadable": _event("error", "The current version cannot be read.", "error"),
 }
 
+# What the console shows of an event, in this order, with its job; of an event that is not here, every short value.
+CONSOLE_KEYS: Mapping[str, tuple[str, ...]] = {
+    name: tuple(keys.split())
+    for name, keys in {
+        "file.claimed": "file",
+        "dataset.checked": "rows format size_bytes skipped_rows unused_keys warnings",
+        "job.started": "dataset attempt",
+        "job.requeued": "dataset attempt reason hint warnings",
+        "job.succeeded": (
+            "dataset version steps_run steps_planned train_loss held_out_before held_out_after total_seconds warnings"
+        ),
+        "job.failed": "dataset attempt reason hint warnings",
+        "job.cancelled": "dataset reason hint",
+        "job.rejected": "dataset reason hint",
+        "guard.run_decided": "verdict step reasons",
+        "guard.run_stamped": "dataset",
+        "memory.kept": "rows held_out_rows discarded",
+        "run.replay_drawn": "rows trained_tokens replaced_rows",
+        "run.planned": "rows held_out_rows replayed_rows dropped_rows tokens trained_tokens total_steps",
+        "run.started": "start_step total_steps resumed_from",
+        "run.trained": "train_seconds tokens_per_second",
+        "checkpoint.sealed": "step size_bytes",
+    }.items()
+}
+
 
 def by_noun() -> dict[str, dict[str, Event]]:
     """The events of each noun, in the order of the list."""

@@ -7,17 +7,65 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from daemon.text import escape, printable
+from daemon.observability.events import CONSOLE_KEYS
+from daemon.text import escape, format_bytes, printable
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 VALUE_CHARACTERS = 2000
 _COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "1;31", "critical": "1;31"}
+
+_FRAME = ("timestamp", "level", "event", "exception")
+_SENTENCES = frozenset({"reason", "reasons", "hint", "error", "warnings"})
+
+
+def brief(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a person needs of an event: no zero, no digest, nothing nested, short numbers, its job last.
+
+    Of the events in CONSOLE_KEYS their keys alone; of any other one everything that is short.
+    """
+    chosen = CONSOLE_KEYS.get(str(event.get("event", "")))
+    keys = [key for key in (event if chosen is None else chosen) if key not in _FRAME and key != "job"]
+    shown = {key: _brief_value(key, event.get(key), chosen=chosen is not None) for key in (*keys, "job")}
+    frame = {key: event[key] for key in _FRAME if key in event}
+    return frame | {key: value for key, value in shown.items() if value is not None}
+
+
+def _brief_value(key: str, value: Any, *, chosen: bool) -> str | int | float | None:
+    """Return the short form of a value; None for one that is left out."""
+    match value:
+        case str():
+            if key in _SENTENCES:
+                value = _one_line(value)
+            return value if value and not _DIGEST.fullmatch(value) else None
+        case bool():
+            return value or None
+        case int() if key.endswith("_bytes"):
+            return format_bytes(value) if value else None
+        case int() | float():
+            return (float(f"{value:.4g}") if isinstance(value, float) else value) or None
+        case Mapping() if not chosen:
+            return None
+        case Mapping() | list() | tuple():
+            parts = [_brief_value(key, item, chosen=False) for item in value]
+            return "; ".join(str(part) for part in parts if part is not None) or None
+    return None if value is None else str(value)
+
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+_BREAK = re.compile(r"\n|\\([\\n])")  # a newline, itself or escaped; an escaped backslash before an n is none
+
+
+def _one_line(text: str) -> str:
+    """Return a text of several lines as one, its lines after semicolons."""
+    lines = _BREAK.sub(lambda found: "\n" if found[1] != "\\" else found[0], text).split("\n")
+    return "; ".join(line.strip() for line in lines if line.strip())
 
 
 def format_line(event: Mapping[str, Any], *, colours: bool) -> str:
@@ -47,11 +95,7 @@ def format_data(event: Mapping[str, Any], *, most: int) -> str:
 
 
 def _data(event: Mapping[str, Any], most: int) -> str:
-    return " ".join(
-        f"{escape(str(key))}={_value(value, most)}"
-        for key, value in event.items()
-        if key not in ("timestamp", "level", "event", "exception")
-    )
+    return " ".join(f"{escape(str(key))}={_value(value, most)}" for key, value in event.items() if key not in _FRAME)
 
 
 def _value(value: Any, most: int) -> str:

@@ -1,4 +1,4 @@
-"""Logging: one event, up to two readers - the file (complete, JSON lines), and a terminal (pretty) or the journal.
+"""Logging: one event, up to two readers - the file (complete, JSON lines), and a terminal (brief) or the journal.
 
 structlog shapes the events, the standard library's handlers carry and rotate them. Nothing that a file's name or a
 dataset's text holds can forge a line, a field or a colour: JSON is ASCII, everything else is escaped.
@@ -36,7 +36,7 @@ def configure(settings: Settings, *, terminal: bool = True, listeners: Sequence[
     handlers: list[tuple[logging.Handler, Any]] = [(file, _json)]
     if terminal:
         native = journald.JournalHandler() if journald.is_stderr() else None
-        handlers.append((native, journald.render) if native else (logging.StreamHandler(sys.stderr), _pretty))
+        handlers.append((native, journald.render) if native else (logging.StreamHandler(sys.stderr), _console))
 
     def publish(logger: Any, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         for listener in listeners:
@@ -161,5 +161,7 @@ def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
     return json.dumps(finite({**first, **event}), default=str, ensure_ascii=True, allow_nan=False)
 
 
-def _pretty(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
-    return log_reader.format_line(finite(event), colours=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
+def _console(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
+    """The event as the console shows it; the file has it whole."""
+    shown = log_reader.brief(finite(event))
+    return log_reader.format_line(shown, colours=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))

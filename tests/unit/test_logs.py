@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from daemon.config import Settings
 from daemon.observability import journald, log_reader, logs
+from daemon.observability.events import CONSOLE_KEYS
+from daemon.observability.events import EVENTS as EVENTS_LISTED
 from daemon.text import escape
 
 TEXT = st.text(
@@ -278,3 +280,60 @@ def test_escaped_text_is_visible_and_short(text: str) -> None:
     shown = escape(text, most=50)
     assert len(shown) <= 50
     assert all(is_visible(character) for character in shown)
+
+
+CONSOLE_LINES = [
+    (
+        {"event": "job.succeeded", "dataset": "a.jsonl", "reason": "2 of 2 steps", "attempt": 1, "version": "0001",
+         "size_bytes": 236, "digest": "5" * 64, "tried": [], "steps_run": 2, "steps_planned": 2, "start_step": 0,
+         "reasons": ["there are no checkpoints"], "train_loss": 7.945447921752930, "held_out_before": None,
+         "base": {"name": "./base_model", "weights": "3" * 64}, "warnings": [], "total_seconds": 7.7111, "job": "j"},
+        "job.succeeded  dataset=a.jsonl version=0001 steps_run=2 steps_planned=2 train_loss=7.945 total_seconds=7.711"
+        " job=j",
+    ),
+    (
+        {"event": "job.failed", "job": "j", "dataset": "a.jsonl", "attempt": 3, "overrides": {"lora": {"r": 4}},
+         "reason": "no base model\n  at base_model", "hint": "put one there\\nor name another: a\\\\name"},
+        'job.failed  dataset=a.jsonl attempt=3 reason="no base model; at base_model"'
+        ' hint="put one there; or name another: a\\\\name" job=j',
+    ),
+    (
+        {"event": "dataset.checked", "job": "j", "rows": 4, "skipped_rows": 0, "size_bytes": 3 * 2**20,
+         "unused_keys": {"id": 4, "source": 2}, "warnings": ["all rows are equal (4 rows)", "short (2 rows)"]},
+        'dataset.checked  rows=4 size_bytes="3.0 MiB" unused_keys="id; source"'
+        ' warnings="all rows are equal (4 rows); short (2 rows)" job=j',
+    ),
+    (
+        {"event": "plugin.told", "job": "j", "flag": False, "sure": True, "share": 0.123456, "base": {"a": 1},
+         "digests": ["a" * 64], "path": Path("/a/b"), "nested": [{"a": 1}], "none": None, "empty": ""},
+        "plugin.told  sure=true share=0.1235 path=/a/b job=j",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("event", "line"), CONSOLE_LINES, ids=[event["event"] for event, _ in CONSOLE_LINES])
+def test_the_console_shows_what_a_person_needs(event: dict[str, Any], line: str) -> None:
+    event = {"timestamp": "2026-11-23T04:41:07Z", "level": "info", **event}
+    shown = log_reader.format_line(log_reader.brief(event), colours=False)
+    assert shown == f"2026-11-23 04:41:07 info    {line}"
+
+
+def test_what_the_console_shows_are_keys_that_events_have() -> None:
+    for name, keys in CONSOLE_KEYS.items():
+        assert set(keys) <= set(EVENTS_LISTED[name].keys)
+
+
+def test_the_console_is_brief_where_the_file_is_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = logs.configure(Settings(root=tmp_path))
+    log.error("job.failed", job="j", dataset="a.jsonl", reason="one\ntwo", digest="5" * 64, steps_run=0)
+    said = capfd.readouterr().err
+    assert said.endswith('job.failed  dataset=a.jsonl reason="one; two" job=j\n')
+    (event,) = lines(tmp_path)
+    assert (event["reason"], event["digest"], event["steps_run"]) == ("one\ntwo", "5" * 64, 0)
+
+
+@given(name=st.one_of(TEXT, st.sampled_from(sorted(CONSOLE_KEYS))), data=EVENTS)
+def test_a_brief_line_is_one_line_of_visible_characters(name: str, data: dict[str, Any]) -> None:
+    event = {"timestamp": "2026-11-23T04:41:07Z", "level": "info", "event": name, **data}
+    text = log_reader.format_line(log_reader.brief(event), colours=False)
+    assert all(is_visible(character) for character in text)
