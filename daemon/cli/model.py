@@ -29,7 +29,7 @@ WAIT_SECONDS = 0.05  # between two attempts; a promotion is followed by seconds 
 
 @app.command("versions", rich_help_panel=MODEL)
 def show_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
-    """Show finished adapters as a tree: which continued which, and their held-out losses before and after."""
+    """List finished adapters, oldest first: what each continued, its dataset, its held-out loss before and after."""
     model_dir = context.obj.settings.model_dir
     found = versions.list_versions(model_dir)
     current = versions.current_version(model_dir)
@@ -41,7 +41,7 @@ def show_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
             ]
         )
     elif found:
-        out_console.print(render.version_tree(found, current))
+        out_console.print(render.version_list(found, current))
     else:
         out_console.print("no versions yet: nothing has been trained to its end")
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
 from daemon.cli.estimates import format_duration
 from daemon.config import Settings
@@ -234,25 +233,56 @@ def _located(settings: Settings, item: Job) -> str:
     return escape(str(path), most=2000) if path else "no longer in the inbox"
 
 
-def version_tree(found: Sequence[Version], current: Version | None) -> RenderableType:
-    """The lineage as a tree: each version below the one whose weights it continued."""
-    tree = Tree("base model", guide_style="dim")
-    branches: dict[str, Tree] = {}
-    for item in found:  # oldest first: a parent comes before its children
+def version_list(found: Sequence[Version], current: Version | None) -> RenderableType:
+    """One line a version, oldest first; what it continued where that is not the line above."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    origins = _origins(found)
+    for name in ("version", "from", "dataset", "steps", "held-out loss", "trained (UTC)"):
+        if name == "from" and not any(origins):
+            continue  # each continued the one above
+        table.add_column(name, no_wrap=name != "dataset", justify="right" if name == "steps" else "left")
+    for item, origin in zip(found, origins, strict=True):
         record = item.record
         is_current = current is not None and item.name == current.name
-        label = Text.assemble(
-            (item.name, "bold green" if is_current else "bold"),
-            ("  current" if is_current else "", "green"),
-            f"  {losses(record.get('held_out_before'), record.get('held_out_after')) or 'no held-out loss'}",
-            f"  {escape(str(record.get('dataset', '')), most=30)}",
-            (f"  {record.get('steps', '?')} steps", "dim"),
-            (f"  {clock(str(record.get('created_at', '')))}", "dim"),
+        dataset = Text(escape(str(record.get("dataset", "")), most=60), no_wrap=True, overflow="ellipsis")
+        table.add_row(
+            Text(f"{item.name} *" if is_current else item.name, style="bold green" if is_current else ""),
+            *((Text(escape(origin, most=20)),) if any(origins) else ()),
+            dataset,
+            Text(str(record.get("steps", "?"))),
+            _loss_change(record.get("held_out_before"), record.get("held_out_after")),
+            Text(clock(str(record.get("created_at", ""))).removesuffix(" UTC"), style="dim"),
         )
-        label.no_wrap, label.overflow = True, "ellipsis"
-        parent = branches.get(str(record.get("parent")), tree)
-        branches[item.name] = parent.add(label)
-    return tree
+    notes = []
+    if current is not None:
+        notes.append("* the current version, which the next run continues and `latest` names")
+    measured = {record.get("dataset_digest") for record in (item.record for item in found) if _is_measured(record)}
+    if len(measured) > 1:
+        notes.append("Each held-out loss is of that dataset's own rows: compare within a line, not between lines.")
+    return Group(table, *([""] if notes else []), *(Text(note, style="dim") for note in notes))
+
+
+def _origins(found: Sequence[Version]) -> list[str]:
+    """What each version continued; empty where that is the one before it, or the base model for the first."""
+    before: str | None = None
+    origins = []
+    for item in found:
+        parent = item.record.get("parent", "unknown")
+        origins.append("" if parent == before else "base model" if parent is None else str(parent))
+        before = item.name
+    return origins
+
+
+def _is_measured(record: Mapping[str, Any]) -> bool:
+    return record.get("held_out_before") is not None and record.get("held_out_after") is not None
+
+
+def _loss_change(before: float | None, after: float | None) -> Text:
+    """`3.210 -> 2.914`, marked where training made it worse; `not measured` where it is not known."""
+    if before is None or after is None:
+        return Text("not measured", style="dim")
+    shown = Text(losses(before, after))
+    return shown.append(" worse", style="yellow") if after > before else shown
 
 
 def findings(found: Sequence[Finding]) -> RenderableType:

@@ -128,16 +128,47 @@ def test_a_spark_line_falls_as_the_loss_does() -> None:
     assert len(dashboard.spark(list(range(200)), 30)) == 30
 
 
-def test_versions_are_a_tree_of_who_continued_whom() -> None:
-    def version(name: str, parent: str | None) -> Version:
-        record = {"parent": parent, "held_out_before": 3.0, "held_out_after": 2.0, "dataset": "d.jsonl", "steps": 5}
-        return Version(name=name, path=Path(name), record=record)
+def version(name: str, parent: str | None, after: float | None = 2.0, dataset: str = "d.jsonl") -> Version:
+    record = {
+        "parent": parent, "held_out_before": 3.0, "held_out_after": after, "dataset": dataset,
+        "dataset_digest": dataset, "steps": 5, "created_at": "2026-11-23T04:41:07Z",
+    }  # fmt: skip
+    return Version(name=name, path=Path(name), record=record)
 
-    found = [version("0001", None), version("0002", "0001"), version("0003", "0001")]
-    lines = rendered(render.version_tree(found, found[2]))
-    assert [line.index(name) for line, name in zip(lines[1:], ("0001", "0002", "0003"), strict=True)] == [4, 8, 8]
-    assert "current" in lines[3]
-    assert "3.000 -> 2.000" in lines[1]
+
+def test_versions_are_a_flat_list_that_says_who_continued_another_than_the_one_above() -> None:
+    found = [
+        version("0001", None),
+        version("0002", "0001", 3.5),
+        version("0003", "0001", None),
+        version("0004", None, dataset="e.jsonl"),
+    ]
+    lines = [line.rstrip() for line in rendered(render.version_list(found, found[2]))]
+    assert lines[:5] == [
+        "version  from        dataset  steps  held-out loss         trained (UTC)",
+        "0001                 d.jsonl      5  3.000 -> 2.000        2026-11-23 04:41",
+        "0002                 d.jsonl      5  3.000 -> 3.500 worse  2026-11-23 04:41",
+        "0003 *   0001        d.jsonl      5  not measured          2026-11-23 04:41",
+        "0004     base model  e.jsonl      5  3.000 -> 2.000        2026-11-23 04:41",
+    ]
+    assert "compare within a line, not between lines" in " ".join(lines)
+
+
+def test_losses_of_one_dataset_may_be_compared_and_a_line_of_versions_names_no_parents() -> None:
+    lines = rendered(render.version_list([version("0001", None), version("0002", "0001")], None))
+    assert [line.split()[1] for line in lines] == ["dataset", "d.jsonl", "d.jsonl"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(names=st.lists(NAMES, min_size=1, max_size=5), parents=st.booleans())
+def test_forty_versions_fit_80_columns_one_line_each(names: list[str], parents: bool) -> None:
+    found = [
+        version(f"{number:04}", f"{number - 1:04}" if number > 1 and parents else None, 3.5, names[number % len(names)])
+        for number in range(1, 41)
+    ]
+    lines = rendered(render.version_list(found, found[-1]))
+    assert all(cell_len(line) <= 80 for line in lines)
+    assert [line.split()[0] for line in lines[1:41]] == [item.name for item in found]
 
 
 # -- the command
