@@ -247,7 +247,7 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | No
     if "root" in table:
         raise ConfigError(operation="use", subject=path, cause="unknown key root", hint="use --root or DROPFORGE_ROOT")
     try:
-        return Settings.model_validate({"root": root, **layered(table, _from_environment(), flags or {})})
+        return Settings.model_validate({"root": root, **layered(table, from_environment(), flags or {})})
     except ValidationError as error:
         raise ConfigError(
             operation="use",
@@ -272,7 +272,7 @@ def reloaded(running: Settings, read: Settings) -> Settings:
     return read.model_copy(update={table: getattr(running, table) for table in RESTART_TABLES})
 
 
-def _from_environment() -> dict[str, Any]:
+def from_environment() -> dict[str, Any]:
     """The tables that DROPFORGE_TABLE__KEY variables hold."""
     if not any(name.upper().startswith(ENV_PREFIX) and name.upper() != ROOT_VARIABLE for name in os.environ):
         return {}
@@ -292,11 +292,11 @@ def _refuse_unknown_variables() -> None:
             known |= {f"{ENV_PREFIX}{name}__{key}".upper() for key in section.model_fields} | {
                 f"{ENV_PREFIX}{name}".upper()
             }
-    for variable in sorted(os.environ):
-        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in known:
-            raise ConfigError(
-                operation="use",
-                subject=f"the environment variable {variable}",
-                cause="there is no such setting",
-                hint="write DROPFORGE_TABLE__KEY, for example DROPFORGE_TRAINING__LEARNING_RATE=1e-4",
-            )
+    unknown = [name for name in sorted(os.environ) if name.upper().startswith(ENV_PREFIX) and name.upper() not in known]
+    if unknown:
+        raise ConfigError(
+            operation="use",
+            subject=f"the environment variable{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
+            cause="there is no such setting",
+            hint="write DROPFORGE_TABLE__KEY, for example DROPFORGE_TRAINING__LEARNING_RATE=1e-4",
+        )

@@ -124,6 +124,10 @@ CONFIGURATION = """\
 
 An unknown key, a value out of range or a misspelt variable is an error that names it (exit code 2). A job keeps the
 settings that it was queued with. Relative paths start at the root; an empty string stands for "not set".
+
+`dropforge config` prints every setting in effect and where it comes from (a line of `dropforge.toml`, a variable, its default);
+`dropforge config check` says what a daemon would say of them; `dropforge config set training.learning_rate 1e-4` writes one,
+when the file is valid with it, and keeps comments and order. Variables are those of the shell that asks: a service has its own.
 """
 EVENTS = """\
 # Events

@@ -30,11 +30,11 @@ app = typer.Typer(
 BEGIN, DATA, WATCH, QUEUE, MODEL, MACHINE = "Begin", "Data", "Watch", "Queue", "Model", "Machine"
 # What goes into a file or a pipe is not cut to a terminal's width.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
-# Commands that write nothing into the root, or drop a file as anybody does; guard and memory decide for themselves.
+# Commands that write nothing into the root, or drop a file as anybody does; config, guard and memory decide for themselves.
 READERS = frozenset(
     {
-        *("backup", "check", "completion", "demo", "doctor", "guard", "jobs", "logs", "memory", "merge", "preview"),
-        *("service", "show", "status", "submit", "versions"),
+        *("backup", "check", "completion", "config", "demo", "doctor", "guard", "jobs", "logs", "memory", "merge"),
+        *("preview", "service", "show", "status", "submit", "versions"),
     }
 )
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

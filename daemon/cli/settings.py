@@ -1,0 +1,83 @@
+"""Commands about settings: config, config check, config set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from daemon import config
+from daemon.cli.app import MACHINE, JsonFlag, app, out, print_json, require_own_account
+from daemon.cli.init import toml_value
+from daemon.config import CONFIG_NAME
+from daemon.text import escape, printable
+
+config_app = typer.Typer(help="Show every setting and where it comes from; check or change them.")
+app.add_typer(config_app, name="config", rich_help_panel=MACHINE)
+
+
+@config_app.callback(invoke_without_command=True)
+def show_settings(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Show every setting and where it comes from: a line of dropforge.toml, a variable, or its default."""
+    if context.invoked_subcommand is not None:
+        return
+    from daemon.cli.settings_file import effective_settings
+
+    root = context.obj.settings.root
+    found = effective_settings(root)
+    if as_json:
+        listed = [
+            {
+                "key": item.key,
+                "value": _plain(item.value),
+                "default": _plain(item.default),
+                "source": item.source,
+                "line": item.line,
+                "variable": item.variable or None,
+            }
+            for item in found
+        ]
+        print_json({"root": str(root), "file": str(root / CONFIG_NAME), "settings": listed})
+        return
+    lines = [(f"{item.key} = {printable(toml_value(item.value), most=1000)}", item.place) for item in found]
+    for left, right in lines:
+        out.print(f"{left:<52}  # {right}", markup=False)
+
+
+@config_app.command("check")
+def check_settings(context: typer.Context) -> None:
+    """Say what a daemon would say of the settings when it starts. Exit 2 with every fault."""
+    from daemon.cli.settings_file import Source, effective_settings
+
+    root = context.obj.settings.root
+    chosen = [item for item in effective_settings(root) if item.source is not Source.DEFAULT]
+    count = f"{len(chosen)} {'setting is' if len(chosen) == 1 else 'settings are'} not left at the default"
+    missing = "" if (root / CONFIG_NAME).exists() else f"; there is no {CONFIG_NAME}"
+    out.print(f"the settings of {escape(str(root))} are valid: {count}{missing}", markup=False)
+
+
+# A negative number is no option.
+@config_app.command("set", context_settings={"ignore_unknown_options": True})
+def set_setting(
+    context: typer.Context,
+    key: Annotated[str, typer.Argument(help="TABLE.KEY, as training.learning_rate.")],
+    value: Annotated[str, typer.Argument(help='As in dropforge.toml; text needs no quotes, and "" means not set.')],
+) -> None:
+    """Change one setting in dropforge.toml; comments and order stay, and what is not valid is not written."""
+    from daemon.cli.settings_file import Source, set_value
+
+    root = context.obj.root
+    require_own_account(config.load(root))
+    change = set_value(root, key, value)
+    setting = change.setting
+    out.print(f"{setting.key} = {change.written}", markup=False)
+    if setting.source is Source.ENVIRONMENT:
+        in_effect = printable(toml_value(setting.value), most=1000)
+        out.print(f"but the environment variable {setting.variable} outweighs it: {in_effect}", markup=False)
+    how = "restarted" if change.needs_restart else "reloaded (SIGHUP) or restarted"
+    out.print(f"a daemon that runs takes it when it is {how}", markup=False)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

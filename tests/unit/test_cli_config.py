@@ -1,0 +1,191 @@
+"""`dropforge config`: what is in effect, where it comes from, and one setting changed without touching the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from daemon import config
+from daemon.cli.init import init, sections, toml_value
+from daemon.cli.settings_file import EffectiveSetting, effective_settings, set_value, with_value
+from daemon.config import CONFIG_NAME, Settings
+from daemon.errors import ConfigError, NotFound
+from daemon.recipe import Section
+from tests.support.root import dropforge
+
+OWN = """\
+# mine
+[training]
+seed = 7 # lucky
+learning_rate = 0.5
+
+[data.columns]
+prompt = "q"
+completion = "a"
+"""
+
+
+def write(root: Path, text: str) -> Path:
+    (root / CONFIG_NAME).write_text(text)
+    return root
+
+
+def by_key(root: Path) -> dict[str, EffectiveSetting]:
+    return {item.key: item for item in effective_settings(root)}
+
+
+def test_every_setting_is_listed_once_with_the_value_in_effect(tmp_path: Path) -> None:
+    found = effective_settings(write(tmp_path, OWN))
+    expected = {
+        f"{name}.{key}"
+        for name, section in sections(Settings)
+        for key, field in section.model_fields.items()
+        if not isinstance(field.default, Section)
+    }
+    assert sorted(item.key for item in found) == sorted(expected)
+    assert {item.value for item in found if item.key == "training.seed"} == {config.load(tmp_path).training.seed}
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "place"),
+    [
+        (OWN, "training.seed", "dropforge.toml:3"),
+        (OWN, "data.columns.prompt", "dropforge.toml:7"),
+        (OWN, "training.max_steps", "default"),
+        ("training.seed = 1\n", "training.seed", "dropforge.toml:1"),
+        ("\n[data]\ncolumns.prompt = 'q'\ncolumns.completion = 'a'\n", "data.columns.prompt", "dropforge.toml:3"),
+        ("\ntraining = { seed = 42 }\n", "training.seed", "dropforge.toml:2"),
+        ("[training]\n'seed' = 1\n", "training.seed", "dropforge.toml:1"),
+    ],
+)
+def test_a_setting_names_its_line(tmp_path: Path, text: str, key: str, place: str) -> None:
+    """Also where the file writes its default, and that of the table when the key has none of its own."""
+    assert by_key(write(tmp_path, text))[key].place == place
+
+
+def test_a_variable_outweighs_the_file_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DROPFORGE_TRAINING__SEED", "9")
+    monkeypatch.setenv("DROPFORGE_LORA", '{"r": 4}')
+    found = by_key(write(tmp_path, OWN))
+    assert (found["training.seed"].value, found["training.seed"].place) == (9, "DROPFORGE_TRAINING__SEED")
+    assert (found["lora.r"].value, found["lora.r"].place) == (4, "DROPFORGE_LORA")
+    assert found["training.learning_rate"].place == "dropforge.toml:4"
+
+
+def test_a_root_without_a_file_has_the_defaults(tmp_path: Path) -> None:
+    assert {item.source for item in effective_settings(tmp_path)} == {"default"}
+
+
+def test_setting_a_value_changes_its_line_alone(tmp_path: Path) -> None:
+    text = with_value(OWN, "training.seed", "8")
+    assert text == OWN.replace("seed = 7 # lucky", "seed = 8 # lucky")
+
+
+def test_a_key_that_init_wrote_as_a_comment_is_set_in_its_place(tmp_path: Path) -> None:
+    init(tmp_path)
+    before = (tmp_path / CONFIG_NAME).read_text().splitlines()
+    set_value(tmp_path, "training.learning_rate", "1e-4")
+    after = (tmp_path / CONFIG_NAME).read_text().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert [new.split() for _, new in changed] == [["learning_rate", "=", "1e-4", "#", "Peak", "learning", "rate."]]
+    assert changed[0][0].startswith("# learning_rate = ")
+    assert config.load(tmp_path).training.learning_rate == 1e-4
+
+
+def every_default() -> list[tuple[str, str]]:
+    return [
+        (f"{name}.{key}", toml_value(field.default))
+        for name, section in sections(Settings)
+        for key, field in section.model_fields.items()
+        if not isinstance(field.default, Section) and not key.startswith("held_out") and name != "data.columns"
+    ]
+
+
+def test_every_key_that_init_wrote_can_be_set(tmp_path: Path) -> None:
+    """Each in the place of its comment, whatever stands in the comment: no line is added."""
+    init(tmp_path)
+    text = (tmp_path / CONFIG_NAME).read_text()
+    for key, literal in every_default():
+        changed = with_value(text, key, literal)
+        assert len(changed.splitlines()) == len(text.splitlines()), key
+        text = changed
+    config.load(tmp_path, text=text.encode())
+
+
+@pytest.mark.parametrize(
+    ("key", "typed", "value"),
+    [
+        ("training.max_steps", "-1", -1),
+        ("training.learning_rate", "1e-4", 1e-4),
+        ("model.revision", "2024-01-01", "2024-01-01"),
+        ("model.revision", "123", "123"),
+        ("model.model_name_or_path", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("model.model_name_or_path", "'quoted'", "quoted"),
+        ("model.model_name_or_path", "a\nb = 1", "a\nb = 1"),
+        ("inbox.take_on_close", "false", False),
+        ("hooks.on_hold", '["/bin/a", "b # c"]', ("/bin/a", "b # c")),
+        ("guard.key_file", "", None),
+        ("max_grad_norm", "2", 2.0),
+    ],
+)
+def test_a_value_is_toml_or_text(tmp_path: Path, key: str, typed: str, value: object) -> None:
+    change = set_value(write(tmp_path, OWN), key, typed)
+    assert change.setting.value == value
+    assert change.setting.source == "file"
+    kept = [line for line in OWN.splitlines() if line and key.rpartition(".")[2] not in line]
+    assert [line for line in (tmp_path / CONFIG_NAME).read_text().splitlines() if line in kept] == kept
+
+
+@pytest.mark.parametrize(
+    ("key", "typed", "said"),
+    [
+        ("training.learning_rate", "abc", "is a number"),
+        ("training.learning_rate", "-1", "more than 0"),
+        ("training.lr", "1", "[training] learning_rate is meant"),
+        ("min_free_bytes", "3", "[queue] min_free_bytes or [gpu] min_free_bytes"),
+        ("quux", "3", "`dropforge config` lists"),
+        ("training.report_to", "tensorboard", "a list, in brackets"),
+    ],
+)
+def test_what_is_not_valid_is_not_written(tmp_path: Path, key: str, typed: str, said: str) -> None:
+    write(tmp_path, OWN)
+    with pytest.raises(ConfigError) as caught:
+        set_value(tmp_path, key, typed)
+    assert said in str(caught.value)
+    assert (tmp_path / CONFIG_NAME).read_text() == OWN
+
+
+def test_mode_line_ends_and_a_link_are_kept(tmp_path: Path) -> None:
+    real = tmp_path / "real.toml"
+    real.write_bytes(OWN.replace("\n", "\r\n").encode())
+    real.chmod(0o662)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / CONFIG_NAME).symlink_to(real)
+    set_value(root, "training.seed", "8")
+    assert (root / CONFIG_NAME).is_symlink()
+    assert real.read_bytes() == OWN.replace("seed = 7", "seed = 8").replace("\n", "\r\n").encode()
+    assert real.stat().st_mode & 0o777 == 0o662
+
+
+def test_a_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="dropforge init"):
+        set_value(tmp_path, "training.seed", "8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands_print_check_and_set(tmp_path: Path) -> None:
+    write(tmp_path, OWN)
+    listed = json.loads(dropforge("--root", str(tmp_path), "config", "--json").stdout)
+    seed = next(item for item in listed["settings"] if item["key"] == "training.seed")
+    assert (seed["value"], seed["source"], seed["line"]) == (7, "file", 3)
+    assert "training.seed = 7" in dropforge("--root", str(tmp_path), "config").stdout
+    assert dropforge("--root", str(tmp_path), "config", "set", "training.max_steps", "-1").returncode == 0
+    assert "are valid: 5 settings" in dropforge("--root", str(tmp_path), "config", "check").stdout
+    write(tmp_path, "[training]\nlr = 1\n[lora]\nr = 0\n")
+    checked = dropforge("--root", str(tmp_path), "config", "check")
+    assert checked.returncode == 2
+    assert "line 2: unknown key [training] lr" in checked.stderr
+    assert "line 4: [lora] r is at least 1" in checked.stderr
