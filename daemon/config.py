@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from daemon.errors import ConfigError
 from daemon.limits import LimitSettings
@@ -25,13 +26,46 @@ from daemon.recipe import (
     TrainingSettings,
     layered,
 )
-from daemon.setting_names import explain
+from daemon.setting_names import explain, line_of
 
 CONFIG_NAME = "dropforge.toml"
 ENV_PREFIX = "DROPFORGE_"
 ROOT_VARIABLE = "DROPFORGE_ROOT"
 # Tables of which a running daemon holds things open: folders, the lock, its log, an endpoint. SIGHUP leaves them alone.
 RESTART_TABLES = ("paths", "executor", "logging", "metrics")
+
+
+def expand_variables(text: str) -> str:
+    """Return `text` with `$NAME` and `${NAME}` as the environment has them, and `$$` as a dollar. Raises ValueError."""
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if name and name not in os.environ:
+            raise ValueError(f"the environment variable {name} is not set, and a dollar of its own is written $$")
+        return os.environ[name] if name else "$"
+
+    return re.sub(r"\$(?:\$|\{(\w+)\}|([A-Za-z_]\w*))", value, text)
+
+
+def expand_path(value: Any) -> Any:
+    """Return a path with its variables and its leading `~` spelled out. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    expanded = expand_variables(value)
+    try:
+        return str(Path(expanded).expanduser()) if expanded.startswith("~") else expanded
+    except RuntimeError as error:
+        raise ValueError("no account has that home, and a folder of that name is written ./~NAME") from error
+
+
+def _expand_program(value: Any) -> Any:
+    """A command with its program spelled out; its arguments are its own, and no shell reads them."""
+    return (expand_path(value[0]), *value[1:]) if isinstance(value, list | tuple) and value else value
+
+
+SomePath = Annotated[Path, BeforeValidator(expand_path)]
+OptionalPath = Annotated[Path | None, BeforeValidator(expand_path)]
+Command = Annotated[tuple[str, ...], BeforeValidator(_expand_program)]
 
 
 class InboxSettings(Section):
@@ -75,11 +109,11 @@ class QueueSettings(Section):
 class ExecutorSettings(Section):
     """`[executor]`: how a trainer is started."""
 
-    command: tuple[str, ...] = Field(
+    command: Command = Field(
         (sys.executable, "-P", "-m", "daemon.trainer"),
         description="Program and arguments; the run directory is appended. For a trainer in an environment of its own.",
     )
-    gpu_lock: Path | None = Field(
+    gpu_lock: OptionalPath = Field(
         None, description="Lock file that several daemons share, so that they train one at a time."
     )
     warm_start: bool = Field(
@@ -93,7 +127,7 @@ class GpuSettings(Section):
 
     device: str = Field("auto", description='"auto" (the one with most free memory), an index, a UUID, or "none".')
     min_free_bytes: int = Field(0, ge=0, description="Free memory to wait for; 0: estimated from the base model.")
-    lock_dir: Path | None = Field(
+    lock_dir: OptionalPath = Field(
         None,
         description="Where daemons of this machine share a lock file for each GPU, by its UUID; not set: `/run/dropforge`"
         " where `dropforge service install` made it, else `/run/lock`.",
@@ -103,16 +137,16 @@ class GpuSettings(Section):
 class HookSettings(Section):
     """`[hooks]`: commands (program and arguments) that get the facts as JSON on stdin."""
 
-    on_job_finished: tuple[str, ...] = Field((), description="After each job that came to its end.")
-    on_queue_empty: tuple[str, ...] = Field((), description="When the last job of the queue came to its end.")
-    on_hold: tuple[str, ...] = Field((), description="When the queue has to wait: paused, no space, GPU in use.")
+    on_job_finished: Command = Field((), description="After each job that came to its end.")
+    on_queue_empty: Command = Field((), description="When the last job of the queue came to its end.")
+    on_hold: Command = Field((), description="When the queue has to wait: paused, no space, GPU in use.")
     timeout: PositiveFloat = Field(30.0, description="Seconds before a hook is ended.")
 
 
 class GuardSettings(Section):
     """`[guard]`: seals, checks, and what happens to cleared checkpoints."""
 
-    key_file: Path | None = Field(None, description="Key (mode 0600) that turns seals into HMACs.")
+    key_file: OptionalPath = Field(None, description="Key (mode 0600) that turns seals into HMACs.")
     verify_days: float = Field(
         7.0, ge=0, description="Between two checks, in the background, of all that is kept; 0: never."
     )
@@ -124,9 +158,9 @@ class GuardSettings(Section):
 class PathSettings(Section):
     """`[paths]`: relative ones start at the root."""
 
-    inbox: Path = Field(Path("inbox"), description="Watched folder.")
-    current_model: Path = Field(Path("current_model"), description="Model directory.")
-    state: Path = Field(Path("state"), description="Queue, status, logs, run directories.")
+    inbox: SomePath = Field(Path("inbox"), description="Watched folder.")
+    current_model: SomePath = Field(Path("current_model"), description="Model directory.")
+    state: SomePath = Field(Path("state"), description="Queue, status, logs, run directories.")
 
 
 class StatusSettings(Section):
@@ -138,7 +172,7 @@ class StatusSettings(Section):
 class LogSettings(Section):
     """`[logging]`: `dropforge.jsonl`, the complete log."""
 
-    folder: Path | None = Field(None, description="Its folder; unset: logs/ under [paths] state.")
+    folder: OptionalPath = Field(None, description="Its folder; unset: logs/ under [paths] state.")
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level written.")
     max_bytes: int = Field(
         64 * 2**20, ge=0, description="Rotate above this size; 0: never, for logrotate (reopened on SIGHUP)."
@@ -150,7 +184,7 @@ class MetricsSettings(Section):
     """`[metrics]`: for Prometheus; both are off unless they are set."""
 
     port: int | None = Field(None, ge=1, le=65535, description="Port of the endpoint on 127.0.0.1.")
-    textfile: Path | None = Field(
+    textfile: OptionalPath = Field(
         None, description="File for node_exporter's textfile collector; its name ends in .prom."
     )
 
@@ -247,13 +281,34 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | No
     if "root" in table:
         raise ConfigError(operation="use", subject=path, cause="unknown key root", hint="use --root or DROPFORGE_ROOT")
     try:
-        return Settings.model_validate({"root": root, **layered(table, from_environment(), flags or {})})
+        tables = layered(table, from_environment(), flags or {})
+        return Settings.model_validate({"root": root, **_with_base_expanded(tables, path, written)})
     except ValidationError as error:
         raise ConfigError(
             operation="use",
             subject=path,
             cause=explain(error, Settings, written),
             hint="`dropforge init` in an empty folder shows every key with its default",
+        ) from error
+
+
+def _with_base_expanded(tables: Mapping[str, Any], path: Path, written: str) -> Mapping[str, Any]:
+    """The tables with the variables in the base model's name spelled out; its `~` stays, as versions record it.
+
+    Done here and not where a recipe is validated: a job keeps the name that it was queued with. Raises ConfigError.
+    """
+    model = tables.get("model")
+    if not isinstance(model, Mapping) or not isinstance(name := model.get("model_name_or_path"), str):
+        return tables
+    try:
+        return {**tables, "model": {**model, "model_name_or_path": expand_variables(name)}}
+    except ValueError as error:
+        line = line_of(written, "model.model_name_or_path")
+        raise ConfigError(
+            operation="use",
+            subject=path,
+            cause=f"{f'line {line}: ' if line else ''}[model] model_name_or_path: {error}",
+            hint="set the variable where the daemon is started, or write the path in full",
         ) from error
 
 

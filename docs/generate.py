@@ -123,7 +123,8 @@ CONFIGURATION = """\
    `[data]`, and nothing else.
 
 An unknown key, a value out of range or a misspelt variable is an error that names it (exit code 2). A job keeps the
-settings that it was queued with. Relative paths start at the root; an empty string stands for "not set".
+settings that it was queued with. Relative paths start at the root; an empty string stands for "not set". In paths, in the
+base model's name and in the program of a command, `~` and `$NAME` are spelled out as the daemon's environment has them (`$$` is a dollar).
 
 `dropforge config` prints every setting in effect and where it comes from (a line of `dropforge.toml`, a variable, its default);
 `dropforge config check` says what a daemon would say of them; `dropforge config set training.learning_rate 1e-4` writes one,

@@ -93,3 +93,71 @@ def test_a_base_model_in_a_folder_of_the_root_is_found_from_anywhere(tmp_path: P
     (tmp_path / "base").mkdir()
     write(tmp_path, "[model]\nmodel_name_or_path = 'base'\n")
     assert config.load(tmp_path).recipe.model.model_name_or_path == str(tmp_path / "base")
+
+
+def test_home_and_variables_are_spelled_out_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a command only the program: its arguments may be for a shell."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("DISK", "/mnt/disk")
+    text = """
+[model]
+model_name_or_path = "${DISK}/base"
+[paths]
+state = "~/forge/state"
+inbox = "$DISK/in$$box"
+current_model = "mo$1del"
+[guard]
+key_file = "$HOME/key"
+[executor]
+gpu_lock = "~/lock"
+command = ["~/bin/python", "-c", "$HOME ~"]
+[logging]
+folder = "$DISK"
+[hooks]
+on_hold = ["$HOME/hook", "$UNKNOWN"]
+"""
+    settings = config.load(write(tmp_path, text))
+    assert settings.recipe.model.model_name_or_path == "/mnt/disk/base"
+    assert settings.state_dir == Path("/home/ada/forge/state")
+    assert settings.inbox_dir == Path("/mnt/disk/in$box")
+    assert settings.model_dir == tmp_path / "mo$1del"
+    assert settings.guard.key_file == Path("/home/ada/key")
+    assert settings.executor.gpu_lock == Path("/home/ada/lock")
+    assert settings.executor.command == ("/home/ada/bin/python", "-c", "$HOME ~")
+    assert settings.log_path.parent == Path("/mnt/disk")
+    assert settings.hooks.on_hold == ("/home/ada/hook", "$UNKNOWN")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[paths]\nstate = '$NOT_SET_AT_ALL/x'",
+            "line 2: [paths] state: the environment variable NOT_SET_AT_ALL is not set",
+        ),
+        (
+            "[guard]\nkey_file = '${NOT_SET_AT_ALL}'",
+            "line 2: [guard] key_file: the environment variable NOT_SET_AT_ALL",
+        ),
+        ("[hooks]\non_hold = ['$NOT_SET_AT_ALL']", "line 2: [hooks] on_hold: the environment variable NOT_SET_AT_ALL"),
+        ("[model]\nmodel_name_or_path = '$NOT_SET_AT_ALL'", "line 2: [model] model_name_or_path: the environment"),
+        ("[paths]\ninbox = '~nobody-at-all/in'", "line 2: [paths] inbox: no account has that home"),
+        ("[paths]\ninbox = 3", "line 2: [paths] inbox is a path, in quotes (got 3)"),
+        ("[hooks]\non_hold = [3]", "[hooks] on_hold is text, in quotes (got 3)"),
+        ("[hooks]\non_hold = 'x'", "[hooks] on_hold is a list, in brackets"),
+    ],
+)
+def test_a_path_that_cannot_be_spelled_out_is_an_error(tmp_path: Path, text: str, said: str) -> None:
+    """And no folder named `$NAME` or `~`."""
+    with pytest.raises(ConfigError) as caught:
+        config.load(write(tmp_path, text))
+    assert said in str(caught.value)
+
+
+def test_a_base_in_a_root_with_a_dollar_in_its_name_is_used(tmp_path: Path) -> None:
+    """Only what a person wrote is spelled out, not the root that stands before it."""
+    root = tmp_path / "a$NOT_SET_AT_ALL"
+    (root / "base").mkdir(parents=True)
+    settings = config.load(write(root, "[model]\nmodel_name_or_path = 'base'\n"))
+    recipe = Recipe.model_validate(settings.recipe.model_dump(mode="json"))
+    assert recipe.model.model_name_or_path == str(root / "base")
