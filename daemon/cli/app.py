@@ -29,7 +29,12 @@ app = typer.Typer(
 # The parts of `dropforge --help`, in their order.
 BEGIN, DATA, WATCH, QUEUE, MODEL, MACHINE = "Begin", "Data", "Watch", "Queue", "Model", "Machine"
 # What goes into a file or a pipe is not cut to a terminal's width.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
+out = Console(
+    highlight=False,
+    markup=False,
+    soft_wrap=True,
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000,
+)
 # Commands that write nothing into the root, or drop a file as anybody does; config, guard and memory decide for themselves.
 READERS = frozenset(
     {

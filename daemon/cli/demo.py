@@ -129,7 +129,7 @@ class Story:
 
 def run_demo(folder: Path | None) -> int:
     """Run the demonstration in `folder` (new, kept) or a temporary one (kept as well); 0 when every claim held."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     root = (folder or Path(tempfile.mkdtemp(prefix="dropforge-demo-"))).resolve()
     console.rule("Dropforge: drop a dataset, forge a model")
     console.print(f"building a tiny Llama and its tokenizer from the example data in {root}", markup=False)

@@ -110,7 +110,9 @@ def queue_etas(queue: Sequence[Job], pace: Pace | None, running_left: float | No
 
 
 def format_duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.5 h`."""
+    """`40 s`, `12 min`, `3.5 h`, `12 days`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 48 * 3600:
+        return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.0f} days"

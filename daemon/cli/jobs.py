@@ -6,7 +6,7 @@ import codecs
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,14 +55,20 @@ def list_jobs(
 
 def _etas(settings: Settings, store: JobStore) -> dict[str, float]:
     """Seconds to the end of the running and each queued job, as far as they can be told."""
-    try:
-        running = (read_status(settings.status_path) or {}).get("job") or {}
-    except (OSError, ValueError):
-        running = {}
+    running = _running(settings)
     left = running.get("eta_seconds")
     pace = measure_pace([job for job in store.recent(50) if job.state is JobState.SUCCEEDED])
     etas = queue_etas(store.queue(), pace, left)
     return {**etas, running["id"]: left} if running.get("id") and left is not None else etas
+
+
+def _running(settings: Settings) -> dict[str, Any]:
+    """The job that the status file says is trained; empty when there is none, or the daemon is gone."""
+    try:
+        status = read_status(settings.status_path) or {}
+    except (OSError, ValueError):
+        return {}
+    return (status.get("job") or {}) if status.get("alive") else {}
 
 
 @app.command("show", rich_help_panel=WATCH)
@@ -78,7 +84,9 @@ def show_job(
     if as_json:
         print_json({**json.loads(to_json(found)), "events": json.loads(to_json(events))})
     else:
-        out.print(render.job(found, events, context.obj.settings))
+        running = _running(context.obj.settings)
+        is_running = found.state is JobState.RUNNING and running.get("id") == found.id
+        out.print(render.job(found, events, context.obj.settings, running=running if is_running else None))
 
 
 @app.command("submit", rich_help_panel=DATA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pwd
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,24 @@ from daemon.cli.estimates import format_duration
 from daemon.config import Settings
 from daemon.inbox import layout
 from daemon.inbox.report import remarks
-from daemon.job import Job, JobState, JobTransition, Priority, RunResult, to_json
-from daemon.run_dir import run_dir_of
+from daemon.job import (
+    FINAL_STATES,
+    Job,
+    JobState,
+    JobTransition,
+    Priority,
+    RunResult,
+    seconds_between,
+    utc_now,
+)
+from daemon.run_dir import LOG_NAME, run_dir_of
 from daemon.text import HOLD_CHARACTERS, escape, printable
 from daemon.versions import Version
 
 if TYPE_CHECKING:  # what the doctor imports would be loaded by every command
     from daemon.cli.doctor import Finding
 
+REASON = 300  # characters of a reason or a hint in a list; `dropforge show` has it whole
 STATE_STYLES = {
     JobState.SUCCEEDED: "green",
     JobState.RUNNING: "cyan",
@@ -125,16 +136,19 @@ def progress_line(job: Mapping[str, Any]) -> str:
     return line
 
 
-def job_list(found: Sequence[Job]) -> RenderableType:
+def job_list(found: Sequence[Job], *, now: str | None = None) -> RenderableType:
     """One line a job; below the table, why those that did not succeed are where they are."""
+    at = now or utc_now()
     rows = []
     for item in found:
         result = item.result
+        seconds = _seconds_of(item, at)
         rows.append(
             (
                 Text(item.id),
                 Text(escape(item.name, most=60)),
-                Text(item.state.value, style=STATE_STYLES[item.state]),
+                state_text(item.state, item.duplicate_of),
+                Text(format_duration(seconds) if seconds is not None else ""),
                 Text(f"{result.steps_run}/{result.steps_planned}" if result and result.steps_planned else ""),
                 Text(losses(result.held_out_before, result.held_out_after) if result else ""),
                 Text(item.version or ""),
@@ -144,24 +158,46 @@ def job_list(found: Sequence[Job]) -> RenderableType:
     grid = _grid()
     for item in found:
         if item.state is not JobState.SUCCEEDED and item.reason:
-            grid.add_row(item.id, Text(escape("; ".join(filter(None, (item.reason, item.advice))), most=600)))
+            grid.add_row(item.id, Text(_told(escape(item.reason, most=REASON), escape(item.advice, most=REASON))))
     return Group(table, "", grid) if grid.row_count else table
 
 
-def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> RenderableType:
-    """Everything about one job."""
+def _seconds_of(item: Job, now: str) -> float | None:
+    """How long a job's last attempt took or has run, or how long it has waited; None for one that never ran."""
+    if item.state in FINAL_STATES:
+        return seconds_between(item.started_at, item.finished_at)
+    since = seconds_between(item.started_at if item.state is JobState.RUNNING else item.created_at, now)
+    return None if since is None else max(0.0, since)
+
+
+def state_text(state: str, duplicate_of: str | None) -> Text:
+    """A job's state, coloured; `duplicate` for one whose content was trained before."""
+    if state == JobState.CANCELLED and duplicate_of:
+        return Text("duplicate", style=STATE_STYLES[JobState.CANCELLED])
+    return Text(escape(state), style=STATE_STYLES[JobState(state)] if state in set(JobState) else "")
+
+
+def _told(reason: str, advice: str) -> str:
+    return "; ".join(filter(None, (reason, advice)))
+
+
+def job(
+    item: Job, events: Sequence[JobTransition], settings: Settings, *, running: Mapping[str, Any] | None = None
+) -> RenderableType:
+    """Everything about one job; `running` is the status file's job, when that is this one."""
     grid = _grid()
     rows: list[tuple[str, Any]] = [
         ("job", item.id),
         ("dataset", escape(item.name)),
-        ("state", Text(item.state.value, style=STATE_STYLES[item.state])),
+        ("state", state_text(item.state, item.duplicate_of)),
+        ("progress", progress_line(running) if running else None),
         ("reason", escape(item.reason, most=2000)),
         ("hint", escape(item.advice, most=2000) or None),
         ("failure", item.failure),
         ("owner", user_name(item.owner)),
         ("attempt", item.attempt or None),
         ("priority", item.priority if item.priority is not Priority.NORMAL else None),
-        ("sidecar", escape(to_json(item.overrides), most=2000) if item.overrides else None),
+        *_lines("sidecar", setting_lines(item.overrides)),
         (
             "continues",
             f"job {item.continues}, whose file was written to after it had been taken" if item.continues else None,
@@ -178,15 +214,18 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
     if item.result:
         result = item.result
         rows += [
-            ("verdict", f"{result.verdict}{': ' + '; '.join(result.reasons) if result.reasons else ''}"),
-            ("cleared", f"{result.cleared} checkpoints" if result.cleared else None),
+            ("base model", escape(str((result.base or {}).get("name", "")), most=1000) or None),
+            *_lines("verdict", (result.verdict, *(escape(reason, most=1000) for reason in result.reasons))),
+            ("cleared", counted(result.cleared, "checkpoint") if result.cleared else None),
             ("resumed from", result.resumed_from),
             ("steps", f"{result.steps_run} of {result.steps_planned} planned"),
             ("held-out loss", losses(result.held_out_before, result.held_out_after) or result.unmeasured or None),
-            ("replayed", escape(replayed(result), most=1000) or None),
+            *_lines("replayed", replayed(result)),
             (
                 "withheld",
-                f"{result.withheld_rows:,} rows, held out of earlier datasets" if result.withheld_rows else None,
+                f"{counted(result.withheld_rows, 'row')}, held out of earlier datasets"
+                if result.withheld_rows
+                else None,
             ),
             ("tokens/s", f"{result.tokens_per_second:,.0f}" if result.tokens_per_second else None),
             ("took", format_duration(result.wall_seconds) if result.wall_seconds else None),
@@ -195,9 +234,10 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
     directory = run_dir_of(settings.state_dir, item.id)
     rows.append(("file", _located(settings, item)))
     rows.append(("run directory", str(directory) if directory.is_dir() else None))
+    rows.append(("log", str(directory / LOG_NAME) if (directory / LOG_NAME).is_file() else None))
     for name, value in rows:
         if value is not None:
-            grid.add_row(name, value if isinstance(value, Text) else str(value))
+            grid.add_row(name, value if isinstance(value, Text) else Text(str(value)))
     moves = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("at", "from", "to", "reason"):
         moves.add_column(name, overflow="fold")
@@ -206,13 +246,32 @@ def job(item: Job, events: Sequence[JobTransition], settings: Settings) -> Rende
     return Group(grid, "", moves)
 
 
-def replayed(result: RunResult) -> str:
-    """Which rows of earlier datasets were trained again; empty when none was."""
+def replayed(result: RunResult) -> list[str]:
+    """Which rows of earlier datasets were trained again: their sum, then each dataset; empty when none was."""
     if not result.replayed:
-        return ""
+        return []
     rows, tokens = (sum(getattr(dataset, name) for dataset in result.replayed) for name in ("rows", "tokens"))
-    each = ", ".join(f"{dataset.rows:,} of {dataset.name}" for dataset in result.replayed)
-    return f"{rows:,} rows of earlier datasets, {tokens:,} trained tokens an epoch: {each}"
+    total = f"{counted(rows, 'row')} of earlier datasets, {counted(tokens, 'trained token')} an epoch"
+    return [total, *(f"{dataset.rows:,} of {escape(dataset.name)}" for dataset in result.replayed)]
+
+
+def setting_lines(tables: Mapping[str, Any]) -> list[str]:
+    """Settings as they are written in a file, one a line: `[training] learning_rate = 0.001`."""
+    return [
+        escape(f"[{table}] {key} = {json.dumps(value, ensure_ascii=False)}", most=400)
+        for table, settings in tables.items()
+        for key, value in settings.items()
+    ]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _lines(name: str, lines: Sequence[str]) -> list[tuple[str, str]]:
+    """Rows of a grid: the name beside the first line alone."""
+    return [("" if number else name, line) for number, line in enumerate(lines)]
 
 
 def user_name(owner: int | None) -> str | None:
@@ -307,30 +366,32 @@ def losses(before: float | None, after: float | None) -> str:
     return f"{before:.3f} -> {after:.3f}"
 
 
-def recent_jobs(entries: Sequence[Mapping[str, Any]]) -> Table:
+def recent_jobs(entries: Sequence[Mapping[str, Any]], *, now: str | None = None) -> Table:
     """The last jobs of a status file."""
+    at = now or utc_now()
     rows = []
     for entry in entries:
-        state = str(entry["state"])
+        age = seconds_between(str(entry.get("updated_at", "")), at)
         rows.append(
             (
                 Text(printable(str(entry["id"]))),
                 Text(printable(str(entry["dataset"]), most=60)),
-                Text(escape(state), style=STATE_STYLES[JobState(state)] if state in set(JobState) else ""),
+                state_text(str(entry["state"]), entry.get("duplicate_of")),
+                Text(format_duration(max(0.0, age)) if age is not None else ""),
                 Text(str(entry.get("steps") or "")),
                 Text(losses(entry.get("held_out_before"), entry.get("held_out_after"))),
                 Text(printable(str(entry.get("version") or ""))),
             )
         )
-    return _job_table(rows)
+    return _job_table(rows, time="ago")
 
 
 def _not_trained(entry: Mapping[str, Any]) -> Text | None:
     """Why a job was refused or failed, and what to do; None for one that was not."""
     if entry["state"] not in (JobState.REJECTED, JobState.FAILED) or not entry.get("reason"):
         return None
-    told = "; ".join(printable(str(entry[key]), most=300) for key in ("reason", "hint") if entry.get(key))
-    return Text(f"{printable(str(entry['dataset']), most=60)}: {told}", style="red")
+    reason, advice = (printable(str(entry.get(key) or ""), most=REASON) for key in ("reason", "hint"))
+    return Text(f"{printable(str(entry['dataset']), most=60)}: {_told(reason, advice)}", style="red")
 
 
 def _run_warnings(entry: Mapping[str, Any]) -> Text:
@@ -340,17 +401,19 @@ def _run_warnings(entry: Mapping[str, Any]) -> Text:
     return Text(f"{printable(str(entry['dataset']), most=60)}: {printable(str(first), most=300)}{rest}", style="yellow")
 
 
-def _job_table(rows: Sequence[tuple[Text, ...]]) -> Table:
-    """A table for 80 columns: where room is short the dataset's name gives way, and nothing wraps."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("job", "dataset", "state", "steps", "held-out loss", "version"):
+def _job_table(rows: Sequence[tuple[Text, ...]], *, time: str = "time") -> Table:
+    """A table for 80 columns: a column without a value is left out, the dataset's name gives way, and nothing wraps."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    names = ("job", "dataset", "state", time, "steps", "held-out loss", "version")
+    shown = [at for at, name in enumerate(names) if name in ("job", "dataset", "state") or any(row[at] for row in rows)]
+    for name in (names[at] for at in shown):
         # Columns that may wrap give way first; the cell's own text then refuses to.
         table.add_column(
-            name, no_wrap=name != "dataset", justify="right" if name == "steps" else "left", min_width=len(name)
+            name, no_wrap=name != "dataset", justify="right" if name in (time, "steps") else "left", min_width=len(name)
         )
     for row in rows:
         row[1].no_wrap, row[1].overflow = True, "ellipsis"
-        table.add_row(*row)
+        table.add_row(*(row[at] for at in shown))
     return table
 
 

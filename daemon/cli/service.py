@@ -96,7 +96,7 @@ def show_status(
     if watch:
         from daemon.cli.dashboard import run_dashboard
 
-        run_dashboard(settings.status_path, Console(highlight=False))
+        run_dashboard(settings.status_path, Console(highlight=False, markup=False))
         return
     try:
         snapshot = read_status(settings.status_path)

@@ -129,6 +129,7 @@ class FinishedJob(TypedDict):
     failure: Annotated[str | None, Meta(extra_json_schema={"enum": [*FailureKind, None]})]
     attempt: int
     version: str | None
+    duplicate_of: Annotated[str | None, Meta(description="The job that trained the same content; this one was not.")]
     steps: int | None
     held_out_before: float | None
     held_out_after: float | None
@@ -353,6 +354,7 @@ def finished_job(job: Job) -> FinishedJob:
         "failure": job.failure.value if job.failure else None,
         "attempt": job.attempt,
         "version": job.version,
+        "duplicate_of": job.duplicate_of,
         "steps": result.steps_run if result else None,
         "held_out_before": result.held_out_before if result else None,
         "held_out_after": result.held_out_after if result else None,

@@ -19,6 +19,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from daemon.cli import dashboard, doctor, render
+from daemon.cli.app import out
 from daemon.cli.doctor import Severity
 from daemon.cli.main import main
 from daemon.cli.systemd import install
@@ -26,7 +27,8 @@ from daemon.cli.systemd.units import DropIn
 from daemon.config import Settings
 from daemon.errors import ConfigError
 from daemon.gpu import GpuLock
-from daemon.job import Job, JobState
+from daemon.job import Job, JobState, Outcome, ReplayedDataset, RunResult
+from daemon.observability.status import finished_job
 from daemon.store import JobStore
 from daemon.versions import Version
 from tests.support.root import dropforge, environment
@@ -64,6 +66,86 @@ def test_jobs_fit_80_columns_one_line_each(names: list[str], reason: str) -> Non
     assert all(cell_len(line) <= 80 for line in lines)
     assert [line.split()[0] for line in lines[1 : len(names) + 1]] == [job.id for job in found]
     assert all("failed" in line and line.rstrip().endswith("0001") for line in lines[1 : len(names) + 1])
+
+
+NOW = "2026-11-23T05:00:00.000Z"
+
+
+def test_jobs_say_how_long_they_took_or_wait_and_what_is_a_duplicate() -> None:
+    found = [
+        Job(id="j1", name="a.jsonl", state=JobState.SUCCEEDED, version="0001",
+            started_at="2026-11-23T04:41:07Z", finished_at="2026-11-23T04:41:15Z"),
+        Job(id="j2", name="b.jsonl", state=JobState.CANCELLED, duplicate_of="j1", reason="duplicate of job j1"),
+        Job(id="j3", name="c.jsonl", state=JobState.CANCELLED, reason="a person said so"),
+        Job(id="j4", name="d.jsonl", state=JobState.RUNNING, started_at="2026-11-23T04:50:00Z"),
+        Job(id="j5", name="e.jsonl", state=JobState.QUEUED, created_at="2026-11-23T03:00:00Z"),
+        Job(id="j6", name="f.jsonl", state=JobState.FAILED, reason="r" * 1000, hint="h"),
+    ]  # fmt: skip
+    lines = [" ".join(line.split()) for line in rendered(render.job_list(found, now=NOW))]
+    assert lines[:7] == [
+        "job dataset state time version",
+        "j1 a.jsonl succeeded 8 s 0001",
+        "j2 b.jsonl duplicate",
+        "j3 c.jsonl cancelled",
+        "j4 d.jsonl running 10 min",
+        "j5 e.jsonl queued 2.0 h",
+        "j6 f.jsonl failed",
+    ]
+    assert "…" in "".join(lines[8:])
+    assert len(" ".join(lines[8:])) < 400
+
+
+def test_the_last_jobs_of_the_status_say_how_long_ago_and_what_is_a_duplicate() -> None:
+    job = Job(id="j2", name="b.jsonl", state=JobState.CANCELLED, duplicate_of="j1", updated_at="2026-11-23T04:00:00Z")
+    lines = rendered(render.recent_jobs([finished_job(job)], now=NOW))
+    assert [" ".join(line.split()) for line in lines] == ["job dataset state ago", "j2 b.jsonl duplicate 60 min"]
+
+
+def test_show_prints_settings_and_rows_as_lines_and_the_progress_of_a_running_job(tmp_path: Path) -> None:
+    """Nothing of a job's values is printed as JSON or a dict; the log's place is named."""
+    log = tmp_path / "state" / "runs" / "j1" / "trainer.log"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    result = RunResult(
+        outcome=Outcome.SUCCEEDED,
+        verdict="stale",
+        reasons=("one", "two"),
+        cleared=1,
+        base={"name": "./base", "weights": "3" * 64},
+        replayed=tuple(ReplayedDataset(name=name, digest="d", rows=2, tokens=5) for name in ("a.jsonl", "b.jsonl")),
+    )
+    job = Job(
+        id="j1", name="c.jsonl", state=JobState.RUNNING, result=result,
+        overrides={"training": {"learning_rate": 0.001}, "lora": {"target_modules": ["q_proj"]}},
+    )  # fmt: skip
+    view = render.job(job, [], Settings(root=tmp_path), running=SNAPSHOT["job"])
+    lines = [" ".join(line.split()) for line in rendered(view, 200)]
+    for line in (
+        "progress training 40/90 loss 1.5000 lr 1.0e-04 1,000,000 tok/s 67 min left",
+        "sidecar [training] learning_rate = 0.001",
+        '[lora] target_modules = ["q_proj"]',
+        "base model ./base",
+        "verdict stale",
+        "one",
+        "two",
+        "cleared 1 checkpoint",
+        "replayed 4 rows of earlier datasets, 10 trained tokens an epoch",
+        "2 of a.jsonl",
+        "2 of b.jsonl",
+        f"log {log}",
+    ):
+        assert line in lines
+    assert "{" not in "".join(lines)
+
+
+def test_what_stands_in_brackets_is_shown_as_it_is(tmp_path: Path) -> None:
+    """A file's name or a setting's table is no markup to the console of the commands."""
+    waiting = {**SNAPSHOT, "waiting": [{"file": "[red]x.jsonl", "reason": "set [data.columns]", "since": ""}]}
+    with out.capture() as shown:
+        out.print(render.status_view(waiting))
+        out.print(render.job(Job(id="j", name="[red]y.jsonl", state=JobState.FAILED), [], Settings(root=tmp_path)))
+    assert "[red]x.jsonl: set [data.columns]" in shown.get()
+    assert "[red]y.jsonl" in shown.get()
 
 
 SNAPSHOT: dict[str, Any] = {

@@ -105,6 +105,7 @@ def test_jobs_are_done_one_after_the_other() -> None:
     first, second = job(rows=1, id="a"), job(rows=2, id="b")
     assert queue_etas([first, second], pace, 10.0) == {"a": 12.0, "b": 15.0}
     assert [format_duration(40), format_duration(23 * 60), format_duration(5.8 * 3600)] == ["40 s", "23 min", "5.8 h"]
+    assert format_duration(12 * 86400) == "12 days"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
