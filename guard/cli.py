@@ -378,7 +378,7 @@ def _run_to_seal(model_dir: Path, options: argparse.Namespace) -> Fingerprint:
         return recorded
     run = proposed_run(dataset=options.dataset, recipe=options.recipe, metadata=reading)
     if recorded is not None and not recorded.same_run(run):
-        changes = "; ".join(str(change) for change in recorded.differences(run) if change.is_identity)
+        changes = "; ".join(recorded.explain_changes(run))
         raise SealBroken(
             operation="seal",
             path=options.checkpoint,

@@ -59,8 +59,10 @@ def validate_checkpoint_compatibility(
     recorded = reading.run.fingerprint
     try:
         if reading.kind is MetadataKind.LEGACY or recorded is None:
-            old = Fingerprint({"dataset.digest": reading.run.dataset_hash, **_lora_components(reading.run.lora_config)})
-            known: dict[str, Any] = {"dataset.digest": compute_dataset_hash(dataset_path)}
+            recorded_dataset = {"dataset.digest": reading.run.dataset_hash, "dataset.name": reading.run.dataset_name}
+            old = Fingerprint({**recorded_dataset, **_lora_components(reading.run.lora_config)})
+            digest = compute_dataset_hash(dataset_path)
+            known: dict[str, Any] = {"dataset.digest": digest, "dataset.name": Path(dataset_path).name}
         else:
             old = recorded
             # 32 hex digits are md5 of name and size: what was too large to read then is not read now.
@@ -69,7 +71,7 @@ def validate_checkpoint_compatibility(
     except GuardError as exc:
         return False, str(exc).splitlines()[0]
     new = Fingerprint({**old.components, **known, **_lora_components(lora_config)})
-    reasons = [str(change) for change in old.differences(new) if change.is_identity]
+    reasons = list(old.explain_changes(new))
     if reading.run.finished is not None:
         reasons.insert(0, f"the run that wrote it finished as version {reading.run.finished}")
     return (False, "; ".join(reasons)) if reasons else (True, None)

@@ -110,7 +110,7 @@ class Difference:
         return self.kind is ComponentKind.IDENTITY
 
     def __str__(self) -> str:
-        return f"{self.name}: {_shown(self.old)} -> {_shown(self.new)}"
+        return f"{_label(self.name)}: {_shown(self.old)} -> {_shown(self.new)}"
 
 
 @dataclass(frozen=True, init=False)
@@ -167,6 +167,15 @@ class Fingerprint:
             )
             for name in names
             if canonical_json(self.components.get(name)) != canonical_json(new.components.get(name))
+        )
+
+    def explain_changes(self, new: Fingerprint) -> tuple[str, ...]:
+        """Say in what the identity differs from `new`, a sentence each; datasets by name where both are known."""
+        names = self.components.get("dataset.name"), new.components.get("dataset.name")
+        return tuple(
+            _dataset_change(names, change) if change.name == "dataset.digest" and all(names) else str(change)
+            for change in self.differences(new)
+            if change.is_identity
         )
 
     def same_run(self, other: Fingerprint) -> bool:
@@ -228,6 +237,22 @@ def _plain_key(key: Any) -> Any:
 def canonical_json(value: JSON) -> bytes:
     """One spelling for one value: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+_LORA_LABELS = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
+
+
+def _label(name: str) -> str:
+    """The component as people call it: `LoRA alpha` for `lora.lora_alpha`."""
+    section, _, field = name.partition(".")
+    return f"LoRA {_LORA_LABELS.get(field, field)}" if section == "lora" and field else name
+
+
+def _dataset_change(names: tuple[JSON, JSON], change: Difference) -> str:
+    """`Dataset changed: a.jsonl -> b.jsonl (digest 55bde7546e2ee32d -> a97c6a8e1a0c056f)`."""
+    old, new = map(_shown, names)
+    what = f"{old} -> {new}" if old != new else f"the content of {old}"
+    return f"Dataset changed: {what} (digest {_shown(change.old)} -> {_shown(change.new)})"
 
 
 def _shown(value: JSON) -> str:

@@ -94,7 +94,7 @@ def decide(*, metadata: MetadataReading, fingerprint: Fingerprint, checkpoints: 
         unknown = f"whose checkpoints these are is not known: {metadata.reason}"
         return Verdict(cause=VerdictCause.METADATA_UNKNOWN, reasons=(unknown,))
     differences = recorded.differences(fingerprint)
-    changes = [str(change) for change in differences if change.is_identity]
+    changes = recorded.explain_changes(fingerprint)
     if changes or metadata.run.finished is not None:
         finished = metadata.run.finished
         ended = [f"the run that wrote them finished as version {finished}"] if finished is not None else []
@@ -126,6 +126,6 @@ def explain_skipped(checkpoint: Checkpoint, fingerprint: Fingerprint) -> str:
     """
     name = checkpoint.path.name
     if checkpoint.is_intact and checkpoint.fingerprint is not None:
-        changes = "; ".join(str(d) for d in checkpoint.fingerprint.differences(fingerprint) if d.is_identity)
+        changes = "; ".join(checkpoint.fingerprint.explain_changes(fingerprint))
         return f"{name} is of another run: {changes}"
     return f"{name} is {checkpoint.state.value}: {checkpoint.reason}"

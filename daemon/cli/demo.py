@@ -260,7 +260,7 @@ def check_claims(story: Story, first: Job, second: Job, third: Job) -> dict[str,
             cleared
             and third.result
             and third.result.start_step == 0
-            and any(reason.startswith("dataset.digest: ") for reason in third.result.reasons)
+            and any(reason.startswith("Dataset changed: ") for reason in third.result.reasons)
         ),
     }
 

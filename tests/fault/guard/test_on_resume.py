@@ -103,7 +103,7 @@ def test_a_smaller_or_equal_dataset_after_a_finished_run(
 
     prepared, guarded = lab.run_guarded(copy(lab.guarded_finished), dataset=other)
     assert prepared.verdict.kind is VerdictKind.STALE
-    assert prepared.verdict.reasons[0].startswith("dataset.digest: ")
+    assert prepared.verdict.reasons[0].startswith("Dataset changed: ")
     assert guarded.steps == list(range(1, count // 4 + 1))
 
 
@@ -167,9 +167,9 @@ def test_an_optimizer_setting_changed(
 @pytest.mark.parametrize(
     ("lora", "reason"),
     [
-        ({"lora_alpha": 32}, "lora.lora_alpha: 8 -> 32"),
-        ({"lora_dropout": 0.5}, "lora.lora_dropout: 0 -> 0.5"),
-        ({"use_rslora": True}, "lora.use_rslora: false -> true"),
+        ({"lora_alpha": 32}, "LoRA alpha: 8 -> 32"),
+        ({"lora_dropout": 0.5}, "LoRA dropout: 0 -> 0.5"),
+        ({"use_rslora": True}, "LoRA use_rslora: false -> true"),
     ],
     ids=["alpha", "dropout", "rsLoRA"],
 )
@@ -360,7 +360,7 @@ def test_a_directory_of_a_plain_script_is_sealed_verified_refused_and_cleared(
     assert command("check", directory, *options) == 0
     other = write_rows(tmp_path / "other.jsonl", 16, seed=1)
     assert command("check", directory, "--dataset", other) == 3
-    assert "dataset.digest: " in capsys.readouterr().out
+    assert "Dataset changed: " in capsys.readouterr().out
 
     prepared, seen = lab.run_guarded(copy_to(directory, tmp_path / "resumed"), staged=False)
     assert (prepared.verdict.kind, seen.steps) == (VerdictKind.RESUME, [3, 4])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,22 +85,41 @@ def test_another_dataset_is_incompatible_also_with_the_same_name_and_size(folder
     compatible, reason = guard.validate_checkpoint_compatibility(folder, dataset, LORA)
     assert compatible is False
     assert reason is not None
-    assert reason.startswith("dataset.digest: ")
+    assert reason.startswith(f"Dataset changed: the content of {dataset.name} (digest ")
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"r": 16}, "lora.r: 8 -> 16"),
-        ({"alpha": 32}, "lora.lora_alpha: 16 -> 32"),
-        ({"dropout": 0.1}, "lora.lora_dropout: 0.05 -> 0.1"),
-        ({"r": 16, "alpha": 32}, "lora.r: 8 -> 16; lora.lora_alpha: 16 -> 32"),
+        ({"r": 16}, "LoRA r: 8 -> 16"),
+        ({"alpha": 32}, "LoRA alpha: 16 -> 32"),
+        ({"dropout": 0.1}, "LoRA dropout: 0.05 -> 0.1"),
+        ({"r": 16, "alpha": 32}, "LoRA r: 8 -> 16; LoRA alpha: 16 -> 32"),
     ],
 )
 def test_another_adapter_is_incompatible_and_every_change_is_named(
     folder: Path, dataset: Path, change: dict[str, Any], reason: str
 ) -> None:
     assert guard.validate_checkpoint_compatibility(folder, dataset, {**LORA, **change}) == (False, reason)
+
+
+@pytest.mark.parametrize("form", ["old", "current"])
+def test_another_dataset_is_named_beside_the_one_before(folder: Path, tmp_path: Path, dataset: Path, form: str) -> None:
+    """By its name, with the digests behind it, and before what changed of the adapter."""
+    if form == "old":
+        old = {
+            "dataset_name": dataset.name, "dataset_hash": guard.compute_dataset_hash(dataset),
+            "dataset_path": str(dataset), "lora_config": LORA,
+        }  # fmt: skip
+        (folder / NAME).write_text(json.dumps(old))
+    other = tmp_path / "data b\n.jsonl"
+    other.write_text('{"text": "other"}\n')
+    compatible, reason = guard.validate_checkpoint_compatibility(folder, other, {**LORA, "alpha": 32})
+    assert compatible is False
+    assert reason is not None
+    changed, lora = reason.split("; ")
+    assert re.fullmatch(rf'Dataset changed: {dataset.name} -> "data b\\n.jsonl" \(digest \w+ -> \w+\)', changed)
+    assert lora == "LoRA alpha: 16 -> 32"
 
 
 def test_peft_s_names_and_its_own_class_are_understood(folder: Path, dataset: Path) -> None:
@@ -125,7 +145,7 @@ def test_metadata_of_the_old_form_is_judged_by_name_size_and_adapter(folder: Pat
     assert guard.validate_checkpoint_compatibility(folder, dataset, LORA) == (True, None)
     assert guard.validate_checkpoint_compatibility(folder, dataset, {**LORA, "r": 4}) == (
         False,
-        "lora.r: 8 -> 4",
+        "LoRA r: 8 -> 4",
     )
     dataset.write_text("longer than it was, by far, and by some more")
     assert guard.validate_checkpoint_compatibility(folder, dataset, LORA)[0] is False

@@ -70,7 +70,7 @@ def test_another_run_clears_everything_and_names_every_difference(model_dir: Pat
         "lora.r",
         "training.learning_rate",
     ]
-    assert "lora.r: 8 -> 16" in prepared.verdict.reasons
+    assert "LoRA r: 8 -> 16" in prepared.verdict.reasons
     assert prepared.resume_from is None
     assert prepared.cleared is not None
     assert prepared.cleared.cleared == 3

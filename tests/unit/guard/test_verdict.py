@@ -67,7 +67,7 @@ def test_the_same_run_resumes_from_the_newest_intact_of_its_own() -> None:
     assert verdict.checkpoint == checkpoint(20)
     assert [item.step for item in verdict.skipped] == [30, 40, 50, 60]
     assert verdict.reasons == (
-        "checkpoint-30 is of another run: lora.r: 99 -> 8",
+        "checkpoint-30 is of another run: LoRA r: 99 -> 8",
         "checkpoint-40 is torn: it was damaged",
         "checkpoint-50 is altered: it was damaged",
         "checkpoint-60 is unsealed: it was damaged",
@@ -95,7 +95,7 @@ def test_a_note_that_changed_is_told_and_does_not_matter() -> None:
             MetadataReading(kind=MetadataKind.LEGACY, run=metadata_of(None).run, reason="it has the old form"),
             VerdictCause.METADATA_UNKNOWN, "old form",
         ),
-        (metadata_of(OTHER), VerdictCause.COMPONENTS_CHANGED, "lora.r: 99 -> 8"),
+        (metadata_of(OTHER), VerdictCause.COMPONENTS_CHANGED, "LoRA r: 99 -> 8"),
         (
             metadata_of(finished="0003"),
             VerdictCause.RUN_FINISHED, "the run that wrote them finished as version 0003",
@@ -128,7 +128,7 @@ def test_checkpoints_that_do_not_vouch_for_themselves_are_stale() -> None:
     assert verdict.kind is VerdictKind.STALE
     assert verdict.reasons == (
         "no checkpoint is intact and of this run",
-        "checkpoint-10 is of another run: lora.r: 99 -> 8",
+        "checkpoint-10 is of another run: LoRA r: 99 -> 8",
         "checkpoint-20 is torn: it was damaged",
     )
 
