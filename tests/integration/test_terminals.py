@@ -44,6 +44,7 @@ CALLS = {
     "guard": "guard fingerprint NAME",
     "doctor": "doctor",
     "completion": "completion bash",
+    "config": "config",
     "service": "service install --dry-run --user",
 }
 
