@@ -110,3 +110,9 @@ def existing_store(context: typer.Context) -> Iterator[JobStore]:
 def print_json(value: object) -> None:
     """Plain JSON to stdout, never coloured or wrapped."""
     print(json.dumps(value, indent=1, ensure_ascii=True))
+
+
+def complain(text: str, code: int) -> int:
+    """Print an error to stderr; returns its exit code."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    return code

@@ -117,7 +117,7 @@ def check_files(
     `store` tells what was trained before. `verdict_command` gets a file, its format and a recipe as JSON, and prints what
     `daemon.trainer.check.verdict` returns; without a configured model it is not run.
     """
-    return [_check(Path(path), settings, store, verdict_command) for path in paths]
+    return [check_file(Path(path), settings, store, verdict_command=verdict_command) for path in paths]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,29 +131,44 @@ class Prepared:
     force: bool = False
 
 
-def prepare(path: Path, settings: Settings) -> Prepared:
-    """Look at a file's name and sidecar as the daemon does. Raises RejectedData, RejectedSidecar."""
-    if not os.path.lexists(path):
+def prepare(path: Path, settings: Settings, *, content: Path | None = None) -> Prepared:
+    """Look at a file's name and sidecar as the daemon does. Raises RejectedData, RejectedSidecar.
+
+    `content` has the rows of a file that is not there under its name yet.
+    """
+    if not os.path.lexists(content or path):
         raise RejectedData(operation="read", subject=escape(str(path)), cause="there is no such file")
-    if name_kind(path.name) is not NameKind.DATA and path.is_file():
+    if content is None and name_kind(path.name) is not NameKind.DATA and path.is_file():
         reason, hint = explain_other_file(path)
         raise RejectedData(operation="read", subject=escape(str(path)), cause=reason, hint=hint)
     sidecar, sidecar_path = Sidecar(), path.with_name(sidecar_name(path.name))
     beside, ignored = os.path.lexists(sidecar_path), ""
     if beside:
         try:
-            sidecar = read_sidecar(sidecar_path, settings.recipe, settings.limits, data_owner=path.lstat().st_uid)
+            owner = (content or path).lstat().st_uid
+            sidecar = read_sidecar(sidecar_path, settings.recipe, settings.limits, data_owner=owner)
         except ForeignSidecar as error:
             beside, ignored = False, str(error)
     recipe = settings.recipe.with_overrides(sidecar.overrides)
-    request = Request(job_id="check", path=str(path.absolute()), rules=Rules.of(recipe.data, settings.limits))
+    request = Request(
+        job_id="check", path=str((content or path).absolute()), rules=Rules.of(recipe.data, settings.limits)
+    )
     applied = sidecar_path.name if beside else None
     return Prepared(request=request, recipe=recipe, sidecar=applied, sidecar_ignored=ignored, force=sidecar.force)
 
 
-def _check(path: Path, settings: Settings, store: JobStore | None, verdict_command: Sequence[str]) -> CheckReport:
+def check_file(
+    path: Path,
+    settings: Settings,
+    store: JobStore | None,
+    *,
+    content: Path | None = None,
+    force: bool = False,
+    verdict_command: Sequence[str] = VERDICT_COMMAND,
+) -> CheckReport:
+    """Check one file, whose rows may lie in `content` until it is dropped, as if its sidecar asked for `force`."""
     try:
-        prepared = prepare(path, settings)
+        prepared = prepare(path, settings, content=content)
     except RejectedSidecar as error:
         return CheckReport(path=str(path), accepted=False, reason=error.sentence, hint=error.hint)
     except RejectedData as error:
@@ -174,11 +189,11 @@ def _check(path: Path, settings: Settings, store: JobStore | None, verdict_comma
             sidecar_ignored=ignored,
         )
     try:
-        repeats, lengths = _read_rows(path, reply.dataset.format, rules)
+        repeats, lengths = _read_rows(content or path, reply.dataset.format, rules)
     except (LineError, SourceError, OSError) as error:
         return CheckReport(path=str(path), accepted=False, reason=f"it changed while it was read: {error}")
-    root = [str(settings.state_dir), *(["force"] if prepared.force else [])]
-    tokens = _ask_trainer(path, reply.dataset.format, recipe, verdict_command, root)
+    root = [str(settings.state_dir), *(["force"] if prepared.force or force else [])]
+    tokens = _ask_trainer(content or path, reply.dataset.format, recipe, verdict_command, root)
     trained = store.trained(reply.dataset.digest) if store is not None else []
     return CheckReport(
         path=str(path),

@@ -12,11 +12,11 @@ import typer
 
 from daemon import control
 from daemon.cli import completion, render
-from daemon.cli.app import DATA, QUEUE, WATCH, JsonFlag, app, existing_store, out, print_json
+from daemon.cli.app import DATA, QUEUE, WATCH, JsonFlag, app, complain, existing_store, out, print_json
 from daemon.cli.estimates import format_duration, measure_pace, queue_etas
 from daemon.config import Settings
-from daemon.errors import ConfigError
-from daemon.job import JobState, Priority, to_json
+from daemon.errors import ConfigError, NotFound, RejectedData
+from daemon.job import Job, JobState, Priority, to_json
 from daemon.observability.status import finished_job, read_status
 from daemon.store import JobStore, is_made
 from daemon.text import escape
@@ -92,35 +92,57 @@ def show_job(
 @app.command("submit", rich_help_panel=DATA)
 def submit_file(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="JSON lines, or .json, .csv, .tsv, .parquet to convert; it is copied.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="JSON lines, or .json, .csv, .tsv, .parquet to convert; each is copied, with its sidecar."),
+    ],
     *,
     priority: Annotated[Priority, typer.Option(help="Order in the queue.")] = Priority.NORMAL,
     force: Annotated[
         bool, typer.Option("--force", help="Train it even if the same content was trained before.")
     ] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the job; the exit code is its result.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the jobs; the exit code is their result.")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Drop them without `dropforge check`.")] = False,
     encoding: Annotated[
         str | None, typer.Option(help="Of a .json, .csv or .tsv file that is not UTF-8, as cp1252.")
     ] = None,
 ) -> None:
-    """Copy a file into the inbox the safe way: written (or converted) beside, then renamed."""
-    from daemon.cli.submit import submit, wait_for
+    """Check files and copy them into the inbox the safe way: written (or converted) beside, then renamed.
+
+    One that is refused (exit 3) does not keep the others out.
+    """
+    from daemon.cli.submit import Submitted, no_daemon_note, submit, wait_for
 
     settings = context.obj.settings
-    placed = submit(settings, file, priority=priority, force=force, encoding=_known_encoding(encoding))
-    if placed.converted is not None:
-        notes = "".join(f"; {note}" for note in placed.converted.notes)
-        rows = f"{placed.converted.rows:,} {'row' if placed.converted.rows == 1 else 'rows'}"
-        out.print(f"converted {rows} of {escape(str(file))}{notes}", markup=False)
-    out.print(f"dropped {escape(str(placed.path))}", markup=False)
-    if not wait:
-        return
-    job = wait_for(settings, placed)
+    known = _known_encoding(encoding)
+    codes: list[int] = []
+    dropped: list[Submitted] = []
+    for file in files:
+        try:
+            placed = submit(settings, file, priority=priority, force=force, encoding=known, checked=not no_check)
+        except (RejectedData, NotFound) as error:
+            codes.append(complain(str(error), error.exit_code))
+            continue
+        dropped.append(placed)
+        if placed.converted is not None:
+            notes = "".join(f"; {note}" for note in placed.converted.notes)
+            rows = f"{placed.converted.rows:,} {'row' if placed.converted.rows == 1 else 'rows'}"
+            out.print(f"converted {rows} of {escape(str(file))}{notes}", markup=False)
+        out.print(f"dropped {escape(str(placed.path))}", markup=False)
+    if wait:
+        codes += [_tell_end(wait_for(settings, placed)) for placed in dropped]
+    elif dropped and (note := no_daemon_note(settings)):
+        out.print(note, markup=False)
+    raise typer.Exit(next((code for code in codes if code), 0))
+
+
+def _tell_end(job: Job) -> int:
+    """Print how a job ended; returns the exit code that says it."""
     out.print(f"{job.id} {job.state}: {escape(job.reason)}", markup=False)
     if job.advice:
         out.print(f"hint: {escape(job.advice)}", markup=False)
     trained = job.state is JobState.SUCCEEDED or job.duplicate_of is not None
-    raise typer.Exit(0 if trained else 3 if job.state is JobState.REJECTED else 1)
+    return 0 if trained else 3 if job.state is JobState.REJECTED else 1
 
 
 def _known_encoding(name: str | None) -> str | None:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 import guard
 from daemon import config
-from daemon.cli.app import RootContext, app, out
+from daemon.cli.app import RootContext, app, complain, out
 from daemon.cli.arguments import reorder
 from daemon.errors import DropforgeError
 
@@ -63,12 +62,6 @@ def prepare_process() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
     os.umask(os.umask(0o077) | 0o002)
-
-
-def complain(text: str, code: int) -> int:
-    """Print an error to stderr; returns its exit code."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
-    return code
 
 
 def _print_version(requested: bool) -> None:

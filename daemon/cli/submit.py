@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from daemon.cli.check import CheckReport, check_file
 from daemon.config import Settings
 from daemon.dataset.convert import Converted, conversion_of, convert, converted_stem
 from daemon.dataset.rows import Rules
@@ -44,12 +45,19 @@ class Submitted:
 
 
 def submit(
-    settings: Settings, file: Path, *, priority: Priority, force: bool, encoding: str | None = None
+    settings: Settings,
+    file: Path,
+    *,
+    priority: Priority,
+    force: bool,
+    encoding: str | None = None,
+    checked: bool = True,
 ) -> Submitted:
     """Copy or convert `file` beside the inbox's files under a hidden name, then give it its own, or a free one like it.
 
-    Its sidecar goes with it. `encoding` is of a text file that is to be converted. Raises NotFound when there is no such
-    file, RejectedData when it cannot be taken, DropforgeError when the inbox cannot be written.
+    Its sidecar goes with it. `encoding` is of a text file that is to be converted. With `checked`, what `dropforge check`
+    refuses is not dropped. Raises NotFound when there is no such file, RejectedData when it cannot be taken or is refused,
+    DropforgeError when the inbox cannot be written.
     """
     if not file.is_file():
         cause = "it is not a regular file" if file.exists() else "there is no such file"
@@ -66,6 +74,8 @@ def submit(
         _refuse_other_file(file, encoding)
     name = f"{converted_stem(file.name)}{ROW_SUFFIXES[0]}" if converting else file.name
     sidecar = _sidecar_text(settings, file.with_name(sidecar_name(name)), force=force)
+    if checked and not converting:
+        _require_accepted(check_file(file, settings, None, force=force), file)
     folder = watched_folders(settings)[priority]
     hidden = folder / f".submit-{os.getpid()}-{time.monotonic_ns()}.part"
     try:
@@ -73,6 +83,8 @@ def submit(
         converted = None
         if converting:
             converted = _convert(settings, file, hidden, encoding)
+            if checked:
+                _require_accepted(check_file(file.with_name(name), settings, None, content=hidden, force=force), file)
         else:
             _copy(file, hidden)
         inode = hidden.stat().st_ino
@@ -93,6 +105,30 @@ def submit(
         with suppress(OSError):
             hidden.unlink(missing_ok=True)
     return Submitted(path=placed, inode=inode, earlier=earlier, converted=converted)
+
+
+def _require_accepted(report: CheckReport, file: Path) -> None:
+    if not report.accepted:
+        more = "`dropforge check FILE` lists what is wrong, and --no-check drops it all the same"
+        if conversion_of(file.name) is not None:  # which check does not read
+            more = "its rows become lines in their order, and --no-check drops it all the same"
+        raise RejectedData(
+            operation="submit",
+            subject=escape(str(file)),
+            cause=escape(report.reason, most=1000),
+            hint=f"{escape(report.hint, most=1000)}; {more}" if report.hint else more,
+        )
+
+
+def no_daemon_note(settings: Settings) -> str:
+    """Say that what was dropped has to wait for a daemon; empty where one runs."""
+    try:
+        snapshot = read_status(settings.status_path)
+    except (OSError, ValueError) as error:
+        return f"whether a daemon runs on this root cannot be told: {escape(str(error), most=300)}"
+    if snapshot is not None and snapshot["alive"]:
+        return ""
+    return "no daemon runs on this root: what was dropped is trained when one starts (`dropforge run`)"
 
 
 def _refuse_other_file(file: Path, encoding: str | None) -> None:

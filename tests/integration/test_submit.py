@@ -78,7 +78,7 @@ def test_rows_arrive_as_they_were(root: Root, tmp_path: Path, name: str, content
 def test_numbers_are_not_rewritten(root: Root, tmp_path: Path) -> None:
     """A JSON row is copied as it is written, but for its line breaks."""
     text = '[{"a": 1.10, "b": 1e400, "c": 0.1000000000000000055511151231257827, "a": 2}]'
-    assert root.run("submit", str(write(tmp_path / "x.json", text))).returncode == 0
+    assert root.run("submit", str(write(tmp_path / "x.json", text)), "--no-check").returncode == 0
     assert (root.settings.inbox_dir / "x.jsonl").read_text() == text[1:-1] + "\n"
 
 
@@ -123,15 +123,15 @@ def test_parquet_is_converted_and_its_rows_counted(root: Root, tmp_path: Path) -
     rows = [{"messages": turns, "score": float("nan"), "n": 2**60}, {"messages": turns[:1], "score": 0.5, "n": None}]
     path = tmp_path / "x.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows * 1500), path)
-    done = root.run("submit", str(path))
+    done = root.run("submit", str(path), "--no-check")
     assert "converted 3,000 rows" in done.stdout, done.stderr
     assert dropped(root)["x.jsonl"] == [{**rows[0], "score": None}, rows[1]] * 1500
     parquet.write_table(pyarrow.Table.from_pylist([{"text": "a", "image": b"\x89PNG"}]), path)
-    done = root.run("submit", str(path))
+    done = root.run("submit", str(path), "--no-check")
     assert done.returncode == 3
     assert 'column "image" holds bytes' in done.stderr
     write(path, path.read_bytes()[:40])
-    assert "not a sound Parquet file" in root.run("submit", str(path)).stderr
+    assert "not a sound Parquet file" in root.run("submit", str(path), "--no-check").stderr
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_an_equal_name_gets_a_number_that_the_daemon_takes(root: Root, tmp_path:
     """Before the suffix; and the sidecar of --force is that of the numbered file."""
     path = write(tmp_path / f"x{suffix}", "anything")
     for _ in range(2):
-        assert root.run("submit", str(path), "--force").returncode == 0
+        assert root.run("submit", str(path), "--force", "--no-check").returncode == 0
     names = sorted(found.name for found in root.settings.inbox_dir.iterdir() if found.is_file())
     assert names == sorted([f"x{suffix}", "x.job.toml", f"x-2{suffix}", "x-2.job.toml"])
 
@@ -195,7 +195,7 @@ def test_a_sidecar_goes_with_its_file_and_to_no_other(root: Root, tmp_path: Path
     plain = write(tmp_path / "x.jsonl", '{"text": "a"}\n')
     packed = write(tmp_path / "other" / "x.jsonl.gz", b"") if (tmp_path / "other").mkdir() is None else plain
     sidecar = write(tmp_path / "x.job.toml", "[training]\nlearning_rate = 1e-5\n")
-    assert root.run("submit", str(packed)).returncode == 0
+    assert root.run("submit", str(packed), "--no-check").returncode == 0
     assert root.run("submit", str(plain), "--force").returncode == 0
     inbox = root.settings.inbox_dir
     assert sorted(path.name for path in inbox.iterdir() if path.is_file()) == [
@@ -231,3 +231,48 @@ def test_waiting_ends_well_for_content_that_was_trained_before(make_root: MakeRo
     again = root.run("submit", str(path), "--wait")
     assert "duplicate" in again.stdout
     assert again.returncode == 0
+
+
+def test_each_of_several_files_is_dropped_unless_it_is_refused(root: Root, tmp_path: Path) -> None:
+    """Those that are refused are named with the reason, the others go; the exit code is that of the first refusal."""
+    good = write(tmp_path / "good.jsonl", '{"text": "a"}\n')
+    bad = write(tmp_path / "bad.jsonl", '{"text": 1}\n')
+    table = write(tmp_path / "table.csv", "text\nb\n")
+    done = root.run("submit", str(bad), str(good), str(tmp_path / "none.jsonl"), str(table))
+    assert done.returncode == 3
+    assert dropped(root) == {"good.jsonl": [{"text": "a"}], "table.jsonl": [{"text": "b"}]}
+    assert f"cannot submit {bad}: " in done.stderr
+    assert "line 1" in done.stderr
+    assert "--no-check" in done.stderr
+    assert "none.jsonl: there is no such file" in done.stderr
+
+
+def test_what_check_refuses_is_dropped_with_no_check(root: Root, tmp_path: Path) -> None:
+    bad = write(tmp_path / "bad.csv", "nothing_known\nx\n")
+    assert root.run("submit", str(bad)).returncode == 3
+    assert list(root.settings.inbox_dir.glob("*")) == list(root.settings.inbox_dir.glob(".dropforge*"))
+    assert root.run("submit", "--no-check", str(bad)).returncode == 0
+    assert dropped(root) == {"bad.jsonl": [{"nothing_known": "x"}]}
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.jsonl", '{"q": "a", "a": "b"}\n'), ("x.csv", "q,a\na,b\n")])
+def test_a_file_is_checked_under_its_sidecar(root: Root, tmp_path: Path, name: str, content: str) -> None:
+    """Rows that only the sidecar explains are good with it, and refused without."""
+    path = write(tmp_path / name, content)
+    sidecar = write(tmp_path / "x.job.toml", '[data.columns]\nprompt = "q"\ncompletion = "a"\n')
+    assert root.run("submit", str(path)).returncode == 0
+    sidecar.unlink()
+    assert root.run("submit", str(path)).returncode == 3
+
+
+def test_a_drop_says_whether_a_daemon_is_there_to_train_it(make_root: MakeRoot, tmp_path: Path) -> None:
+    root = make_root(behaviour={})
+    path = write(tmp_path / "x.jsonl", '{"text": "a"}\n')
+    assert "no daemon runs on this root" in root.run("submit", str(path)).stdout
+    root.start()
+    done = root.run("submit", str(path))
+    assert (done.returncode, "no daemon" in done.stdout) == (0, False)
+    assert root.stop() == 0
+    assert "no daemon runs on this root" in root.run("submit", str(path)).stdout
+    root.settings.status_path.write_bytes(b"\xff")
+    assert "cannot be told" in root.run("submit", str(path)).stdout

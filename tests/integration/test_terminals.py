@@ -28,7 +28,7 @@ CALLS = {
     "jobs": "jobs",
     "show": "show LAST",
     "logs": "logs",
-    "submit": "submit NAME",
+    "submit": "submit --no-check NAME",
     "check": "check NAME",
     "preview": "preview NAME",
     "cancel": "cancel LAST",
@@ -45,6 +45,9 @@ CALLS = {
     "doctor": "doctor",
     "completion": "completion bash",
     "config": "config",
+    "memory": "memory",
+    "backup": "backup NAME",
+    "restore": "restore NAME --root NAME",
     "service": "service install --dry-run --user",
 }
 
