@@ -335,7 +335,9 @@ def from_environment() -> dict[str, Any]:
     from pydantic_settings import BaseSettings, EnvSettingsSource
 
     source = EnvSettingsSource(cast("type[BaseSettings]", Settings), env_prefix=ENV_PREFIX, env_nested_delimiter="__")
-    return source()
+    return {
+        name: value for name, value in source().items() if name != "root"
+    }  # find_root has weighed it against --root
 
 
 def _refuse_unknown_variables() -> None:

@@ -17,8 +17,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from daemon import versions
-from daemon.config import Settings
-from daemon.errors import DropforgeError
+from daemon.config import CONFIG_NAME, Settings, from_environment
+from daemon.errors import ConfigError, DropforgeError
 from daemon.job import utc_now
 from daemon.text import escape
 from guard.atomic import make_folder_durable, write_atomic
@@ -96,6 +96,22 @@ def contradiction(readings: Sequence[PartReading]) -> str:
             f"{found[Part.MODEL].path} is older than the queue: {what}, and {remembered:04d} was made here; {WAY_OUT}"
         )
     return ""
+
+
+def require_root(settings: Settings) -> None:
+    """Raise ConfigError in a folder that nothing says is meant as a root: no settings, and none of a root's parts.
+
+    A root is made by `dropforge init`, or by whoever makes its inbox or sets variables of its settings.
+    """
+    if (settings.root / CONFIG_NAME).exists() or from_environment():
+        return
+    if not any(os.path.lexists(path) for path in part_paths(settings).values()):
+        raise ConfigError(
+            operation="serve",
+            subject=settings.root,
+            cause=f"it is no root: it has no {CONFIG_NAME}, and no inbox, model directory or state",
+            hint="`dropforge init` makes it one; --root or DROPFORGE_ROOT names another folder",
+        )
 
 
 def require_state(settings: Settings) -> None:

@@ -47,6 +47,7 @@ def run(
     from daemon.service import Service
 
     settings = context.obj.settings
+    root_identity.require_root(settings)
     root_identity.require_state(settings)
     has_metrics = settings.metrics.port is not None or settings.metrics.textfile is not None
     if has_metrics:

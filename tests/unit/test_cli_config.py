@@ -189,3 +189,28 @@ def test_the_commands_print_check_and_set(tmp_path: Path) -> None:
     assert checked.returncode == 2
     assert "line 2: unknown key [training] lr" in checked.stderr
     assert "line 4: [lora] r is at least 1" in checked.stderr
+
+
+def test_run_makes_no_root_of_a_folder_that_is_none(tmp_path: Path) -> None:
+    """And touches nothing there; the hint, followed, makes it one."""
+    (tmp_path / "thesis.tex").write_text("mine")
+    done = dropforge("--root", str(tmp_path), "run", "--once")
+    assert done.returncode == 2
+    assert "it is no root" in done.stderr
+    assert "`dropforge init`" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert dropforge("--root", str(tmp_path), "init").returncode == 0
+    assert dropforge("--root", str(tmp_path), "run", "--once").returncode == 0
+
+
+@pytest.mark.parametrize("asked", ["inbox", "variable"])
+def test_run_serves_a_folder_that_is_meant_as_a_root(
+    tmp_path: Path, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may hold a mounted inbox and variables, and no file of settings."""
+    if asked == "inbox":
+        (tmp_path / "inbox").mkdir()
+    else:
+        monkeypatch.setenv("DROPFORGE_TRAINING__SEED", "1")
+    assert dropforge("--root", str(tmp_path), "run", "--once").returncode == 0
+    assert (tmp_path / "state" / "status.json").exists()

@@ -161,3 +161,13 @@ def test_a_base_in_a_root_with_a_dollar_in_its_name_is_used(tmp_path: Path) -> N
     settings = config.load(write(root, "[model]\nmodel_name_or_path = 'base'\n"))
     recipe = Recipe.model_validate(settings.recipe.model_dump(mode="json"))
     assert recipe.model.model_name_or_path == str(root / "base")
+
+
+def test_a_root_that_is_named_outweighs_that_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when another variable is set, and all of them are read."""
+    monkeypatch.setenv("DROPFORGE_ROOT", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("DROPFORGE_TRAINING__SEED", "1")
+    settings = config.load(config.find_root(tmp_path))
+    assert (settings.root, settings.training.seed) == (tmp_path, 1)
