@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daemon.config import Settings
+from daemon.config import GpuSettings, Settings
 from daemon.errors import ConfigError
 from daemon.holds import Hold, HoldKind
 from daemon.job import utc_now
@@ -297,6 +297,17 @@ def _holder(fd: int) -> str:
         return "another daemon"
 
 
+def _lock_path(configured: GpuSettings, device: Gpu | None) -> Path | None:
+    """Return the lock file that daemons of this machine share for a device.
+
+    Without one that can be seen (no GPU, or one without NVML) they share a lock where an administrator made a folder for it.
+    """
+    shared = configured.lock_dir or (SHARED_LOCKS if SHARED_LOCKS.is_dir() else None)
+    if device is not None:
+        return (shared or PLAIN_LOCKS) / f"dropforge-{device.uuid}.lock"
+    return shared / "dropforge-machine.lock" if shared and configured.device != "none" else None
+
+
 class GpuReservation:
     """The GPU of the next launch: chosen, with room for the run, locked against other daemons."""
 
@@ -327,9 +338,8 @@ class GpuReservation:
             hold = memory_hold(self.device, recipe, min_free_bytes=configured.min_free_bytes, own=own)
             if hold is not None:
                 return hold
-            if self._follows_device and not self.lock.descriptors:
-                folder = configured.lock_dir or (SHARED_LOCKS if SHARED_LOCKS.is_dir() else PLAIN_LOCKS)
-                self.lock.path = folder / f"dropforge-{self.device.uuid}.lock"
+        if self._follows_device and not self.lock.descriptors:
+            self.lock.path = _lock_path(configured, self.device)
         try:
             in_use = self.lock.acquire(f"the daemon of {settings.root}")
         except OSError as error:

@@ -87,7 +87,8 @@ def test_the_commands_that_service_install_prints(clean: Machine) -> None:
     (install,) = commands_of(README, "As a service")
     printed = clean.shell(install).partition("next:\n")[2].splitlines()
     assert [line.split()[0] for line in printed] == [
-        "getent", "install", "install", "runuser", "editor", "runuser", "systemctl", "systemctl", "systemctl", "usermod",
+        "getent", "install", "install", "runuser", "editor", "runuser", "systemd-tmpfiles", "systemctl", "systemctl",
+        "systemctl", "usermod",
     ]  # fmt: skip
     service.configure(f"[Service]\n{clean.unit_environment}\n")
     for line in printed:

@@ -222,6 +222,9 @@ def test_a_wrong_configuration_is_told_once_and_not_tried_again(service: Service
 def test_two_instances_train_one_at_a_time(machine: Machine, service: Service) -> None:
     """dropforge@a and dropforge@b share a lock; the one that waits says for whom."""
     machine.run("cp", f"{HOME}/systemd/dropforge@.service", "/etc/systemd/system/")
+    machine.shell(
+        f"cp {HOME}/systemd/tmpfiles.d/dropforge.conf /etc/tmpfiles.d/; systemd-tmpfiles --create dropforge.conf"
+    )
     instances = []
     for name in ("a", "b"):
         root = f"/var/lib/dropforge-{name}"
