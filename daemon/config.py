@@ -280,14 +280,15 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | No
     _refuse_unknown_variables()
     if "root" in table:
         raise ConfigError(operation="use", subject=path, cause="unknown key root", hint="use --root or DROPFORGE_ROOT")
+    variables = from_environment()
     try:
-        tables = layered(table, from_environment(), flags or {})
+        tables = layered(table, variables, flags or {})
         return Settings.model_validate({"root": root, **_with_base_expanded(tables, path, written)})
     except ValidationError as error:
         raise ConfigError(
             operation="use",
             subject=path,
-            cause=explain(error, Settings, written),
+            cause=explain(error, Settings, written, variable_of=lambda name: variable_of(variables, name)),
             hint="`dropforge init` in an empty folder shows every key with its default",
         ) from error
 
@@ -328,16 +329,48 @@ def reloaded(running: Settings, read: Settings) -> Settings:
 
 
 def from_environment() -> dict[str, Any]:
-    """The tables that DROPFORGE_TABLE__KEY variables hold."""
+    """Return the tables that DROPFORGE_TABLE__KEY variables hold. Raises ConfigError when one is no JSON and has to be."""
     if not any(name.upper().startswith(ENV_PREFIX) and name.upper() != ROOT_VARIABLE for name in os.environ):
         return {}
     # It imports a third of what a command needs to start, and hardly anybody sets such a variable.
-    from pydantic_settings import BaseSettings, EnvSettingsSource
+    from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsError
 
     source = EnvSettingsSource(cast("type[BaseSettings]", Settings), env_prefix=ENV_PREFIX, env_nested_delimiter="__")
-    return {
-        name: value for name, value in source().items() if name != "root"
-    }  # find_root has weighed it against --root
+    try:
+        found = source()
+    except SettingsError as error:
+        table = next(iter(re.findall(r'field "(\w+)"', str(error))), "table")
+        raise ConfigError(
+            operation="use",
+            subject=f"the environment variable {ENV_PREFIX}{table.upper()}",
+            cause="it is no JSON object",
+            hint="""write it as {"key": value}, or one setting as DROPFORGE_TABLE__KEY""",
+        ) from error
+    # find_root has weighed the root against --root.
+    return {name: value for name, value in found.items() if name != "root"}
+
+
+def holds(table: Mapping[str, Any], name: str) -> bool:
+    """Whether nested tables have a value for `name` (`table.key`)."""
+    at: Any = table
+    for part in name.split("."):
+        if not isinstance(at, Mapping) or part not in at:
+            return False
+        at = at[part]
+    return True
+
+
+def variable_of(variables: Mapping[str, Any], name: str) -> str:
+    """Return the variable that sets `name`, the most precise one; empty when none does. `variables`: from_environment().
+
+    DROPFORGE_TABLE may hold a whole table as JSON.
+    """
+    if not holds(variables, name):
+        return ""
+    parts = name.split(".")
+    spelt = {variable.upper(): variable for variable in os.environ}
+    precise_first = (f"{ENV_PREFIX}{'__'.join(parts[:length])}".upper() for length in range(len(parts), 0, -1))
+    return next((spelt[variable] for variable in precise_first if variable in spelt), "")
 
 
 def _refuse_unknown_variables() -> None:

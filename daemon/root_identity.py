@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from daemon import versions
-from daemon.config import CONFIG_NAME, Settings, from_environment
+from daemon.config import CONFIG_NAME, Settings
 from daemon.errors import ConfigError, DropforgeError
 from daemon.job import utc_now
 from daemon.text import escape
@@ -101,9 +101,9 @@ def contradiction(readings: Sequence[PartReading]) -> str:
 def require_root(settings: Settings) -> None:
     """Raise ConfigError in a folder that nothing says is meant as a root: no settings, and none of a root's parts.
 
-    A root is made by `dropforge init`, or by whoever makes its inbox or sets variables of its settings.
+    A root is made by `dropforge init`, or by whoever makes its inbox or names its base model in a variable.
     """
-    if (settings.root / CONFIG_NAME).exists() or from_environment():
+    if (settings.root / CONFIG_NAME).exists() or settings.model.model_name_or_path:
         return
     if not any(os.path.lexists(path) for path in part_paths(settings).values()):
         raise ConfigError(

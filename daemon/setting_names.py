@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -66,10 +66,16 @@ _WORDS: Mapping[str, str] = {
 LONGEST_VALUE = 80
 
 
-def explain(error: ValidationError, model: type[BaseModel], text: str = "") -> str:
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    text: str = "",
+    *,
+    variable_of: Callable[[str], str] = lambda name: "",
+) -> str:
     """Return what is wrong with settings of `model`, as `[table] key is ... (got VALUE)`, joined by `; `.
 
-    `text`: the TOML that they were read from, for the numbers of lines.
+    `text`: the TOML that they were read from, for the numbers of lines. `variable_of`: the variable that set a name instead.
     """
     known = tuple(_names(model))
     found: dict[str, tuple[list[str], str]] = {}  # name -> what it may be, and the rest: of a union, several
@@ -78,7 +84,8 @@ def explain(error: ValidationError, model: type[BaseModel], text: str = "") -> s
         name = ".".join(str(part) for part in item["loc"])
         while name and name not in known and item["type"] != "extra_forbidden":  # a branch of a union, or a list's item
             name = name.rpartition(".")[0]
-        start = f"line {line}: " if (line := line_of(text, name)) else ""
+        origin = variable_of(name) or (f"line {line}" if (line := line_of(text, name)) else "")
+        start = f"{origin}: " if origin else ""
         said = next((words for kind, words in _WORDS.items() if item["type"].startswith(kind)), None)
         if item["type"] == "extra_forbidden":
             right = nearest(name, known)

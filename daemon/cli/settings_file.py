@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import BaseModel
 
 from daemon import config
 from daemon.cli.init import sections
-from daemon.config import CONFIG_NAME, ENV_PREFIX, Settings
+from daemon.config import CONFIG_NAME, Settings
 from daemon.errors import ConfigError, DropforgeError, NotFound
 from daemon.recipe import Section
 from daemon.setting_names import line_of, nearest, place
@@ -65,10 +64,10 @@ def effective_settings(root: Path) -> list[EffectiveSetting]:
             if isinstance(field.default, Section):
                 continue
             full = f"{name}.{key}"
-            source, line, variable = Source.DEFAULT, None, ""
-            if _holds(variables, full):
-                source, variable = Source.ENVIRONMENT, _variable(full)
-            elif _holds(table, full):
+            source, line = Source.DEFAULT, None
+            if variable := config.variable_of(variables, full):
+                source = Source.ENVIRONMENT
+            elif config.holds(table, full):
                 source, line = Source.FILE, _nearest_line(text, full)
             value = _value(settings, full)
             found.append(
@@ -142,7 +141,7 @@ def with_value(text: str, name: str, literal: str) -> str:
     from tomlkit.items import AbstractTable
 
     value = tomlkit.parse(f"value = {literal}\n")["value"]
-    if not _holds(tomllib.loads(text), name):
+    if not config.holds(tomllib.loads(text), name):
         text = _uncommented(text, name, literal)
     document = tomlkit.parse(text)
     *tables, key = name.split(".")
@@ -226,28 +225,11 @@ def _read(path: Path) -> bytes | None:
         raise ConfigError(operation="read", subject=path, cause=error.strerror or str(error)) from error
 
 
-def _holds(table: Mapping[str, Any], name: str) -> bool:
-    at: Any = table
-    for part in name.split("."):
-        if not isinstance(at, Mapping) or part not in at:
-            return False
-        at = at[part]
-    return True
-
-
 def _value(settings: BaseModel, name: str) -> Any:
     at: Any = settings
     for part in name.split("."):
         at = getattr(at, part)
     return at
-
-
-def _variable(name: str) -> str:
-    """The most precise variable that is set for it: DROPFORGE_TABLE may hold a whole table as JSON."""
-    parts = name.split(".")
-    spelt = {variable.upper(): variable for variable in os.environ}
-    candidates = (f"{ENV_PREFIX}{'__'.join(parts[:length])}".upper() for length in range(len(parts), 0, -1))
-    return next((spelt[name] for name in candidates if name in spelt), "environment")
 
 
 def _nearest_line(text: str, name: str) -> int | None:

@@ -191,8 +191,9 @@ def test_the_commands_print_check_and_set(tmp_path: Path) -> None:
     assert "line 4: [lora] r is at least 1" in checked.stderr
 
 
-def test_run_makes_no_root_of_a_folder_that_is_none(tmp_path: Path) -> None:
-    """And touches nothing there; the hint, followed, makes it one."""
+def test_run_makes_no_root_of_a_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And touches nothing there, also with the variable that a unit sets; the hint, followed, makes it one."""
+    monkeypatch.setenv("DROPFORGE_LOGGING__FOLDER", str(tmp_path.with_name("logs")))
     (tmp_path / "thesis.tex").write_text("mine")
     done = dropforge("--root", str(tmp_path), "run", "--once")
     assert done.returncode == 2
@@ -211,6 +212,6 @@ def test_run_serves_a_folder_that_is_meant_as_a_root(
     if asked == "inbox":
         (tmp_path / "inbox").mkdir()
     else:
-        monkeypatch.setenv("DROPFORGE_TRAINING__SEED", "1")
+        monkeypatch.setenv("DROPFORGE_MODEL__MODEL_NAME_OR_PATH", "some/model")
     assert dropforge("--root", str(tmp_path), "run", "--once").returncode == 0
     assert (tmp_path / "state" / "status.json").exists()

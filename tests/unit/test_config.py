@@ -171,3 +171,24 @@ def test_a_root_that_is_named_outweighs_that_of_the_environment(
     monkeypatch.setenv("DROPFORGE_TRAINING__SEED", "1")
     settings = config.load(config.find_root(tmp_path))
     assert (settings.root, settings.training.seed) == (tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("DROPFORGE_TRAINING__SEED", "abc", "DROPFORGE_TRAINING__SEED: [training] seed is a whole number"),
+        ("DROPFORGE_TRAINING", '{"seed": -4}', "DROPFORGE_TRAINING: [training] seed is at least 0"),
+        ("dropforge_lora__r", "0", "dropforge_lora__r: [lora] r is at least 1"),
+        ("DROPFORGE_TRAINING", '{"seed"', "the environment variable DROPFORGE_TRAINING: it is no JSON object"),
+        ("DROPFORGE_MODEL", "3", "DROPFORGE_MODEL: [model] is a table"),
+    ],
+)
+def test_a_fault_in_a_variable_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    """And not the line of the file that it outweighs."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as caught:
+        config.load(write(tmp_path, "[training]\nseed = 1\n[lora]\nr = 8\n"))
+    assert said in str(caught.value)
+    assert "line" not in str(caught.value).splitlines()[0]
