@@ -11,6 +11,7 @@ from daemon import config
 from daemon.cli.app import MACHINE, JsonFlag, app, out, print_json, require_own_account
 from daemon.cli.init import toml_value
 from daemon.config import CONFIG_NAME
+from daemon.errors import ConfigError
 from daemon.text import escape, printable
 
 config_app = typer.Typer(help="Show every setting and where it comes from; check or change them.")
@@ -61,21 +62,37 @@ def check_settings(context: typer.Context) -> None:
 @config_app.command("set", context_settings={"ignore_unknown_options": True})
 def set_setting(
     context: typer.Context,
-    key: Annotated[str, typer.Argument(help="TABLE.KEY, as training.learning_rate.")],
-    value: Annotated[str, typer.Argument(help='As in dropforge.toml; text needs no quotes, and "" means not set.')],
+    pairs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY VALUE",
+            help='KEY as training.learning_rate, VALUE as in dropforge.toml; text needs no quotes, "" means not set.',
+        ),
+    ],
 ) -> None:
-    """Change one setting in dropforge.toml; comments and order stay, and what is not valid is not written."""
-    from daemon.cli.settings_file import Source, set_value
+    """Change settings in dropforge.toml: comments and order stay, and what is not valid is not written.
+
+    Several pairs are written together, or not at all: settings that only go together.
+    """
+    from daemon.cli.settings_file import Source, set_values
 
     root = context.obj.root
+    if len(pairs) % 2:
+        raise ConfigError(
+            operation="set",
+            subject=escape(pairs[-1]),
+            cause="it has no value",
+            hint="`dropforge config set KEY VALUE`; a value with spaces stands in quotes",
+        )
     require_own_account(config.load(root))
-    change = set_value(root, key, value)
-    setting = change.setting
-    out.print(f"{setting.key} = {change.written}", markup=False)
-    if setting.source is Source.ENVIRONMENT:
-        in_effect = printable(toml_value(setting.value), most=1000)
-        out.print(f"but the environment variable {setting.variable} outweighs it: {in_effect}", markup=False)
-    how = "restarted" if change.needs_restart else "reloaded (SIGHUP) or restarted"
+    changes = set_values(root, list(zip(pairs[::2], pairs[1::2], strict=True)))
+    for change in changes:
+        setting = change.setting
+        out.print(f"{setting.key} = {change.written}", markup=False)
+        if setting.source is Source.ENVIRONMENT:
+            in_effect = printable(toml_value(setting.value), most=1000)
+            out.print(f"but the environment variable {setting.variable} outweighs it: {in_effect}", markup=False)
+    how = "restarted" if any(change.needs_restart for change in changes) else "reloaded (SIGHUP) or restarted"
     out.print(f"a daemon that runs takes it when it is {how}", markup=False)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +89,10 @@ class Change:
     needs_restart: bool
 
 
-def set_value(root: Path, key: str, value: str) -> Change:
-    """Write `key = value` into `dropforge.toml`, its comments and order kept, when the file is valid with it.
+def set_values(root: Path, wishes: Sequence[tuple[str, str]]) -> list[Change]:
+    """Write each `key = value` into `dropforge.toml`, its comments and order kept, when the file is valid with all of them.
 
-    `value` is TOML, or text where it is none. Raises ConfigError when there is no such setting or the value is none for it,
+    A value is TOML, or text where it is none. Raises ConfigError when there is no such setting or a value is none for it,
     NotFound when there is no file.
     """
     path = (root / CONFIG_NAME).resolve()  # of a link, what it names is written
@@ -98,36 +100,51 @@ def set_value(root: Path, key: str, value: str) -> Change:
     if before is None:
         raise NotFound(
             operation="set",
-            subject=escape(key),
+            subject=escape(wishes[0][0]),
             cause=f"{root} has no {CONFIG_NAME}",
             hint="`dropforge init` writes one, or --root names the root",
         )
-    config.load(root, text=before)  # what was wrong before is no fault of this value
-    name = _known_key(root, key)
+    names = [_known_key(key) for key, _ in wishes]
     owner = path.stat()
     if owner.st_uid != os.geteuid():
         raise ConfigError(
             operation="write", subject=path, cause="it belongs to another account", hint="set it as that account"
         )
-    text = before.decode()
+    literals, after = _first_valid(root, before.decode(), names, [_literals(value) for _, value in wishes])
+    try:
+        write_atomic(path, after, mode=owner.st_mode & 0o7777)
+        os.chown(path, -1, owner.st_gid)  # before the mode: it may be the group that a service reads it by
+        path.chmod(owner.st_mode & 0o7777)  # which the umask has cut
+    except OSError as error:
+        raise DropforgeError(operation="write", subject=path, cause=error.strerror or str(error)) from error
+    in_effect = {item.key: item for item in effective_settings(root)}
+    return [
+        Change(setting=in_effect[name], written=literal, needs_restart=name.partition(".")[0] in config.RESTART_TABLES)
+        for name, literal in zip(names, literals, strict=True)
+    ]
+
+
+def _first_valid(
+    root: Path, before: str, names: Sequence[str], meanings: Sequence[Sequence[str]]
+) -> tuple[tuple[str, ...], str]:
+    """The first meanings of the values with which the whole file is valid, and its text. Raises ConfigError."""
+    config.load(root, text=before.encode())  # what was wrong before is no fault of these values
     fault: ConfigError | None = None
-    for literal in _literals(value):
-        after = with_value(text, name, literal)
+    for literals in product(*meanings):
+        after = before
+        for name, literal in zip(names, literals, strict=True):
+            after = with_value(after, name, literal)
         try:
             config.load(root, text=after.encode())
         except ConfigError as error:
             fault = fault or error
-            continue
-        try:
-            write_atomic(path, after, mode=owner.st_mode & 0o7777)
-            os.chown(path, -1, owner.st_gid)  # before the mode: it may be the group that a service reads it by
-            path.chmod(owner.st_mode & 0o7777)  # which the umask has cut
-        except OSError as error:
-            raise DropforgeError(operation="write", subject=path, cause=error.strerror or str(error)) from error
-        setting = next(item for item in effective_settings(root) if item.key == name)
-        return Change(setting=setting, written=literal, needs_restart=name.partition(".")[0] in config.RESTART_TABLES)
+        else:
+            return literals, after
     raise ConfigError(
-        operation="set", subject=name, cause=fault.cause if fault else "", hint=f"nothing was written to {path}"
+        operation="set",
+        subject=", ".join(names),
+        cause=fault.cause if fault else "",
+        hint=f"nothing was written to {root / CONFIG_NAME}",
     ) from fault
 
 
@@ -192,7 +209,7 @@ def _literals(value: str) -> list[str]:
     return [value.strip(), as_text] if is_toml else [as_text]
 
 
-def _known_key(root: Path, key: str) -> str:
+def _known_key(key: str) -> str:
     """The full name of a setting, which may also be typed as its key alone. Raises ConfigError."""
     known = [
         f"{name}.{inner}"

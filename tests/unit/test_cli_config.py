@@ -9,7 +9,7 @@ import pytest
 
 from daemon import config
 from daemon.cli.init import init, sections, toml_value
-from daemon.cli.settings_file import EffectiveSetting, effective_settings, set_value, with_value
+from daemon.cli.settings_file import EffectiveSetting, effective_settings, set_values, with_value
 from daemon.config import CONFIG_NAME, Settings
 from daemon.errors import ConfigError, NotFound
 from daemon.recipe import Section
@@ -86,7 +86,7 @@ def test_setting_a_value_changes_its_line_alone(tmp_path: Path) -> None:
 def test_a_key_that_init_wrote_as_a_comment_is_set_in_its_place(tmp_path: Path) -> None:
     init(tmp_path)
     before = (tmp_path / CONFIG_NAME).read_text().splitlines()
-    set_value(tmp_path, "training.learning_rate", "1e-4")
+    set_values(tmp_path, [("training.learning_rate", "1e-4")])
     after = (tmp_path / CONFIG_NAME).read_text().splitlines()
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     assert [new.split() for _, new in changed] == [["learning_rate", "=", "1e-4", "#", "Peak", "learning", "rate."]]
@@ -131,7 +131,7 @@ def test_every_key_that_init_wrote_can_be_set(tmp_path: Path) -> None:
     ],
 )
 def test_a_value_is_toml_or_text(tmp_path: Path, key: str, typed: str, value: object) -> None:
-    change = set_value(write(tmp_path, OWN), key, typed)
+    (change,) = set_values(write(tmp_path, OWN), [(key, typed)])
     assert change.setting.value == value
     assert change.setting.source == "file"
     kept = [line for line in OWN.splitlines() if line and key.rpartition(".")[2] not in line]
@@ -152,7 +152,7 @@ def test_a_value_is_toml_or_text(tmp_path: Path, key: str, typed: str, value: ob
 def test_what_is_not_valid_is_not_written(tmp_path: Path, key: str, typed: str, said: str) -> None:
     write(tmp_path, OWN)
     with pytest.raises(ConfigError) as caught:
-        set_value(tmp_path, key, typed)
+        set_values(tmp_path, [(key, typed)])
     assert said in str(caught.value)
     assert (tmp_path / CONFIG_NAME).read_text() == OWN
 
@@ -164,7 +164,7 @@ def test_mode_line_ends_and_a_link_are_kept(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     (root / CONFIG_NAME).symlink_to(real)
-    set_value(root, "training.seed", "8")
+    set_values(root, [("training.seed", "8")])
     assert (root / CONFIG_NAME).is_symlink()
     assert real.read_bytes() == OWN.replace("seed = 7", "seed = 8").replace("\n", "\r\n").encode()
     assert real.stat().st_mode & 0o777 == 0o662
@@ -172,7 +172,7 @@ def test_mode_line_ends_and_a_link_are_kept(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="dropforge init"):
-        set_value(tmp_path, "training.seed", "8")
+        set_values(tmp_path, [("training.seed", "8")])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,3 +215,16 @@ def test_run_serves_a_folder_that_is_meant_as_a_root(
         monkeypatch.setenv("DROPFORGE_MODEL__MODEL_NAME_OR_PATH", "some/model")
     assert dropforge("--root", str(tmp_path), "run", "--once").returncode == 0
     assert (tmp_path / "state" / "status.json").exists()
+
+
+def test_settings_that_go_together_are_set_together(tmp_path: Path) -> None:
+    """One without the other is refused, and so is a key without a value; nothing is written then."""
+    write(tmp_path, "[data]\n")
+    arguments = ("--root", str(tmp_path), "config", "set", "data.columns.prompt", "q")
+    assert dropforge(*arguments).returncode == 2
+    assert dropforge(*arguments, "data.columns.completion").returncode == 2
+    assert (tmp_path / CONFIG_NAME).read_text() == "[data]\n"
+    done = dropforge(*arguments, "data.columns.completion", "a")
+    assert done.returncode == 0, done.stderr
+    columns = config.load(tmp_path).data.columns
+    assert (columns.prompt, columns.completion) == ("q", "a")
