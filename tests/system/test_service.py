@@ -172,6 +172,21 @@ def test_reload_opens_the_log_again_and_nothing_is_interrupted(service: Service)
     service.wait_for("a.jsonl", "succeeded")
 
 
+def test_a_reload_of_settings_with_a_fault_fails_and_the_daemon_goes_on(service: Service) -> None:
+    """Who reloads is told at once; the daemon stays the same one, and takes the mended file."""
+    service.systemctl("start")
+    pid = service.main_pid()
+    service.machine.write(f"{ROOT}/dropforge.toml", as_toml({**TABLES, "lora": {"r": 0}}))
+    assert service.systemctl("reload", check=False).returncode != 0
+    wait_until(lambda: service.value("SubState") == "running", what="the reload to end")
+    assert "[lora] r is at least 1" in service.journal_text()
+    assert any(event["event"] == "daemon.not_reloaded" for event in service.log())
+    service.machine.write(f"{ROOT}/dropforge.toml", as_toml(TABLES))
+    service.systemctl("reload")
+    wait_until(lambda: any(event["event"] == "daemon.reloaded" for event in service.log()), what="the reload")
+    assert service.main_pid() == pid
+
+
 @pytest.mark.skipif(shutil.which("logrotate") is None, reason="logrotate is not installed (Debian package: logrotate)")
 def test_logrotate_rotates_as_the_document_tells_it_and_no_line_is_lost(service: Service) -> None:
     service.machine.write(f"{ROOT}/dropforge.toml", as_toml({**TABLES, "logging": {"max_bytes": 0}}))

@@ -402,6 +402,7 @@ def test_an_instance_with_a_root_elsewhere_gets_a_drop_in_of_its_own(tmp_path: P
     text = dict(planned.files)[tmp_path / "dropforge@b.service.d" / "root.conf"]
     assert f"ReadWritePaths={tmp_path / 'forge'}" in text
     assert "ExecStart=\nExecStart=" in text
+    assert f"--root {tmp_path / 'forge'} config check" in text.partition("ExecReload=\n")[2]
 
 
 @pytest.mark.parametrize("request_", [{"user": True, "instance": "a"}, {"instance": "../a"}, {"instance": "a b"}])

@@ -94,9 +94,9 @@ def instance_drop_in(unit: Unit) -> str:
     return _fill("instance.conf.in", _values(unit))
 
 
-def command(python: Path, root: Path) -> Sequence[str]:
-    """The daemon's command line. -P: a folder `daemon` in the working directory is not ours."""
-    return [str(python), "-P", "-m", "daemon", "--root", str(root), "run"]
+def command(python: Path, root: Path, *words: str) -> Sequence[str]:
+    """The command line of a command, `run` by default. -P: a folder `daemon` in the working directory is not ours."""
+    return [str(python), "-P", "-m", "daemon", "--root", str(root), *(words or ("run",))]
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
@@ -115,7 +115,8 @@ def _values(unit: Unit) -> dict[str, str]:
     )
     return {
         "INSTANCE": {UnitKind.SYSTEM: "", UnitKind.TEMPLATE: " (%i)", UnitKind.USER: " (user)"}[unit.kind],
-        "COMMAND": " ".join(_quoted(word, dollar=True) for word in command(unit.python, unit.root)),
+        "COMMAND": _command_line(command(unit.python, unit.root)),
+        "CHECK": _command_line(command(unit.python, unit.root, "config", "check")),
         "ROOT": _setting(unit.root),
         "STOP_SECONDS": str(int(unit.stop_seconds) + STOP_MARGIN_SECONDS),
         "ACCOUNT": ACCOUNT,
@@ -134,6 +135,10 @@ def _paths(unit: Unit) -> list[str]:
         protect = ["# Part of this installation lies in a home.", "ProtectHome=read-only"]
     writable = unit.outside if unit.state_directory is not None else (unit.root, *unit.outside)
     return [*protect, *(f"ReadWritePaths={_quoted(str(path))}" for path in writable)]
+
+
+def _command_line(words: Sequence[str]) -> str:
+    return " ".join(_quoted(word, dollar=True) for word in words)
 
 
 def _quoted(word: str, *, dollar: bool = False) -> str:
