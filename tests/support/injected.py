@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
+
+_OTHER_DATASET = re.compile(r"Dataset changed: \S+ -> ")  # a later job's verdict names the dataset before it
 
 
 def fail(place: str, word: str, most: int, count_path: str) -> None:
@@ -22,7 +25,7 @@ def fail(place: str, word: str, most: int, count_path: str) -> None:
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         thrown = len(count.read_bytes()) if count.exists() else 0
-        if thrown < most and any(word in repr(value) for value in (*args, *kwargs.values())):
+        if thrown < most and any(word in _OTHER_DATASET.sub("", repr(value)) for value in (*args, *kwargs.values())):
             count.write_bytes(b"x" * (thrown + 1))
             raise ZeroDivisionError("thrown by the test")
         return real(*args, **kwargs)
