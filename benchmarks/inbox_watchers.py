@@ -71,7 +71,7 @@ def dropforge(root: Path, seen: Seen, max_queued: int) -> None:
         real(self, batch, now)
 
     CandidateTracker.add_events = add_events  # type: ignore[method-assign]
-    settings = Settings(root=root, inbox={"max_queued": max_queued})
+    settings = Settings(root=root, inbox={"max_queued": max_queued}, limits={"max_queued": max_queued})
     store, wakeup = JobStore(settings.store_path), Wakeup()
     archive = Archive(settings, store, Log())
     intake = Intake(settings, store, archive, wakeup=wakeup, log=Log())
