@@ -18,6 +18,7 @@ from pathlib import Path
 
 from daemon import versions
 from daemon.job import Dataset, Job, JobState
+from daemon.notifications import PUBLISHED_KEY
 from daemon.store import JobStore
 from guard import ModelLock
 from tests.support.fake_trainer import write_adapter
@@ -75,6 +76,7 @@ def grow_old(root: Root, finished: int, made: int) -> None:
                     version="0001",
                 )
             )
+        store.set_control(PUBLISHED_KEY, store.last_transition())  # as it happened
     candidate = root.settings.model_dir / ".staging" / "candidate-soak"
     present = len(versions.list_versions(root.settings.model_dir))
     with ModelLock(root.settings.model_dir, owner="soak"):

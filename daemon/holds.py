@@ -19,6 +19,7 @@ from daemon import root_identity, versions
 from daemon.base_identity import find_base
 from daemon.config import Settings
 from daemon.errors import DropforgeError, StoreError, TryLater, is_no_space
+from daemon.lineage import LINEAGE
 from daemon.processes import account_name
 from daemon.recipe import Recipe
 from daemon.run_dir import RUNS_NAME
@@ -132,7 +133,7 @@ def _parts_of_runs(model_dir: Path) -> Iterator[Path]:
     for folder in (model_dir, model_dir / ".staging"):
         with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
-                is_record = entry.name in (LOCK_NAME, versions.LINEAGE)
+                is_record = entry.name in (LOCK_NAME, LINEAGE)
                 if is_record or (
                     entry.is_dir(follow_symlinks=False) and entry.name.startswith(("checkpoint-", "candidate-"))
                 ):

@@ -25,6 +25,7 @@ from daemon.text import escape
 
 PUBLISHED_KEY = "told"  # the number of the last transition that was published
 REASON_CHARACTERS = 2000
+MOST_TRANSITIONS = 500  # that are looked at in a tick: a queue of thousands may be cancelled at once
 # Event and level of a transition, by the state that it leads to.
 _EVENTS: Mapping[JobState, tuple[str, str]] = {
     JobState.SUCCEEDED: ("job.succeeded", "info"),
@@ -53,19 +54,24 @@ class Notifier:
             store.set_control(PUBLISHED_KEY, published)
         self._published = int(published)
 
-    def publish(self) -> None:
-        """Log what ended since the last call, in the order in which it did, start its hooks, collect those that ended."""
-        self._publish_transitions()
+    def publish(self) -> bool:
+        """Log what ended since the last call, in the order in which it did, start its hooks, collect those that ended.
+
+        Returns whether there is more than was published now.
+        """
+        is_more = self._publish_transitions()
         self.hooks.collect()
+        return is_more
 
     def close(self) -> None:
-        """Publish what is left, and end the hooks."""
+        """Publish what a tick may, and end the hooks; the next start goes on from there."""
         self._publish_transitions()
         self.hooks.close()
 
-    def _publish_transitions(self) -> None:
+    def _publish_transitions(self) -> bool:
         any_published, last = False, None
-        for number, transition in self._store.transitions_after(self._published):
+        transitions = self._store.transitions_after(self._published, most=MOST_TRANSITIONS)
+        for number, transition in transitions:
             is_final = transition.new in FINAL_STATES
             if not is_final and (transition.old, transition.new) != (JobState.RUNNING, JobState.QUEUED):
                 self._published = number
@@ -87,6 +93,7 @@ class Notifier:
             self.hooks.fire("on_queue_empty", {"job": last})
         if any_published:
             self._store.set_control(PUBLISHED_KEY, self._published)
+        return len(transitions) == MOST_TRANSITIONS
 
 
 def canonical(job: Job, transition: JobTransition) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, u
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
 from daemon.inbox.strays import is_job_folder
 from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, RunSpec, from_json, to_json
+from daemon.lineage import read_lineage
 from daemon.memory.forgetting import sweep
 from daemon.memory.store import DatasetMemory
 from daemon.run_dir import latest_spec, run_dir_of, sealed_step
@@ -138,7 +139,7 @@ def bring_forward(settings: Settings, store: JobStore, log: Any) -> None:
 def sweep_memories(settings: Settings, store: JobStore, log: Any) -> None:
     """Delete what a crash left of discarded rows, and memories whose job ended without a version."""
     learned = {str(version.record.get("dataset_digest")) for version in versions.list_versions(settings.model_dir)}
-    lineage = versions.read_lineage(settings.model_dir)
+    lineage = read_lineage(settings.model_dir)
     learned |= {str(event.get("dataset_digest")) for event in lineage.promoted().values()}
 
     def is_orphan(memory: DatasetMemory) -> bool:

@@ -157,7 +157,8 @@ class Service:
         self.scheduler.poll_run()
 
     def _publish_ends(self) -> None:
-        self.notifier.publish()
+        if self.notifier.publish():
+            self.wakeup.set()
 
     def _verify(self) -> None:
         self.verifier.poll()

@@ -23,6 +23,7 @@ from daemon.observability.status import (
     RECENT_JOBS,
     WAITING_FILES,
     CurrentModel,
+    FinishedJob,
     LastVerification,
     StatusSnapshot,
     current_model,
@@ -71,6 +72,8 @@ class StatusWriter:
         self._metrics = metrics
         self._losses = LossHistory()
         self._model = _CurrentModelReader(log)
+        self._recent: tuple[FinishedJob, ...] = ()
+        self._recent_of: tuple[int, int] | None = None  # the store's revision
         self._published_at = 0.0  # monotonic
         self._published: tuple[Any, ...] = ()
         self._failed = False
@@ -124,12 +127,20 @@ class StatusWriter:
                 {"file": item.name, "reason": item.reason, "since": item.since} for item in view.waiting[:WAITING_FILES]
             ),
             left_alone=tuple({"file": item.name, "reason": item.reason} for item in view.left_alone[:WAITING_FILES]),
-            recent=tuple(finished_job(job) for job in self._store.recent(RECENT_JOBS)),
+            recent=self._recent_jobs(),
             model=self._model.read(self.settings.model_dir),
             gpu=tuple(map(gpu_device, self._gpus.known())),
             verification=_last_verification(self._verifier.last),
             warnings=(*self.warnings, *self._verifier.warnings, *view.warnings),
         )
+
+    def _recent_jobs(self) -> tuple[FinishedJob, ...]:
+        """The `recent` list; read again when the store has changed."""
+        revision = self._store.revision()
+        if revision != self._recent_of:
+            self._recent = tuple(finished_job(job) for job in self._store.recent(RECENT_JOBS))
+            self._recent_of = revision
+        return self._recent
 
     def _state(self) -> tuple[str, str]:
         """What the daemon does, and why, as status.json says it."""

@@ -386,9 +386,11 @@ class JobStore:
             for at, old, new, reason in rows
         ]
 
-    def transitions_after(self, number: int) -> list[tuple[int, JobTransition]]:
-        """Return all transitions after the one of this number, each with its number, in order."""
-        rows = self._read("SELECT seq, job_id, at, old, new, reason FROM events WHERE seq > ? ORDER BY seq", (number,))
+    def transitions_after(self, number: int, *, most: int = -1) -> list[tuple[int, JobTransition]]:
+        """Return the transitions after the one of this number, each with its number, in order."""
+        rows = self._read(
+            "SELECT seq, job_id, at, old, new, reason FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (number, most)
+        )
         return [
             (seq, JobTransition(at=at, job_id=job_id, old=old, new=new, reason=from_json(reason, str)))
             for seq, job_id, at, old, new, reason in rows
@@ -442,6 +444,10 @@ class JobStore:
         """Return a number that differs when another process has written since the last call."""
         ((number,),) = self._read("PRAGMA data_version")
         return int(number)
+
+    def revision(self) -> tuple[int, int]:
+        """Return a value that differs when this or another process has written since the last call."""
+        return self.data_version(), self._db.total_changes
 
     def prune(self, before: str, *, most: int = 1000) -> int:
         """Delete jobs that ended before `before` (ISO 8601), oldest first, at most about `most`.

@@ -25,6 +25,7 @@ from daemon.errors import DropforgeError
 from daemon.inbox import layout
 from daemon.inbox.report import REPORT_JSON, parse_report
 from daemon.job import from_json, to_json, utc_now
+from daemon.lineage import LINEAGE, read_lineage
 from daemon.memory.store import MemoryDamaged, list_memories, memory_dir_of, read_memory
 from daemon.processes import child_environment, describe_exit, die_with_parent, prefer_oom_kill
 from daemon.text import escape
@@ -103,7 +104,7 @@ def _problems(settings: Settings, digest: _Counted) -> Iterator[Problem]:
 
 def _versions(settings: Settings, digest: _Counted) -> Iterator[Problem]:
     """Every file of every version, and what each says of its parent."""
-    promoted = versions.read_lineage(settings.model_dir).promoted()
+    promoted = read_lineage(settings.model_dir).promoted()
     for version in versions.list_versions(settings.model_dir):
         digest.versions += 1
         try:
@@ -117,7 +118,7 @@ def _versions(settings: Settings, digest: _Counted) -> Iterator[Problem]:
             continue
         if any(line.get(key) != value for key, value in version.record.items()):
             yield Problem(
-                message=f"version {version.name}: {versions.RECORD} says something else than {versions.LINEAGE}",
+                message=f"version {version.name}: {versions.RECORD} says something else than {LINEAGE}",
                 hint="the lineage is what counts; bring the record back from a backup",
             )
         parent = promoted.get(str(line.get("parent")), {}).get("files", {}).get(versions.ADAPTER_FILES[1])
@@ -187,14 +188,14 @@ def _memories(settings: Settings, digest: _Counted) -> Iterator[Problem]:
 def _lineage(settings: Settings, digest: _Counted) -> Iterator[Problem]:
     """The chain of the lineage, and whether it knows every version and the current one."""
     found = versions.list_versions(settings.model_dir)
-    lineage = versions.read_lineage(settings.model_dir)
+    lineage = read_lineage(settings.model_dir)
     for sentence in lineage.broken:
-        yield Problem(message=sentence, hint=f"{versions.LINEAGE} was altered: bring it back from a backup")
+        yield Problem(message=sentence, hint=f"{LINEAGE} was altered: bring it back from a backup")
     for version in found:
         if version.name not in lineage.promoted():
             yield Problem(
-                message=f"version {version.name} has no line in {versions.LINEAGE}",
-                hint=f"bring {versions.LINEAGE} back from a backup; a version that was copied here by hand is in no line",
+                message=f"version {version.name} has no line in {LINEAGE}",
+                hint=f"bring {LINEAGE} back from a backup; a version that was copied here by hand is in no line",
             )
     try:
         current = versions.current_version(settings.model_dir)

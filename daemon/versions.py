@@ -4,30 +4,29 @@ A version is a folder that is complete before it gets its name. `latest` moves b
 the model directory are links through it, so that a reader meets the old adapter or the new one and nothing between.
 Torch-free: the trainer writes a candidate, the daemon promotes it.
 
-The lineage is the authority: append-only, each line with the digest of the one before it. It says which numbers were used,
-also when a folder is gone, and which version is current when `latest` is lost.
+The lineage (`daemon.lineage`) is the authority on which numbers were used and which version is current.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blake3 import blake3
-
 import guard
 from daemon.errors import DropforgeError, NotFound
 from daemon.job import Job, RunResult, utc_now
+from daemon.lineage import VERSION_NAME, append_event, number_of, read_lineage
+from daemon.lineage import newest_number as newest_in_lineage
 from daemon.memory.promotion import keep_memory
 from daemon.memory.store import HELD_OUT_NAME, ROWS_NAME
 from daemon.run_dir import run_dir_of
 from daemon.text import escape
-from guard.atomic import append_line_durable, fsync_dir, fsync_tree, make_folder_durable, rename_durable, write_atomic
+from guard.atomic import fsync_dir, fsync_tree, make_folder_durable, rename_durable, write_atomic
 from guard.digest import digest_file
 from guard.lock import require_lock
 
@@ -36,11 +35,10 @@ if TYPE_CHECKING:  # a trainer has no settings, and what reads them takes time t
 
 VERSIONS = "versions"
 LATEST = "latest"
-LINEAGE = "lineage.jsonl"
 RECORD = "training_record.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CARD = "README.md"  # for people, who may edit it
-_NAME = re.compile(r"\d{4,}")
+COARSEST_CLOCK_SECONDS = 2.5  # a folder whose times moved longer ago than this moves them at its next change
 
 
 class CandidateLost(DropforgeError):
@@ -61,61 +59,38 @@ class Version:
         return digest_file(self.path / "adapter_model.safetensors").blake3_hex
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lineage:
-    """The events of a model directory's lineage, oldest first, and where their chain breaks."""
-
-    events: tuple[Mapping[str, Any], ...] = ()
-    broken: tuple[str, ...] = ()  # a sentence for each line that does not follow from the one before
-
-    @property
-    def newest_number(self) -> int:
-        """The highest number that any line names as a version or as used elsewhere; 0 before the first."""
-        return max((_number(event.get(key)) for event in self.events for key in ("version", "used")), default=0)
-
-    @property
-    def current(self) -> str | None:
-        """The version that the last line made current."""
-        named = self.events[-1].get("version") if self.events else None
-        return None if named is None else str(named)
-
-    def promoted(self) -> dict[str, Mapping[str, Any]]:
-        """Each promotion by its version's name."""
-        return {str(event["version"]): event for event in self.events if event.get("event") == "promoted"}
-
-
-def read_lineage(model_dir: Path) -> Lineage:
-    """Read `lineage.jsonl`; empty where there is none. Raises OSError."""
-    events: list[Mapping[str, Any]] = []
-    broken: list[str] = []
-    before = b""
-    try:
-        lines = (model_dir / LINEAGE).read_bytes().splitlines()
-    except FileNotFoundError:
-        return Lineage()
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        # Torn by a crash: it was never acknowledged, and was written again. The next line tells one that was altered.
-        if not _is_event(line) or not isinstance(event, dict):
-            continue
-        # Lines of before there was a chain have no `previous`; from the first that has one, all must.
-        if event.get("previous", None if not _chained(events) else "") not in (None, _line_digest(before)):
-            broken.append(f"line {number} of {LINEAGE} does not follow from the line before it")
-        events.append(event)
-        before = line
-    return Lineage(events=tuple(events), broken=tuple(broken))
-
-
 def newest_number(model_dir: Path) -> int:
     """The highest version number that was ever used here, as far as lineage and folders tell; 0 before the first.
 
-    Raises OSError.
+    For those who ask every second: it costs the same however many there were. Raises OSError.
     """
-    used = read_lineage(model_dir).newest_number
-    return max(used, *map(int, _version_names(model_dir)), 0)
+    return max(newest_in_lineage(model_dir), _newest_folder(model_dir))
+
+
+_newest_folders: dict[
+    Path, tuple[tuple[int, ...], int]
+] = {}  # by the versions' folder: its times, and what they are of
+MOST_FOLDERS = 16
+
+
+def _newest_folder(model_dir: Path) -> int:
+    """The highest number of a version's folder; listed again only when the times of their folder have moved."""
+    folder = model_dir / VERSIONS
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return 0
+    times = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    known = _newest_folders.get(folder)
+    if known is not None and known[0] == times:
+        return known[1]
+    newest = max(map(int, _version_names(model_dir)), default=0)
+    # A name that comes within the same clock tick as the listing moves no time.
+    if time.time() - max(found.st_mtime, found.st_ctime) > COARSEST_CLOCK_SECONDS:
+        if len(_newest_folders) >= MOST_FOLDERS:
+            _newest_folders.clear()
+        _newest_folders[folder] = times, newest
+    return newest
 
 
 def list_versions(model_dir: Path) -> list[Version]:
@@ -127,7 +102,7 @@ def _version_names(model_dir: Path) -> list[str]:
     """The names of the versions' folders, in no order. Raises OSError."""
     folder = model_dir / VERSIONS
     entries = os.scandir(folder) if folder.is_dir() else ()
-    return [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir()]
+    return [entry.name for entry in entries if VERSION_NAME.fullmatch(entry.name) and entry.is_dir()]
 
 
 def current_version(model_dir: Path) -> Version | None:
@@ -157,7 +132,7 @@ def current_version(model_dir: Path) -> Version | None:
         ) from error
     folder, _, name = target.rpartition("/")
     try:
-        leads_to_version = folder == VERSIONS and bool(_NAME.fullmatch(name)) and (model_dir / target).is_dir()
+        leads_to_version = folder == VERSIONS and bool(VERSION_NAME.fullmatch(name)) and (model_dir / target).is_dir()
     except OSError as error:  # a folder on the way that may not be entered
         raise DropforgeError(
             operation="read",
@@ -233,7 +208,7 @@ def learned_by(model_dir: Path, dataset_digest: str) -> list[str]:
     """Return the versions whose weights have learned a dataset, themselves or by way of their parents, oldest first."""
     noted = {**{found.name: found.record for found in list_versions(model_dir)}, **read_lineage(model_dir).promoted()}
     learned: dict[str, bool] = {}
-    for name in sorted(noted, key=_number):
+    for name in sorted(noted, key=number_of):
         record = noted[name]
         own = record.get("dataset_digest") == dataset_digest
         learned[name] = own or learned.get(str(record.get("parent")), False)
@@ -293,7 +268,7 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
         for leftover in candidate.glob(".*.tmp"):  # of a record that was being written when its writer died
             leftover.unlink()
         # One whose promotion failed half-way is part of the line all the same.
-        _record_promotions(model_dir, list_versions(model_dir))
+        _record_promotions(model_dir, _version_names(model_dir))
         name = f"{newest_number(model_dir) + 1:04d}"  # never one that was used, also when its folder is gone
         parent = current_version(model_dir)
         full = {
@@ -313,8 +288,9 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
         make_folder_durable(folder)
         rename_durable(candidate, folder / name)
         version = read_version(folder / name)
-    _record_promotions(model_dir, [version])
-    if read_lineage(model_dir).current == version.name:  # else it was promoted long ago: `latest` never moves back
+    if (
+        _record_promotions(model_dir, [version.name]) == version.name
+    ):  # else it was promoted long ago: `latest` never moves back
         point_latest(model_dir, version)
     return version
 
@@ -411,7 +387,7 @@ def rollback(model_dir: Path, name: str) -> Version:
         replaced = None  # this command is the way out of a `latest` that is lost
     if replaced is not None and replaced.name == version.name:
         return version
-    _append(
+    append_event(
         model_dir,
         {
             "event": "rolled_back",
@@ -427,7 +403,7 @@ def rollback(model_dir: Path, name: str) -> Version:
 def record_restore(model_dir: Path, *, current: str | None, used: int, created_at: str) -> None:
     """Note that a backup of `created_at` was restored where versions up to `used` had been made: no number is used twice."""
     event = {"event": "restored", "version": current, "used": f"{used:04d}", "backup_of": created_at, "at": utc_now()}
-    _append(model_dir, event)
+    append_event(model_dir, event)
 
 
 def mend_latest(settings: Settings, log: Any) -> None:
@@ -474,41 +450,19 @@ def _of_job(model_dir: Path, job_id: str) -> Version | None:
     return mine[-1] if mine else None
 
 
-def _record_promotions(model_dir: Path, versions: Iterable[Version]) -> None:
-    """Append a line for each version that the lineage does not have. Raises OSError."""
-    promoted = read_lineage(model_dir).promoted()
-    for version in versions:
-        if version.name not in promoted:
-            _append(model_dir, {"event": "promoted", **version.record, "version": version.name})
+def _record_promotions(model_dir: Path, names: Iterable[str]) -> str | None:
+    """Append a line for each of these versions that the lineage does not have. Raises OSError.
 
-
-def _append(model_dir: Path, event: Mapping[str, Any]) -> None:
-    """Append one line that carries the digest of the last whole one."""
-    path = model_dir / LINEAGE
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    whole = next((line for line in reversed(lines) if _is_event(line)), b"")
-    append_line_durable(path, json.dumps({**event, "previous": _line_digest(whole)}))
-
-
-def _is_event(line: bytes) -> bool:
-    try:
-        event = json.loads(line)
-        return bool(event.get("version") or event.get("used"))
-    except (ValueError, AttributeError):
-        return False
-
-
-def _chained(events: Sequence[Mapping[str, Any]]) -> bool:
-    return bool(events) and "previous" in events[-1]
-
-
-def _line_digest(line: bytes) -> str:
-    """BLAKE3 of a line without its newline, 32 hex characters."""
-    return blake3(line).hexdigest(length=16)
-
-
-def _number(name: Any) -> int:
-    return int(name) if isinstance(name, str) and _NAME.fullmatch(name) else 0
+    Returns the version that is the current one by the last line.
+    """
+    lineage = read_lineage(model_dir)
+    promoted, current = lineage.promoted(), lineage.current
+    for name in sorted(names, key=int):
+        if name not in promoted:
+            version = read_version(model_dir / VERSIONS / name)
+            append_event(model_dir, {"event": "promoted", **version.record, "version": name})
+            current = name
+    return current
 
 
 def _link(path: Path, target: str) -> None:

@@ -29,6 +29,7 @@ from daemon.inbox.report import REPORT_JSON, REPORT_TEXT
 from daemon.inbox.strays import is_job_folder
 from daemon.inbox.writers import WriterState, writer_state
 from daemon.job import OPEN_STATES, Job, JobState
+from daemon.lineage import LINEAGE, Lineage, read_lineage
 from daemon.memory.store import MEMORY_NAME, META_NAME
 from daemon.root_identity import MARK, Part, part_paths
 from daemon.run_dir import ATTEMPT_NAMES, RUNS_NAME
@@ -98,7 +99,7 @@ class Plan:
     left_out: tuple[LeftOut, ...]
     jobs: Mapping[str, int]
     saved: tuple[versions.Version, ...]
-    lineage: versions.Lineage
+    lineage: Lineage
     current_version: str | None
     base_folder: str
     base_path: str
@@ -152,7 +153,7 @@ class _Planner:
     def plan(self, jobs: Mapping[str, int]) -> Plan:
         model_dir = self._settings.model_dir
         found = versions.list_versions(model_dir)
-        lineage = versions.read_lineage(model_dir)  # after the listing: a version without its line is being promoted
+        lineage = read_lineage(model_dir)  # after the listing: a version without its line is being promoted
         for lost in sorted(lineage.promoted().keys() - {version.name for version in found}):
             self._left_out.append(
                 LeftOut(name=f"version {lost}", reason="it is not there, although the lineage has it")
@@ -282,7 +283,7 @@ class _Planner:
             name, path = f"{Part.MODEL}/{entry.name}", Path(entry.path)
             if entry.name in (LOCK_NAME, STAGING_NAME, CLEARED_NAME) or is_set_aside(entry.name):
                 continue
-            if entry.name in (MARK, versions.LINEAGE) and entry.is_file(follow_symlinks=False):
+            if entry.name in (MARK, LINEAGE) and entry.is_file(follow_symlinks=False):
                 self._capture(name, path)
             elif entry.name in _CHECKPOINT_COMPANIONS or CHECKPOINT_NAME.fullmatch(entry.name):
                 self._plan_checkpoint(name, entry)

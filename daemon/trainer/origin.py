@@ -24,6 +24,7 @@ from daemon.base_identity import (
 )
 from daemon.errors import DropforgeError
 from daemon.job import FailureKind, RunSpec
+from daemon.lineage import read_lineage
 from daemon.recipe import ModelSettings, Recipe
 from daemon.trainer.base_model import resolve_base
 from daemon.trainer.errors import RunFailure
@@ -87,7 +88,7 @@ def find_origin(spec: RunSpec, recipe: Recipe, base: BaseModel) -> Origin:
     if parent is None:
         return Origin(base=identity, parent=None)
     require_undamaged(parent)
-    altered = versions.read_lineage(Path(spec.model_dir)).broken
+    altered = read_lineage(Path(spec.model_dir)).broken
     return Origin(
         base=identity, parent=parent, warnings=(*altered, *require_same_base(parent, base, identity, recipe.model))
     )

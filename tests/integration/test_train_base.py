@@ -17,6 +17,7 @@ from daemon import versions
 from daemon.base_identity import BaseModel, recorded_base
 from daemon.cli.init import examples_dir
 from daemon.job import FailureKind, JobState
+from daemon.lineage import LINEAGE
 from daemon.trainer import train as training
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.tiny_model import TinyShape, build_tiny
@@ -74,7 +75,7 @@ def test_a_base_of_another_shape_is_told_in_words_and_never_as_a_size_mismatch(t
         path = model_dir / "versions" / "0001" / versions.RECORD
         old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("base", "files")}
         path.write_text(json.dumps(old))
-        (model_dir / versions.LINEAGE).write_text(json.dumps({"event": "promoted", **old}) + "\n")
+        (model_dir / LINEAGE).write_text(json.dumps({"event": "promoted", **old}) + "\n")
     shutil.rmtree(trained.path / "base")
     shape = TinyShape(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     build_tiny(trained.path / "base", [examples_dir() / "gsm8k_more_messages.jsonl"], shape=shape)

@@ -15,7 +15,8 @@ from tests.support.root import REPOSITORY
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard",),
     (
-        *("daemon.config", "daemon.errors", "daemon.job", "daemon.limits", "daemon.processes", "daemon.recipe"),
+        *("daemon.config", "daemon.errors", "daemon.job", "daemon.limits", "daemon.lineage", "daemon.processes"),
+        "daemon.recipe",
         *("daemon.run_dir", "daemon.sd_notify", "daemon.setting_names", "daemon.text", "daemon.wakeup"),
     ),
     (
@@ -46,6 +47,7 @@ TRAINER_USES = {
         "daemon.fingerprint",
         "daemon.job",
         "daemon.limits",
+        "daemon.lineage",
         "daemon.processes",
         "daemon.recipe",
     ),

@@ -23,6 +23,7 @@ from daemon.backup.plan import ASIDE_PREFIX
 from daemon.backup.restore import JOURNAL, execute, plan_restore
 from daemon.errors import DropforgeError
 from daemon.job import JobState
+from daemon.lineage import read_lineage
 from daemon.root_identity import MARK
 from tests.support.root import DROPFORGE, Root, environment, wait_until
 from tests.support.sound import assert_sound
@@ -78,7 +79,7 @@ def go_on(root: Root, expected: str) -> None:
     assert following is not None
     assert (queued.state, following.state) == (JobState.SUCCEEDED, JobState.SUCCEEDED), (queued, following)
     assert sorted((str(queued.version), str(following.version))) == [expected, f"{int(expected) + 1:04d}"]
-    assert versions.read_lineage(root.settings.model_dir).broken == ()
+    assert read_lineage(root.settings.model_dir).broken == ()
     assert_sound(root)
 
 
@@ -283,7 +284,7 @@ def assert_nothing_lost(root: Root, names: set[str]) -> None:
     assert [version.name for version in found] == [f"{number + 1:04d}" for number in range(len(found))]
     assert [version.record["parent"] for version in found] == [None, *(version.name for version in found)][: len(found)]
     assert len({version.record["dataset"] for version in found}) == len(found), "something was trained twice"
-    lineage = versions.read_lineage(root.settings.model_dir)
+    lineage = read_lineage(root.settings.model_dir)
     assert lineage.broken == ()
     assert lineage.current == (found[-1].name if found else None)
     assert_model_dir_sound(root.settings.model_dir)

@@ -15,6 +15,7 @@ import pytest
 from daemon import versions
 from daemon.base_identity import BasePart, base_change, find_base, hub_folder, identify_base, recorded_base
 from daemon.job import FailureKind, JobState
+from daemon.lineage import LINEAGE, read_lineage
 from daemon.recipe import ModelSettings
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
@@ -237,7 +238,7 @@ def test_the_same_base_in_another_place_is_the_same_base(trained: Root, tmp_path
 
 
 def test_record_and_lineage_have_the_base_and_every_file(trained: Root) -> None:
-    line = versions.read_lineage(trained.settings.model_dir).promoted()["0001"]
+    line = read_lineage(trained.settings.model_dir).promoted()["0001"]
     for kept in (line, record(trained, "0001")):
         base = recorded_base(kept)
         assert base is not None
@@ -253,7 +254,7 @@ def forget_base(root: Root) -> None:
     path = model_dir / "versions" / "0001" / versions.RECORD
     old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("base", "files")}
     path.write_text(json.dumps(old))
-    (model_dir / versions.LINEAGE).write_text(json.dumps({"event": "promoted", **old}) + "\n")
+    (model_dir / LINEAGE).write_text(json.dumps({"event": "promoted", **old}) + "\n")
 
 
 def test_a_version_without_a_recorded_base_is_continued_with_a_warning_and_then_recorded(trained: Root) -> None:

@@ -22,9 +22,10 @@ from daemon import config
 from daemon.holds import PAUSED_KEY
 from daemon.inbox import layout
 from daemon.job import FINAL_STATES, Job, JobState
+from daemon.lineage import read_lineage
 from daemon.root_identity import contradiction, read_parts
 from daemon.store import JobStore
-from daemon.versions import current_version, damage, list_versions, read_lineage
+from daemon.versions import current_version, damage, list_versions
 from tests.support.inprocess import rows as gsm8k_rows
 from tests.support.power import Disk, stopped, why_no_disk
 from tests.support.root import Root, dropforge, wait_until

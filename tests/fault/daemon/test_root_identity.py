@@ -12,6 +12,7 @@ import pytest
 
 from daemon import recovery, versions
 from daemon.job import JobState
+from daemon.lineage import read_lineage
 from daemon.root_identity import MARK
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
@@ -252,9 +253,7 @@ def test_a_lineage_that_was_edited_is_found(trained: Root) -> None:
     model_dir = trained.settings.model_dir
     trained.drop("b.jsonl", [{"text": "another row"}] * 8)
     assert trained.run("run", "--once").returncode == 0
-    assert versions.read_lineage(model_dir).broken == ()
+    assert read_lineage(model_dir).broken == ()
     path = model_dir / "lineage.jsonl"
     path.write_text(path.read_text().replace('"a.jsonl"', '"z.jsonl"'))
-    assert versions.read_lineage(model_dir).broken == (
-        "line 2 of lineage.jsonl does not follow from the line before it",
-    )
+    assert read_lineage(model_dir).broken == ("line 2 of lineage.jsonl does not follow from the line before it",)

@@ -13,6 +13,7 @@ import pytest
 
 from daemon import versions
 from daemon.cli import doctor
+from daemon.lineage import LINEAGE, read_lineage
 from daemon.memory.store import ROWS_NAME, DatasetMeta, dataset_dir, memory_dir_of, write_memory
 from daemon.verification import RESULT_NAME, verify
 from guard.digest import digest_file
@@ -64,12 +65,12 @@ def lose_file(root: Root) -> None:
 
 
 def edit_lineage(root: Root) -> None:
-    path = root.settings.model_dir / versions.LINEAGE
+    path = root.settings.model_dir / LINEAGE
     path.write_text(path.read_text().replace('"a.jsonl"', '"z.jsonl"'))
 
 
 def cut_lineage(root: Root) -> None:
-    path = root.settings.model_dir / versions.LINEAGE
+    path = root.settings.model_dir / LINEAGE
     path.write_text(path.read_text().splitlines(keepends=True)[0])
 
 
@@ -133,7 +134,7 @@ def test_what_a_person_may_do_is_no_damage(kept: Root) -> None:
 
 
 def test_a_line_that_a_crash_tore_is_no_damage(kept: Root) -> None:
-    path = kept.settings.model_dir / versions.LINEAGE
+    path = kept.settings.model_dir / LINEAGE
     path.write_text(path.read_text() + '{"event": "promo\n')
     assert verify(kept.settings).problems == ()
     kept.drop("c.jsonl", [{"text": f"c {number}"} for number in range(8)])
@@ -186,9 +187,9 @@ def test_the_pass_reads_behind_everybody_else_and_ends_with_the_daemon(kept: Roo
     large = version(kept, "0001") / "zz-large.bin"
     with large.open("wb") as file:
         file.truncate(2**31)  # read in no time, digested slowly
-    line = versions.read_lineage(kept.settings.model_dir).promoted()["0001"]
+    line = read_lineage(kept.settings.model_dir).promoted()["0001"]
     files = {**line["files"], large.name: "0" * 64}
-    path = kept.settings.model_dir / versions.LINEAGE
+    path = kept.settings.model_dir / LINEAGE
     path.write_text(json.dumps({**line, "files": files}) + "\n")
     kept.configure(guard={"verify_days": SECONDS_AS_DAYS / 2})
     daemon = kept.start()
