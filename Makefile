@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test oracle pretrained peers chaos bench soak lint format clean
+.PHONY: setup demo test oracle pretrained peers chaos bench soak forgetting lint format clean
 
 setup: .venv/.installed
 
@@ -44,12 +44,17 @@ chaos: setup
 
 # Each script prints a table, with peers measured in the same run.
 bench: peers
-	@set -e; for script in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/[a-z]*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/soak.py benchmarks/forgetting.py,$(wildcard benchmarks/[a-z]*.py)); do \
 		echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py); done
 
 # A week of jobs in fast motion, and an old root: half an hour.
 soak: setup
 	$(BIN)/python -m benchmarks.soak
+
+# What earlier datasets lose by later ones, with a real model: hours, and it goes on where it was stopped.
+forgetting: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gguf
+	$(BIN)/python -m benchmarks.forgetting --work build/forgetting
 
 format: setup
 	$(BIN)/ruff check --fix .

