@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import grp
 import os
 import pwd
 import signal
@@ -60,6 +61,14 @@ def account_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"user {uid}"
+
+
+def group_name(gid: int) -> str:
+    """Return the name of a group, its number for one without."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
 
 
 def _stat(pid: int) -> list[str]:

@@ -8,6 +8,7 @@ one wins, and a crash leaves both or neither. WAL with synchronous=FULL: what re
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
 from collections.abc import Collection, Iterator
@@ -102,6 +103,10 @@ class NewerStore(StoreError):
     """The store was written by a newer version of this program."""
 
 
+class OlderStore(StoreError):
+    """The store was written by an older version, and who reads it may not bring it forward."""
+
+
 class BrokenStore(StoreError):
     """The file is not a store, or is damaged."""
 
@@ -117,6 +122,18 @@ def is_made(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
+def open_for_reading(path: Path) -> JobStore:
+    """Open a store for who only reads it: without writing, where this account may not. Raises as JobStore does."""
+    may_write = os.access(path, os.R_OK | os.W_OK) and os.access(path.parent, os.W_OK | os.X_OK)
+    return JobStore(path, read_only=not may_write)
+
+
+def _read_only_uri(path: Path) -> str:
+    """Without a log beside it nobody has the store open, and what reads it needs no file of its own there."""
+    is_closed = not path.with_name(f"{path.name}-wal").exists()
+    return f"{path.absolute().as_uri()}?{'immutable=1' if is_closed else 'mode=ro'}"
+
+
 class JobStore:
     """Open `path`, creating it if it is missing. One instance belongs to one thread; processes may share the file.
 
@@ -124,17 +141,25 @@ class JobStore:
     reads it whole) damaged; the file is then left as it is.
     """
 
-    def __init__(self, path: Path, *, check: bool = False, busy_seconds: float = BUSY_SECONDS) -> None:
+    def __init__(
+        self, path: Path, *, check: bool = False, busy_seconds: float = BUSY_SECONDS, read_only: bool = False
+    ) -> None:
+        """With `read_only`, nothing is made or changed, and a store of an older version is refused with StoreError."""
         self.path = path
-        make_folder_durable(path.parent)
+        if not read_only:
+            make_folder_durable(path.parent)
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=busy_seconds)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._migrate()
+            if read_only:
+                self._db = sqlite3.connect(_read_only_uri(path), uri=True, isolation_level=None, timeout=busy_seconds)
+                self._require_current_schema()
+            else:
+                self._db = sqlite3.connect(path, isolation_level=None, timeout=busy_seconds)
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._migrate()
             if check and (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(found)
-        except NewerStore:
+        except (NewerStore, OlderStore):
             self._db.close()
             raise
         except (sqlite3.Error, StoreError) as error:
@@ -470,26 +495,41 @@ class JobStore:
                     self._count(job.state, -1)
         return deleted
 
+    def _schema_version(self) -> int | None:
+        """Return the schema's version, at most SCHEMA_VERSION; None of an empty database. Raises NewerStore."""
+        tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables:
+            return None
+        if "meta" not in tables:
+            raise sqlite3.DatabaseError("it is a database, but not a job store")
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
+        found = int(row[0]) if row else 0
+        if found > SCHEMA_VERSION:
+            raise NewerStore(
+                operation="open the job store",
+                subject=self.path,
+                cause=f"its schema version is {found}, this program knows {SCHEMA_VERSION}",
+                hint="it was left as it is; run the version of Dropforge that wrote it",
+            )
+        return found
+
+    def _require_current_schema(self) -> None:
+        if self._schema_version() != SCHEMA_VERSION:
+            raise OlderStore(
+                operation="read the job store",
+                subject=self.path,
+                cause="an older version of this program wrote it",
+                hint="the daemon brings it forward when it starts",
+            )
+
     def _migrate(self) -> None:
         """Bring the schema up to SCHEMA_VERSION, all in one transaction."""
         with self._transaction():
-            tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            found = 0
-            if "meta" in tables:
-                row = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-                found = int(row[0]) if row else 0
-            elif tables:
-                raise sqlite3.DatabaseError("it is a database, but not a job store")
-            if found == SCHEMA_VERSION:
+            version = self._schema_version()
+            if version == SCHEMA_VERSION:
                 return
-            if found > SCHEMA_VERSION:
-                raise NewerStore(
-                    operation="open the job store",
-                    subject=self.path,
-                    cause=f"its schema version is {found}, this program knows {SCHEMA_VERSION}",
-                    hint="it was left as it is; run the version of Dropforge that wrote it",
-                )
-            if not tables:
+            found = version or 0
+            if version is None:
                 self._db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
             for script in _MIGRATIONS[found:]:
                 for statement in filter(str.strip, re.sub(r"--.*", "", script).split(";")):

@@ -26,6 +26,8 @@ from .layout import LOCK_NAME
 # A holder writes its name right after it got the lock; a contender that comes in between waits this long for
 # it.
 _NAME_WAIT_SECONDS = 0.5
+# `is_locked` holds a lock for as long as it takes to close a file.
+_LOOKS, _LOOK_SECONDS = 25, 0.002
 
 _held: weakref.WeakSet[ModelLock] = weakref.WeakSet()
 
@@ -66,7 +68,7 @@ class ModelLock:
                     ) from exc
                 raise
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take(fd)
                 # Only for people: on a full disk the lock holds all the same.
                 with suppress(OSError):
                     os.ftruncate(fd, 0)
@@ -107,6 +109,37 @@ class ModelLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def is_locked(model_dir: PathLike) -> bool | None:
+    """Whether any process holds the lock of the model directory; None when this process may not look."""
+    try:
+        fd = os.open(Path(model_dir) / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for this moment, which who takes the lock waits out
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return False
+
+
+def _take(fd: int) -> None:
+    """Lock the open file. Raises BlockingIOError when another process holds it, and not for a look of `is_locked`."""
+    for _ in range(_LOOKS):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOOK_SECONDS)
+        else:
+            return
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _forget_in_child() -> None:

@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 
 from daemon import config
-from daemon.errors import ConfigError, NotFound
-from daemon.processes import account_name
-from daemon.store import JobStore, is_made
+from daemon.cli.account import access_to, require_own_account, require_reader
+from daemon.errors import NotFound
+from daemon.store import JobStore, is_made, open_for_reading
 
 app = typer.Typer(
     name="dropforge",
@@ -56,7 +56,8 @@ class RootContext:
     def settings(self) -> config.Settings:
         """The root's settings, read when a command needs them.
 
-        Raises NotFound when there is no such folder, ConfigError when the command writes and the root is another account's.
+        Raises NotFound when there is no such folder, ConfigError when this account may not read it, or the command changes it
+        and this account may not do that.
         """
         if not self.root.is_dir():
             raise NotFound(
@@ -65,6 +66,7 @@ class RootContext:
                 cause="there is no such folder",
                 hint="`dropforge init` makes a root",
             )
+        require_reader(self.root)
         settings = config.load(self.root)
         if self.command not in READERS:
             require_own_account(settings)
@@ -72,35 +74,23 @@ class RootContext:
 
     def not_yet(self, operation: str, path: Path, cause: str) -> NotFound:
         """The error for what a daemon makes and none has made; in a folder that is no root, it says that."""
-        hint = "`dropforge run` makes it"
+        hint = access_to(config.load(self.root)).run_hint
         if not (self.root / config.CONFIG_NAME).exists():
             hint = f"{self.root} has no {config.CONFIG_NAME}: is it the root? --root or DROPFORGE_ROOT names another"
         return NotFound(operation=operation, subject=path, cause=cause, hint=hint)
 
 
-def require_own_account(settings: config.Settings) -> None:
-    """Raise ConfigError for root on the root of another account: what it makes there would keep that account's daemon out."""
-    known = settings.state_dir if settings.state_dir.exists() else settings.root
-    if os.geteuid() != 0 or not known.exists() or (owner := known.stat().st_uid) == 0:
-        return
-    name = account_name(owner)
-    account = f"'#{owner}'" if " " in name else name
-    raise ConfigError(
-        operation="work as root on",
-        subject=settings.root,
-        cause=f"it belongs to {name}, and what root makes there would keep its daemon out",
-        hint=f"`sudo -u {account} dropforge ...`; or `chown -R root {settings.root}` if it shall be root's",
-    )
-
-
 @contextmanager
 def existing_store(context: typer.Context) -> Iterator[JobStore]:
-    """The root's job store. Raises NotFound when no daemon has made one yet, or the one that it made is emptied."""
+    """The root's job store, for a command that reads also where this account may not write.
+
+    Raises NotFound when no daemon has made one yet, or the one that it made is emptied.
+    """
     path = context.obj.settings.store_path
     if not is_made(path):
         cause = "it is empty: what it held is lost" if path.exists() else "there is no queue on this root yet"
         raise context.obj.not_yet("open", path, cause)
-    store = JobStore(path)
+    store = open_for_reading(path)
     try:
         yield store
     finally:

@@ -15,7 +15,7 @@ import typer
 from daemon import config
 from daemon.config import Settings
 from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState
-from daemon.store import JobStore, is_made
+from daemon.store import is_made, open_for_reading
 from daemon.versions import list_versions
 
 Candidates = list[tuple[str, str]]  # what is offered, and what it is
@@ -64,7 +64,7 @@ def _jobs(settings: Settings, states: Collection[JobState]) -> Iterable[Job]:
     """Those that wait, then the newest of the others: what a person will hardly name is not looked for."""
     if not is_made(settings.store_path):
         return []
-    store = JobStore(settings.store_path)
+    store = open_for_reading(settings.store_path)
     try:
         found = {job.id: job for job in (*store.queue(limit=MOST), *store.jobs(limit=MOST, newest=True))}
     finally:

@@ -51,7 +51,7 @@ def screen(snapshot: Mapping[str, Any], width: int) -> RenderableType:
     """The whole screen, no line longer than `width`."""
     parts: list[RenderableType] = [_fit(render.headline(snapshot)), ""]
     job = snapshot.get("job")
-    if job and snapshot.get("alive"):
+    if job and snapshot.get("alive") is not False:
         parts += [*_job(job, width), ""]
     parts += [_facts(snapshot), ""]
     for title, key, most in (("waiting", "waiting", WAITING), ("left alone", "left_alone", WAITING)):

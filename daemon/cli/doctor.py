@@ -5,10 +5,10 @@ It looks as the user who runs it; run it as the service's user to learn what the
 
 from __future__ import annotations
 
-import grp
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,13 +23,14 @@ from typing import Any
 
 from daemon import config, verification, versions
 from daemon.base_identity import expand_home, hub_folder
+from daemon.cli.account import access_to, require_reader
 from daemon.config import Settings
 from daemon.errors import DropforgeError
 from daemon.inbox.layout import UNFINISHED_SECONDS, NameKind, name_kind, watched_folders
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
 from daemon.inbox.strays import find_strays
 from daemon.inbox.watcher import mounted_type, remote_type
-from daemon.processes import account_name
+from daemon.processes import account_name, group_name
 from daemon.text import escape, format_bytes
 
 TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
@@ -79,6 +80,7 @@ def examine(root: Path, *, verify: bool = False) -> list[Finding]:
     With `verify` it is the root's contents that are checked, and nothing of the machine.
     """
     try:
+        require_reader(root)
         settings = config.load(root)
     except DropforgeError as error:
         return [_fail("settings", error.sentence, error.hint), *_guarded("python", _python, None)]
@@ -223,20 +225,22 @@ def _why_not_taken(path: Path) -> str | None:
 
 
 def _permissions(settings: Settings) -> Iterator[Finding]:
-    name = account_name(os.geteuid())
+    access = access_to(settings)
     closed = [
         str(folder)
         for folder in (settings.inbox_dir, settings.model_dir, settings.state_dir)
         if not os.access(_nearest(folder), os.W_OK | os.X_OK)
     ]
-    if closed:
-        yield _fail(
-            "permissions",
-            f"{name} may not write to {', '.join(closed)}",
-            f"`chown -R {name} ...`, or run as their owner",
+    if closed and not access.is_owner:
+        hint = f"`{access.as_owner} --root {settings.root} doctor` sees what its daemon sees"
+        yield _warn("permissions", f"this is {access.account}'s view; {access.sentence}", hint)
+    elif closed:
+        hint = (
+            f"`chown -R {access.owner} {' '.join(map(shlex.quote, closed))}` as root, or mount what is read-only anew"
         )
+        yield _fail("permissions", f"{access.account} may not write to {', '.join(closed)}", hint)
     else:
-        yield _ok("permissions", f"{name} may write to inbox, model and state")
+        yield _ok("permissions", f"{access.account} may write to inbox, model and state")
     owner = _nearest(settings.state_dir).stat().st_uid
     if os.geteuid() == 0 and owner != 0:  # root may do everything, which says nothing of the service
         message = f"this is root's view; {settings.state_dir} belongs to {account_name(owner)}"
@@ -252,7 +256,7 @@ def _permissions(settings: Settings) -> Iterator[Finding]:
         yield _fail("key", f"{settings.root / key_file} is open to others", f"`chmod 600 {settings.root / key_file}`")
     config_path = settings.root / config.CONFIG_NAME
     if config_path.exists() and config_path.stat().st_mode & 0o022:
-        group = grp.getgrgid(config_path.stat().st_gid).gr_name
+        group = group_name(config_path.stat().st_gid)
         message = f"{config_path} may be changed by others (group {group} or everybody): it names what the daemon runs"
         yield _warn("settings", message, f"`chmod go-w {config_path}`")
 

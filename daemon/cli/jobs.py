@@ -17,8 +17,8 @@ from daemon.cli.estimates import format_duration, measure_pace, queue_etas
 from daemon.config import Settings
 from daemon.errors import ConfigError, NotFound, RejectedData
 from daemon.job import Job, JobState, Priority, to_json
-from daemon.observability.status import finished_job, read_status
-from daemon.store import JobStore, is_made
+from daemon.observability.status import finished_job, may_be_alive, read_status
+from daemon.store import JobStore, is_made, open_for_reading
 from daemon.text import escape
 
 JOB = "A job's id, or its beginning or end; `last` is the newest."
@@ -68,7 +68,7 @@ def _running(settings: Settings) -> dict[str, Any]:
         status = read_status(settings.status_path) or {}
     except (OSError, ValueError):
         return {}
-    return (status.get("job") or {}) if status.get("alive") else {}
+    return (status.get("job") or {}) if status and may_be_alive(status) else {}
 
 
 @app.command("show", rich_help_panel=WATCH)
@@ -171,7 +171,7 @@ def check(
     from daemon.cli.check import check_files, render_text
 
     settings = context.obj.settings
-    store = JobStore(settings.store_path) if is_made(settings.store_path) else None
+    store = open_for_reading(settings.store_path) if is_made(settings.store_path) else None
     try:
         reports = check_files(files, settings, store)
     finally:

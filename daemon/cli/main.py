@@ -76,7 +76,8 @@ def _print_version(requested: bool) -> None:
 def root_options(
     context: typer.Context,
     root: Annotated[
-        Path | None, typer.Option("--root", help="Folder with dropforge.toml (DROPFORGE_ROOT; default: here).")
+        Path | None,
+        typer.Option("--root", readable=False, help="Folder with dropforge.toml (DROPFORGE_ROOT; default: here)."),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")

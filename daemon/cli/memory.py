@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon import control, versions
-from daemon.cli.app import MODEL, JsonFlag, app, out, print_json, require_own_account
+from daemon.cli.account import require_own_account
+from daemon.cli.app import MODEL, JsonFlag, app, out, print_json
 from daemon.config import Settings
 from daemon.memory.forgetting import find_memories
 from daemon.memory.store import (

@@ -15,13 +15,14 @@ import guard
 from daemon import versions
 from daemon.base_identity import BaseChange, base_change, find_base, identify_base, recorded_base, remembered
 from daemon.cli import completion, render
-from daemon.cli.app import MODEL, JsonFlag, app, print_json, require_own_account
+from daemon.cli.account import require_own_account
+from daemon.cli.app import MODEL, JsonFlag, app, print_json
 from daemon.cli.app import out as out_console
 from daemon.config import Settings
 from daemon.errors import DropforgeError, TryLater
 from daemon.job import JobState
 from daemon.processes import child_environment
-from daemon.store import JobStore, is_made
+from daemon.store import is_made, open_for_reading
 from daemon.text import escape
 
 WAIT_SECONDS = 0.05  # between two attempts; a promotion is followed by seconds of a trainer's start
@@ -156,7 +157,7 @@ def _running(settings: Settings) -> str:
     """Which job runs, or was running when its daemon died: its promotion may be half done."""
     if not is_made(settings.store_path):
         return ""
-    store = JobStore(settings.store_path)
+    store = open_for_reading(settings.store_path)
     try:
         running = store.jobs({JobState.RUNNING}, limit=1)
     finally:

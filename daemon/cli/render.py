@@ -57,7 +57,7 @@ def status_view(snapshot: Mapping[str, Any]) -> RenderableType:
         if model
         else "no version yet",
     )
-    alive = bool(snapshot.get("alive"))
+    alive = snapshot.get("alive") is not False
     if alive:
         grid.add_row("watching", printable(str(snapshot.get("watch_mode") or "not watching")))
     job = snapshot.get("job")
@@ -100,6 +100,9 @@ def headline(snapshot: Mapping[str, Any]) -> Text:
         head.append(
             f"  the daemon (pid {snapshot['pid']}) is gone; its last heartbeat was at {escape(clock(str(snapshot['timestamp'])))}"
         )
+    elif liveness == "unknown":
+        last = f"its last heartbeat was at {escape(clock(str(snapshot['timestamp'])))}"
+        head.append(f"  this account sees neither the daemon (pid {snapshot['pid']}) nor the root's lock; {last}")
     return head
 
 
@@ -111,6 +114,7 @@ STATUS_STYLES = {
     "stopped": "yellow",
     "dead": "bold red",
     "hung": "bold red",
+    "unknown": "yellow",
 }
 
 

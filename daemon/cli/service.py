@@ -10,7 +10,8 @@ from rich.console import Console
 
 from daemon import config, root_identity
 from daemon.cli import render
-from daemon.cli.app import BEGIN, WATCH, JsonFlag, RootContext, app, out, print_json, require_own_account
+from daemon.cli.account import require_own_account
+from daemon.cli.app import BEGIN, WATCH, JsonFlag, RootContext, app, out, print_json
 from daemon.errors import ConfigError, DropforgeError
 from daemon.observability.status import Liveness, read_status
 from daemon.text import escape

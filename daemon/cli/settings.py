@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from daemon import config
-from daemon.cli.app import MACHINE, JsonFlag, app, out, print_json, require_own_account
+from daemon.cli.app import MACHINE, JsonFlag, app, out, print_json
 from daemon.cli.init import toml_value
 from daemon.config import CONFIG_NAME
 from daemon.errors import ConfigError
@@ -84,7 +83,6 @@ def set_setting(
             cause="it has no value",
             hint="`dropforge config set KEY VALUE`; a value with spaces stands in quotes",
         )
-    require_own_account(config.load(root))
     changes = set_values(root, list(zip(pairs[::2], pairs[1::2], strict=True)))
     for change in changes:
         setting = change.setting

@@ -15,9 +15,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from daemon import config
+from daemon.cli.account import as_account
 from daemon.cli.init import sections
 from daemon.config import CONFIG_NAME, Settings
 from daemon.errors import ConfigError, DropforgeError, NotFound
+from daemon.processes import account_name
 from daemon.recipe import Section
 from daemon.setting_names import line_of, nearest, place
 from daemon.text import escape
@@ -108,7 +110,10 @@ def set_values(root: Path, wishes: Sequence[tuple[str, str]]) -> list[Change]:
     owner = path.stat()
     if owner.st_uid != os.geteuid():
         raise ConfigError(
-            operation="write", subject=path, cause="it belongs to another account", hint="set it as that account"
+            operation="write",
+            subject=path,
+            cause=f"it belongs to {account_name(owner.st_uid)}, and this is {account_name(os.geteuid())}",
+            hint=f"`{as_account(owner.st_uid)} --root {root} config set ...`",
         )
     literals, after = _first_valid(root, before.decode(), names, [_literals(value) for _, value in wishes])
     try:

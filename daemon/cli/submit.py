@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from daemon.cli.account import access_to
 from daemon.cli.check import CheckReport, check_file
 from daemon.config import Settings
 from daemon.dataset.convert import Converted, conversion_of, convert, converted_stem
@@ -23,8 +24,8 @@ from daemon.errors import ConfigError, DropforgeError, NotFound, RejectedData, T
 from daemon.inbox.layout import ROW_SUFFIXES, NameKind, name_kind, numbered_name, sidecar_name, watched_folders
 from daemon.inbox.other_files import explain_other_file
 from daemon.job import FINAL_STATES, Job, Priority
-from daemon.observability.status import read_status
-from daemon.store import JobStore, is_made
+from daemon.observability.status import may_be_alive, read_status
+from daemon.store import JobStore, is_made, open_for_reading
 from daemon.text import escape
 from guard.atomic import fsync_dir, make_folder_durable
 
@@ -128,7 +129,9 @@ def no_daemon_note(settings: Settings) -> str:
         return f"whether a daemon runs on this root cannot be told: {escape(str(error), most=300)}"
     if snapshot is not None and snapshot["alive"]:
         return ""
-    return "no daemon runs on this root: what was dropped is trained when one starts (`dropforge run`)"
+    if snapshot is not None and snapshot["alive"] is None:
+        return "whether a daemon runs on this root cannot be seen by this account"
+    return f"no daemon runs on this root: what was dropped is trained when one starts; {access_to(settings).run_hint}"
 
 
 def _refuse_other_file(file: Path, encoding: str | None) -> None:
@@ -161,7 +164,7 @@ def _sidecar_text(settings: Settings, path: Path, *, force: bool) -> str:
 def _jobs_with(settings: Settings, inode: int) -> frozenset[str]:
     if not is_made(settings.store_path):
         return frozenset()
-    with closing(JobStore(settings.store_path)) as store:
+    with closing(open_for_reading(settings.store_path)) as store:
         return frozenset(job.id for job in store.with_inode(inode))
 
 
@@ -243,17 +246,17 @@ def wait_for(settings: Settings, placed: Submitted) -> Job:
         while True:
             snapshot = read_status(settings.status_path)
             if store is None and is_made(settings.store_path):
-                store = JobStore(settings.store_path)
+                store = open_for_reading(settings.store_path)
             jobs = store.with_inode(placed.inode) if store else []
             found = [job for job in jobs if job.id not in placed.earlier][-1:]
             if found and found[0].state in FINAL_STATES:
                 return found[0]
-            if snapshot is None or not snapshot["alive"]:
+            if snapshot is None or not may_be_alive(snapshot):
                 raise TryLater(
                     operation="wait for",
                     subject=escape(placed.path.name),
                     cause="no daemon is running on this root; the file waits for one",
-                    hint="`dropforge run` starts one",
+                    hint=access_to(settings).run_hint,
                 )
             time.sleep(STATE_POLL_SECONDS)
     finally:

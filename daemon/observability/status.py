@@ -10,11 +10,12 @@ import errno
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, cast
 
@@ -27,6 +28,7 @@ from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
 from daemon.text import HOLD_CHARACTERS, escape, finite, printable
 from daemon.versions import Version
+from guard.lock import is_locked
 
 SCHEMA_VERSION = 1
 STATES = ("starting", "idle", "training", "waiting", "paused", "stopping", "stopped")
@@ -246,11 +248,15 @@ class Liveness(StrEnum):
     ALIVE = "alive"
     HUNG = "hung"  # the process is there, its heartbeat is not
     DEAD = "dead"
+    UNKNOWN = "unknown"  # neither its process nor the root's lock can be seen from here
     STOPPED = "stopped"  # it shut down in order
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
     """Return the status file's content with `alive`, `liveness` and `age_seconds` of its heartbeat; None without a file.
+
+    The lock beside it, which the daemon holds, tells whether one lives where its process cannot be seen: in another
+    container, on another machine.
 
     An empty one is none: a power cut leaves that, and it is written anew at the next start. Raises ValueError when the file
     is not a status file.
@@ -263,7 +269,7 @@ def read_status(path: Path) -> dict[str, Any] | None:
         return None
     content = json.loads(text)
     try:
-        return {**content, **liveness_of(content)}
+        return {**content, **liveness_of(content, is_locked=partial(is_locked, path.parent))}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a status file ({type(error).__name__}: {error})") from error
 
@@ -280,10 +286,11 @@ def _read_whole(path: Path) -> bytes:
     return text
 
 
-def liveness_of(content: Mapping[str, Any]) -> dict[str, Any]:
+def liveness_of(content: Mapping[str, Any], *, is_locked: Callable[[], bool | None]) -> dict[str, Any]:
     """Return `alive`, `liveness` and `age_seconds`: from the process (pid, start time, boot), then from its heartbeat.
 
-    Raises KeyError, TypeError or ValueError when a key that it needs is missing or odd.
+    `is_locked` is asked where that process is not to be seen: whether a daemon holds the root's lock, None when that cannot be
+    told, and then `alive` is None as well. Raises KeyError, TypeError or ValueError when a key that it needs is missing or odd.
     """
     writer = ProcessIdentity(
         pid=int(content["pid"]), start_ticks=int(content["start_ticks"]), boot_id=str(content["boot_id"])
@@ -293,17 +300,28 @@ def liveness_of(content: Mapping[str, Any]) -> dict[str, Any]:
     else:
         age = (datetime.now(UTC) - datetime.fromisoformat(str(content["timestamp"]))).total_seconds()
     patience = max(LEAST_SILENCE_SECONDS, MISSED_HEARTBEATS * float(content.get("status_interval", 0.0)))
-    if content["status"] == "stopped":
-        liveness = Liveness.STOPPED
-    elif not writer.alive:
-        liveness = Liveness.DEAD
-    else:
+    is_stopped = content["status"] == "stopped"
+    is_there = True if not is_stopped and writer.alive else is_locked()
+    if is_there and not is_stopped:
         liveness = Liveness.HUNG if age > patience else Liveness.ALIVE
+    elif is_there:
+        liveness = Liveness.ALIVE  # the next one, which has not written yet
+    elif is_stopped:
+        liveness = Liveness.STOPPED
+    else:
+        liveness = Liveness.DEAD if is_there is False else Liveness.UNKNOWN
     return {
-        "alive": liveness in (Liveness.ALIVE, Liveness.HUNG),
+        "alive": None if liveness is Liveness.UNKNOWN else liveness in (Liveness.ALIVE, Liveness.HUNG),
         "liveness": liveness.value,
         "age_seconds": round(max(0.0, age), 1),
     }
+
+
+def may_be_alive(snapshot: Mapping[str, Any]) -> bool:
+    """Whether the daemon of a status that was read lives, or where that cannot be seen, did a moment ago."""
+    if snapshot["alive"] is None:
+        return bool(snapshot["age_seconds"] <= LEAST_SILENCE_SECONDS)
+    return bool(snapshot["alive"])
 
 
 def running_job(job: Job, progress: Progress | None, losses: list[tuple[int, float]] | tuple[()] = ()) -> RunningJob:

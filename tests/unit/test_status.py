@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import guard
 from daemon.gpu import Gpu, GpuProbe, GpuTimeout
 from daemon.job import FailureKind, Job, JobState, Progress, RunResult
 from daemon.observability import status
@@ -29,7 +30,7 @@ from daemon.observability.status import (
     running_job,
     write_status,
 )
-from daemon.processes import identify
+from daemon.processes import boot_id, identify
 from daemon.status_writer import LOSS_POINTS, LossHistory
 from tests.support.root import REPOSITORY
 
@@ -103,7 +104,34 @@ def test_a_daemon_is_alive_hung_dead_or_stopped_whatever_its_file_claims() -> No
         ({"timestamp": "2031-01-01T00:00:00.000Z"}, "alive"),  # the clock was set back; the heartbeat does not mind
     ]
     for changes, expected in cases:
-        assert liveness_of(content(**changes))["liveness"] == expected, changes
+        assert liveness_of(content(**changes), is_locked=lambda: False)["liveness"] == expected, changes
+
+
+def test_a_daemon_whose_process_is_not_to_be_seen_is_known_by_the_lock_it_holds() -> None:
+    """Another boot_id than its own, as in a container that mounts one over the kernel's, or on another machine."""
+    elsewhere = {"boot_id": "00000000-0000-0000-0000-000000000000"}
+    old = {**elsewhere, "timestamp": "2026-01-01T00:00:00.000Z"}
+    cases: list[tuple[dict[str, Any], bool | None, str, bool | None]] = [
+        (elsewhere, True, "alive", True),
+        (old, True, "hung", True),
+        (elsewhere, False, "dead", False),
+        (elsewhere, None, "unknown", None),  # its lock may not be read: nothing is claimed
+        ({"status": "stopped"}, True, "alive", True),  # the next one, which has not written yet
+        ({**elsewhere, "status": "stopped"}, None, "stopped", False),
+        ({}, None, "alive", True),  # the process itself is seen
+    ]
+    for changes, is_locked, expected, alive in cases:
+        found = liveness_of(content(**changes), is_locked=lambda held=is_locked: held)  # type: ignore[misc]
+        assert (found["liveness"], found["alive"]) == (expected, alive), changes
+
+
+def test_the_lock_is_looked_at_beside_the_file(tmp_path: Path) -> None:
+    write_status(tmp_path / "status.json", StatusSnapshot(status="idle", reason=""))
+    text = (tmp_path / "status.json").read_text()
+    (tmp_path / "status.json").write_text(text.replace(boot_id(), "00000000-0000-0000-0000-000000000000"))
+    with guard.ModelLock(tmp_path, owner="dropforge daemon"):
+        assert (read_status(tmp_path / "status.json") or {})["liveness"] == "alive"
+    assert (read_status(tmp_path / "status.json") or {})["liveness"] == "dead"
 
 
 @pytest.mark.parametrize("content", [b"", bytes(700)])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import guard
-from guard.lock import is_locked_here
+from guard.lock import is_locked, is_locked_here
 
 HOLDER = """
 import sys, guard
@@ -152,3 +152,37 @@ def test_a_lock_file_that_is_a_symlink_is_refused(tmp_path: Path) -> None:
     with pytest.raises(guard.StorageError, match="symbolic link"):
         guard.ModelLock(tmp_path, owner="test").acquire()
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_who_looks_whether_a_lock_is_held_keeps_nobody_from_taking_it(tmp_path: Path) -> None:
+    """A look holds a shared lock for a moment; a daemon that starts in this moment must not take it for another daemon."""
+    assert is_locked(tmp_path) is False
+    with guard.ModelLock(tmp_path, owner="test"):
+        assert is_locked(tmp_path) is True
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            is_locked(tmp_path)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        for _ in range(200):
+            with guard.ModelLock(tmp_path, owner="test"):
+                pass
+    finally:
+        stop.set()
+        looker.join()
+    assert is_locked(tmp_path) is False
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming an account that may not look takes root")
+def test_a_lock_that_may_not_be_read_is_not_called_free(open_tmp_path: Path) -> None:
+    with guard.ModelLock(open_tmp_path, owner="test"):
+        (open_tmp_path / ".lock").chmod(0o600)
+        child = os.fork()
+        if child == 0:
+            os.setuid(4002)
+            os._exit(0 if is_locked(open_tmp_path) is None else 1)
+        assert os.waitpid(child, 0)[1] == 0
