@@ -113,7 +113,9 @@ class TrainingSettings(Section):
     torch_compile: bool = Field(False, description="Compile the model; pays in runs of thousands of steps only.")
     save_steps: Count = Field(100, description="Steps between sealed checkpoints.")
     save_total_limit: PositiveInt = Field(2, description="Checkpoints of a run that are kept.")
-    logging_steps: Count = Field(10, description="Steps between logged losses.")
+    logging_steps: Count = Field(
+        10, description="Steps between logged losses; a run of few steps logs at least 20 times."
+    )
     report_to: tuple[str, ...] = Field((), description="Further trackers, by their names in transformers.")
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from daemon import sd_notify, versions
 from daemon.config import Settings
+from daemon.curves import read_curves
 from daemon.errors import DropforgeError
 from daemon.gpu import GpuProbe
 from daemon.holds import HoldKind
@@ -32,7 +33,6 @@ from daemon.observability.status import (
     running_job,
     write_status,
 )
-from daemon.run_dir import read_events, step_in
 from daemon.scheduler import Scheduler
 from daemon.store import JobStore
 from daemon.verification import BackgroundVerifier, Verification
@@ -234,18 +234,8 @@ class LossHistory:
         self._last_step = max(self._last_step, step)
 
     def _catch_up(self, run_dir: Path) -> None:
-        """Replay the trainer's events; a run that began again at an earlier step takes back what came after it."""
-        losses: dict[int, float] = {}
-        for name, data in read_events(run_dir, last_bytes=LOSS_READ_BYTES):
-            try:
-                if name == "run.started":
-                    start = step_in(data, "start_step")
-                    losses = {step: loss for step, loss in losses.items() if step <= start}
-                elif name == "run.stepped":
-                    losses[step_in(data, "step")] = float(data["loss"])
-            except (ValueError, KeyError, TypeError):
-                continue  # of a trainer of another version
-        for step, loss in sorted(losses.items()):
+        """Take the steps that the trainer logged so far."""
+        for step, loss in read_curves(run_dir, last_bytes=LOSS_READ_BYTES).loss:
             self._add(step, loss)
 
 

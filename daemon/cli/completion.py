@@ -56,6 +56,11 @@ def version(context: typer.Context, incomplete: str) -> Candidates:
     return []
 
 
+def plotted(context: typer.Context, incomplete: str) -> Candidates:
+    """Completion of what `plot` draws: jobs and versions."""
+    return [*any_job(context, incomplete), *version(context, incomplete)]
+
+
 def _settings(context: typer.Context) -> Settings:
     return config.load(config.find_root(context.find_root().params.get("root")))
 

@@ -17,9 +17,9 @@ from daemon.cli.arguments import reorder
 from daemon.errors import DropforgeError
 
 # Each adds its commands to the application, in the order in which help shows them.
-from daemon.cli import service, jobs, model, memory, admin, backup, settings  # isort: skip
+from daemon.cli import service, jobs, plot, model, memory, admin, backup, settings  # isort: skip
 
-__all__ = ["admin", "app", "backup", "jobs", "main", "memory", "model", "service", "settings"]
+__all__ = ["admin", "app", "backup", "jobs", "main", "memory", "model", "plot", "service", "settings"]
 
 
 def main() -> NoReturn:

@@ -185,7 +185,9 @@ EVENTS: Mapping[str, Event] = {
         "job start_step total_steps resumed_from tokenised_seconds loaded_seconds flat scores_trained_only",
     ),
     "run.stepped": _event(
-        "info", "Each logging_steps: how training goes.", "job step loss grad_norm learning_rate epoch"
+        "info",
+        "Each logging_steps, in a short run more often: how training goes.",
+        "job step loss grad_norm learning_rate epoch tokens_per_second",
     ),
     "run.first_step": _event("info", "The first step of this attempt is done.", "job step loss"),
     "run.loss_spiked": _event("info", "A step's loss is far above the usual.", "job step loss usual"),

@@ -11,6 +11,7 @@ from daemon.job import Plan
 from daemon.recipe import Recipe
 from daemon.trainer.requirements import external_reporters
 
+LEAST_LOGGED = 20  # losses of a run, where it has so many steps: of fewer there is no curve
 MIN_COMPILE_STEPS = 1000  # a shorter run takes longer to compile than it saves
 
 
@@ -39,7 +40,7 @@ def training_arguments(recipe: Recipe, plan: Plan, staging_dir: Path, precision:
         save_steps=training.save_steps,
         save_total_limit=None,  # rotation is the guard's: it knows which checkpoints are intact
         logging_strategy="steps",
-        logging_steps=training.logging_steps,
+        logging_steps=min(training.logging_steps, max(1, plan.total_steps // LEAST_LOGGED)),
         logging_nan_inf_filter=False,  # the filter writes NaN as 0.0
         report_to=sorted(external_reporters(recipe)) or "none",
         disable_tqdm=True,

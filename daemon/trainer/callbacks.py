@@ -110,6 +110,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.train_seconds = 0.0
         self._after_first: _Moment | None = None  # when the first step was done
         self._after_last: _Moment | None = None
+        self._logged = _Moment(seconds=0.0, tokens=0)  # what the speed of the next logged steps is measured from
 
     @property
     def sealing_seconds(self) -> float:
@@ -140,6 +141,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
     ) -> None:
         """Check that the Trainer plans as many steps as the run."""
         self._started_at = time.monotonic()
+        self._logged = _Moment(seconds=self._started_at, tokens=self.tokens)
         self._start_step = int(state.global_step)
         if state.max_steps != self._plan.total_steps:
             raise RunFailure(
@@ -221,9 +223,19 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         started_at = time.perf_counter()
         if logs and "loss" in logs:
             numbers = {name: round(float(value), 8) for name, value in logs.items()}
-            self._writer.event("run.stepped", step=state.global_step, **numbers)
+            self._writer.event(
+                "run.stepped", step=state.global_step, **numbers, tokens_per_second=self._speed_since_logged()
+            )
             self.write_scalars(int(state.global_step), {f"train/{name}": value for name, value in numbers.items()})
         self.bookkeeping_seconds += time.perf_counter() - started_at
+
+    def _speed_since_logged(self) -> float | None:
+        """Useful tokens a second since this was last called; None where no step has arrived since."""
+        now, before = _Moment(seconds=time.monotonic(), tokens=self.tokens), self._logged
+        if now.tokens == before.tokens or now.seconds <= before.seconds:
+            return None
+        self._logged = now
+        return round((now.tokens - before.tokens) / (now.seconds - before.seconds), 1)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

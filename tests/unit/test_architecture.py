@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard",),
     (
         *("daemon.config", "daemon.errors", "daemon.job", "daemon.limits", "daemon.lineage", "daemon.processes"),
-        "daemon.recipe",
+        *("daemon.curves", "daemon.recipe"),
         *("daemon.run_dir", "daemon.sd_notify", "daemon.setting_names", "daemon.text", "daemon.wakeup"),
     ),
     (
