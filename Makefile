@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test oracle pretrained peers chaos bench soak forgetting lint format clean
+.PHONY: setup demo test oracle pretrained peers chaos fuzz bench soak forgetting lint format clean
 
 setup: .venv/.installed
 
@@ -42,6 +42,12 @@ chaos: setup
 	$(BIN)/python -m pytest -s tests/chaos --kills 300 --real-trainer
 	$(BIN)/python -m pytest -m chaos
 
+# Odd sidecars, rows, names, settings, run directories, lineages and seals, guided by coverage, for FUZZ_SECONDS.
+FUZZ_SECONDS ?= 600
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
 # Each script prints a table, with peers measured in the same run.
 bench: peers
 	@set -e; for script in $(filter-out benchmarks/soak.py benchmarks/forgetting.py,$(wildcard benchmarks/[a-z]*.py)); do \
@@ -61,4 +67,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

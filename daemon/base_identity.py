@@ -19,6 +19,7 @@ from blake3 import blake3
 from daemon.recipe import ModelSettings
 from daemon.text import escape
 from guard.digest import DigestCache, FileDigest, digest_file, digest_files
+from guard.json_text import parse_json
 
 Digest = Callable[[Path], FileDigest]
 CACHE_NAME = "digests.json"  # in the state directory
@@ -223,8 +224,8 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         value = None
     return value if isinstance(value, dict) else {"not an object": blake3(text).hexdigest()}
 

@@ -270,11 +270,11 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | No
         table = tomllib.loads(written)
     except FileNotFoundError:
         table = {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # besides what TOML forbids: too many digits, too deep
         raise ConfigError(
             operation="read",
             subject=path,
-            cause=str(error),
+            cause="it is nested too deeply" if isinstance(error, RecursionError) else str(error),
             hint="mend the file; `dropforge init` in an empty folder shows a complete example",
         ) from error
     _refuse_unknown_variables()

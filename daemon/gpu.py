@@ -27,6 +27,7 @@ from daemon.processes import command_of
 from daemon.recipe import Recipe
 from daemon.text import escape, format_bytes
 from guard.atomic import write_all
+from guard.json_text import parse_json
 
 CONTEXT_BYTES = 600 * 2**20  # what CUDA and its libraries take before the first tensor
 # Of the weights: the least that gradients and activations of a LoRA run took where it was measured.
@@ -144,7 +145,7 @@ def bytes_needed(recipe: Recipe) -> int:
 
 def _stored_as_float32(folder: Path) -> bool:
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = parse_json((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and (config.get("dtype") or config.get("torch_dtype")) == "float32"
@@ -291,7 +292,7 @@ def _make_for_all(path: Path) -> int:
 
 def _holder(fd: int) -> str:
     try:
-        content = json.loads(os.pread(fd, 4096, 0))
+        content = parse_json(os.pread(fd, 4096, 0))
         return f"{escape(str(content['owner']))} since {escape(str(content['since']))}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another daemon"

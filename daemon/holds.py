@@ -5,7 +5,6 @@ A hold burns no attempt and goes by itself when its reason goes.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from daemon.processes import account_name
 from daemon.recipe import Recipe
 from daemon.run_dir import RUNS_NAME
 from daemon.text import escape, format_bytes
+from guard.json_text import parse_json
 from guard.layout import LOCK_NAME
 
 PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", "at": ..., "reason": ...}
@@ -224,10 +224,10 @@ def _current_adapter_bytes(model_dir: Path) -> int:
 def _planned_adapter_bytes(recipe: Recipe) -> int:
     """r x (inputs + outputs) x 4 bytes over the linear layers of a Llama-like model; 0 when its shape is not known."""
     try:
-        config = json.loads((Path(recipe.model.model_name_or_path) / "config.json").read_bytes())
+        config = parse_json((Path(recipe.model.model_name_or_path) / "config.json").read_bytes())
         hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
         inner = int(config.get("intermediate_size", 4 * hidden))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return 0
     attention = 4 * (hidden + hidden)  # q, k, v, o; k and v may be narrower
     feed_forward = 3 * (hidden + inner)  # gate, up, down

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from guard.json_text import parse_json
+
 RUN_SPEC_VERSION = 1
 LONGEST_BACKOFF_SECONDS = 3600.0
 
@@ -336,7 +338,7 @@ def to_json(value: object, *, indent: int | None = None) -> str:
 
 def from_json(text: str | bytes, kind: type[T]) -> T:
     """Decode what `to_json` made. Raises ValueError when the text is not such a value."""
-    plain = json.loads(text)
+    plain = parse_json(text)
     if kind is Job and isinstance(plain, dict):
         plain = {_FIELDS.get(key, key): item for key, item in plain.items()}
     try:

@@ -17,9 +17,10 @@ from typing import Any
 from blake3 import blake3
 
 from guard.atomic import append_line_durable
+from guard.json_text import parse_json
 
 LINEAGE = "lineage.jsonl"
-VERSION_NAME = re.compile(r"\d{4,}")
+VERSION_NAME = re.compile(r"[0-9]{4,18}")
 TAIL_BYTES = 65_536  # of a lineage's end, where its last line is looked for first
 
 
@@ -43,7 +44,8 @@ class Lineage:
 
     def promoted(self) -> dict[str, Mapping[str, Any]]:
         """Each promotion by its version's name."""
-        return {str(event["version"]): event for event in self.events if event.get("event") == "promoted"}
+        promotions = (event for event in self.events if event.get("event") == "promoted" and event.get("version"))
+        return {str(event["version"]): event for event in promotions}
 
 
 def read_lineage(model_dir: Path) -> Lineage:
@@ -134,7 +136,7 @@ def _last_line(path: Path) -> bytes:
 def _event_in(line: bytes) -> Mapping[str, Any] | None:
     """The event of a line; None of one that is none."""
     try:
-        event = json.loads(line)
+        event = parse_json(line)
     except ValueError:
         return None
     return event if isinstance(event, dict) and (event.get("version") or event.get("used")) else None

@@ -22,6 +22,7 @@ from daemon.errors import ConfigError, DropforgeError
 from daemon.job import utc_now
 from daemon.text import escape
 from guard.atomic import make_folder_durable, write_atomic
+from guard.json_text import parse_json
 
 MARK = ".dropforge-root.json"
 SCHEMA_VERSION = 1
@@ -236,7 +237,7 @@ def is_state_of(folder: Path, root_id: str | None) -> bool:
     """Whether a folder is the state of the root of this id, as far as it can be read."""
     try:
         return root_id is not None and _read_mark(folder / MARK).root_id == root_id
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return False
 
 
@@ -258,7 +259,7 @@ def _read_mark(path: Path) -> _Mark:
             return _Mark()
         raise
     try:
-        value = json.loads(os.read(descriptor, MAX_MARK_BYTES))
+        value = parse_json(os.read(descriptor, MAX_MARK_BYTES))
         return _Mark(
             root_id=escape(value["root"]),
             newest_version=int(value.get("newest_version") or 0),
@@ -266,7 +267,7 @@ def _read_mark(path: Path) -> _Mark:
             restoring=str(value.get("restoring") or ""),
             copy_of=str(value.get("copy_of") or ""),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return _Mark()  # a person is asked, nothing is guessed
     finally:
         os.close(descriptor)

@@ -42,6 +42,7 @@ from guard.atomic import (
     write_all,
     write_atomic,
 )
+from guard.json_text import parse_json
 
 RUNS_NAME = "runs"
 SPEC_NAME = "run.json"
@@ -175,7 +176,7 @@ def read_spec(run_dir: Path) -> RunSpec:
     Raises ValueError when it is of another version or damaged, OSError when it cannot be read.
     """
     text = (run_dir / SPEC_NAME).read_bytes()
-    content = json.loads(text)
+    content = parse_json(text)
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != RUN_SPEC_VERSION:
         raise ValueError(f"{SPEC_NAME} has version {version}, this trainer knows {RUN_SPEC_VERSION}")
@@ -268,9 +269,9 @@ def _fill(reserve: Path, text: bytes) -> None:
 def _parse(lines: bytes) -> Iterator[RunEvent]:
     for line in lines.splitlines():
         try:
-            event = json.loads(line)
+            event = parse_json(line)
             name = str(event.pop("event"))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue  # torn by a crash of the trainer, cut by a seek, or no event
         for key in RESERVED_KEYS:
             event.pop(key, None)

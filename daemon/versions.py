@@ -28,6 +28,7 @@ from daemon.run_dir import run_dir_of
 from daemon.text import escape
 from guard.atomic import fsync_dir, fsync_tree, make_folder_durable, rename_durable, write_atomic
 from guard.digest import digest_file
+from guard.json_text import parse_json
 from guard.lock import require_lock
 
 if TYPE_CHECKING:  # a trainer has no settings, and what reads them takes time to import
@@ -172,7 +173,7 @@ def repair_latest(model_dir: Path) -> Version | None:
 def find_version(model_dir: Path, name: str) -> Version:
     """Return the version called `name`, with or without leading zeros. Raises NotFound."""
     for version in list_versions(model_dir):
-        if version.name == name or (name.isdecimal() and int(version.name) == int(name)):
+        if version.name.lstrip("0") == name.lstrip("0"):
             return version
     raise NotFound(
         operation="find version", subject=name, cause="there is none", hint="`dropforge versions` lists them"
@@ -218,7 +219,7 @@ def learned_by(model_dir: Path, dataset_digest: str) -> list[str]:
 def named_base(version: Version) -> tuple[str, str]:
     """Return name and commit of the base model as the adapter's own configuration has them; "" for what it lacks."""
     try:
-        config = json.loads((version.path / ADAPTER_FILES[0]).read_bytes())
+        config = parse_json((version.path / ADAPTER_FILES[0]).read_bytes())
         return str(config.get("base_model_name_or_path") or ""), str(config.get("revision") or "")
     except (OSError, ValueError, AttributeError):
         return "", ""
@@ -439,7 +440,7 @@ def point_latest(model_dir: Path, version: Version) -> None:
 def read_version(path: Path) -> Version:
     """Return the version in a folder; its record is empty where it cannot be read."""
     try:
-        record = json.loads((path / RECORD).read_bytes())
+        record = parse_json((path / RECORD).read_bytes())
     except (OSError, ValueError):
         record = {}
     return Version(name=path.name, path=path, record=record if isinstance(record, dict) else {})

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import stat
 from contextlib import suppress
 from pathlib import Path
+
+from .json_text import parse_json
 
 PathLike = str | os.PathLike[str]
 
@@ -206,7 +207,7 @@ def _repair_last_line(fd: int, path: Path) -> bytes:
     if not tail:
         return b""
     try:
-        json.loads(tail)
+        parse_json(tail)
     except ValueError:
         # Copy, then cut: a crash between the two repeats the copy and loses nothing.
         _append_raw(path.with_name(path.name + ".torn"), tail + b"\n")

@@ -18,6 +18,7 @@ from .atomic import PathLike, append_line_durable, fsync_dir, rename_durable
 from .checkpoints import CHECKPOINT_NAME, list_checkpoints
 from .clear import JOURNAL_NAME, SET_RECORD, cleared_at, sync_folders
 from .errors import ClearRefused, NotFound, storage_errors
+from .json_text import parse_json
 from .layout import CLEARED_NAME, unused_name
 from .lock import require_lock
 from .metadata import RunMetadata, parse_metadata, read_metadata, require_known_form, write_metadata
@@ -93,8 +94,8 @@ def restore_set(model_dir: PathLike, set_name: str) -> RestoreResult:
 def _metadata_of(set_path: Path) -> RunMetadata | None:
     """The metadata that the set's checkpoints had; None when it was missing or could not be read."""
     record: Any = None
-    with suppress(OSError, ValueError, RecursionError):
-        record = json.loads((set_path / SET_RECORD).read_bytes())
+    with suppress(OSError, ValueError):
+        record = parse_json((set_path / SET_RECORD).read_bytes())
     raw = record.get("stamp") if isinstance(record, dict) else None
     return parse_metadata(raw).run if isinstance(raw, dict) else None
 

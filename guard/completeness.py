@@ -6,10 +6,11 @@ about the content: only a seal does.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from pathlib import Path
+
+from .json_text import parse_json
 
 _WEIGHTS = (
     "adapter_model.safetensors",
@@ -70,8 +71,8 @@ def recorded_step(folder: Path) -> int | None:
     try:
         if path.stat().st_size > _MAX_STATE_BYTES:
             return None
-        step = json.loads(path.read_bytes())["global_step"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        step = parse_json(path.read_bytes())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) and not isinstance(step, bool) else None
 
@@ -87,9 +88,9 @@ def _is_whole_safetensors(path: Path) -> bool:
         if header_bytes > size - 8:
             return False
         try:
-            header = json.loads(file.read(header_bytes))
+            header = parse_json(file.read(header_bytes))
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return False
     return bool(size == 8 + header_bytes + max(ends, default=0))
 

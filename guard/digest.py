@@ -25,6 +25,7 @@ from blake3 import blake3
 
 from .atomic import PathLike, write_atomic
 from .errors import FileChanged, FileUnreadable, GuardError, NotFound, explain_os_error
+from .json_text import parse_json
 
 # Below this the start of a child costs more than the mapping saves.
 MAP_ABOVE_BYTES = 128 * 1024 * 1024
@@ -178,8 +179,8 @@ class DigestCache:
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
         try:
-            entries = json.loads(self.path.read_bytes())
-        except (OSError, ValueError, RecursionError):
+            entries = parse_json(self.path.read_bytes())
+        except (OSError, ValueError):
             entries = {}
         self._entries: dict[str, object] = entries if isinstance(entries, dict) else {}
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from .atomic import PathLike, make_folder_durable, write_all
 from .errors import ModelLocked, NotLocked, StorageError, storage_errors
+from .json_text import parse_json
 from .layout import LOCK_NAME
 
 # A holder writes its name right after it got the lock; a contender that comes in between waits this long for
@@ -223,7 +224,7 @@ def _read_holder(fd: int) -> dict[str, Any]:
     deadline = time.monotonic() + _NAME_WAIT_SECONDS
     while True:
         try:
-            holder = json.loads(os.pread(fd, 65_536, 0))
+            holder = parse_json(os.pread(fd, 65_536, 0))
         except (OSError, ValueError):
             holder = None
         if isinstance(holder, dict) and _may_be_alive(holder):

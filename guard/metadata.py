@@ -20,6 +20,7 @@ from typing import Any, Final
 from .atomic import PathLike, rename_durable, write_atomic
 from .errors import MetadataTooNew, MetadataUnusable, explain_os_error, storage_errors
 from .fingerprint import Fingerprint, to_json_value
+from .json_text import parse_json
 from .layout import METADATA_NAME, ensure_staging, unused_name
 
 SCHEMA_VERSION: Final = 2  # the old form, which had no version, counts as 1
@@ -84,11 +85,9 @@ def read_metadata(model_dir: PathLike) -> MetadataReading:
     if raw.startswith(b"\xef\xbb\xbf"):
         return _unreadable("it starts with a byte order mark")
     try:
-        value = json.loads(raw.decode())
+        value = parse_json(raw.decode())
     except UnicodeDecodeError:
         return _unreadable("it is not UTF-8")
-    except RecursionError:
-        return _unreadable("it is nested too deeply")
     except ValueError as exc:
         return _unreadable("it is empty" if not raw.strip() else f"it is not JSON ({exc})")
     if not isinstance(value, dict):
@@ -103,8 +102,8 @@ def load_raw_metadata(model_dir: PathLike) -> dict[str, Any] | None:
     """
     raw, _ = _read_raw(Path(model_dir, METADATA_NAME))
     try:
-        value = json.loads(raw.decode()) if raw is not None else None
-    except (ValueError, RecursionError):
+        value = parse_json(raw.decode()) if raw is not None else None
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
@@ -162,9 +161,10 @@ def parse_metadata(value: dict[str, Any]) -> MetadataReading:
     if finished is not None and not isinstance(finished, str):
         return _unreadable(f"its finished is {finished!r}")
     try:
+        to_json_value(lora_config)
         fingerprint = Fingerprint.from_json(value.get("components"))
-    except (ValueError, TypeError, RecursionError) as exc:
-        return _unreadable(f"its components cannot be read ({exc})")
+    except (ValueError, TypeError) as exc:
+        return _unreadable(f"it holds a value that cannot be read ({exc})")
     current = replace(metadata, fingerprint=fingerprint, finished=finished)
     return MetadataReading(kind=MetadataKind.CURRENT, run=current)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from .atomic import PathLike
 from .errors import UsageError, explain_os_error
 from .fingerprint import DatasetMode, Fingerprint, fingerprint_dataset
+from .json_text import parse_json
 from .metadata import MetadataReading
 
 
@@ -22,11 +22,13 @@ def read_recipe(path: PathLike) -> dict[str, Any]:
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
-        value = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
+        value = tomllib.loads(text) if file.suffix == ".toml" else parse_json(text)
     except OSError as exc:
         raise _unusable(path, explain_os_error(exc)) from exc
-    except (ValueError, RecursionError) as exc:
+    except ValueError as exc:
         raise _unusable(path, str(exc)) from exc
+    except RecursionError as exc:  # tomllib's
+        raise _unusable(path, "nested too deeply") from exc
     if not isinstance(value, dict):
         raise _unusable(path, "it is not an object of components")
     components: dict[str, Any] = {}

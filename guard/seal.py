@@ -26,6 +26,7 @@ from .completeness import recorded_step
 from .digest import digest_file
 from .errors import NotFound, SealBroken, SealKeyMissing, UsageError, explain_os_error, storage_errors
 from .fingerprint import Fingerprint, canonical_json
+from .json_text import parse_json
 
 SEAL_NAME: Final = "seal.json"
 SEAL_VERSION: Final = 1
@@ -162,10 +163,11 @@ def read_seal(directory: PathLike, *, key: bytes | None = None) -> Seal:
     path = Path(directory, SEAL_NAME)
     raw = _read_regular(path)
     try:
-        document = json.loads(raw)
+        document = parse_json(raw)
         seal = _parse(document)
-        algorithm, value = document["algorithm"], document["seal"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        algorithm, value = document["algorithm"], str(document["seal"]).encode()
+        due = _value_of(document, key).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise _broken(path, "seal.json cannot be read as a seal") from exc
     if algorithm == "hmac-sha256" and key is None:
         raise SealKeyMissing(
@@ -177,7 +179,7 @@ def read_seal(directory: PathLike, *, key: bytes | None = None) -> Seal:
     if algorithm == "blake3" and key is not None:
         raise _broken(path, "it is sealed without a key, and one is required", "seal it again with the key")
     expected = render_seal(seal, key)
-    if not isinstance(value, str) or not hmac.compare_digest(value.encode(), _value_of(document, key).encode()):
+    if not hmac.compare_digest(value, due):
         raise _broken(path, "seal.json does not verify" + (" under this key" if key is not None else ""))
     if raw != expected:
         raise _broken(path, "seal.json is spelt otherwise than the guard spells it")

@@ -18,6 +18,7 @@ from daemon.config import CONFIG_NAME
 from daemon.root_identity import MARK, Part
 from daemon.text import escape
 from guard.fingerprint import canonical_json
+from guard.json_text import parse_json
 
 MANIFEST_NAME = "dropforge-backup.json"
 SCHEMA_VERSION = 1
@@ -93,17 +94,18 @@ def render_manifest(manifest: Manifest) -> bytes:
 def parse_manifest(raw: bytes) -> Manifest:
     """Read a manifest. Raises DamagedManifest when it is not one, is not whole, or names what would lead astray."""
     try:
-        value = json.loads(raw)
+        value = parse_json(raw)
         digest, version = value.pop("digest"), value["schema_version"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        due = _digest(value)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedManifest(f"{MANIFEST_NAME} is not a manifest") from error
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise DamagedManifest(f"its form {escape(str(version))} is newer than this program knows ({SCHEMA_VERSION})")
-    if digest != _digest(value):
+    if digest != due:
         raise DamagedManifest(f"{MANIFEST_NAME} is not as it was written")
     try:
         manifest = msgspec.convert(value, Manifest)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise DamagedManifest(f"{MANIFEST_NAME} is not a manifest: {escape(str(error))}") from error
     for fault in _faults(manifest):
         raise DamagedManifest(fault)

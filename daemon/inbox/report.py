@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from daemon.job import Dataset, Job, JobState, to_json
 from daemon.text import escape
+from guard.json_text import parse_json
 
 if TYPE_CHECKING:  # most commands say something of a report, and none of those checks a dataset
     from daemon.dataset.validate import DatasetReport
@@ -169,7 +169,7 @@ def retry_command(job: Job) -> str:
 
 def parse_report(text: str) -> dict[str, Any]:
     """Decode what `report_json` made, as plain data. Raises ValueError."""
-    value = json.loads(text)
+    value = parse_json(text)
     if not isinstance(value, dict) or value.get("schema_version") != REPORT_VERSION:
         raise ValueError("not a report of this version")
     return value

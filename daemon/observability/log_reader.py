@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from daemon.observability.events import CONSOLE_KEYS
 from daemon.text import escape, format_bytes, printable
+from guard.json_text import parse_json
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 VALUE_CHARACTERS = 2000
@@ -173,7 +174,7 @@ class LogReader:
             *whole, self._rest = (self._rest + block).split(b"\n")
             for text in whole:
                 try:
-                    event = json.loads(text)
+                    event = parse_json(text)
                 except ValueError:
                     continue
                 if isinstance(event, dict):

@@ -28,6 +28,7 @@ from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
 from daemon.text import HOLD_CHARACTERS, escape, finite, printable
 from daemon.versions import Version
+from guard.json_text import parse_json
 from guard.lock import is_locked
 
 SCHEMA_VERSION = 1
@@ -267,10 +268,10 @@ def read_status(path: Path) -> dict[str, Any] | None:
         return None
     if not text.strip(b"\0"):
         return None
-    content = json.loads(text)
+    content = parse_json(text)
     try:
         return {**content, **liveness_of(content, is_locked=partial(is_locked, path.parent))}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"not a status file ({type(error).__name__}: {error})") from error
 
 
@@ -279,7 +280,7 @@ def _read_whole(path: Path) -> bytes:
     text = path.read_bytes()
     for _ in range(2):
         try:
-            json.loads(text)
+            parse_json(text)
         except ValueError:
             time.sleep(REREAD_SECONDS)
             text = path.read_bytes()
@@ -290,7 +291,8 @@ def liveness_of(content: Mapping[str, Any], *, is_locked: Callable[[], bool | No
     """Return `alive`, `liveness` and `age_seconds`: from the process (pid, start time, boot), then from its heartbeat.
 
     `is_locked` is asked where that process is not to be seen: whether a daemon holds the root's lock, None when that cannot be
-    told, and then `alive` is None as well. Raises KeyError, TypeError or ValueError when a key that it needs is missing or odd.
+    told, and then `alive` is None as well. Raises KeyError, TypeError, ValueError or OverflowError when a key that it needs is missing
+    or odd.
     """
     writer = ProcessIdentity(
         pid=int(content["pid"]), start_ticks=int(content["start_ticks"]), boot_id=str(content["boot_id"])
