@@ -28,7 +28,7 @@ from daemon.observability import logs
 from daemon.recovery import bring_forward, follow_move, open_store, repair_inbox, sweep_memories
 from daemon.retry import StopReason
 from daemon.scheduler import Scheduler
-from daemon.status_writer import StatusWriter, write_holding
+from daemon.status_writer import ShowJob, StatusWriter, write_holding
 from daemon.store import BrokenStore, NewerStore
 from daemon.text import escape
 from daemon.verification import BackgroundVerifier
@@ -53,7 +53,13 @@ class Service:
     """One daemon on one root. `run` returns the exit code; everything before it raises DropforgeError."""
 
     def __init__(
-        self, settings: Settings, *, log: Any, executor: Executor | None = None, metrics: MetricsPublisher | None = None
+        self,
+        settings: Settings,
+        *,
+        log: Any,
+        executor: Executor | None = None,
+        metrics: MetricsPublisher | None = None,
+        show: ShowJob | None = None,
     ) -> None:
         self.settings = settings
         self.log = log
@@ -65,6 +71,7 @@ class Service:
         self._gpu = gpu.GpuReservation(settings, self._gpus)
         self._executor = executor or make_executor(settings.executor, gpu=self._gpu.lock)
         self._metrics = metrics
+        self._show = show
         self._ticks = 0
         self._next_prune = 0.0  # monotonic
         self._recovered = False
@@ -332,6 +339,7 @@ class Service:
             gpus=self._gpus,
             log=self.log,
             metrics=self._metrics,
+            show=self._show,
         )
         self.status.stopping = self.stopping
         self._parts.callback(self.intake.close)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -26,6 +26,7 @@ from daemon.observability.status import (
     CurrentModel,
     FinishedJob,
     LastVerification,
+    RunningJob,
     StatusSnapshot,
     current_model,
     finished_job,
@@ -45,6 +46,9 @@ LOSS_POINTS = 200
 LOSS_READ_BYTES = 8 * 2**20  # of the trainer's events, from their end; older points are drawn from what is left
 
 
+ShowJob = Callable[[RunningJob | None], None]  # what a terminal shows of the running job, at each tick
+
+
 class StatusWriter:
     """Writes the status at each change and at each heartbeat. One thread calls everything."""
 
@@ -59,6 +63,7 @@ class StatusWriter:
         gpus: GpuProbe,
         log: Any,
         metrics: MetricsPublisher | None = None,
+        show: ShowJob | None = None,
     ) -> None:
         self.settings = settings
         self.stopping = False
@@ -70,6 +75,7 @@ class StatusWriter:
         self._gpus = gpus
         self._log = log
         self._metrics = metrics
+        self._show = show
         self._losses = LossHistory()
         self._model = _CurrentModelReader(log)
         self._recent: tuple[FinishedJob, ...] = ()
@@ -83,6 +89,8 @@ class StatusWriter:
         snapshot = self._snapshot()
         if status is not None:
             snapshot = replace(snapshot, status=status, reason="")
+        if self._show is not None:
+            self._show(snapshot.job)
         now, job = time.monotonic(), snapshot.job
         shown = (snapshot.status, snapshot.reason, dict(snapshot.queue), job and (job["id"], job["phase"]))
         is_due = now - self._published_at >= self.settings.status.status_interval

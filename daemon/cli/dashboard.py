@@ -6,8 +6,9 @@ place on the terminal's other page, so that nothing flickers and the shell's own
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +18,44 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.cli import render
+from daemon.cli.chart import Series, line_chart, uses_ascii
 from daemon.cli.estimates import format_duration
 from daemon.observability.status import read_status
 from daemon.text import escape, printable
 
 REDRAW_SECONDS = 0.5
-BARS = "▁▂▃▄▅▆▇█"
+CHART_LINES = 6
 RECENT, WAITING, WARNINGS = 8, 5, 3
 
 
 def run_dashboard(path: Path, console: Console) -> None:
     """Draw until Ctrl-C. A file that is missing or torn away is said so; the next look may find it again."""
+    ascii_only = uses_ascii(console.encoding, os.environ)
     with Live(console=console, screen=console.is_terminal, auto_refresh=False, transient=True) as live:
         try:
             while True:
-                live.update(_look(path, console.width), refresh=True)
+                live.update(_look(path, console.width, ascii_only=ascii_only), refresh=True)
                 time.sleep(REDRAW_SECONDS)
         except KeyboardInterrupt:
             return
 
 
-def _look(path: Path, width: int) -> RenderableType:
+def _look(path: Path, width: int, *, ascii_only: bool) -> RenderableType:
     try:
         snapshot = read_status(path)
     except (OSError, ValueError) as error:
         return Text(escape(f"cannot read {path}: {error}"), style="red")
     if snapshot is None:
         return Text(escape(f"no daemon has run on this root yet: there is no {path}"))
-    return screen(snapshot, width)
+    return screen(snapshot, width, ascii_only=ascii_only)
 
 
-def screen(snapshot: Mapping[str, Any], width: int) -> RenderableType:
+def screen(snapshot: Mapping[str, Any], width: int, *, ascii_only: bool = False) -> RenderableType:
     """The whole screen, no line longer than `width`."""
     parts: list[RenderableType] = [_fit(render.headline(snapshot)), ""]
     job = snapshot.get("job")
     if job and snapshot.get("alive") is not False:
-        parts += [*_job(job, width), ""]
+        parts += [*running_job(job, width, ascii_only=ascii_only), ""]
     parts += [_facts(snapshot), ""]
     for title, key, most in (("waiting", "waiting", WAITING), ("left alone", "left_alone", WAITING)):
         found = snapshot.get(key, ())
@@ -70,21 +73,31 @@ def screen(snapshot: Mapping[str, Any], width: int) -> RenderableType:
     return Group(*parts)
 
 
-def _job(job: Mapping[str, Any], width: int) -> list[RenderableType]:
+def running_job(
+    job: Mapping[str, Any], width: int, *, chart_lines: int = CHART_LINES, ascii_only: bool = False
+) -> list[RenderableType]:
+    """The status file's `job`: its name, its progress, its loss so far with a chart of so many lines, its numbers."""
     name = f"{printable(str(job['id']))}  {printable(str(job['dataset']))}  attempt {job['attempt']}"
+    lines: list[RenderableType] = [_fit(Text(name, style="bold")), _fit(_bar(job, width, ascii_only=ascii_only))]
+    losses = Series(name="loss", points=[(step, loss) for step, loss in job.get("losses") or ()])
+    if losses.points:
+        ends = losses.points[0][1], losses.points[-1][1]
+        lines.append(_fit(Text(f"loss {ends[0]:.3f} -> {ends[1]:.3f}")))
+        if chart_lines:
+            lines += line_chart([losses], width=width, height=chart_lines, ascii_only=ascii_only)
+    return [*lines, _fit(Text(render.progress_line(job), style="dim"))]
+
+
+def _bar(job: Mapping[str, Any], width: int, *, ascii_only: bool) -> Text:
+    """How far a run is, over the whole width: a bar, step of steps, and the time left."""
     step, total = int(job.get("step") or 0), int(job.get("total_steps") or 0)
     eta = job.get("eta_seconds")
     tail = f" {step}/{total}  {step / total:4.0%}" if total else f" {escape(str(job.get('phase', '')))}"
     tail += f"  {format_duration(float(eta))} left" if eta is not None else ""
     room = max(10, width - len(tail) - 2)
-    filled = round(room * step / total) if total else 0
-    bar = Text.assemble((("━" * filled), "cyan"), (("━" * (room - filled)), "dim"), tail)
-    lines: list[RenderableType] = [_fit(Text(name, style="bold")), _fit(bar)]
-    losses = [loss for _, loss in job.get("losses") or ()]
-    if losses:
-        ends = f" {losses[0]:.3f} → {losses[-1]:.3f}"
-        lines.append(_fit(Text.assemble("loss ", (spark(losses, max(8, width - len(ends) - 6)), "cyan"), ends)))
-    return [*lines, _fit(Text(render.progress_line(job), style="dim"))]
+    filled = min(room, round(room * step / total)) if total else 0
+    done, rest = ("#", "-") if ascii_only else ("━", "━")
+    return Text.assemble((done * filled, "cyan"), (rest * (room - filled), "dim"), tail)
 
 
 def _facts(snapshot: Mapping[str, Any]) -> Table:
@@ -105,15 +118,6 @@ def _facts(snapshot: Mapping[str, Any]) -> Table:
         grid.add_row("gpu", f"{escape(str(device['name']))}  {used:.1f} of {size:.1f} GiB")
     grid.add_row("watching", printable(str(snapshot.get("watch_mode") or "not watching")))
     return grid
-
-
-def spark(values: Sequence[float], width: int) -> str:
-    """A line of `width` bars at most, from the smallest value to the largest."""
-    size = min(width, len(values))
-    parts = [values[len(values) * number // size : len(values) * (number + 1) // size] for number in range(size)]
-    means = [sum(part) / len(part) for part in parts]
-    low, high = min(means), max(means)
-    return "".join(BARS[round((value - low) / (high - low) * (len(BARS) - 1)) if high > low else 0] for value in means)
 
 
 def _fit(text: Text) -> Text:

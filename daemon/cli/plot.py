@@ -46,7 +46,7 @@ def plot(
 ) -> None:
     """Draw losses, learning rate and tokens a second by step; several jobs over each other.
 
-    For example `dropforge plot last`, or `dropforge plot 0001 0002 -o curves.png`.
+    Example: dropforge plot 0001 0002 -o curves.png
     """
     if output is not None and as_json:
         raise ConfigError(operation="plot", cause="--json and --output are two ways out", hint="leave one of them away")

@@ -44,6 +44,7 @@ def run(
     once: Annotated[bool, typer.Option("--once", help="Leave when inbox and queue are empty.")] = False,
 ) -> None:
     """Watch the inbox and train what is dropped there. Ctrl-C seals a checkpoint and leaves; twice: at once."""
+    from daemon.cli.run_screen import open_screen
     from daemon.observability import logs
     from daemon.service import Service
 
@@ -55,8 +56,9 @@ def run(
         from daemon.observability.metrics import Metrics, MetricsPublisher
 
         metrics = Metrics()
+    screen = open_screen()
     try:
-        log = logs.configure(settings, listeners=[metrics.count] if has_metrics else [])
+        log = logs.configure(settings, screen=screen, listeners=[metrics.count] if has_metrics else [])
     except OSError as error:
         raise DropforgeError(
             operation="write the log",
@@ -65,7 +67,12 @@ def run(
             hint="run it as the user who owns the root, or choose another folder under [logging]",
         ) from error
     reporter = MetricsPublisher(metrics, settings.metrics, settings.root, log) if has_metrics else None
-    raise typer.Exit(Service(settings, log=log, metrics=reporter).run(once=once))
+    try:
+        code = Service(settings, log=log, metrics=reporter, show=screen.show if screen else None).run(once=once)
+    finally:
+        if screen is not None:
+            screen.close()
+    raise typer.Exit(code)
 
 
 @app.command(rich_help_panel=BEGIN)

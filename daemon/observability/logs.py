@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TextIO, cast
 
 import structlog
 
@@ -22,19 +22,37 @@ from daemon.observability import journald, log_reader
 from daemon.text import finite
 from guard.atomic import append_or_nothing, end_last_line
 
+SHOWN_BY_SCREEN = frozenset({"run.stepped"})
 Listener = Callable[[str, Mapping[str, Any]], None]  # (event name, its data)
 
 
-def configure(settings: Settings, *, terminal: bool = True, listeners: Sequence[Listener] = ()) -> Any:
+class TextStream(Protocol):
+    """Where a handler writes lines."""
+
+    def write(self, text: str, /) -> object:
+        """Print a line that ends in a newline. Raises OSError."""
+
+    def flush(self) -> None:
+        """Write what waits."""
+
+
+def configure(
+    settings: Settings, *, terminal: bool = True, screen: TextStream | None = None, listeners: Sequence[Listener] = ()
+) -> Any:
     """Set up the log of a daemon and return its logger.
 
-    Raises OSError when the log file cannot be opened. `terminal=False` writes to the file alone. `listeners` get every
-    event, also those below the level that is written.
+    Raises OSError when the log file cannot be opened. `terminal=False` writes to the file alone; a `screen` that shows the
+    running job itself gets the lines of the terminal, without those of its steps. `listeners` get every event, also those
+    below the level that is written.
     """
     settings.log_path.parent.mkdir(parents=True, exist_ok=True)
     file = CompleteFile(settings.log_path, max_bytes=settings.logging.max_bytes, backups=settings.logging.backups)
     handlers: list[tuple[logging.Handler, Any]] = [(file, _json)]
-    if terminal:
+    if screen is not None:
+        above = logging.StreamHandler(cast(TextIO, screen))
+        above.addFilter(_is_not_a_step)
+        handlers.append((above, _console))
+    elif terminal:
         native = journald.JournalHandler() if journald.is_stderr() else None
         handlers.append((native, journald.render) if native else (logging.StreamHandler(sys.stderr), _console))
 
@@ -71,6 +89,10 @@ def configure(settings: Settings, *, terminal: bool = True, listeners: Sequence[
         cache_logger_on_first_use=True,
     )
     return structlog.stdlib.get_logger("dropforge")
+
+
+def _is_not_a_step(record: logging.LogRecord) -> bool:
+    return not (isinstance(record.msg, dict) and record.msg.get("event") in SHOWN_BY_SCREEN)
 
 
 def reopen() -> None:

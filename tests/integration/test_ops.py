@@ -309,7 +309,7 @@ def test_the_live_screen_shows_the_run_and_ends_on_ctrl_c(
     root.drop("a.jsonl", texts(3000))
     root.running("a.jsonl")
     screen = terminal(sys.executable, "-P", "-m", "daemon", "--root", str(root.path), "status", "--watch")
-    wait_until(lambda: b"/3000" in screen.drawn and "▁".encode() in screen.drawn, what="a bar and a spark line")
+    wait_until(lambda: b"/3000" in screen.drawn and "└".encode() in screen.drawn, what="a bar and a chart")
     screen.type(b"\x03")
     assert screen.wait() == 0
     text = screen.drawn.decode()
@@ -319,6 +319,24 @@ def test_the_live_screen_shows_the_run_and_ends_on_ctrl_c(
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", re.sub(r"\x1b\[[0-9;?]*[A-Hh]", "\n", text))
     assert max(len(line) for line in re.split(r"[\r\n]+", plain)) <= 80
     root.behave({})
+
+
+def test_run_on_a_terminal_shows_the_job_in_place_below_its_log(
+    make_root: MakeRoot, terminal: Callable[..., Terminal]
+) -> None:
+    """Log lines scroll above; each step is a new number in the same lines, which are gone at the end."""
+    root = make_root(behaviour={"*": {"step_seconds": 0.01}}, tables=ONE_ROW_A_STEP)
+    screen = terminal(sys.executable, "-P", "-m", "daemon", "--root", str(root.path), "run")
+    root.drop("a.jsonl", texts(3000))
+    wait_until(lambda: b"/3000" in screen.drawn and "└".encode() in screen.drawn, what="a bar and a chart")
+    sealed = screen.drawn.count(b"checkpoint.sealed")
+    wait_until(lambda: screen.drawn.count(b"checkpoint.sealed") > sealed, what="a line of the log above them")
+    screen.type(b"\x03")
+    assert screen.wait() == 0
+    text = screen.drawn.decode()
+    assert text.rindex("daemon.stopped") > text.rindex("/3000")
+    assert text.endswith("\n")
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is there
 
 
 def test_a_large_copy_shows_its_progress_on_a_terminal_alone(

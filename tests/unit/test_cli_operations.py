@@ -193,21 +193,17 @@ def test_the_live_screen_shows_what_matters() -> None:
         "40/90",
         "44%",
         "67 min left",
-        "5.000 → 0.025",
+        "5.000 -> 0.025",
         "NVIDIA H200  32.0 of 128.0 GiB",
         "3 queued",
         "waiting (30)",
     ):
         assert word in text
+    assert any("⣀" <= character <= "⣿" for character in text)  # a chart
+    assert "⣀" not in "".join(rendered(dashboard.screen(SNAPSHOT, 80, ascii_only=True)))
     dead = "\n".join(rendered(dashboard.screen({**SNAPSHOT, "alive": False, "liveness": "dead"}, 80)))
     assert dead.startswith("dead")
     assert "40/90" not in dead
-
-
-def test_a_spark_line_falls_as_the_loss_does() -> None:
-    assert dashboard.spark([8, 7, 6, 5, 4, 3, 2, 1], 8) == "█▇▆▅▄▃▂▁"
-    assert dashboard.spark([1.0] * 100, 10) == "▁" * 10
-    assert len(dashboard.spark(list(range(200)), 30)) == 30
 
 
 def version(name: str, parent: str | None, after: float | None = 2.0, dataset: str = "d.jsonl") -> Version:

@@ -16,6 +16,7 @@ from rich.console import Console
 from daemon.cli import plot_file
 from daemon.cli.chart import Series, legend, line_chart, uses_ascii
 from daemon.cli.job_curves import JobCurves, terminal_plot
+from daemon.cli.run_screen import RunScreen
 from daemon.curves import Curves, read_curves
 from daemon.errors import ConfigError, DropforgeError
 from daemon.job import Dataset, Job, JobState
@@ -243,3 +244,50 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> Non
     pytest.importorskip("matplotlib")
     with pytest.raises(DropforgeError, match=r"cannot write .*: No such file or directory"):
         plot_file.write_plot(tmp_path / "nowhere" / "curves.png", [of_job()])
+
+
+# -- `run` on a terminal
+
+RUNNING = {
+    "id": "j1", "dataset": "a.jsonl", "attempt": 1, "phase": "training", "step": 4, "total_steps": 10, "loss": 2.5,
+    "tokens_per_second": 900.0, "eta_seconds": 6.0, "losses": [[1, 4.0], [4, 2.5]],
+}  # fmt: skip
+
+
+class GoneTerminal(io.StringIO):
+    """A terminal whose other end was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_the_job_of_a_run_is_drawn_below_the_log_and_taken_away() -> None:
+    drawn = io.StringIO()
+    screen = RunScreen(Console(file=drawn, force_terminal=True, width=60, height=30), ascii_only=True)
+    screen.show(RUNNING)
+    assert "4/10" in drawn.getvalue()
+    assert "6 s left" in drawn.getvalue()
+    before = len(drawn.getvalue())
+    screen.show(RUNNING)  # at once again: nothing is drawn
+    assert len(drawn.getvalue()) == before
+    screen.write("a line of the log\n")
+    assert drawn.getvalue().index("a line of the log") < drawn.getvalue().rindex("4/10")
+    screen.show(None)
+    after = drawn.getvalue()[drawn.getvalue().rindex("4/10") :]
+    assert "\x1b[2K" in after  # erased
+    screen.close()
+
+
+def test_a_small_terminal_gets_no_chart() -> None:
+    small = io.StringIO()
+    RunScreen(Console(file=small, force_terminal=True, width=60, height=10), ascii_only=True).show(RUNNING)
+    assert "4/10" in small.getvalue()
+    assert "+---" not in small.getvalue()
+
+
+def test_a_terminal_that_is_gone_costs_its_lines_alone() -> None:
+    screen = RunScreen(Console(file=GoneTerminal(), force_terminal=True, width=60, height=30))
+    screen.show(RUNNING)
+    screen.show({**RUNNING, "phase": "saving"})
+    screen.show(None)
+    screen.close()

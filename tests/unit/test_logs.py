@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -330,6 +331,15 @@ def test_the_console_is_brief_where_the_file_is_whole(tmp_path: Path, capfd: pyt
     assert said.endswith('job.failed  dataset=a.jsonl reason="one; two" job=j\n')
     (event,) = lines(tmp_path)
     assert (event["reason"], event["digest"], event["steps_run"]) == ("one\ntwo", "5" * 64, 0)
+
+
+def test_a_screen_that_shows_the_steps_gets_no_line_for_each(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    log = logs.configure(Settings(root=tmp_path), screen=screen)
+    log.info("run.stepped", step=5, loss=2.0)
+    log.info("checkpoint.sealed", step=5)
+    assert [line.split()[3] for line in screen.getvalue().splitlines()] == ["checkpoint.sealed"]
+    assert [event["event"] for event in lines(tmp_path)] == ["run.stepped", "checkpoint.sealed"]
 
 
 @given(name=st.one_of(TEXT, st.sampled_from(sorted(CONSOLE_KEYS))), data=EVENTS)
