@@ -1,10 +1,11 @@
 """Texts with learned characters to token ids with learned tokens, many at once.
 
-Two things keep it quick, and neither changes a token. A tokenizer looks for its added tokens before all else, and what
+Three things keep it quick, and none changes a token. A tokenizer looks for its added tokens before all else, and what
 stands between two of them is tokenised by itself; so a text is cut before each, and a piece that many texts share is
-tokenised once: a conversation that needs a sample for every turn repeats its beginning in all of them. And a tokenizer
-spends a quarter of its time on saying where its tokens stand. Those of a byte-level vocabulary say it themselves: their
-bytes, put together, are the piece, which is checked for each piece inside which something learned begins or ends.
+tokenised once: a conversation that needs a sample for every turn repeats its beginning in all of them. Most pieces are
+put together from words that were seen before (`daemon.trainer.word_tokens`). And a tokenizer spends a quarter of its time
+on saying where its tokens stand. Those of a byte-level vocabulary say it themselves: their bytes, put together, are the
+piece, which is checked for each piece inside which something learned begins or ends.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from daemon.trainer.chat import TextSample, common_prefix
 from daemon.trainer.chat_template import Span
+from daemon.trainer.word_tokens import WordTokens
 
 Ids: TypeAlias = "array[int]"  # of 4 bytes each
 
@@ -47,6 +49,7 @@ class TextTokens:
         self.backend = backend_of(tokenizer)
         self._added = added_tokens(self.backend)
         self._bytes = TokenBytes(tokenizer) if self.backend and TokenBytes.may_fit(self.backend) else None
+        self._words = WordTokens.of(self.backend, self._added)
 
     def samples(self, texts: Sequence[TextSample]) -> list[Sample]:
         """A sample of each text; a token is learned when it overlaps one of the text's learned spans."""
@@ -61,12 +64,15 @@ class TextTokens:
         return array("i", self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _pieces(self, texts: Sequence[str]) -> dict[str, _Piece]:
-        if self.backend is None or not texts:
+        if self.backend is None:
             return {text: _Piece(text, self.ids(text), self._encode, None) for text in texts}
-        found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        by_words = {text: self._words.ids(text) if self._words is not None else None for text in texts}
+        others = [text for text, ids in by_words.items() if ids is None]
+        found = self.backend.encode_batch_fast(others, add_special_tokens=False) if others else []
+        rest = (array("i", encoding.ids) for encoding in found)
         return {
-            text: _Piece(text, array("i", encoding.ids), self._encode, self._bytes)
-            for text, encoding in zip(texts, found, strict=True)
+            text: _Piece(text, next(rest) if ids is None else ids, self._encode, self._bytes)
+            for text, ids in by_words.items()
         }
 
     def _encode(self, text: str) -> Any:
