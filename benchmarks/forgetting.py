@@ -195,7 +195,7 @@ def train_stage(settings: Settings, number: int, tasks: Sequence[Task]) -> dict[
 def _jobs(settings: Settings) -> list[dict[str, Any]]:
     if not settings.store_path.exists():  # nothing ever ran here
         return []
-    listed: list[dict[str, Any]] = json.loads(_dropforge(settings, "jobs", "--json"))
+    listed: list[dict[str, Any]] = json.loads(_dropforge(settings, "jobs", "--json"))["jobs"]
     return listed
 
 

@@ -48,6 +48,7 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
 }
 
 FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.REJECTED})
+DUPLICATE = "duplicate"  # how a cancelled job that is one is counted and shown
 OPEN_STATES = frozenset(JobState) - FINAL_STATES
 
 
@@ -186,6 +187,11 @@ class Job:
     started_at: str | None = None  # of the latest attempt
     finished_at: str | None = None
     result: RunResult | None = None
+
+    @property
+    def is_duplicate(self) -> bool:
+        """Whether it was not trained because its content had been; nobody cancelled it."""
+        return self.state is JobState.CANCELLED and self.duplicate_of is not None
 
     @property
     def advice(self) -> str:

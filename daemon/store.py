@@ -19,6 +19,7 @@ from typing import Any
 
 from daemon.errors import NotFound, StoreError
 from daemon.job import (
+    DUPLICATE,
     FINAL_STATES,
     LONGEST_BACKOFF_SECONDS,
     TRANSITIONS,
@@ -84,6 +85,12 @@ _MIGRATIONS = (
     DROP INDEX jobs_queue;
     CREATE INDEX jobs_queue ON jobs (state, begun DESC, priority, position, turn, seq);
     CREATE INDEX jobs_owner ON jobs (state, owner)
+    """,
+    # A dataset that was trained before was cancelled by nobody: it is counted apart.
+    """
+    INSERT INTO counts SELECT 'duplicate', count(*) FROM jobs
+        WHERE state = 'cancelled' AND json_extract(body, '$.duplicate_of') IS NOT NULL;
+    UPDATE counts SET number = number - (SELECT number FROM counts WHERE state = 'duplicate') WHERE state = 'cancelled'
     """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
@@ -200,7 +207,7 @@ class JobStore:
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (stamped.id, *_columns(stamped)),
             )
-            self._count(stamped.state, 1)
+            self._count(stamped, 1)
             self._record(stamped.id, None, stamped.state, stamped.reason)
         return stamped
 
@@ -221,8 +228,8 @@ class JobStore:
             if to is JobState.QUEUED and expected is JobState.CLAIMED:  # what was interrupted keeps its turn
                 moved = replace(moved, turn=self._next_turn(moved))
             self._write(moved)
-            self._count(expected, -1)
-            self._count(to, 1)
+            self._count(job, -1)
+            self._count(moved, 1)
             self._record(job_id, expected, to, reason)
         return moved
 
@@ -255,8 +262,8 @@ class JobStore:
                     updated_at=utc_now(),
                 )
                 self._write(moved)
-                self._count(known.state, -1)
-                self._count(moved.state, 1)
+                self._count(known, -1)
+                self._count(moved, 1)
                 self._record(job.id, known.state, moved.state, moved.reason)
                 return moved
         return known or self.add(job)
@@ -298,8 +305,8 @@ class JobStore:
                 updated_at=utc_now(),
             )
             self._write(moved)
-            self._count(JobState.QUEUED, -1)
-            self._count(JobState.RUNNING, 1)
+            self._count(job, -1)
+            self._count(moved, 1)
             self._record(job.id, JobState.QUEUED, JobState.RUNNING, moved.reason)
         return moved
 
@@ -385,9 +392,9 @@ class JobStore:
         return dict(rows)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of jobs by state, every state included."""
+        """Return the number of jobs by state, every state included, and those cancelled as duplicates apart."""
         found = dict(self._read("SELECT state, number FROM counts"))
-        return {state.value: found.get(state.value, 0) for state in JobState}
+        return {name: found.get(name, 0) for name in (*(state.value for state in JobState), DUPLICATE)}
 
     def with_digest(self, digest: str, states: Collection[JobState]) -> list[Job]:
         """Return jobs over the same content, in order of arrival."""
@@ -492,7 +499,7 @@ class JobStore:
                 deleted += 1
                 if job is not None and job.state is not JobState.SUCCEEDED:
                     self._db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
-                    self._count(job.state, -1)
+                    self._count(job, -1)
         return deleted
 
     def _schema_version(self) -> int | None:
@@ -595,9 +602,11 @@ class JobStore:
             (*_columns(job), job.id),
         )
 
-    def _count(self, state: JobState, change: int) -> None:
+    def _count(self, job: Job, change: int) -> None:
+        counted = DUPLICATE if job.is_duplicate else job.state
         self._db.execute(
-            "INSERT INTO counts VALUES (?1, ?2) ON CONFLICT (state) DO UPDATE SET number = number + ?2", (state, change)
+            "INSERT INTO counts VALUES (?1, ?2) ON CONFLICT (state) DO UPDATE SET number = number + ?2",
+            (counted, change),
         )
 
     def _record(self, job_id: str, old: JobState | None, new: JobState, reason: str) -> None:

@@ -131,7 +131,7 @@ def doctor_command(
 
     found = doctor.examine(context.obj.root, verify=verify)
     if as_json:
-        print_json([finding.as_dict() for finding in found])
+        print_json({"findings": [finding.as_dict() for finding in found]})
     else:
         out.print(render.findings(found))
     raise typer.Exit(1 if any(finding.verdict is doctor.Severity.FAIL for finding in found) else 0)

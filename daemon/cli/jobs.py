@@ -38,9 +38,8 @@ def list_jobs(
         found = list(reversed(store.jobs(state or None, limit=limit, newest=True)))
         etas = _etas(context.obj.settings, store)
     if as_json:
-        print_json(
-            [{**finished_job(job), "created_at": job.created_at, "eta_seconds": etas.get(job.id)} for job in found]
-        )
+        listed = [{**finished_job(job), "created_at": job.created_at, "eta_seconds": etas.get(job.id)} for job in found]
+        print_json({"jobs": listed})
     elif found:
         shown = [
             replace(job, reason=f"{job.reason}; done in about {format_duration(etas[job.id])}")
@@ -178,7 +177,7 @@ def check(
         if store is not None:
             store.close()
     if as_json:
-        print_json([report.to_dict() for report in reports])
+        print_json({"files": [report.to_dict() for report in reports]})
     else:
         for report in reports:
             out.print(render_text(report), markup=False)

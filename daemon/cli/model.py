@@ -35,12 +35,11 @@ def show_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
     found = versions.list_versions(model_dir)
     current = versions.current_version(model_dir)
     if as_json:
-        print_json(
-            [
-                {**version.record, "version": version.name, "path": str(version.path), "current": version == current}
-                for version in found
-            ]
-        )
+        listed = [
+            {**version.record, "version": version.name, "path": str(version.path), "current": version == current}
+            for version in found
+        ]
+        print_json({"versions": listed})
     elif found:
         out_console.print(render.version_list(found, current))
     else:

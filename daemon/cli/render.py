@@ -16,6 +16,7 @@ from daemon.config import Settings
 from daemon.inbox import layout
 from daemon.inbox.report import remarks
 from daemon.job import (
+    DUPLICATE,
     FINAL_STATES,
     Job,
     JobState,
@@ -177,7 +178,7 @@ def _seconds_of(item: Job, now: str) -> float | None:
 def state_text(state: str, duplicate_of: str | None) -> Text:
     """A job's state, coloured; `duplicate` for one whose content was trained before."""
     if state == JobState.CANCELLED and duplicate_of:
-        return Text("duplicate", style=STATE_STYLES[JobState.CANCELLED])
+        return Text(DUPLICATE, style=STATE_STYLES[JobState.CANCELLED])
     return Text(escape(state), style=STATE_STYLES[JobState(state)] if state in set(JobState) else "")
 
 

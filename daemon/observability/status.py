@@ -163,9 +163,9 @@ class StatusSnapshot:
             description="Times that the kernel dropped inbox events since the start; scans found what they were about."
         ),
     ] = 0
-    queue: Annotated[Mapping[str, int], Meta(description="Jobs by state, and deferred files.")] = field(
-        default_factory=dict
-    )
+    queue: Annotated[
+        Mapping[str, int], Meta(description="Jobs by state, `duplicate` apart from `cancelled`, and deferred files.")
+    ] = field(default_factory=dict)
     job: RunningJob | None = None
     waiting: Annotated[tuple[WaitingFile, ...], Meta(max_length=WAITING_FILES)] = ()
     left_alone: Annotated[tuple[LeftAlone, ...], Meta(max_length=WAITING_FILES)] = ()

@@ -37,5 +37,5 @@ def test_the_first_large_job_after_tiny_ones_takes_about_as_long_as_was_told(tmp
 
 def listed(root: Root) -> list[dict[str, object]]:
     """What `dropforge jobs` says to programs."""
-    found: list[dict[str, object]] = json.loads(root.run("jobs", "--json").stdout)
+    found: list[dict[str, object]] = json.loads(root.run("jobs", "--json").stdout)["jobs"]
     return found

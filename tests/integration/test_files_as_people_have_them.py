@@ -81,5 +81,5 @@ def test_a_dataset_in_the_folder_of_finished_jobs_is_told_by_status_log_and_doct
     wait_until(lambda: (root.status() or {})["left_alone"], what="it in status")
     assert "done/lost.jsonl" in root.run("status").stdout
     assert [event["file"] for event in root.events("file.left_alone")] == ["done/lost.jsonl"]
-    found = json.loads(root.run("doctor", "--json").stdout)
+    found = json.loads(root.run("doctor", "--json").stdout)["findings"]
     assert any("done/lost.jsonl" in finding["told"] for finding in found)

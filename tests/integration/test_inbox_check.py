@@ -146,7 +146,7 @@ def test_the_command_counts_with_the_models_own_tokenizer_and_exits_3_when_a_fil
     bad = drop(root.path / "bad.jsonl", '{"text": 1}\n')
     done = root.run("check", str(good), str(bad), "--json")
     assert done.returncode == 3
-    first, second = json.loads(done.stdout)
+    first, second = json.loads(done.stdout)["files"]
     assert first["tokens"]["rows_over_max_length"] == 1
     assert (first["accepted"], second["accepted"]) == (True, False)
     assert 0 < first["tokens"]["trained_share"] < 0.5  # completions are short, and prompts get no loss

@@ -78,7 +78,7 @@ def test_a_checkpoint_that_root_left_holds_the_queue_and_no_job_fails_of_it(serv
     assert status
     assert status["status"] == "waiting"
     assert "belongs to root" in status["reason"]
-    findings = {one["name"]: one for one in json.loads(root.run("doctor", "--json").stdout)}
+    findings = {one["name"]: one for one in json.loads(root.run("doctor", "--json").stdout)["findings"]}
     assert findings["ownership"]["verdict"] == "fail"
     assert str(newest) in findings["ownership"]["told"]
     give(newest)

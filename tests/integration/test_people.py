@@ -422,7 +422,7 @@ def test_waiting_jobs_tell_why_and_when(make_root: MakeRoot) -> None:
     for name, rows in (("b", 10), ("c", 40)):
         root.drop(f"{name}.jsonl", texts(rows, name))
         wait_until(lambda name=name: state(root, f"{name}.jsonl") is JobState.QUEUED)  # type: ignore[misc]
-    listed = {entry["dataset"]: entry for entry in json.loads(ask(root, "jobs", "--json"))}
+    listed = {entry["dataset"]: entry for entry in json.loads(ask(root, "jobs", "--json"))["jobs"]}
     assert listed["a.jsonl"]["eta_seconds"] is None
     assert 0 < listed["b.jsonl"]["eta_seconds"] < listed["c.jsonl"]["eta_seconds"]
     assert listed["c.jsonl"]["reason"] == "waits for its turn"

@@ -130,7 +130,7 @@ def test_what_max_length_cuts_off_is_shown_as_cut_off(make_root: MakeRoot, tiny_
     assert "word word" in "".join(segment["text"] for segment in cut)
     assert texts(sample, learned=True) == ["Paris.<|end|>"]
     assert any("max_length = 16" in warning for warning in row["warnings"])
-    checked = json.loads(root.run("check", str(path), "--json").stdout)[0]
+    checked = json.loads(root.run("check", str(path), "--json").stdout)["files"][0]
     assert checked["tokens"]["rows_over_max_length"] == 1
 
 
@@ -191,7 +191,7 @@ def test_check_refuses_what_the_run_would_refuse(
     rows = [CHAT, TOOL, *[{"messages": CHAT["messages"][:2], "n": n} for n in range(4)]]
     path = write(tmp_path, *rows)
     checked = root.run("check", str(path), "--json")
-    report = json.loads(checked.stdout)[0]
+    report = json.loads(checked.stdout)["files"][0]
     assert [found["line"] for found in report["tokens"]["refused"]] == [2]
     assert "this model knows no tools" in report["tokens"]["refused"][0]["reason"]
     assert "line 2: " in root.run("check", str(path)).stdout
@@ -213,7 +213,7 @@ def test_check_refuses_what_the_run_would_refuse(
 def test_check_names_lines_of_which_nothing_is_learned(make_root: MakeRoot, tiny_base: Path, tmp_path: Path) -> None:
     root = make_root(base_model=tiny_base)
     path = write(tmp_path, CHAT, {"messages": CHAT["messages"][:1]}, {"messages": CHAT["messages"][:3]})
-    report = json.loads(root.run("check", str(path), "--json").stdout)[0]
+    report = json.loads(root.run("check", str(path), "--json").stdout)["files"][0]
     assert report["tokens"]["unlearned_lines"] == [2]
     assert "(lines 2)" in root.run("check", str(path)).stdout
 

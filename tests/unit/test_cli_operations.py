@@ -486,7 +486,7 @@ def test_the_doctor_s_json_is_what_it_shows(
     monkeypatch.setattr(doctor, "CHECKS", {name: check for name, check in doctor.CHECKS.items() if name != "gpu"})
     run_here(capsys, "--root", str(tmp_path), "init")
     code, told, _ = run_here(capsys, "--root", str(tmp_path), "doctor", "--json")
-    found = {entry["name"]: entry["verdict"] for entry in json.loads(told)}
+    found = {entry["name"]: entry["verdict"] for entry in json.loads(told)["findings"]}
     assert found["model"] == "fail"  # none is configured yet
     assert found["packages"] == "ok"
     assert code == 1

@@ -199,8 +199,32 @@ def test_counts_are_those_of_the_rows_after_any_moves(store: JobStore) -> None:
     store.transition("job-1", JobState.QUEUED, JobState.CANCELLED, "not wanted")
     store.transition("job-1", JobState.CANCELLED, JobState.CLAIMED, "wanted after all")
     store.transition("job-0", JobState.RUNNING, JobState.SUCCEEDED, "done")
-    counted = {state.value: len(store.jobs({state})) for state in JobState}
-    assert store.counts() == counted
+    store.transition("job-2", JobState.QUEUED, JobState.CANCELLED, "not wanted")
+    for job_id in ("job-3", "job-4"):
+        store.transition(job_id, JobState.QUEUED, JobState.CANCELLED, "trained before", duplicate_of="job-0")
+    store.transition("job-4", JobState.CANCELLED, JobState.CLAIMED, "trained again", duplicate_of=None)
+    jobs = store.jobs()
+    counted = {state.value: sum(job.state is state and not job.is_duplicate for job in jobs) for state in JobState}
+    assert store.counts() == {**counted, "duplicate": 1}
+
+
+def test_a_store_of_before_duplicates_were_counted_counts_them(tmp_path: Path) -> None:
+    """The rows of the old form are brought to the new one by the migration alone."""
+    path = tmp_path / "queue.sqlite3"
+    store = JobStore(path)
+    for number in range(3):
+        queued(store, f"job-{number}")
+    store.transition("job-0", JobState.QUEUED, JobState.CANCELLED, "not wanted")
+    store.transition("job-1", JobState.QUEUED, JobState.CANCELLED, "trained before", duplicate_of="job-9")
+    store.close()
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("DELETE FROM counts WHERE state = 'duplicate'")
+        db.execute("UPDATE counts SET number = 2 WHERE state = 'cancelled'")
+        db.execute("UPDATE meta SET value = '4' WHERE key = 'schema_version'")
+    again = JobStore(path)
+    assert {name: number for name, number in again.counts().items() if number} == {
+        "queued": 1, "cancelled": 1, "duplicate": 1,
+    }  # fmt: skip
 
 
 def test_a_job_that_is_moved_first_runs_next_within_its_priority(store: JobStore) -> None:

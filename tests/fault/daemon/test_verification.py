@@ -118,7 +118,9 @@ def test_doctor_verify_tells_each_kind_of_damage_and_its_exit_code_says_so(
     damage(kept)
     damaged = kept.run("doctor", "--verify", "--json")
     assert damaged.returncode == 1
-    told: list[dict[str, Any]] = [finding for finding in json.loads(damaged.stdout) if finding["name"] == "kept"]
+    told: list[dict[str, Any]] = [
+        finding for finding in json.loads(damaged.stdout)["findings"] if finding["name"] == "kept"
+    ]
     assert {finding["verdict"] for finding in told} == {"fail"}
     assert any(says in finding["told"] for finding in told), told
 
