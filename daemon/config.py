@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from daemon.errors import ConfigError
+from daemon.evaluation.settings import EvaluationSettings, GateSettings
 from daemon.limits import LimitSettings
 from daemon.recipe import (
     DataSettings,
@@ -139,6 +140,9 @@ class HookSettings(Section):
 
     on_job_finished: Command = Field((), description="After each job that came to its end.")
     on_queue_empty: Command = Field((), description="When the last job of the queue came to its end.")
+    on_gate: Command = Field(
+        (), description="When a version has lost something of earlier datasets: held, or warned of."
+    )
     on_hold: Command = Field((), description="When the queue has to wait: paused, no space, GPU in use.")
     timeout: PositiveFloat = Field(30.0, description="Seconds before a hook is ended.")
 
@@ -207,6 +211,8 @@ class Settings(BaseModel):
     gpu: GpuSettings = GpuSettings()
     hooks: HookSettings = HookSettings()
     guard: GuardSettings = GuardSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
     paths: PathSettings = PathSettings()
     status: StatusSettings = StatusSettings()
     logging: LogSettings = LogSettings()

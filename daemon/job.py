@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from daemon.evaluation.values import Evaluation
 from guard.json_text import parse_json
 
 RUN_SPEC_VERSION = 1
@@ -229,6 +230,8 @@ class RunSpec:
     root: str = ""  # of Dropforge: a base model in it is named by a path that moves along
     gpu: str | None = None  # UUID of the only device that the trainer shall see
     limits: Mapping[str, Any] = field(default_factory=dict)  # see daemon.limits.LimitSettings
+    evaluation: Mapping[str, Any] = field(default_factory=dict)  # see daemon.evaluation.settings.EvaluationSettings
+    gate: Mapping[str, Any] = field(default_factory=dict)  # see daemon.evaluation.settings.GateSettings
     force: bool = False  # train the rows also where most of them are held out of earlier datasets
 
 
@@ -319,6 +322,7 @@ class RunResult:
     candidate: str | None = None  # the finished adapter, complete, under the model directory's .staging
     adapter_digest: str | None = None
     lora_norm: float | None = None  # Frobenius norm over all lora_B
+    evaluation: Evaluation | None = None  # of what earlier versions had learned; None: a trainer of before that
     base: Mapping[str, Any] | None = None  # what it was trained on: see daemon.base_identity.BaseIdentity
     parent: str | None = None  # the version that it continued, None: the base model
     parent_digest: str | None = None  # of that version's adapter

@@ -21,6 +21,7 @@ from guard.json_text import parse_json
 
 LINEAGE = "lineage.jsonl"
 VERSION_NAME = re.compile(r"[0-9]{4,18}")
+PROMOTED, HELD, DISCARDED = "promoted", "held", "discarded"  # events about one version
 TAIL_BYTES = 65_536  # of a lineage's end, where its last line is looked for first
 
 
@@ -38,14 +39,31 @@ class Lineage:
 
     @property
     def current(self) -> str | None:
-        """The version that the last line made current."""
-        named = self.events[-1].get("version") if self.events else None
+        """The version that the last line made current; what was held or discarded never was."""
+        last = next((event for event in reversed(self.events) if event.get("event") not in (HELD, DISCARDED)), None)
+        named = last.get("version") if last is not None else None
         return None if named is None else str(named)
 
-    def promoted(self) -> dict[str, Mapping[str, Any]]:
-        """Each promotion by its version's name."""
-        promotions = (event for event in self.events if event.get("event") == "promoted" and event.get("version"))
-        return {str(event["version"]): event for event in promotions}
+    def recorded(self) -> dict[str, Mapping[str, Any]]:
+        """What was noted when each version was promoted or held, by its name; not of those that were discarded."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for event in self.events:
+            name = str(event.get("version") or "")
+            if name and event.get("event") in (PROMOTED, HELD):
+                found[name] = event
+            elif event.get("event") == DISCARDED:
+                found.pop(name, None)
+        return found
+
+    def held(self) -> list[str]:
+        """The versions that the gate keeps from becoming current, oldest first."""
+        return sorted((name for name, event in self.recorded().items() if event.get("event") == HELD), key=number_of)
+
+    def discarded(self) -> set[str]:
+        """The versions that were held and then given up."""
+        return {
+            str(event["version"]) for event in self.events if event.get("event") == DISCARDED and event.get("version")
+        }
 
 
 def read_lineage(model_dir: Path) -> Lineage:

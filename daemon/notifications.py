@@ -89,11 +89,26 @@ class Notifier:
                 if is_final:
                     last = finished_job(job)
                     self.hooks.fire("on_job_finished", {"job": last})
+                    if (lost := lost_by(job)) is not None:
+                        self.hooks.fire("on_gate", {"job": last, "evaluation": lost})
         if last is not None and not any(self._store.counts()[state] for state in OPEN_STATES):
             self.hooks.fire("on_queue_empty", {"job": last})
         if any_published:
             self._store.set_control(PUBLISHED_KEY, self._published)
         return len(transitions) == MOST_TRANSITIONS
+
+
+def lost_by(job: Job) -> dict[str, Any] | None:
+    """What the hook is given of a version that did not pass the gate; None of any other job."""
+    evaluation = job.result.evaluation if job.result is not None else None
+    if job.state is not JobState.SUCCEEDED or evaluation is None or evaluation.passes:
+        return None
+    return {
+        "version": job.version,
+        "action": evaluation.action,
+        "verdict": evaluation.verdict,
+        "reasons": [escape(reason, most=REASON_CHARACTERS) for reason in evaluation.reasons],
+    }
 
 
 def canonical(job: Job, transition: JobTransition) -> dict[str, Any]:

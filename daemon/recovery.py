@@ -18,9 +18,12 @@ from typing import Any
 
 import msgspec
 
+import guard
 from daemon import versions
 from daemon.config import Settings
 from daemon.errors import NotFound, StoreError, TryLater
+from daemon.evaluation.scores import sweep_scores
+from daemon.held_versions import remove_discarded
 from daemon.inbox import layout
 from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, unclaim_sidecar
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
@@ -28,7 +31,7 @@ from daemon.inbox.strays import is_job_folder
 from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, RunSpec, from_json, to_json
 from daemon.lineage import read_lineage
 from daemon.memory.forgetting import sweep
-from daemon.memory.store import DatasetMemory
+from daemon.memory.store import DatasetMemory, memory_dir_of
 from daemon.run_dir import latest_spec, run_dir_of, sealed_step
 from daemon.store import BrokenStore, JobStore, is_made
 from daemon.text import escape
@@ -137,21 +140,24 @@ def bring_forward(settings: Settings, store: JobStore, log: Any) -> None:
 
 
 def sweep_memories(settings: Settings, store: JobStore, log: Any) -> None:
-    """Delete what a crash left of discarded rows, and memories whose job ended without a version."""
+    """Delete what a crash left of discarded rows and versions, and memories and scores that are no version's."""
     learned = {str(version.record.get("dataset_digest")) for version in versions.list_versions(settings.model_dir)}
     lineage = read_lineage(settings.model_dir)
-    learned |= {str(event.get("dataset_digest")) for event in lineage.promoted().values()}
+    learned |= {str(event.get("dataset_digest")) for event in lineage.recorded().values()}
 
     def is_orphan(memory: DatasetMemory) -> bool:
         try:
             state = store.get(memory.meta.job).state
         except NotFound:
             return False
-        has_failed = state in FINAL_STATES and state is not JobState.SUCCEEDED
-        return has_failed and memory.meta.digest not in learned
+        return state in FINAL_STATES and memory.meta.digest not in learned
 
     try:
+        with suppress(guard.GuardError), guard.ModelLock(settings.model_dir, owner="repair"):  # else at the next start
+            remove_discarded(settings.model_dir)
         removed = sweep(settings.state_dir, is_orphan)
+        adapters = (str(version.record.get("adapter_digest")) for version in versions.list_versions(settings.model_dir))
+        sweep_scores(memory_dir_of(settings.state_dir), adapters)
     except OSError as error:  # the next start tries it again
         log.error("memory.not_swept", error=str(error))
         return

@@ -20,6 +20,7 @@ import guard
 from daemon import root_identity, versions
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, Handling, NotFound, is_no_space
+from daemon.evaluation.gate import held_reason, with_action
 from daemon.executors.base import Executor, Exit
 from daemon.gpu import GpuReservation
 from daemon.holds import (
@@ -355,6 +356,8 @@ class Scheduler:
             daemon_pid=os.getpid(),
             gpu=self._gpu.device.uuid if self._gpu.device is not None and not several else None,
             limits=self.settings.limits.model_dump(mode="json"),
+            evaluation=self.settings.evaluation.model_dump(mode="json"),
+            gate=self.settings.gate.model_dump(mode="json"),
             force=job.force,
         )
 
@@ -438,6 +441,7 @@ class Scheduler:
 
         The training goes on from its last checkpoint where the adapter itself is lost.
         """
+        result = with_action(result, self.settings.gate)
         try:
             version = versions.promote_result(self.settings, run.job, result, self._log)
         except (DropforgeError, guard.GuardError, OSError) as error:
@@ -460,7 +464,11 @@ class Scheduler:
             return
         with suppress(OSError):  # the job's row tells it as well
             root_identity.remember_version(self.settings, version.name)
-        self._log.info("version.promoted", job=run.job.id, version=version.name)
+        if version.record.get("held"):  # also where a crash came in between, and the settings are others now
+            self._log.warning("version.held", job=run.job.id, version=version.name, reasons=version.record["held"])
+            decision = replace(decision, reason=held_reason(result))
+        else:
+            self._log.info("version.promoted", job=run.job.id, version=version.name)
         self._finish(run, decision, result, version=version.name)
 
     def _finish(

@@ -104,7 +104,7 @@ def _problems(settings: Settings, digest: _Counted) -> Iterator[Problem]:
 
 def _versions(settings: Settings, digest: _Counted) -> Iterator[Problem]:
     """Every file of every version, and what each says of its parent."""
-    promoted = read_lineage(settings.model_dir).promoted()
+    promoted = read_lineage(settings.model_dir).recorded()
     for version in versions.list_versions(settings.model_dir):
         digest.versions += 1
         try:
@@ -116,7 +116,8 @@ def _versions(settings: Settings, digest: _Counted) -> Iterator[Problem]:
         line = promoted.get(version.name)
         if line is None or not version.record:
             continue
-        if any(line.get(key) != value for key, value in version.record.items()):
+        noted = {key: value for key, value in version.record.items() if key not in versions.ONLY_IN_RECORD}
+        if any(line.get(key) != value for key, value in noted.items()):
             yield Problem(
                 message=f"version {version.name}: {versions.RECORD} says something else than {LINEAGE}",
                 hint="the lineage is what counts; bring the record back from a backup",
@@ -192,7 +193,7 @@ def _lineage(settings: Settings, digest: _Counted) -> Iterator[Problem]:
     for sentence in lineage.broken:
         yield Problem(message=sentence, hint=f"{LINEAGE} was altered: bring it back from a backup")
     for version in found:
-        if version.name not in lineage.promoted():
+        if version.name not in lineage.recorded():
             yield Problem(
                 message=f"version {version.name} has no line in {LINEAGE}",
                 hint=f"bring {LINEAGE} back from a backup; a version that was copied here by hand is in no line",

@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import to_builtins
+
 import guard
 from daemon.errors import DropforgeError, NotFound
+from daemon.evaluation.values import GateAction
 from daemon.job import Job, RunResult, utc_now
-from daemon.lineage import VERSION_NAME, append_event, number_of, read_lineage
+from daemon.lineage import HELD, PROMOTED, VERSION_NAME, append_event, number_of, read_lineage
 from daemon.lineage import newest_number as newest_in_lineage
 from daemon.memory.promotion import keep_memory
 from daemon.memory.store import HELD_OUT_NAME, ROWS_NAME
@@ -40,6 +43,7 @@ RECORD = "training_record.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CARD = "README.md"  # for people, who may edit it
 COARSEST_CLOCK_SECONDS = 2.5  # a folder whose times moved longer ago than this moves them at its next change
+ONLY_IN_RECORD = ("evaluation",)  # what a version's line in the lineage leaves out of its record
 
 
 class CandidateLost(DropforgeError):
@@ -182,7 +186,7 @@ def find_version(model_dir: Path, name: str) -> Version:
 
 def promotion_record(version: Version) -> Mapping[str, Any]:
     """Return what was noted when a version was promoted: by the lineage, or by its own record where that has no line."""
-    return read_lineage(version.path.parent.parent).promoted().get(version.name) or version.record
+    return read_lineage(version.path.parent.parent).recorded().get(version.name) or version.record
 
 
 def line_of(version: Version | None) -> tuple[list[Mapping[str, Any]], str]:
@@ -194,7 +198,7 @@ def line_of(version: Version | None) -> tuple[list[Mapping[str, Any]], str]:
     if version is None:
         return line, ""
     model_dir = version.path.parent.parent
-    noted = {**{found.name: found.record for found in list_versions(model_dir)}, **read_lineage(model_dir).promoted()}
+    noted = {**{found.name: found.record for found in list_versions(model_dir)}, **read_lineage(model_dir).recorded()}
     name: Any = version.name
     while name is not None:
         record = noted.pop(name, None)  # once: a line that leads back into itself ends there
@@ -207,7 +211,7 @@ def line_of(version: Version | None) -> tuple[list[Mapping[str, Any]], str]:
 
 def learned_by(model_dir: Path, dataset_digest: str) -> list[str]:
     """Return the versions whose weights have learned a dataset, themselves or by way of their parents, oldest first."""
-    noted = {**{found.name: found.record for found in list_versions(model_dir)}, **read_lineage(model_dir).promoted()}
+    noted = {**{found.name: found.record for found in list_versions(model_dir)}, **read_lineage(model_dir).recorded()}
     learned: dict[str, bool] = {}
     for name in sorted(noted, key=number_of):
         record = noted[name]
@@ -257,6 +261,8 @@ def _digest_in(path: Path) -> str | None:
 def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[str, Any]) -> Version:
     """Make the adapter in `candidate` the next version and the current one; the caller holds the model lock.
 
+    One whose record says why it is `held` becomes a version, and not the current one.
+
     Can be repeated: after a crash at any point the same call carries on where the first one stopped. Raises CandidateLost
     when the candidate is incomplete, not the one whose `adapter_digest` is in the record, or gone without having become a
     version; DropforgeError.
@@ -299,7 +305,8 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
 def promote_result(settings: Settings, job: Job, result: RunResult, log: Any) -> Version:
     """Make a run's candidate the current version, under the model lock; a crash in between is repaired by the next call.
 
-    What is kept of its dataset goes to the memory first.
+    One that the gate holds becomes a version that is not current. What is kept of its dataset goes to the memory first: of
+    a held one as well, so that its held-out rows stay untrained; nothing is rehearsed of what the line has not learned.
 
     Raises DropforgeError, GuardError, OSError; the candidate then stays where it is.
     """
@@ -316,6 +323,10 @@ def promote_result(settings: Settings, job: Job, result: RunResult, log: Any) ->
     }
     if result.replayed:
         record = {**record, "replayed": {dataset.digest: dataset.rows for dataset in result.replayed}}
+    if (evaluation := result.evaluation) is not None:
+        record = {**record, "evaluation": to_builtins(evaluation)}
+        if evaluation.action is GateAction.HELD:
+            record = {**record, "held": list(evaluation.reasons)}
     if result.base is not None:  # what the run itself started from; a trainer of before that does not say
         record = {**record, "base": result.base, "parent": result.parent, "parent_digest": result.parent_digest}
     with guard.ModelLock(model_dir, owner="promotion"):
@@ -375,6 +386,13 @@ def rollback(model_dir: Path, name: str) -> Version:
     """
     require_lock(model_dir, "roll back")
     version = find_version(model_dir, name)
+    if version.name in read_lineage(model_dir).held():
+        raise DropforgeError(
+            operation="roll back to",
+            subject=f"version {version.name}",
+            cause="the gate holds it, so it was never current",
+            hint=f"`dropforge promote {int(version.name)}` makes it current, `dropforge show` of its job says what it lost",
+        )
     if found := damage(version):
         raise DropforgeError(
             operation="roll back to",
@@ -457,13 +475,20 @@ def _record_promotions(model_dir: Path, names: Iterable[str]) -> str | None:
     Returns the version that is the current one by the last line.
     """
     lineage = read_lineage(model_dir)
-    promoted, current = lineage.promoted(), lineage.current
+    known, current = lineage.recorded().keys() | lineage.discarded(), lineage.current
     for name in sorted(names, key=int):
-        if name not in promoted:
+        if name not in known:
             version = read_version(model_dir / VERSIONS / name)
-            append_event(model_dir, {"event": "promoted", **version.record, "version": name})
-            current = name
+            is_held = bool(version.record.get("held"))
+            record_event(model_dir, HELD if is_held else PROMOTED, version)
+            current = current if is_held else name
     return current
+
+
+def record_event(model_dir: Path, event: str, version: Version, **facts: Any) -> None:
+    """Append what is known of a version to the lineage, as an event. Raises OSError."""
+    record = {key: value for key, value in version.record.items() if key not in ONLY_IN_RECORD}
+    append_event(model_dir, {"event": event, **record, **facts, "version": version.name})
 
 
 def _link(path: Path, target: str) -> None:

@@ -154,7 +154,7 @@ class _Planner:
         model_dir = self._settings.model_dir
         found = versions.list_versions(model_dir)
         lineage = read_lineage(model_dir)  # after the listing: a version without its line is being promoted
-        for lost in sorted(lineage.promoted().keys() - {version.name for version in found}):
+        for lost in sorted(lineage.recorded().keys() - {version.name for version in found}):
             self._left_out.append(
                 LeftOut(name=f"version {lost}", reason="it is not there, although the lineage has it")
             )

@@ -16,6 +16,7 @@ from daemon.cli.app import DATA, QUEUE, WATCH, JsonFlag, app, complain, existing
 from daemon.cli.estimates import format_duration, measure_pace, queue_etas
 from daemon.config import Settings
 from daemon.errors import ConfigError, NotFound, RejectedData
+from daemon.evaluation.values import GateAction
 from daemon.job import Job, JobState, Priority, to_json
 from daemon.observability.status import finished_job, may_be_alive, read_status
 from daemon.store import JobStore, is_made, open_for_reading
@@ -141,6 +142,11 @@ def _tell_end(job: Job) -> int:
     if job.advice:
         out.print(f"hint: {escape(job.advice)}", markup=False)
     trained = job.state is JobState.SUCCEEDED or job.duplicate_of is not None
+    if job.result is not None and job.result.evaluation and job.result.evaluation.action is GateAction.HELD:
+        out.print(
+            f"hint: `dropforge promote {job.version}` makes it current all the same, `discard` deletes it", markup=False
+        )
+        return 3
     return 0 if trained else 3 if job.state is JobState.REJECTED else 1
 
 

@@ -5,43 +5,56 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import guard
 from daemon import versions
 from daemon.base_identity import BaseChange, base_change, find_base, identify_base, recorded_base, remembered
 from daemon.cli import completion, render
 from daemon.cli.account import require_own_account
 from daemon.cli.app import MODEL, JsonFlag, app, print_json
 from daemon.cli.app import out as out_console
+from daemon.cli.gate import change_version, show_matrix
 from daemon.config import Settings
-from daemon.errors import DropforgeError, TryLater
-from daemon.job import JobState
+from daemon.errors import DropforgeError
+from daemon.lineage import read_lineage
 from daemon.processes import child_environment
-from daemon.store import is_made, open_for_reading
 from daemon.text import escape
-
-WAIT_SECONDS = 0.05  # between two attempts; a promotion is followed by seconds of a trainer's start
 
 
 @app.command("versions", rich_help_panel=MODEL)
-def show_versions(context: typer.Context, as_json: JsonFlag = False) -> None:
+def show_versions(
+    context: typer.Context,
+    *,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="What each version scored on each dataset's held-out rows.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """List finished adapters, oldest first: what each continued, its dataset, its held-out loss before and after."""
     model_dir = context.obj.settings.model_dir
+    if matrix:
+        show_matrix(context.obj.settings, as_json=as_json)
+        return
+    held = read_lineage(model_dir).held()
     found = versions.list_versions(model_dir)
     current = versions.current_version(model_dir)
     if as_json:
         listed = [
-            {**version.record, "version": version.name, "path": str(version.path), "current": version == current}
+            {
+                **version.record,
+                "version": version.name,
+                "path": str(version.path),
+                "current": version == current,
+                "held": version.name in held,
+            }
             for version in found
         ]
         print_json({"versions": listed})
     elif found:
-        out_console.print(render.version_list(found, current))
+        out_console.print(render.version_list(found, current, held))
     else:
         out_console.print("no versions yet: nothing has been trained to its end")
 
@@ -104,26 +117,9 @@ def roll_back(
     """Make an earlier version the current one. The next dataset continues from it; nothing is deleted."""
     settings: Settings = context.obj.settings
     versions.find_version(settings.model_dir, version)  # before any waiting
-    has_waited = False
-    while True:
-        running = _running(settings)
-        if not running:
-            try:
-                with guard.ModelLock(settings.model_dir, owner="rollback"):
-                    done = versions.rollback(settings.model_dir, version)
-                break
-            except guard.ModelLocked as error:
-                running = error.cause
-        if not after_job:
-            raise TryLater(
-                operation="roll back",
-                cause=running,
-                hint="--after-job waits for its end; `dropforge cancel` ends it",
-            )
-        if not has_waited:
-            out_console.print(f"waiting: {running}", markup=False)
-            has_waited = True
-        time.sleep(WAIT_SECONDS)
+    done = change_version(
+        settings, "roll back", lambda: versions.rollback(settings.model_dir, version), after_job=after_job
+    )
     out_console.print(
         f"version {done.name} is current now: {escape(str(done.record.get('dataset', '')))}", markup=False
     )
@@ -150,18 +146,6 @@ def _base_change(settings: Settings, version: versions.Version) -> BaseChange | 
     if base is None or recorded is None:
         return None
     return base_change(version.name, recorded, identify_base(base, remembered(settings.state_dir)))
-
-
-def _running(settings: Settings) -> str:
-    """Which job runs, or was running when its daemon died: its promotion may be half done."""
-    if not is_made(settings.store_path):
-        return ""
-    store = open_for_reading(settings.store_path)
-    try:
-        running = store.jobs({JobState.RUNNING}, limit=1)
-    finally:
-        store.close()
-    return f"job {running[0].id} is running" if running else ""
 
 
 @app.command(

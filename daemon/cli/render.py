@@ -13,6 +13,7 @@ from rich.text import Text
 
 from daemon.cli.estimates import format_duration
 from daemon.config import Settings
+from daemon.evaluation.statistics import describe
 from daemon.inbox import layout
 from daemon.inbox.report import remarks
 from daemon.job import (
@@ -226,6 +227,7 @@ def job(
             ("steps", f"{result.steps_run} of {result.steps_planned} planned"),
             ("held-out loss", losses(result.held_out_before, result.held_out_after) or result.unmeasured or None),
             *_lines("replayed", replayed(result)),
+            *_lines("earlier datasets", evaluated(result)),
             (
                 "withheld",
                 f"{counted(result.withheld_rows, 'row')}, held out of earlier datasets"
@@ -258,6 +260,21 @@ def replayed(result: RunResult) -> list[str]:
     rows, tokens = (sum(getattr(dataset, name) for dataset in result.replayed) for name in ("rows", "tokens"))
     total = f"{counted(rows, 'row')} of earlier datasets, {counted(tokens, 'trained token')} an epoch"
     return [total, *(f"{dataset.rows:,} of {escape(dataset.name)}" for dataset in result.replayed)]
+
+
+def evaluated(result: RunResult) -> list[str]:
+    """What was kept of earlier datasets: the verdict and its cost, then each dataset; empty when none was known."""
+    evaluation = result.evaluation
+    if evaluation is None or not (evaluation.datasets or evaluation.unscored or evaluation.unmeasured):
+        return []
+    blend = "" if evaluation.alpha is None else f", blended with the parent at {evaluation.alpha:g}"
+    total = f"{evaluation.verdict}, {evaluation.action}{blend}; {evaluation.scored_tokens:,} tokens scored in {evaluation.seconds:.1f} s"
+    lines = [total, *(f"{escape(one.name)}: {one.verdict}, {describe(one)}" for one in evaluation.datasets)]
+    if evaluation.unscored:
+        lines.append(f"not scored this time: {', '.join(map(escape, evaluation.unscored))}")
+    if evaluation.unmeasured:
+        lines.append(f"without held-out rows: {', '.join(map(escape, evaluation.unmeasured))}")
+    return lines
 
 
 def setting_lines(tables: Mapping[str, Any]) -> list[str]:
@@ -297,7 +314,7 @@ def _located(settings: Settings, item: Job) -> str:
     return escape(str(path), most=2000) if path else "no longer in the inbox"
 
 
-def version_list(found: Sequence[Version], current: Version | None) -> RenderableType:
+def version_list(found: Sequence[Version], current: Version | None, held: Sequence[str] = ()) -> RenderableType:
     """One line a version, oldest first; what it continued where that is not the line above."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     origins = _origins(found)
@@ -310,7 +327,10 @@ def version_list(found: Sequence[Version], current: Version | None) -> Renderabl
         is_current = current is not None and item.name == current.name
         dataset = Text(escape(str(record.get("dataset", "")), most=60), no_wrap=True, overflow="ellipsis")
         table.add_row(
-            Text(f"{item.name} *" if is_current else item.name, style="bold green" if is_current else ""),
+            Text(
+                f"{item.name} *" if is_current else f"{item.name} held" if item.name in held else item.name,
+                style="bold green" if is_current else "yellow" if item.name in held else "",
+            ),
             *((Text(escape(origin, most=20)),) if any(origins) else ()),
             dataset,
             Text(str(record.get("steps", "?"))),
@@ -320,6 +340,8 @@ def version_list(found: Sequence[Version], current: Version | None) -> Renderabl
     notes = []
     if current is not None:
         notes.append("* the current version, which the next run continues and `latest` names")
+    if held:
+        notes.append("held: it has lost something of earlier datasets; `dropforge promote` or `discard` decides")
     measured = {record.get("dataset_digest") for record in (item.record for item in found) if _is_measured(record)}
     if len(measured) > 1:
         notes.append("Each held-out loss is of that dataset's own rows: compare within a line, not between lines.")

@@ -27,7 +27,7 @@ _END = (
     "job dataset was reason failure attempt version duplicate_of priority owner force overrides base_model size_bytes digest"
     " format dataset_rows skipped_rows hint tried steps_planned steps_run start_step resumed_from verdict reasons cleared"
     " train_loss held_out_before held_out_after tokens_per_second steady_tokens_per_second tokens_trained rows samples refused_rows dropped_rows held_out_rows"
-    " replayed withheld_rows unmeasured truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm base parent parent_digest warnings max_step created_at started_at"
+    " replayed evaluation withheld_rows unmeasured truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm base parent parent_digest warnings max_step created_at started_at"
     " total_seconds"
 )
 
@@ -179,6 +179,11 @@ EVENTS: Mapping[str, Event] = {
         "job warnings",
     ),
     "run.evaluated": _event("info", "Loss over the rows held out, before or after.", "job when held_out_loss rows"),
+    "run.gate_judged": _event(
+        "info",
+        "What was lost of earlier datasets, by their held-out rows, and which blend mends it.",
+        "job verdict reasons scored unscored alpha tried scored_tokens seconds",
+    ),
     "run.started": _event(
         "info",
         "The first step is next.",
@@ -210,6 +215,11 @@ EVENTS: Mapping[str, Event] = {
         "warning", "`latest` was lost; the lineage told which version it names.", "version"
     ),
     "version.promoted": _event("info", "A finished adapter became the current one.", "job version"),
+    "version.held": _event(
+        "warning",
+        "A finished adapter has lost something of earlier datasets, and is not current.",
+        "job version reasons",
+    ),
     "version.not_promoted": _event("error", "A finished adapter could not become a version.", "job error"),
     "version.unreadable": _event("error", "The current version cannot be read.", "error"),
 }
@@ -234,6 +244,7 @@ CONSOLE_KEYS: Mapping[str, tuple[str, ...]] = {
         "run.replay_drawn": "rows trained_tokens replaced_rows",
         "run.planned": "rows held_out_rows replayed_rows dropped_rows tokens trained_tokens total_steps",
         "run.started": "start_step total_steps resumed_from",
+        "run.gate_judged": "verdict reasons alpha",
         "run.trained": "train_seconds tokens_per_second",
         "checkpoint.sealed": "step size_bytes",
     }.items()

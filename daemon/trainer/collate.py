@@ -152,19 +152,25 @@ class Collator:
 
     def passes(self, examples: Sequence[Example], *, budget_tokens: int | None = None) -> list[dict[str, Any]]:
         """Tensors of each pass, `with_targets`. A process without a row of its own computes one with nothing to learn."""
-        budget = budget_tokens or self.budget_tokens
-        mine = list(examples)
+        divided = [self.tensors(examples, rows) for rows in self.divide(examples, budget_tokens=budget_tokens)]
+        return divided or [with_targets(pad([examples[-1]], self.pad_token_id, silent=True))]
+
+    def divide(self, examples: Sequence[Example], *, budget_tokens: int | None = None) -> list[list[int]]:
+        """Which examples each pass of this process has, by their places in `examples`."""
+        budget, mine = budget_tokens or self.budget_tokens, list(range(len(examples)))
         if self.world_size > 1:
-            shares = share_rows([len(example.input_ids) for example in examples], self.world_size)
-            mine = [examples[at] for at in shares[self.rank]]
-            if not mine:
-                return [with_targets(pad([examples[-1]], self.pad_token_id, silent=True))]
-        lengths = [len(example.input_ids) for example in mine]
+            mine = share_rows([len(example.input_ids) for example in examples], self.world_size)[self.rank]
+        lengths = [len(examples[at].input_ids) for at in mine]
         if self.flat:
             divided = flat_passes(lengths, budget_tokens=budget)
-            return [with_targets(flatten([mine[at] for at in rows])) for rows in divided]
-        divided = padded_passes(lengths, budget_tokens=budget, pass_tokens=self.pass_tokens)
-        return [with_targets(pad([mine[at] for at in rows], self.pad_token_id)) for rows in divided]
+        else:
+            divided = padded_passes(lengths, budget_tokens=budget, pass_tokens=self.pass_tokens)
+        return [[mine[at] for at in rows] for rows in divided]
+
+    def tensors(self, examples: Sequence[Example], rows: Sequence[int]) -> dict[str, Any]:
+        """The tensors of one pass over some of `examples`."""
+        chosen = [examples[at] for at in rows]
+        return with_targets(flatten(chosen) if self.flat else pad(chosen, self.pad_token_id))
 
 
 def pad(examples: Sequence[Example], pad_token_id: int, *, silent: bool = False) -> dict[str, Any]:
@@ -220,6 +226,13 @@ def with_targets(one: dict[str, Any]) -> dict[str, Any]:
     if not len(trained_at):
         trained_at = torch.zeros(1, dtype=torch.long)
     return {**one, "trained_at": trained_at, "targets": following.flatten()[trained_at][None]}
+
+
+def places_in_pass(one: Mapping[str, Any]) -> torch.Tensor:
+    """Which row of a pass each of its `targets` belongs to, int64 (N,), counted from 0."""
+    if "cu_seq_lens_q" in one:
+        return torch.searchsorted(one["cu_seq_lens_q"][1:].long(), one["trained_at"], right=True)
+    return one["trained_at"] // one["input_ids"].shape[1]
 
 
 def _tensor(values: Sequence[int]) -> torch.Tensor:

@@ -54,6 +54,21 @@ class Objective:
             loss = model(**plain).loss * ((one["labels"][..., 1:] != IGNORE).sum() / over)
         return loss
 
+    def token_losses(self, model: Any, one: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each of this pass's `targets`, float32 (N,), and whether it was the likeliest token, bool (N,)."""
+        others = {name: value for name, value in one.items() if name not in {"labels", "trained_at", "targets"}}
+        if self.selects:
+            self._positions, self._num_positions = one["trained_at"], one["input_ids"].numel()
+        try:
+            logits = model(**others).logits
+        finally:
+            self._positions = None
+        if not self.selects:
+            logits = logits.flatten(0, -2).index_select(0, one["trained_at"])[None]
+        targets = one["targets"][0]
+        losses = cross_entropy(logits[0].float(), targets, reduction="none", ignore_index=IGNORE)
+        return losses, logits[0].argmax(-1) == targets
+
     def _selected(self, model: Any, one: Pass, over: Any) -> Any:
         others = {name: value for name, value in one.items() if name not in {"labels", "trained_at", "targets"}}
         self._positions, self._num_positions = one["trained_at"], one["input_ids"].numel()

@@ -55,6 +55,17 @@ class KnownDatasets:
         same = (memory for memory in self.memories if memory.meta.digest == digest)
         return {row for memory in same for row in readable_index(memory)[0]}
 
+    def without(self, replaced: AbstractSet[str]) -> tuple[EarlierDataset, ...]:
+        """The earlier datasets without some rows, by their digests."""
+        return tuple(
+            EarlierDataset(
+                memory=dataset.memory,
+                rows=tuple(row for row in dataset.rows if row.digest not in replaced),
+                held_out=tuple(row for row in dataset.held_out if row.digest not in replaced),
+            )
+            for dataset in self.earlier
+        )
+
     @property
     def prompts(self) -> frozenset[str]:
         """What earlier datasets ask."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from daemon.evaluation.values import Evaluation
 from daemon.job import Plan
 from daemon.recipe import Recipe
 from daemon.text import escape
@@ -83,6 +84,17 @@ def data_warnings(examples: Examples, planned: Plan, capacity: Capacity) -> tupl
         found.append(f"rows that were cut to max_length: {examples.truncated_rows:,}")
     if planned.trained_tokens < 0.05 * planned.tokens:
         found.append(f"only {planned.trained_tokens / planned.tokens:.1%} of the tokens are trained")
+    return tuple(found)
+
+
+def evaluation_warnings(evaluation: Evaluation) -> tuple[str, ...]:
+    """Return what the user should know of what earlier datasets have lost."""
+    found = [f"lost of an earlier dataset: {reason}" for reason in evaluation.reasons]
+    if evaluation.alpha is not None and evaluation.gain_kept is not None:
+        found.append(
+            f"as it was trained it had lost something of earlier datasets: it was blended with its parent, {evaluation.alpha:g} of"
+            f" the way, which keeps {evaluation.gain_kept:.0%} of what was gained on the new dataset"
+        )
     return tuple(found)
 
 

@@ -31,16 +31,18 @@ from daemon.trainer.capacity import Capacity, capacity_of, padding_token, refuse
 from daemon.trainer.card import model_card
 from daemon.trainer.checkpoints import Start, decide_start, seal_checkpoints
 from daemon.trainer.collate import PASS_TOKENS, Collator, Example, Examples, plan
-from daemon.trainer.errors import RunFailure, report_full_disk
+from daemon.trainer.errors import Interrupted, RunFailure, report_full_disk
+from daemon.trainer.evaluation import Assessor, keyed
 from daemon.trainer.generation import generation_config
 from daemon.trainer.loop import RunTrainer, enable_gradient_checkpointing, held_out_loss
 from daemon.trainer.loss import Objective
-from daemon.trainer.memory import leave_memory, read_known
+from daemon.trainer.memory import EarlierDataset, leave_memory, read_known
 from daemon.trainer.model import adapter_tensors, load_model, lora_b_norm, resolve_attention
 from daemon.trainer.origin import Origin, find_origin, require_as_proven, require_base
 from daemon.trainer.rehearsal import Replay, find_replaced, rehearse
 from daemon.trainer.requirements import require_packages
-from daemon.trainer.summary import arithmetic, data_warnings, timing, training_warnings
+from daemon.trainer.scoring import Scorer, by_line
+from daemon.trainer.summary import arithmetic, data_warnings, evaluation_warnings, timing, training_warnings
 from daemon.trainer.tokenise import tokenise, worker_processes
 
 
@@ -96,6 +98,7 @@ class TrainingData:
     capacity: Capacity
     plan: Plan
     replay: Replay
+    earlier: tuple[EarlierDataset, ...]  # what the parent has learned, without what this dataset replaces
     warnings: tuple[str, ...]
     ready_at: float  # time.monotonic()
 
@@ -204,6 +207,7 @@ def load_examples(run: Run) -> TrainingData:
         capacity=capacity,
         plan=planned,
         replay=replay,
+        earlier=known.without(replaced),
         warnings=warnings,
         ready_at=time.monotonic(),
     )
@@ -296,22 +300,36 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
     planned, monitor, model = data.plan, fitted.monitor, loaded.model
     result = trained_result(run, data, start, loaded, fitted)
     if fitted.interrupted:
-        return replace(
-            result,
-            outcome=Outcome.INTERRUPTED,
-            message=f"stopped at step {fitted.steps_run}",
-            wall_seconds=time.monotonic() - run.started_at,
-        )
+        return interrupted_result(run, result, fitted)
     require_whole_run(fitted.steps_run, planned, monitor.mean_loss)
     norm = lora_b_norm(model)
     require_learned(model, loaded.initial, norm)
-    held_out_after = held_out_loss(model, loaded.held_out, loaded.collator, loaded.objective, run.stop)
+    run.writer.progress(phase="evaluating", step=fitted.steps_run)
+    try:
+        assessor = assessor_of(run, data, start, loaded)
+        assessed = assessor.assess(keyed(by_line(loaded.held_out)), data.examples.train)
+    except Interrupted:  # the last checkpoint is sealed: the next attempt goes on here
+        return interrupted_result(run, result, fitted)
+    evaluation, norm = assessed.evaluation, lora_b_norm(model)
+    if data.earlier:
+        run.writer.event(
+            "run.gate_judged",
+            verdict=evaluation.verdict,
+            reasons=evaluation.reasons,
+            scored=[one.name for one in evaluation.datasets],
+            unscored=evaluation.unscored,
+            alpha=evaluation.alpha,
+            tried=evaluation.tried,
+            scored_tokens=evaluation.scored_tokens,
+            seconds=evaluation.seconds,
+        )
+    held_out_after = evaluation.own.loss if evaluation.own else None
     if held_out_after is not None:
         run.writer.event("run.evaluated", when="after", held_out_loss=held_out_after, rows=len(loaded.held_out))
         monitor.write_scalars(fitted.steps_run, {"held_out/loss": held_out_after})
     run.writer.event("run.trained", **timing(monitor))
     run.writer.progress(phase="finishing", step=fitted.steps_run, held_out_loss=held_out_after)
-    result = replace(result, held_out_after=held_out_after, lora_norm=norm)
+    result = replace(result, held_out_after=held_out_after, lora_norm=norm, evaluation=evaluation)
     if not distributed.is_main_process():  # it writes the candidate; all have agreed on every number
         return result
     candidate = start.staging_dir / f"candidate-{run.spec.job_id}"
@@ -322,12 +340,15 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
         learned=data.examples.end_ids,
     )
     save_candidate(model, data.tokenizer, candidate, base_name=run.base.portable_name, generation=generation)
+    adapter_digest = guard.digest_file(candidate / "adapter_model.safetensors").blake3_hex
+    assessor.history().write(adapter_digest, assessed.scores)
     result = replace(
         result,
         candidate=str(candidate),
-        adapter_digest=guard.digest_file(candidate / "adapter_model.safetensors").blake3_hex,
+        adapter_digest=adapter_digest,
         warnings=(
             *result.warnings,
+            *evaluation_warnings(evaluation),
             *training_warnings(before=loaded.held_out_before, after=held_out_after, spikes=monitor.spikes),
         ),
         wall_seconds=time.monotonic() - run.started_at,
@@ -335,6 +356,31 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
     card = model_card(run.spec, run.recipe, planned, result, run.origin)
     (candidate / "README.md").write_text(card, encoding="utf-8")
     return result
+
+
+def assessor_of(run: Run, data: TrainingData, start: Start, loaded: LoadedModel) -> Assessor:
+    """Return what measures the finished run against its parent."""
+    return Assessor(
+        spec=run.spec,
+        recipe=run.recipe,
+        tokenizer=data.tokenizer,
+        scorer=Scorer(model=loaded.model, collator=loaded.collator, objective=loaded.objective, stop=run.stop),
+        parent=start.parent,
+        parent_tensors=loaded.initial,
+        earlier=data.earlier,
+        plan=data.plan,
+        precision=start.precision,
+    )
+
+
+def interrupted_result(run: Run, result: RunResult, fitted: Fitted) -> RunResult:
+    """Return the result of a run that was asked to stop: its last checkpoint is what it leaves."""
+    return replace(
+        result,
+        outcome=Outcome.INTERRUPTED,
+        message=f"stopped at step {fitted.steps_run}",
+        wall_seconds=time.monotonic() - run.started_at,
+    )
 
 
 def trained_result(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitted: Fitted) -> RunResult:

@@ -153,7 +153,7 @@ def lineage(data: bytes, folder: Path) -> None:
         path.write_bytes(data)
     (folder / versions.LATEST).symlink_to(f"{versions.VERSIONS}/0001")
     found = read_lineage(folder)
-    json.dumps([found.current, found.newest_number, sorted(found.promoted())])
+    json.dumps([found.current, found.newest_number, sorted(found.recorded())])
     assert newest_number(folder) == found.newest_number <= versions.newest_number(folder)
     versions.learned_by(folder, "d")
     with suppress(DropforgeError):

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from daemon import versions
 from daemon.cli.init import examples_dir
+from daemon.evaluation.values import GateAction
 from daemon.job import RUN_SPEC_VERSION, Dataset, RunResult, RunSpec
 from daemon.memory.promotion import keep_memory
 from daemon.recipe import Recipe, ReplaySettings
@@ -112,5 +115,12 @@ def promote(spec: RunSpec, result: RunResult) -> Version:
         "parent": result.parent,
         "parent_digest": result.parent_digest,
         "base": result.base,
+        "adapter_digest": result.adapter_digest,
+        "evaluation": to_builtins(result.evaluation),
+        **(
+            {"held": list(result.evaluation.reasons)}
+            if result.evaluation and result.evaluation.action is GateAction.HELD
+            else {}
+        ),
     }
     return versions.promote(Path(spec.model_dir), Path(result.candidate or ""), job_id=spec.job_id, record=record)

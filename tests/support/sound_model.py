@@ -110,4 +110,5 @@ def _check_versions(model_dir: Path, settled: bool) -> None:
             assert path.exists(), f"{path} leads nowhere"
     lineage = [entry for entry in _read_lines(model_dir / "lineage.jsonl") if "version" in entry]
     if settled:
-        assert (lineage[-1]["version"] if lineage else None) == current, "lineage and latest disagree"
+        made_current = [entry["version"] for entry in lineage if entry.get("event") not in ("held", "discarded")]
+        assert (made_current[-1] if made_current else None) == current, "lineage and latest disagree"

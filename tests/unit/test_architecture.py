@@ -15,12 +15,13 @@ from tests.support.root import REPOSITORY
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard",),
     (
-        *("daemon.config", "daemon.errors", "daemon.job", "daemon.limits", "daemon.lineage", "daemon.processes"),
-        *("daemon.curves", "daemon.recipe"),
+        *("daemon.config", "daemon.errors", "daemon.evaluation", "daemon.job", "daemon.limits", "daemon.lineage"),
+        *("daemon.curves", "daemon.processes", "daemon.recipe"),
         *("daemon.run_dir", "daemon.sd_notify", "daemon.setting_names", "daemon.text", "daemon.wakeup"),
     ),
     (
         *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds", "daemon.memory"),
+        "daemon.held_versions",
         *("daemon.observability", "daemon.store", "daemon.root_identity", "daemon.versions"),
         "daemon.base_identity",
     ),
@@ -44,6 +45,7 @@ TRAINER_USES = {
         "daemon.base_identity",
         "daemon.dataset",
         "daemon.errors",
+        "daemon.evaluation",
         "daemon.fingerprint",
         "daemon.job",
         "daemon.limits",

@@ -238,7 +238,7 @@ def test_the_same_base_in_another_place_is_the_same_base(trained: Root, tmp_path
 
 
 def test_record_and_lineage_have_the_base_and_every_file(trained: Root) -> None:
-    line = read_lineage(trained.settings.model_dir).promoted()["0001"]
+    line = read_lineage(trained.settings.model_dir).recorded()["0001"]
     for kept in (line, record(trained, "0001")):
         base = recorded_base(kept)
         assert base is not None

@@ -187,7 +187,7 @@ class Life:
             assert [problem for version in versions.values() for problem in damage(version)] == []
             lineage = read_lineage(root.settings.model_dir)
             assert lineage.broken == ()
-            assert lineage.promoted().keys() == {version.name for version in versions.values()}
+            assert lineage.recorded().keys() == {version.name for version in versions.values()}
 
 
 def test_what_was_promised_survives_a_power_cut_at_any_moment(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -189,7 +189,7 @@ def test_the_pass_reads_behind_everybody_else_and_ends_with_the_daemon(kept: Roo
     large = version(kept, "0001") / "zz-large.bin"
     with large.open("wb") as file:
         file.truncate(2**31)  # read in no time, digested slowly
-    line = read_lineage(kept.settings.model_dir).promoted()["0001"]
+    line = read_lineage(kept.settings.model_dir).recorded()["0001"]
     files = {**line["files"], large.name: "0" * 64}
     path = kept.settings.model_dir / LINEAGE
     path.write_text(json.dumps({**line, "files": files}) + "\n")

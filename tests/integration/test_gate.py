@@ -1,0 +1,149 @@
+"""A version that has lost what earlier ones had learned does not become current by itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon import held_versions, versions
+from daemon.errors import DropforgeError, NotFound
+from daemon.evaluation.gate import with_action
+from daemon.evaluation.scores import read_any_scores
+from daemon.evaluation.settings import GateSettings
+from daemon.evaluation.values import GateAction, GateVerdict
+from daemon.job import Outcome, RunResult, RunSpec
+from daemon.lineage import read_lineage
+from daemon.memory.store import dataset_dir, memory_dir_of, read_memory
+from guard import ModelLock
+from tests.support.inprocess import StopAfterLoading, events, promote, specify, train
+from tests.support.sound_model import assert_model_dir_sound
+
+COLOURS = ("red", "green", "blue", "black")
+# The tiny model learns this much: which word follows, of the words that its own rows have.
+QUICK = {
+    "training": {"learning_rate": 1e-2, "num_train_epochs": 4.0, "save_steps": 1000},
+    "data": {"max_length": 64},
+    "replay": {"share": 0.0},
+}
+
+
+def rows(words: tuple[str, ...], start: int, count: int = 80) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"item {n} is ", "completion": f"{words[0]} and {words[0]} and {words[0]} and {words[0]}"}
+        for n in range(start, start + count)
+    ]
+
+
+def specified(folder: Path, name: str, base: Path, content: list[dict[str, str]], **gate: Any) -> RunSpec:
+    """A run on the model directory and state that all runs in `folder` share."""
+    spec = specify(folder / name, content, base, QUICK, format_="prompt_completion")
+    shared = {"model_dir": str(folder / "model"), "state_dir": str(folder / "state")}
+    for path in shared.values():
+        Path(path).mkdir(exist_ok=True)
+    return replace(spec, job_id=name, dataset=replace(spec.dataset, name=f"{name}.jsonl"), gate=gate, **shared)
+
+
+def finished(spec: RunSpec) -> RunResult:
+    result = with_action(train(spec), GateSettings.model_validate(spec.gate))
+    assert result.outcome is Outcome.SUCCEEDED, result.message
+    promote(spec, result)
+    return result
+
+
+@pytest.fixture(scope="module")
+def held(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunSpec, RunResult]:
+    """A root whose second dataset answers the first one's questions otherwise: its version is held."""
+    folder = tmp_path_factory.mktemp("held")
+    finished(specified(folder, "a", tiny_base, rows(COLOURS[:1], 0)))
+    spec = specified(folder, "b", tiny_base, rows(COLOURS[1:2], 500), remedies=[])
+    return folder, spec, finished(spec)
+
+
+def test_a_loss_is_measured_told_and_held(held: tuple[Path, RunSpec, RunResult]) -> None:
+    folder, spec, result = held
+    evaluation = result.evaluation
+    assert evaluation is not None
+    assert evaluation.verdict is GateVerdict.REGRESSED
+    assert evaluation.action is GateAction.HELD
+    [one] = evaluation.datasets
+    assert one.name == "a.jsonl"
+    assert one.loss_after > one.loss_before + 0.05
+    assert evaluation.own is not None
+    assert evaluation.own.loss == pytest.approx(result.held_out_after)
+    assert any("lost of an earlier dataset: a.jsonl" in warning for warning in result.warnings)
+    [judged] = events(spec, "run.gate_judged")
+    assert judged["verdict"] == "regressed"
+    model_dir = folder / "model"
+    current = versions.current_version(model_dir)
+    assert current is not None
+    assert current.name == "0001"
+    assert read_lineage(model_dir).held() == ["0002"]
+    assert_model_dir_sound(model_dir)
+
+
+def test_the_parents_scores_are_those_of_its_own_run(held: tuple[Path, RunSpec, RunResult]) -> None:
+    """What the parent was scored on at its own end is not scored again, and is the same."""
+    folder, _, result = held
+    first = versions.find_version(folder / "model", "1")
+    known = read_any_scores(memory_dir_of(folder / "state"), str(first.record["adapter_digest"]))
+    own = first.record["evaluation"]["own"]
+    [scored] = known.datasets.values()
+    assert len(scored) == own["rows"] == 16
+    assert result.evaluation is not None
+    [one] = result.evaluation.datasets
+    assert one.loss_before == pytest.approx(own["loss"])
+
+
+def test_a_version_that_loses_nothing_passes(tiny_base: Path, tmp_path: Path) -> None:
+    finished(specified(tmp_path, "a", tiny_base, rows(COLOURS[:1], 0)))
+    more = specified(tmp_path, "more", tiny_base, rows(COLOURS[:1], 500))
+    assert train(more, StopAfterLoading()).outcome is Outcome.INTERRUPTED
+    result = finished(more)
+    assert result.evaluation is not None
+    assert result.evaluation.passes
+    assert result.evaluation.alpha is None
+    current = versions.current_version(tmp_path / "model")
+    assert current is not None
+    assert current.name == "0002"
+    memory = read_memory(dataset_dir(memory_dir_of(tmp_path / "state"), more.dataset.digest))
+    assert memory is not None
+
+
+def test_nothing_is_scored_where_the_administrator_says_so(tiny_base: Path, tmp_path: Path) -> None:
+    finished(specified(tmp_path, "a", tiny_base, rows(COLOURS[:1], 0)))
+    result = finished(specified(tmp_path, "b", tiny_base, rows(COLOURS[1:2], 500), action="off"))
+    assert result.evaluation is not None
+    assert result.evaluation.verdict is GateVerdict.UNMEASURED
+    assert result.evaluation.datasets == ()
+
+
+def test_a_held_version_is_promoted_or_discarded_by_a_person(held: tuple[Path, RunSpec, RunResult]) -> None:
+    folder, spec, _ = held
+    model_dir, state_dir = folder / "model", folder / "state"
+    with ModelLock(model_dir, owner="test"):
+        with pytest.raises(DropforgeError, match="promote 2"):
+            versions.rollback(model_dir, "2")
+        held_versions.promote_held(model_dir, "2")
+        held_versions.promote_held(model_dir, "2")
+        assert_model_dir_sound(model_dir)
+        assert (model_dir / "latest").readlink().name == "0002"
+        with pytest.raises(DropforgeError, match="current"):
+            held_versions.discard_held(model_dir, state_dir, "2")
+        versions.rollback(model_dir, "1")
+    other = specified(
+        folder, "c", Path(spec.recipe["model"]["model_name_or_path"]), rows(COLOURS[2:3], 900), remedies=[]
+    )
+    assert finished(other).evaluation is not None
+    with ModelLock(model_dir, owner="test"):
+        versions.rollback(model_dir, "2")
+        with pytest.raises(DropforgeError, match="continues version 0001"):
+            held_versions.promote_held(model_dir, "3")
+        held_versions.discard_held(model_dir, state_dir, "3")
+        with pytest.raises(NotFound):
+            held_versions.discard_held(model_dir, state_dir, "3")
+    assert read_memory(dataset_dir(memory_dir_of(state_dir), other.dataset.digest)) is None
+    assert versions.newest_number(model_dir) == 3
+    assert_model_dir_sound(model_dir)
