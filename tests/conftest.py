@@ -24,7 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=50, help="how many processes the random test kills")
+    parser.addoption("--kills", type=int, default=20, help="how many processes the random test kills")
     parser.addoption("--real-trainer", action="store_true", help="the random test trains for real")
     parser.addoption("--seed", type=int, default=random.randrange(2**32), help="of the random test")
 

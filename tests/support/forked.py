@@ -4,11 +4,13 @@
     process = server.start(["--root", path, "run"], stdout=log, stderr=log, env=environment())
 
 A fork does what `python -m daemon ARGUMENTS` does, in a process of its own: a pid, an environment, signals, an exit
-code, and the end of an interpreter. A third of a CPU second less each, and there are hundreds of them.
+code, and the end of an interpreter. A third of a CPU second less each, and there are hundreds of them. What it starts of
+our own programs is forked as well (see forked_children): with `training`, by a process that has torch imported.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -24,9 +26,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from daemon.trainer.bootstrap import set_library_environment
+from daemon.trainer.fork_server import QUIET, preload
+from tests.support.forked_children import end_quickly, same_start, serve_children, show_command
+
 REQUEST_BYTES = 1 << 20
-# Variables that the loader, the interpreter and the modules at their import read, and nobody afterwards.
-EARLY = ("LD_", "PYTHON", "LANG", "LC_", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM", "OMP_", "MALLOC_")
+PARENTS = {"run", "check", "preview", "merge", "submit"}  # the commands that start programs of ours
+ROOM = "-" * 400  # for the command lines of forks
 STREAMS = 3  # standard input, output and error; the fourth descriptor of a request carries the answer
 
 
@@ -71,22 +77,25 @@ class Forked:
 class ForkServer:
     """The process that forks, and our end of the channel to it."""
 
-    def __init__(self, env: Mapping[str, str], through: Sequence[str] = ()) -> None:
-        """`through`: a command that starts the process."""
+    def __init__(self, env: Mapping[str, str], through: Sequence[str] = (), *, training: bool = False) -> None:
+        """`through`: a command that starts the process; `training`: it imports the training libraries."""
         self._env = dict(env)
+        libraries = QUIET if training else {}
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [*through, sys.executable, "-P", "-m", "tests.support.forked", str(theirs.fileno())],
+                [
+                    *(*through, sys.executable, "-P", "-m", "tests.support.forked", str(theirs.fileno())),
+                    *("training" if training else "light", ROOM),
+                ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env=self._env,
+                env={**self._env, **libraries},
             )
 
     def suits(self, env: Mapping[str, str]) -> bool:
         """Whether a fork can do with this environment, or an interpreter has to be started with it."""
-        early = [name for name in {*env, *self._env} if name.startswith(EARLY)]
-        return all(env.get(name) == self._env.get(name) for name in early)
+        return same_start(env, self._env)
 
     def start(
         self, arguments: Sequence[str], *, stdout: int, stderr: int, env: Mapping[str, str], before: Sequence[Any] = ()
@@ -126,7 +135,7 @@ class ForkServer:
 # -- the server
 
 
-def serve(channel: socket.socket) -> list[str]:
+def serve(channel: socket.socket, *, training: bool) -> list[str]:
     """Fork a child for every request until the test process is gone. Returns in each child, with its arguments."""
     while True:
         text, descriptors, _, _ = socket.recv_fds(channel, REQUEST_BYTES, STREAMS + 1)
@@ -138,7 +147,7 @@ def serve(channel: socket.socket) -> list[str]:
             child = os.fork()
             if child == 0:
                 channel.detach()
-                return become(json.loads(text), descriptors)
+                return become(json.loads(text), descriptors, training=training)
             channel.close()
             for descriptor in descriptors[:STREAMS]:
                 os.close(descriptor)
@@ -155,7 +164,7 @@ def serve(channel: socket.socket) -> list[str]:
                 break
 
 
-def become(request: Mapping[str, Any], descriptors: Sequence[int]) -> list[str]:
+def become(request: Mapping[str, Any], descriptors: Sequence[int], *, training: bool) -> list[str]:
     """Take on the streams, the folder and the environment that were asked for."""
     for number in range(STREAMS):
         os.dup2(descriptors[number], number)
@@ -165,6 +174,9 @@ def become(request: Mapping[str, Any], descriptors: Sequence[int]) -> list[str]:
     os.environ.update(request["env"])
     time.tzset()
     random.seed()
+    show_command([sys.executable, "-P", "-m", "daemon", *request["arguments"]])
+    if PARENTS.intersection(request["arguments"]):
+        serve_children(training=training)
     if request["before"]:
         place, *values = request["before"]
         module, _, name = place.partition(":")
@@ -174,14 +186,18 @@ def become(request: Mapping[str, Any], descriptors: Sequence[int]) -> list[str]:
 
 def main() -> None:
     """Import what every command does, then serve; ends as `python -m daemon` in the children."""
-    import gc
-
     import daemon.service  # noqa: F401  for its place in sys.modules
+    import tests.support.fake_trainer  # noqa: F401  and this
     from daemon.cli.main import main as run_command_line
 
+    channel, training = socket.socket(fileno=int(sys.argv[1])), sys.argv[2] == "training"
+    if training:
+        set_library_environment()
+        preload("")
     gc.freeze()
-    channel = socket.socket(fileno=int(sys.argv[1]))
-    sys.argv[1:] = serve(channel)
+    sys.argv[1:] = serve(channel, training=training)
+    if training:
+        end_quickly(run_command_line)
     run_command_line()
 
 

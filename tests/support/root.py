@@ -34,6 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SLOW_TRAINER = Path(__file__).with_name("slow_trainer.py")
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 DROPFORGE = [sys.executable, "-P", "-m", "daemon"]
+TRAINING_COMMANDS = {"run", "check", "preview", "merge"}  # those that start a process which imports torch
 # Quick settings: nothing here is what a test is about.
 QUICK: Mapping[str, Mapping[str, Any]] = {
     "inbox": {"settle_seconds": 0.1, "rescan_seconds": 0.5},
@@ -76,6 +77,7 @@ class Root:
         self._through = tuple(through)
         self._variables = dict(variables or {})
         self.before = tuple(before)
+        self._training = base_model is not None
         self._daemon: subprocess.Popen[bytes] | Forked | None = None
         self.tables: dict[str, dict[str, Any]] = {name: dict(values) for name, values in QUICK.items()}
         if behaviour is not None:
@@ -118,7 +120,7 @@ class Root:
         arguments = ["--root", str(self.path), "run"]
         env = {**environment(), **self._variables}
         with (self.path / "daemon.err").open("ab") as errors, Path(os.devnull).open("wb") as nothing:
-            server = fork_server(self._through)
+            server = fork_server(self._through, training=self._training)
             if not server.suits(env):
                 self._daemon = subprocess.Popen(
                     [*self._through, *DROPFORGE, *arguments],
@@ -179,7 +181,8 @@ class Root:
 
     def run(self, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         """Any `dropforge` command on this root."""
-        return dropforge("--root", str(self.path), *arguments, timeout=timeout)
+        training = self._training and bool(TRAINING_COMMANDS.intersection(arguments))
+        return dropforge("--root", str(self.path), *arguments, timeout=timeout, training=training)
 
     # -- the inbox
 
@@ -305,16 +308,17 @@ ENVIRONMENT = environment()  # before any test changes it
 
 
 @cache
-def fork_server(through: tuple[str, ...] = ()) -> ForkServer:
+def fork_server(through: tuple[str, ...] = (), *, training: bool = False) -> ForkServer:
     """The one of this test process, started by a command that its forks shall descend from; ends with this process."""
-    return ForkServer(ENVIRONMENT, through)
+    return ForkServer(ENVIRONMENT, through, training=training)
 
 
-def dropforge(*arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
-    """Any `dropforge` command, in a process of its own."""
+def dropforge(*arguments: str, timeout: float = 300.0, training: bool = False) -> subprocess.CompletedProcess[str]:
+    """Any `dropforge` command, in a process of its own; `training`: what it starts finds torch imported."""
     env = environment()
-    if fork_server().suits(env):
-        return fork_server().run(arguments, env=env, timeout=timeout)
+    server = fork_server(training=training)
+    if server.suits(env):
+        return server.run(arguments, env=env, timeout=timeout)
     return subprocess.run(
         [*DROPFORGE, *arguments], capture_output=True, text=True, timeout=timeout, check=False, env=env
     )
