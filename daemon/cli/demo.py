@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -24,15 +24,20 @@ from rich.text import Text
 
 from daemon.cli import render
 from daemon.cli.init import examples_dir, init
+from daemon.cli.job_curves import JobCurves, is_plain, terminal_plot
+from daemon.cli.plot_file import write_plot
 from daemon.config import Settings
+from daemon.curves import read_curves
 from daemon.errors import DropforgeError
 from daemon.job import FINAL_STATES, Job, JobState
 from daemon.observability.status import read_status
+from daemon.run_dir import read_identity, run_dir_of
 from daemon.store import JobStore
-from daemon.versions import current_version
+from daemon.versions import current_version, list_versions
 
 _T = TypeVar("_T")
 DROPFORGE = (sys.executable, "-P", "-m", "daemon")
+PICTURE = "curves.png"
 MARGIN = 22  # time and word before each text
 HANG_SECONDS = 900.0  # a hang ends; a busy machine does not
 TABLES: Mapping[str, Mapping[str, Any]] = {
@@ -233,6 +238,11 @@ def _play(console: Console, settings: Settings, daemon: subprocess.Popen[bytes])
     claims = check_claims(stage.story, first, second, third)
     for claim, held in claims.items():
         console.print(Text.assemble(("  yes  " if held else "  NO   ", "green" if held else "bold red"), claim))
+    console.rule("dropforge plot: the loss of each job")
+    draw_curves(console, settings, (first, second, third))
+    console.rule("dropforge versions: which came from which")
+    found = list_versions(settings.model_dir)
+    console.print(render.version_list(found, current_version(settings.model_dir)))
     console.rule("dropforge status")
     stage.until(lambda: (read_status(settings.status_path) or {}).get("status") == "idle")
     console.print(render.status_view(read_status(settings.status_path) or {}))
@@ -263,6 +273,20 @@ def check_claims(story: Story, first: Job, second: Job, third: Job) -> dict[str,
             and any(reason.startswith("Dataset changed: ") for reason in third.result.reasons)
         ),
     }
+
+
+def draw_curves(console: Console, settings: Settings, jobs: Sequence[Job]) -> None:
+    """Draw the losses in the terminal, and all curves into a file where matplotlib is installed."""
+    found = [JobCurves(job=job, curves=read_curves(run_dir_of(settings.state_dir, job.id))) for job in jobs]
+    drawn = [one for one in found if one.curves]
+    if not drawn:  # a claim above has said so
+        return
+    plain = is_plain(console, drawn)
+    console.print(terminal_plot(drawn, width=console.width, ascii_only=plain, only=("loss",)))
+    try:
+        console.print(f"all curves: {write_plot(settings.root / PICTURE, drawn)}")
+    except DropforgeError as error:
+        console.print(Text(f"no picture in a file: {error.cause}; {error.hint}", style="dim"))
 
 
 def where_to_look(settings: Settings) -> str:
@@ -301,8 +325,6 @@ def half_of(settings: Settings, file: Path) -> Path:
 
 def kill_trainer(console: Console, settings: Settings, job: Job) -> None:
     """SIGKILL to the trainer of a running job."""
-    from daemon.run_dir import read_identity, run_dir_of
-
     identity = read_identity(run_dir_of(settings.state_dir, job.id))
     if identity is None:
         raise DropforgeError(operation="kill the trainer of", subject=job.id, cause="its trainer.json cannot be read")

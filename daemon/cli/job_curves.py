@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from daemon.cli.chart import Series, legend, line_chart
+from daemon.cli.chart import Series, legend, line_chart, uses_ascii
 from daemon.curves import Curves
 from daemon.job import Job
 from daemon.text import escape
 
 NAME_CHARACTERS = 40
-HEIGHTS = {"loss": 10, "held-out loss": 6, "learning rate": 5, "tokens/s": 5}  # lines of a panel
+HEIGHTS: Mapping[str, int] = {"loss": 10, "held-out loss": 6, "learning rate": 5, "tokens/s": 5}  # lines of a panel
 INCOMPARABLE = "Held-out losses are each of that dataset's own rows: compare within a job, not between jobs."
 
 
@@ -31,8 +32,13 @@ class JobCurves:
         return f"{self.job.version or self.job.id} {escape(self.job.name, most=NAME_CHARACTERS)}"
 
 
-def terminal_plot(found: Sequence[JobCurves], *, width: int, ascii_only: bool = False) -> RenderableType:
-    """A panel for each curve that any job has; of one job, the held-out losses stand in the panel of the losses."""
+def terminal_plot(
+    found: Sequence[JobCurves], *, width: int, ascii_only: bool = False, only: Collection[str] = HEIGHTS
+) -> RenderableType:
+    """A panel for each curve that any job has, or for those that are named.
+
+    Of one job, the held-out losses stand in the panel of the losses.
+    """
     shown = Text(no_wrap=True, overflow="ellipsis")
     if len(found) == 1:
         shown.append(f"{found[0].label}, {found[0].job.state}", style="bold")
@@ -41,6 +47,8 @@ def terminal_plot(found: Sequence[JobCurves], *, width: int, ascii_only: bool = 
     parts: list[RenderableType] = [shown]
     last = max(step for one in found for points in one.curves.all() for step, _ in points)
     for title, series in panels(found):
+        if title not in only:
+            continue
         chart = line_chart(series, width=width, height=HEIGHTS[title], span=(0, last), ascii_only=ascii_only)
         if chart:
             parts += [
@@ -51,6 +59,12 @@ def terminal_plot(found: Sequence[JobCurves], *, width: int, ascii_only: bool = 
     if len({one.job.dataset.digest for one in found if one.job.dataset}) > 1:
         parts += ["", Text(INCOMPARABLE, style="dim")]
     return Group(*parts)
+
+
+def is_plain(console: Console, found: Sequence[JobCurves]) -> bool:
+    """Whether to draw with ASCII marks: for the terminal's sake, or where only marks tell several jobs apart."""
+    has_one_colour = console.color_system is None or console.no_color
+    return uses_ascii(console.encoding, os.environ) or (len(found) > 1 and has_one_colour)
 
 
 def panels(found: Sequence[JobCurves]) -> list[tuple[str, list[Series]]]:

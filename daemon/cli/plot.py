@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +14,7 @@ from rich.console import Console
 from daemon import versions
 from daemon.cli import completion
 from daemon.cli.app import WATCH, JsonFlag, app, existing_store, print_json
-from daemon.cli.chart import uses_ascii
-from daemon.cli.job_curves import JobCurves, terminal_plot
+from daemon.cli.job_curves import JobCurves, is_plain, terminal_plot
 from daemon.config import Settings
 from daemon.curves import read_curves
 from daemon.errors import ConfigError, NotFound
@@ -113,9 +110,3 @@ def as_object(one: JobCurves) -> dict[str, Any]:
     head = {"id": job.id, "dataset": escape(job.name), "state": job.state.value, "version": job.version}
     curves: dict[str, Any] = json.loads(json.dumps(asdict(one.curves)))
     return {**head, **curves}
-
-
-def is_plain(console: Console, found: Sequence[JobCurves], environment: Mapping[str, str] | None = None) -> bool:
-    """Whether to draw with ASCII marks: for the terminal's sake, or where only marks tell several jobs apart."""
-    has_one_colour = console.color_system is None or console.no_color
-    return uses_ascii(sys.stdout.encoding, environment or os.environ) or (len(found) > 1 and has_one_colour)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 from pathlib import Path
 
@@ -24,5 +25,11 @@ def test_every_claim_of_the_demonstration_holds(tmp_path: Path) -> None:
     assert "NO" not in claims
     for word in ("settled", "claimed", "BLAKE3", "verdict", "cleared", "planned", "held out", "tokens/s", "promoted"):
         assert word in done.stdout
+    curves = done.stdout.partition("dropforge plot")[2].partition("dropforge versions")[0]
+    assert all(f"000{number} " in curves for number in (1, 2, 3))
+    assert "step " in curves
+    picture = folder / "curves.png"
+    assert picture.is_file() == (importlib.util.find_spec("matplotlib") is not None)
+    assert "0003 *" in done.stdout.partition("dropforge versions")[2]
     assert "PeftModel.from_pretrained" in done.stdout
     assert_sound(Root(folder))
