@@ -40,7 +40,9 @@ class LimitSettings(Section):
         65_536, description="Most rows a step, per_device_train_batch_size x gradient_accumulation_steps, likewise."
     )
     max_steps: int = Field(
-        1_000_000, ge=0, description="Steps of one run, also where rows and epochs make them; 0: any number."
+        1_000_000,
+        ge=0,
+        description="Steps of one run over a file's own rows, also where rows and epochs make them; 0: any number.",
     )
     max_queued: PositiveInt = Field(
         500, description="Jobs of one owner that may wait; further files of theirs stay in the inbox."

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from daemon.inbox.other_files import explain_other_file
 from daemon.inbox.report import remarks, rows_text
 from daemon.inbox.validation_pool import validate_once
 from daemon.job import Dataset, to_json
+from daemon.limits import LimitSettings, plan_refusal
 from daemon.processes import child_environment
 from daemon.recipe import Recipe
 from daemon.store import JobStore
-from daemon.text import escape
+from daemon.text import LIMITS_HINT, escape
 
 VERDICT_COMMAND = (sys.executable, "-P", "-m", "daemon.trainer.check")
 VERDICT_TIMEOUT_SECONDS = 3600.0
@@ -60,6 +61,8 @@ class Tokens:
     tokens: int | None = None  # before truncation
     trained_tokens: int | None = None  # after it
     samples: int | None = None
+    steps: int | None = None  # of a run over these rows; what it rehearses of earlier ones is not counted, as next
+    run_tokens: int | None = None  # of the rows that are trained, after truncation, one epoch
     lengths: Any = None  # histogram of tokens a sample: [{"up_to": 32, "rows": 7}, ...], up_to null for the longest
     rows_over_max_length: int = 0
     truncated_lines: tuple[int, ...] = ()  # rows that lose trained tokens to max_length
@@ -193,7 +196,9 @@ def check_file(
     except (LineError, SourceError, OSError) as error:
         return CheckReport(path=str(path), accepted=False, reason=f"it changed while it was read: {error}")
     root = [str(settings.state_dir), *(["force"] if prepared.force or force else [])]
-    tokens = _ask_trainer(content or path, reply.dataset.format, recipe, verdict_command, root)
+    tokens = _within_limits(
+        _ask_trainer(content or path, reply.dataset.format, recipe, verdict_command, root), settings.limits
+    )
     trained = store.trained(reply.dataset.digest) if store is not None else []
     return CheckReport(
         path=str(path),
@@ -276,6 +281,14 @@ def _ask_trainer(path: Path, format_: str, recipe: Recipe, command: Sequence[str
         return msgspec.convert(value, Tokens)
     except (ValueError, KeyError, TypeError, msgspec.ValidationError) as error:
         return Tokens(reason=f"the trainer's answer was not understood: {error!r}")
+
+
+def _within_limits(tokens: Tokens, limits: LimitSettings) -> Tokens:
+    """The same, refused where the run would be more than [limits] allows."""
+    if tokens.failure is not None or tokens.steps is None or tokens.run_tokens is None:
+        return tokens
+    beyond = plan_refusal(tokens.steps, tokens.run_tokens, limits)
+    return replace(tokens, failure=beyond, failure_hint=LIMITS_HINT) if beyond else tokens
 
 
 def render_text(report: CheckReport) -> str:

@@ -36,7 +36,7 @@ def verdict(
     `state_dir`: of the root, whose earlier datasets' held-out rows are not trained.
 
     Returns `tokens` and `trained_tokens` (before truncation, and after it), `samples`, `lengths` (a histogram of samples
-    before truncation), `rows_over_max_length`, `truncated_lines`, `unlearned_lines`, `refused` ({line, reason, hint}),
+    before truncation), `steps` and `run_tokens` (of a run over these rows, what it rehearses aside), `rows_over_max_length`, `truncated_lines`, `unlearned_lines`, `refused` ({line, reason, hint}),
     `warnings`, and `failure` ({message, hint}, or None). Raises RunFailure where the base model cannot be read, which says
     nothing about the rows.
     """
@@ -72,6 +72,8 @@ def verdict(
         "tokens": sum(examples.whole_sizes),
         "trained_tokens": sum(example.trained_tokens for example in (*examples.train, *examples.held_out)),
         "samples": len(examples.whole_sizes),
+        "steps": planned.total_steps,
+        "run_tokens": planned.tokens,
         "rows_over_max_length": examples.truncated_rows,
         "lengths": [{"up_to": bound, "rows": rows} for bound, rows in zip((*BINS, None), counts, strict=True) if rows],
         "truncated_lines": examples.truncated_lines[:LISTED_LINES],

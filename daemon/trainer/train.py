@@ -176,6 +176,7 @@ def load_examples(run: Run) -> TrainingData:
         prompts=known.prompts,
         force=spec.force,
     )
+    own = plan(examples, recipe.training)  # what is rehearsed beside them is nothing that the file asks for
     replaced = find_replaced(spec, recipe, examples, known)
     replay = rehearse(spec, recipe, tokenizer, examples=examples, known=known, replaced=replaced)
     examples = replace(examples, replay=replay.examples, replay_rows=replay.rows)
@@ -183,7 +184,7 @@ def load_examples(run: Run) -> TrainingData:
     refuse_what_does_not_fit(examples, tokenizer, capacity)
     planned = plan(examples, recipe.training)
     limits = LimitSettings.model_validate(spec.limits)
-    if too_much := plan_refusal(planned.total_steps, planned.tokens, limits):
+    if too_much := plan_refusal(own.total_steps, own.tokens, limits):
         raise RunFailure(FailureKind.CONFIG, too_much, hint=LIMITS_HINT)
     if distributed.is_main_process():
         leave_memory(spec, recipe, reader=reader, examples=examples, plan=planned, known=known, replaced=replaced)

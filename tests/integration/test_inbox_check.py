@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from daemon.cli.check import check_files, render_text
 from daemon.config import Settings
 from daemon.job import Dataset, Job, JobState, to_json
@@ -119,6 +121,23 @@ def test_the_share_of_trained_tokens_comes_from_a_child_process(tmp_path: Path) 
         assert expected in render_text(report)
     (report,) = check_files([path], settings, None, verdict_command=("/no/such/program",))
     assert "could not be asked" in report.tokens.reason
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_steps": 39}, "it would train 40 steps, but [limits] max_steps = 39 allows no more"),
+        ({"max_tokens": 999}, "its rows have 1,000 tokens, but [limits] max_tokens = 999 allows no more"),
+        ({"max_steps": 40, "max_tokens": 1000}, ""),
+    ],
+)
+def test_a_run_beyond_the_limits_is_foreseen(tmp_path: Path, limits: dict[str, int], expected: str) -> None:
+    path = drop(tmp_path / "x.jsonl", ROWS)
+    settings = Settings(root=tmp_path, model={"model_name_or_path": "some/model"}, limits=limits)
+    counting = 'print(\'{"tokens": 1200, "trained_tokens": 800, "steps": 40, "run_tokens": 1000}\')'
+    (report,) = check_files([path], settings, None, verdict_command=(sys.executable, "-c", counting))
+    assert (report.accepted, report.reason) == (not expected, expected)
+    assert ("raise the limit in dropforge.toml" in render_text(report)) is bool(expected)
 
 
 def test_what_the_daemon_would_not_take_is_not_accepted(tmp_path: Path) -> None:

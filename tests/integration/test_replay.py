@@ -54,7 +54,7 @@ def frozen_digests(run_dir: Path) -> list[str]:
 def test_a_run_rehearses_what_its_parent_has_learned_also_after_a_rollback(
     make_root: MakeRoot, tiny_base: Path
 ) -> None:
-    root = make_root(base_model=tiny_base, tables=SHORT)
+    root = make_root(base_model=tiny_base, tables={**SHORT, "limits": {"max_steps": 20}})
     root.start()
     first = finished(root, "a.jsonl", pairs("apple"))
     assert replayed(root, first) == {}
@@ -66,6 +66,8 @@ def test_a_run_rehearses_what_its_parent_has_learned_also_after_a_rollback(
     assert second.result.steps_run == -(-(second.result.rows + replayed(root, second)["a.jsonl"]) // 8)
     third = finished(root, "c.jsonl", pairs("plum", 200))
     assert replayed(root, third).keys() == {"a.jsonl", "b.jsonl"}
+    assert third.result is not None
+    assert third.result.steps_run > 20  # 20 of its own rows: a limit is of what a file asks for
     shown = " ".join(root.run("show", third.id).stdout.split())
     assert "rows of earlier datasets" in shown
     assert "of a.jsonl" in shown

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from daemon.dataset.rows import iter_rows
 from daemon.job import FailureKind, MemoryMeasure, Outcome, RunResult, RunSpec
+from daemon.limits import LimitSettings, plan_refusal
+from daemon.recipe import Recipe
 from daemon.trainer import loop
 from daemon.trainer.arguments import training_arguments
 from daemon.trainer.attention import PACKED, use_packed
 from daemon.trainer.callbacks import ScalarWriter, is_spike
+from daemon.trainer.check import verdict
 from daemon.trainer.collate import Collator, Example, Examples, flatten, pad, plan, with_targets
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.loop import held_out_loss
@@ -192,6 +196,21 @@ def test_a_run_tells_what_it_does(finished: tuple[RunSpec, RunResult]) -> None:
     card = (candidate / "README.md").read_text()
     assert spec.dataset.digest in card
     assert f"{result.held_out_after:.4f}" in card
+
+
+def test_a_run_is_refused_beyond_the_limits_by_the_figures_that_check_foresees(
+    finished: tuple[RunSpec, RunResult], tmp_path: Path
+) -> None:
+    spec, result = finished
+    told = verdict(Path(spec.dataset.path), spec.dataset.format, Recipe.model_validate(spec.recipe))
+    assert told["steps"] == result.steps_planned
+    for name, figure in (("max_steps", told["steps"]), ("max_tokens", told["run_tokens"])):
+        limits = {name: figure - 1}
+        folders = {"run_dir": str(tmp_path / name), "model_dir": str(tmp_path / "model")}
+        with pytest.raises(RunFailure) as refused:
+            train(replace(spec, limits=limits, **folders))
+        assert refused.value.kind is FailureKind.CONFIG
+        assert refused.value.message == plan_refusal(told["steps"], told["run_tokens"], LimitSettings.model_validate(limits))
 
 
 def test_a_run_leaves_curves_that_tensorboard_reads(finished: tuple[RunSpec, RunResult]) -> None:
