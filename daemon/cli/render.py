@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.cli.estimates import format_duration
+from daemon.cli.job_table import JobTable, owner_cells
 from daemon.config import Settings
 from daemon.evaluation.statistics import describe
 from daemon.inbox import layout
@@ -146,13 +147,14 @@ def job_list(found: Sequence[Job], *, now: str | None = None) -> RenderableType:
     """One line a job; below the table, why those that did not succeed are where they are."""
     at = now or utc_now()
     rows = []
-    for item in found:
+    for item, owner in zip(found, owner_cells([item.owner for item in found]), strict=True):
         result = item.result
         seconds = _seconds_of(item, at)
         rows.append(
             (
                 Text(item.id),
                 Text(escape(item.name, most=60)),
+                owner,
                 state_text(item.state, item.duplicate_of),
                 Text(format_duration(seconds) if seconds is not None else ""),
                 Text(f"{result.steps_run}/{result.steps_planned}" if result and result.steps_planned else ""),
@@ -160,7 +162,7 @@ def job_list(found: Sequence[Job], *, now: str | None = None) -> RenderableType:
                 Text(item.version or ""),
             )
         )
-    table = _job_table(rows)
+    table = JobTable(rows=rows)
     grid = _grid()
     for item in found:
         if item.state is not JobState.SUCCEEDED and item.reason:
@@ -393,16 +395,17 @@ def losses(before: float | None, after: float | None) -> str:
     return f"{before:.3f} -> {after:.3f}"
 
 
-def recent_jobs(entries: Sequence[Mapping[str, Any]], *, now: str | None = None) -> Table:
+def recent_jobs(entries: Sequence[Mapping[str, Any]], *, now: str | None = None) -> RenderableType:
     """The last jobs of a status file."""
     at = now or utc_now()
     rows = []
-    for entry in entries:
+    for entry, owner in zip(entries, owner_cells([entry.get("owner") for entry in entries]), strict=True):
         age = seconds_between(str(entry.get("updated_at", "")), at)
         rows.append(
             (
                 Text(printable(str(entry["id"]))),
                 Text(printable(str(entry["dataset"]), most=60)),
+                owner,
                 state_text(str(entry["state"]), entry.get("duplicate_of")),
                 Text(format_duration(max(0.0, age)) if age is not None else ""),
                 Text(str(entry.get("steps") or "")),
@@ -410,7 +413,7 @@ def recent_jobs(entries: Sequence[Mapping[str, Any]], *, now: str | None = None)
                 Text(printable(str(entry.get("version") or ""))),
             )
         )
-    return _job_table(rows, time="ago")
+    return JobTable(rows=rows, time="ago")
 
 
 def _not_trained(entry: Mapping[str, Any]) -> Text | None:
@@ -426,22 +429,6 @@ def _run_warnings(entry: Mapping[str, Any]) -> Text:
     first, *more = entry["warnings"]
     rest = f"; {len(more)} more in `dropforge show {printable(str(entry['id']))}`" if more else ""
     return Text(f"{printable(str(entry['dataset']), most=60)}: {printable(str(first), most=300)}{rest}", style="yellow")
-
-
-def _job_table(rows: Sequence[tuple[Text, ...]], *, time: str = "time") -> Table:
-    """A table for 80 columns: a column without a value is left out, the dataset's name gives way, and nothing wraps."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    names = ("job", "dataset", "state", time, "steps", "held-out loss", "version")
-    shown = [at for at, name in enumerate(names) if name in ("job", "dataset", "state") or any(row[at] for row in rows)]
-    for name in (names[at] for at in shown):
-        # Columns that may wrap give way first; the cell's own text then refuses to.
-        table.add_column(
-            name, no_wrap=name != "dataset", justify="right" if name in (time, "steps") else "left", min_width=len(name)
-        )
-    for row in rows:
-        row[1].no_wrap, row[1].overflow = True, "ellipsis"
-        table.add_row(*(row[at] for at in shown))
-    return table
 
 
 def _grid() -> Table:

@@ -210,7 +210,9 @@ def test_a_run_is_refused_beyond_the_limits_by_the_figures_that_check_foresees(
         with pytest.raises(RunFailure) as refused:
             train(replace(spec, limits=limits, **folders))
         assert refused.value.kind is FailureKind.CONFIG
-        assert refused.value.message == plan_refusal(told["steps"], told["run_tokens"], LimitSettings.model_validate(limits))
+        assert refused.value.message == plan_refusal(
+            told["steps"], told["run_tokens"], LimitSettings.model_validate(limits)
+        )
 
 
 def test_a_run_leaves_curves_that_tensorboard_reads(finished: tuple[RunSpec, RunResult]) -> None:

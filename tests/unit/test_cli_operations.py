@@ -59,7 +59,14 @@ def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
 @given(names=st.lists(NAMES, min_size=1, max_size=4), reason=NAMES)
 def test_jobs_fit_80_columns_one_line_each(names: list[str], reason: str) -> None:
     found = [
-        Job(id=f"20261123-041500-000{number}", name=name, state=JobState.FAILED, reason=reason, version="0001")
+        Job(
+            id=f"20261123-041500-000{number}",
+            name=name,
+            state=JobState.FAILED,
+            reason=reason,
+            version="0001",
+            owner=number,
+        )
         for number, name in enumerate(names)
     ]
     lines = rendered(render.job_list(found))
@@ -99,6 +106,41 @@ def test_the_last_jobs_of_the_status_say_how_long_ago_and_what_is_a_duplicate() 
     job = Job(id="j2", name="b.jsonl", state=JobState.CANCELLED, duplicate_of="j1", updated_at="2026-11-23T04:00:00Z")
     lines = rendered(render.recent_jobs([finished_job(job)], now=NOW))
     assert [" ".join(line.split()) for line in lines] == ["job dataset state ago", "j2 b.jsonl duplicate 60 min"]
+
+
+def test_tables_say_whose_a_job_is_where_several_users_dropped() -> None:
+    """By name, or number; of one user's jobs alone nothing is said, as there is nothing to tell apart."""
+    mine = Job(id="j1", name="a.jsonl", state=JobState.SUCCEEDED, owner=0)
+    theirs = Job(id="j2", name="b.jsonl", state=JobState.SUCCEEDED, owner=3_999_999_999)
+    old = Job(id="j3", name="c.jsonl", state=JobState.SUCCEEDED)
+    for table in (
+        lambda jobs: render.job_list(jobs, now=NOW),
+        lambda jobs: render.recent_jobs([finished_job(job) for job in jobs], now=NOW),
+    ):
+        lines = [line.split() for line in rendered(table([mine, theirs, old]))]
+        assert [line[:4] for line in lines] == [
+            ["job", "dataset", "owner", "state"],
+            ["j1", "a.jsonl", "root", "succeeded"],
+            ["j2", "b.jsonl", "3999999999", "succeeded"],
+            ["j3", "c.jsonl", "succeeded"],
+        ]
+        assert "owner" not in rendered(table([mine, mine, old]))[0]
+
+
+def test_the_owner_is_left_out_where_a_line_has_no_room_for_it() -> None:
+    result = RunResult(
+        outcome=Outcome.SUCCEEDED, steps_run=12_345, steps_planned=12_345, held_out_before=12.5, held_out_after=10.5
+    )
+    found = [
+        Job(id=f"20261123-041500-000{owner}", name="a.jsonl", state=JobState.SUCCEEDED, owner=owner, version="0001",
+            started_at="2026-11-23T04:41:07Z", finished_at="2026-11-23T04:41:15Z", result=result)
+        for owner in (0, 1)
+    ]  # fmt: skip
+    for width in (80, 100):
+        lines = rendered(render.job_list(found), width=width)
+        assert ("owner" in lines[0]) is (width == 100)
+        assert all(cell_len(line) <= width for line in lines)
+        assert all(part in lines[1] for part in (found[0].id, "12345/12345", "12.500 -> 10.500", "0001"))
 
 
 def test_show_prints_settings_and_rows_as_lines_and_the_progress_of_a_running_job(tmp_path: Path) -> None:
