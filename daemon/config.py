@@ -159,6 +159,18 @@ class GuardSettings(Section):
     keep_cleared_bytes: int = Field(20 * 2**30, ge=0, description="Oldest sets are purged above this.")
 
 
+class VersionSettings(Section):
+    """`[versions]`: how many finished adapters are kept."""
+
+    keep: int = Field(
+        0,
+        ge=0,
+        description="Newest versions that stay; older ones are moved aside after a promotion, but the current one,"
+        " what it continues and what the gate holds. 0: all stay.",
+    )
+    keep_pruned_days: float = Field(14.0, ge=0, description="Days after which those that were moved aside are deleted.")
+
+
 class PathSettings(Section):
     """`[paths]`: relative ones start at the root."""
 
@@ -211,6 +223,7 @@ class Settings(BaseModel):
     gpu: GpuSettings = GpuSettings()
     hooks: HookSettings = HookSettings()
     guard: GuardSettings = GuardSettings()
+    versions: VersionSettings = VersionSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     paths: PathSettings = PathSettings()

@@ -22,6 +22,8 @@ from guard.json_text import parse_json
 LINEAGE = "lineage.jsonl"
 VERSION_NAME = re.compile(r"[0-9]{4,18}")
 PROMOTED, HELD, DISCARDED = "promoted", "held", "discarded"  # events about one version
+ROLLED_BACK = "rolled_back"
+PRUNED = "pruned"  # names several versions, and the current one as `version`
 TAIL_BYTES = 65_536  # of a lineage's end, where its last line is looked for first
 
 
@@ -38,9 +40,21 @@ class Lineage:
         return max(map(_newest_in, self.events), default=0)
 
     @property
+    def _made_current(self) -> Mapping[str, Any] | None:
+        """The last line that made a version current; what was held or discarded never was."""
+        others = (HELD, DISCARDED, PRUNED)
+        return next((event for event in reversed(self.events) if event.get("event") not in others), None)
+
+    @property
+    def rolled_back(self) -> Mapping[str, Any] | None:
+        """The rollback that made the current version current; None where something else did."""
+        last = self._made_current
+        return last if last is not None and last.get("event") == ROLLED_BACK else None
+
+    @property
     def current(self) -> str | None:
-        """The version that the last line made current; what was held or discarded never was."""
-        last = next((event for event in reversed(self.events) if event.get("event") not in (HELD, DISCARDED)), None)
+        """The version that the last line made current."""
+        last = self._made_current
         named = last.get("version") if last is not None else None
         return None if named is None else str(named)
 
@@ -58,6 +72,11 @@ class Lineage:
     def held(self) -> list[str]:
         """The versions that the gate keeps from becoming current, oldest first."""
         return sorted((name for name, event in self.recorded().items() if event.get("event") == HELD), key=number_of)
+
+    def pruned(self) -> set[str]:
+        """The versions that were moved aside to save room; one that was brought back since has its folder again."""
+        named = (event.get("pruned") for event in self.events if event.get("event") == PRUNED)
+        return {str(name) for names in named if isinstance(names, list) for name in names}
 
     def discarded(self) -> set[str]:
         """The versions that were held and then given up."""

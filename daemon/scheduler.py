@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 import guard
-from daemon import root_identity, versions
+from daemon import root_identity, version_pruning, versions
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, Handling, NotFound, is_no_space
 from daemon.evaluation.gate import held_reason, with_action
@@ -462,6 +462,7 @@ class Scheduler:
             reason = f"the finished adapter could not be promoted: {error}".splitlines()[0]
             self._finish(run, RetryDecision(to=JobState.FAILED, reason=reason, failure=FailureKind.INTERNAL), result)
             return
+        version_pruning.apply_policy(self.settings, self._log)
         with suppress(OSError):  # the job's row tells it as well
             root_identity.remember_version(self.settings, version.name)
         if version.record.get("held"):  # also where a crash came in between, and the settings are others now

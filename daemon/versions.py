@@ -23,7 +23,7 @@ import guard
 from daemon.errors import DropforgeError, NotFound
 from daemon.evaluation.values import GateAction
 from daemon.job import Job, RunResult, utc_now
-from daemon.lineage import HELD, PROMOTED, VERSION_NAME, append_event, number_of, read_lineage
+from daemon.lineage import HELD, PROMOTED, ROLLED_BACK, VERSION_NAME, append_event, number_of, read_lineage
 from daemon.lineage import newest_number as newest_in_lineage
 from daemon.memory.promotion import keep_memory
 from daemon.memory.store import HELD_OUT_NAME, ROWS_NAME
@@ -378,8 +378,10 @@ def _purge(settings: Settings, log: Any) -> None:
         log.info("guard.cleared_sets_purged", sets=list(purged.purged), size_bytes=purged.size_bytes)
 
 
-def rollback(model_dir: Path, name: str) -> Version:
+def rollback(model_dir: Path, name: str, *, after_job: bool = False) -> Version:
     """Make the version called `name` the current one; the caller holds the model lock. A no-op when it is already.
+
+    `after_job` is noted: it was asked for before the version that it replaces was made.
 
     The lineage is written first: after a crash between the two, the same call carries on. Raises NotFound, and DropforgeError
     when the version is not as it was promoted.
@@ -409,9 +411,10 @@ def rollback(model_dir: Path, name: str) -> Version:
     append_event(
         model_dir,
         {
-            "event": "rolled_back",
+            "event": ROLLED_BACK,
             "version": version.name,
             "replaced": replaced.name if replaced else None,
+            **({"after_job": replaced.record.get("job")} if after_job and replaced else {}),
             "at": utc_now(),
         },
     )

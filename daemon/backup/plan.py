@@ -34,6 +34,7 @@ from daemon.memory.store import MEMORY_NAME, META_NAME
 from daemon.root_identity import MARK, Part, part_paths
 from daemon.run_dir import ATTEMPT_NAMES, RUNS_NAME
 from daemon.store import JobStore
+from daemon.version_pruning import PRUNED_NAME
 from guard.checkpoints import CHECKPOINT_NAME
 from guard.layout import CLEARED_NAME, LOCK_NAME, METADATA_NAME, STAGING_NAME
 
@@ -155,9 +156,9 @@ class _Planner:
         found = versions.list_versions(model_dir)
         lineage = read_lineage(model_dir)  # after the listing: a version without its line is being promoted
         for lost in sorted(lineage.recorded().keys() - {version.name for version in found}):
-            self._left_out.append(
-                LeftOut(name=f"version {lost}", reason="it is not there, although the lineage has it")
-            )
+            pruned = "it was moved aside by `dropforge versions prune`"
+            reason = pruned if lost in lineage.pruned() else "it is not there, although the lineage has it"
+            self._left_out.append(LeftOut(name=f"version {lost}", reason=reason))
         running = {job.id for job in self._open.values() if job.state is JobState.RUNNING}
         kept = [
             version
@@ -290,7 +291,7 @@ class _Planner:
             elif entry.name == versions.VERSIONS and entry.is_dir(follow_symlinks=False):
                 self._add_folder(name, path)
                 for version in self._scan(path):
-                    if version.name not in unfinished_versions:
+                    if version.name not in {*unfinished_versions, PRUNED_NAME}:
                         self._plan_other(f"{name}/{version.name}", version, gone=Gone.FAILS)
             else:
                 self._plan_other(name, entry, gone=Gone.LEAVES_OUT)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from daemon import versions
+from daemon import version_pruning, versions
 from daemon.base_identity import BaseChange, base_change, find_base, identify_base, recorded_base, remembered
 from daemon.cli import completion, render
 from daemon.cli.account import require_own_account
@@ -23,8 +23,11 @@ from daemon.lineage import read_lineage
 from daemon.processes import child_environment
 from daemon.text import escape
 
+versions_app = typer.Typer(help="List finished adapters; move old ones aside.")
+app.add_typer(versions_app, name="versions", rich_help_panel=MODEL)
 
-@app.command("versions", rich_help_panel=MODEL)
+
+@versions_app.callback(invoke_without_command=True)
 def show_versions(
     context: typer.Context,
     *,
@@ -34,6 +37,8 @@ def show_versions(
     as_json: JsonFlag = False,
 ) -> None:
     """List finished adapters, oldest first: what each continued, its dataset, its held-out loss before and after."""
+    if context.invoked_subcommand is not None:
+        return
     model_dir = context.obj.settings.model_dir
     if matrix:
         show_matrix(context.obj.settings, as_json=as_json)
@@ -54,9 +59,29 @@ def show_versions(
         ]
         print_json({"versions": listed})
     elif found:
-        out_console.print(render.version_list(found, current, held))
+        out_console.print(render.version_list(found, current, held, _history(model_dir)))
     else:
         out_console.print("no versions yet: nothing has been trained to its end")
+
+
+def _history(model_dir: Path) -> list[str]:
+    """What a list of versions does not show: a rollback that still counts, and versions that were moved aside."""
+    said = []
+    rolled_back = read_lineage(model_dir).rolled_back
+    if rolled_back is not None:
+        replaced, at = str(rolled_back.get("replaced") or ""), render.clock(str(rolled_back.get("at", "")))
+        back = (
+            f" from {escape(replaced)}; `dropforge rollback {escape(replaced.lstrip('0'))}` returns" if replaced else ""
+        )
+        said.append(f"rolled back at {escape(at)}{back}")
+    if aside := version_pruning.list_pruned(model_dir):
+        named = (
+            f"version {aside[0].name} is"
+            if len(aside) == 1
+            else f"{len(aside)} versions, {aside[0].name} to {aside[-1].name}, are"
+        )
+        said.append(f"{named} moved aside; `dropforge rollback N` brings one back")
+    return said
 
 
 @app.command("merge", rich_help_panel=MODEL)
@@ -116,13 +141,20 @@ def roll_back(
 ) -> None:
     """Make an earlier version the current one. The next dataset continues from it; nothing is deleted."""
     settings: Settings = context.obj.settings
-    versions.find_version(settings.model_dir, version)  # before any waiting
-    done = change_version(
-        settings, "roll back", lambda: versions.rollback(settings.model_dir, version), after_job=after_job
-    )
+    found = version_pruning.find_any_version(settings.model_dir, version)  # before any waiting
+
+    def bring_back_and_roll_back() -> versions.Version:
+        version_pruning.bring_back(settings.model_dir, found.name)
+        return versions.rollback(settings.model_dir, found.name, after_job=after_job)
+
+    done = change_version(settings, "roll back", bring_back_and_roll_back, after_job=after_job)
     out_console.print(
         f"version {done.name} is current now: {escape(str(done.record.get('dataset', '')))}", markup=False
     )
+    rolled_back = read_lineage(settings.model_dir).rolled_back or {}
+    if rolled_back.get("version") == done.name and (replaced := str(rolled_back.get("replaced") or "")):
+        back = escape(replaced.lstrip("0"))
+        out_console.print(f"it replaced version {escape(replaced)}; `dropforge rollback {back}` returns", markup=False)
     if (change := _base_change(settings, done)) is not None:
         out_console.print(f"warning: {change.message}; the queue is held for it: {change.hint}", markup=False)
 

@@ -22,6 +22,7 @@ from daemon.job import Job
 from daemon.run_dir import run_dir_of
 from daemon.store import JobStore
 from daemon.text import escape
+from daemon.version_pruning import find_any_version
 
 JOBS_LOOKED_AT = 100  # for the newest one with curves
 
@@ -86,7 +87,7 @@ def _find(settings: Settings, store: JobStore, name: str) -> Job:
             raise NotFound(operation="plot", subject="latest", cause="there is no version yet", hint="name a job")
     elif name.isdecimal() and len(name) < len("20261125"):  # a job's id begins with its day
         try:
-            version = versions.find_version(settings.model_dir, name)
+            version = find_any_version(settings.model_dir, name)
         except NotFound:
             return store.find(name)
     else:

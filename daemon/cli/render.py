@@ -316,8 +316,10 @@ def _located(settings: Settings, item: Job) -> str:
     return escape(str(path), most=2000) if path else "no longer in the inbox"
 
 
-def version_list(found: Sequence[Version], current: Version | None, held: Sequence[str] = ()) -> RenderableType:
-    """One line a version, oldest first; what it continued where that is not the line above."""
+def version_list(
+    found: Sequence[Version], current: Version | None, held: Sequence[str] = (), history: Sequence[str] = ()
+) -> RenderableType:
+    """One line a version, oldest first; what it continued where that is not the line above. `history` stands below."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     origins = _origins(found)
     for name in ("version", "from", "dataset", "steps", "held-out loss", "trained (UTC)"):
@@ -342,6 +344,7 @@ def version_list(found: Sequence[Version], current: Version | None, held: Sequen
     notes = []
     if current is not None:
         notes.append("* the current version, which the next run continues and `latest` names")
+    notes += history
     if held:
         notes.append("held: it has lost something of earlier datasets; `dropforge promote` or `discard` decides")
     measured = {record.get("dataset_digest") for record in (item.record for item in found) if _is_measured(record)}

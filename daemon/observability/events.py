@@ -221,6 +221,9 @@ EVENTS: Mapping[str, Event] = {
         "job version reasons",
     ),
     "version.not_promoted": _event("error", "A finished adapter could not become a version.", "job error"),
+    "version.pruned": _event("info", "Old versions were moved aside, as [versions] says.", "versions size_bytes"),
+    "version.purged": _event("info", "Versions that were moved aside long ago were deleted.", "versions size_bytes"),
+    "version.not_pruned": _event("error", "Old versions could not be moved aside or deleted.", "error"),
     "version.unreadable": _event("error", "The current version cannot be read.", "error"),
 }
 

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds", "daemon.memory"),
-        "daemon.held_versions",
+        *("daemon.held_versions", "daemon.version_pruning"),
         *("daemon.observability", "daemon.store", "daemon.root_identity", "daemon.versions"),
         "daemon.base_identity",
     ),
