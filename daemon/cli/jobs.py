@@ -15,9 +15,9 @@ from daemon.cli import completion, render
 from daemon.cli.app import DATA, QUEUE, WATCH, JsonFlag, app, complain, existing_store, out, print_json
 from daemon.cli.estimates import format_duration, measure_pace, queue_etas
 from daemon.config import Settings
-from daemon.errors import ConfigError, NotFound, RejectedData
+from daemon.errors import ConfigError, NotFound, RejectedData, StoreError
 from daemon.evaluation.values import GateAction
-from daemon.job import Job, JobState, Priority, to_json
+from daemon.job import FINAL_STATES, Job, JobState, Priority, to_json
 from daemon.observability.status import finished_job, may_be_alive, read_status
 from daemon.store import JobStore, is_made, open_for_reading
 from daemon.text import escape
@@ -38,6 +38,7 @@ def list_jobs(
     with existing_store(context) as store:
         found = list(reversed(store.jobs(state or None, limit=limit, newest=True)))
         etas = _etas(context.obj.settings, store)
+    running = _running(context.obj.settings)
     if as_json:
         listed = [{**finished_job(job), "created_at": job.created_at, "eta_seconds": etas.get(job.id)} for job in found]
         print_json({"jobs": listed})
@@ -48,7 +49,7 @@ def list_jobs(
             else job
             for job in found
         ]
-        out.print(render.job_list(shown))
+        out.print(render.job_list(shown, running=running))
     else:
         out.print(f"no jobs that are {' or '.join(state)}" if state else "no jobs yet")
 
@@ -60,6 +61,22 @@ def _etas(settings: Settings, store: JobStore) -> dict[str, float]:
     pace = measure_pace([job for job in store.recent(50) if job.state is JobState.SUCCEEDED])
     etas = queue_etas(store.queue(), pace, left)
     return {**etas, running["id"]: left} if running.get("id") and left is not None else etas
+
+
+def queue_seconds(settings: Settings) -> float | None:
+    """Seconds until the last queued job is done; None where that cannot be told."""
+    if not is_made(settings.store_path):
+        return None
+    try:
+        store = open_for_reading(settings.store_path)
+    except StoreError:
+        return None  # the status is shown all the same
+    try:
+        return max(_etas(settings, store).values(), default=None)
+    except StoreError:
+        return None
+    finally:
+        store.close()
 
 
 def _running(settings: Settings) -> dict[str, Any]:
@@ -81,12 +98,16 @@ def show_job(
     with existing_store(context) as store:
         found = store.find(job)
         events = store.transitions(found.id)
+        eta = None if found.state in FINAL_STATES else _etas(context.obj.settings, store).get(found.id)
     if as_json:
         print_json({**json.loads(to_json(found)), "events": json.loads(to_json(events))})
     else:
         running = _running(context.obj.settings)
         is_running = found.state is JobState.RUNNING and running.get("id") == found.id
-        out.print(render.job(found, events, context.obj.settings, running=running if is_running else None))
+        shown = render.job(
+            found, events, context.obj.settings, running=running if is_running else None, eta_seconds=eta
+        )
+        out.print(shown)
 
 
 @app.command("submit", rich_help_panel=DATA)

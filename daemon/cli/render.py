@@ -47,12 +47,15 @@ STATE_STYLES = {
 }
 
 
-def status_view(snapshot: Mapping[str, Any]) -> RenderableType:
-    """status.json for people."""
+def status_view(snapshot: Mapping[str, Any], *, queue_seconds: float | None = None) -> RenderableType:
+    """status.json for people; `queue_seconds` until the last queued job is done, where that can be told."""
     parts: list[RenderableType] = [headline(snapshot)]
     grid = _grid()
     counts = {name: number for name, number in snapshot.get("queue", {}).items() if number}
-    grid.add_row("queue", ", ".join(f"{number} {printable(str(name))}" for name, number in counts.items()) or "empty")
+    queue = ", ".join(f"{number} {printable(str(name))}" for name, number in counts.items()) or "empty"
+    if counts.get(JobState.QUEUED) and queue_seconds is not None:
+        queue += f"; all done in about {format_duration(queue_seconds)}"
+    grid.add_row("queue", queue)
     model = snapshot.get("model")
     grid.add_row(
         "model",
@@ -143,8 +146,13 @@ def progress_line(job: Mapping[str, Any]) -> str:
     return line
 
 
-def job_list(found: Sequence[Job], *, now: str | None = None) -> RenderableType:
-    """One line a job; below the table, why those that did not succeed are where they are."""
+def job_list(
+    found: Sequence[Job], *, now: str | None = None, running: Mapping[str, Any] | None = None
+) -> RenderableType:
+    """One line a job; below the table, why those that did not succeed are where they are.
+
+    `running` is the status file's job, whose steps the store does not have yet.
+    """
     at = now or utc_now()
     rows = []
     for item, owner in zip(found, owner_cells([item.owner for item in found]), strict=True):
@@ -157,7 +165,7 @@ def job_list(found: Sequence[Job], *, now: str | None = None) -> RenderableType:
                 owner,
                 state_text(item.state, item.duplicate_of),
                 Text(format_duration(seconds) if seconds is not None else ""),
-                Text(f"{result.steps_run}/{result.steps_planned}" if result and result.steps_planned else ""),
+                Text(_steps_of(item, running or {})),
                 Text(losses(result.held_out_before, result.held_out_after) if result else ""),
                 Text(item.version or ""),
             )
@@ -168,6 +176,15 @@ def job_list(found: Sequence[Job], *, now: str | None = None) -> RenderableType:
         if item.state is not JobState.SUCCEEDED and item.reason:
             grid.add_row(item.id, Text(_told(escape(item.reason, most=REASON), escape(item.advice, most=REASON))))
     return Group(table, "", grid) if grid.row_count else table
+
+
+def _steps_of(item: Job, running: Mapping[str, Any]) -> str:
+    """`12/90`: of a finished run its own, of the running one where it is; empty where neither is known."""
+    if item.state is JobState.RUNNING:
+        is_planned = running.get("id") == item.id and running.get("total_steps")
+        return f"{running.get('step') or 0}/{running['total_steps']}" if is_planned else ""
+    result = item.result
+    return f"{result.steps_run}/{result.steps_planned}" if result and result.steps_planned else ""
 
 
 def _seconds_of(item: Job, now: str) -> float | None:
@@ -190,15 +207,21 @@ def _told(reason: str, advice: str) -> str:
 
 
 def job(
-    item: Job, events: Sequence[JobTransition], settings: Settings, *, running: Mapping[str, Any] | None = None
+    item: Job,
+    events: Sequence[JobTransition],
+    settings: Settings,
+    *,
+    running: Mapping[str, Any] | None = None,
+    eta_seconds: float | None = None,
 ) -> RenderableType:
-    """Everything about one job; `running` is the status file's job, when that is this one."""
+    """Everything about one job; `running` is the status file's job, when that is this one, `eta_seconds` until it is done."""
     grid = _grid()
     rows: list[tuple[str, Any]] = [
         ("job", item.id),
         ("dataset", escape(item.name)),
         ("state", state_text(item.state, item.duplicate_of)),
         ("progress", progress_line(running) if running else None),
+        ("done", f"in about {format_duration(eta_seconds)}" if eta_seconds is not None and not running else None),
         ("reason", escape(item.reason, most=2000)),
         ("hint", escape(item.advice, most=2000) or None),
         ("failure", item.failure),

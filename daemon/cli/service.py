@@ -12,7 +12,9 @@ from daemon import config, root_identity
 from daemon.cli import render
 from daemon.cli.account import require_own_account
 from daemon.cli.app import BEGIN, WATCH, JsonFlag, RootContext, app, out, print_json
+from daemon.cli.jobs import queue_seconds
 from daemon.errors import ConfigError, DropforgeError
+from daemon.job import JobState
 from daemon.observability.status import Liveness, read_status
 from daemon.text import escape
 
@@ -118,5 +120,6 @@ def show_status(
     if as_json:
         print_json(snapshot)
     else:
-        out.print(render.status_view(snapshot))
+        is_queued = (snapshot.get("queue") or {}).get(JobState.QUEUED)
+        out.print(render.status_view(snapshot, queue_seconds=queue_seconds(settings) if is_queued else None))
     raise typer.Exit(0 if snapshot["liveness"] in (Liveness.ALIVE, Liveness.STOPPED) else 1)

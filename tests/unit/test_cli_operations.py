@@ -248,6 +248,19 @@ def test_the_live_screen_shows_what_matters() -> None:
     assert "40/90" not in dead
 
 
+def test_jobs_and_status_say_where_the_running_one_is_and_when_the_queue_is_done() -> None:
+    jobs = [Job(id="j1", name="a.jsonl", state=JobState.RUNNING), Job(id="j2", name="b.jsonl", state=JobState.RUNNING)]
+    lines = rendered(render.job_list(jobs, running={"id": "j1", "step": 12, "total_steps": 90}))
+    assert ["12/90" in line for line in lines[1:3]] == [True, False]
+    queued = {**SNAPSHOT, "queue": {"queued": 2, "duplicate": 1}}
+    assert "2 queued, 1 duplicate; all done in about 12 min" in "\n".join(
+        rendered(render.status_view(queued, queue_seconds=720.0))
+    )
+    assert "done in" not in "\n".join(rendered(render.status_view(queued)))
+    waiting = rendered(render.job(Job(id="j", name="a", state=JobState.QUEUED), [], Settings(), eta_seconds=40.0))
+    assert any(line.split()[:5] == ["done", "in", "about", "40", "s"] for line in waiting)
+
+
 def version(name: str, parent: str | None, after: float | None = 2.0, dataset: str = "d.jsonl") -> Version:
     record = {
         "parent": parent, "held_out_before": 3.0, "held_out_after": after, "dataset": dataset,
