@@ -31,7 +31,7 @@ from daemon.trainer.attempt import exit_process
 REQUEST_BYTES = 1 << 20
 STREAMS = 3  # standard input, output and error; what a child inherits beyond them follows
 MAX_DESCRIPTORS = 64
-HIGH = 512  # descriptors that come with a request are moved up here before they get the numbers that they shall have
+HIGH = 32  # or above: where descriptors of a request wait for the numbers that they shall have; a daemon may have few
 # Variables that the loader, the interpreter and the modules at their import read, and nobody afterwards.
 EARLY = ("LD_", "PYTHON", "LANG", "LC_", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM", "OMP_", "MALLOC_")
 LIGHT = ("daemon.dataset", "daemon.verification")
@@ -158,11 +158,13 @@ def _run(request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
     """Become the process that was asked for; returns its exit code."""
     if request["new_session"]:
         os.setsid()
-    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, HIGH) for descriptor in descriptors]
-    os.closerange(0, HIGH)
-    for descriptor, number in zip(high, (*range(STREAMS), *request["inherited"]), strict=True):
+    numbers = [*range(STREAMS), *request["inherited"]]
+    above = max(HIGH, *(number + 1 for number in numbers))
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, above) for descriptor in descriptors]
+    os.closerange(0, above)
+    for descriptor, number in zip(high, numbers, strict=True):
         os.dup2(descriptor, number)
-    os.closerange(HIGH, HIGH + len(high))
+        os.close(descriptor)
     os.chdir(request["cwd"])
     os.umask(request["umask"])
     os.environ.clear()

@@ -6,6 +6,7 @@ with an environment that is read before anything else (`variables`).
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SLOW_TRAINER = Path(__file__).with_name("slow_trainer.py")
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 DROPFORGE = [sys.executable, "-P", "-m", "daemon"]
-TRAINING_COMMANDS = {"run", "check", "preview", "merge"}  # those that start a process which imports torch
+CHECKING_COMMANDS = {"submit", "check", "preview", "merge"}  # those that start a process which imports torch
 # Quick settings: nothing here is what a test is about.
 QUICK: Mapping[str, Mapping[str, Any]] = {
     "inbox": {"settle_seconds": 0.1, "rescan_seconds": 0.5},
@@ -181,7 +182,7 @@ class Root:
 
     def run(self, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         """Any `dropforge` command on this root."""
-        training = self._training and bool(TRAINING_COMMANDS.intersection(arguments))
+        training = bool(CHECKING_COMMANDS.intersection(arguments)) or (self._training and "run" in arguments)
         return dropforge("--root", str(self.path), *arguments, timeout=timeout, training=training)
 
     # -- the inbox
@@ -274,6 +275,24 @@ class Root:
         return "\n".join(
             f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in texts if path.exists()
         )
+
+
+class Prepared:
+    """A root whose daemon has stopped, kept as it is now: `again` puts it back at its place, for one test each."""
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._image = root.path.with_name(f"{root.path.name} as it was")
+        self._used = 0
+        root.path.rename(self._image)
+
+    def again(self) -> Root:
+        """Put it back; what the test before has left is moved out of the way."""
+        self._used += 1
+        if self._root.path.exists():
+            self._root.path.rename(self._root.path.with_name(f"used {self._used}"))
+        shutil.copytree(self._image, self._root.path, symlinks=True)
+        return copy.deepcopy(self._root)
 
 
 def slowed(root: Root) -> None:

@@ -25,7 +25,7 @@ from daemon.errors import DropforgeError
 from daemon.job import JobState
 from daemon.lineage import read_lineage
 from daemon.root_identity import MARK
-from tests.support.root import DROPFORGE, Root, environment, wait_until
+from tests.support.root import DROPFORGE, Prepared, Root, environment, wait_until
 from tests.support.sound import assert_sound
 from tests.support.sound_model import assert_model_dir_sound
 
@@ -38,10 +38,9 @@ def rows(name: str) -> list[dict[str, str]]:
     return [{"text": f"{name} {number}"} for number in range(8)]
 
 
-@pytest.fixture
-def trained(make_root: MakeRoot) -> Root:
-    """A root with two versions and a queued job, whose daemon has stopped."""
-    root = make_root(behaviour={})
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    root = Root(tmp_path_factory.mktemp("prepared") / "root", behaviour={})
     root.configure(inbox={"rescan_seconds": 0.2})
     root.start()
     for name in ("a.jsonl", "b.jsonl"):
@@ -52,7 +51,15 @@ def trained(make_root: MakeRoot) -> Root:
     wait_until(lambda: (job := root.job("queued.jsonl")) and job.state is JobState.QUEUED, what="the job to be queued")
     assert root.stop() == 0
     assert root.run("resume").returncode == 0
-    return root
+    return Prepared(root)
+
+
+@pytest.fixture
+def trained(prepared: Prepared) -> Iterator[Root]:
+    """A root with two versions and a queued job, whose daemon has stopped."""
+    root = prepared.again()
+    yield root
+    root.close()
 
 
 def saved(root: Root, target: Path, *options: str, code: int = 0) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from daemon.base_identity import BasePart, base_change, find_base, hub_folder, i
 from daemon.job import FailureKind, JobState
 from daemon.lineage import LINEAGE, read_lineage
 from daemon.recipe import ModelSettings
-from tests.support.root import Root, wait_until
+from tests.support.root import Prepared, Root, wait_until
 from tests.support.sound import assert_sound
 
 MakeRoot = Callable[..., Root]
@@ -39,15 +39,22 @@ def reason_to_wait(root: Root, *parts: str) -> str:
     return wait_until(told, what=f"status to wait and say {parts}; it says {root.status()}")
 
 
-@pytest.fixture
-def trained(make_root: MakeRoot) -> Root:
-    """A root with one version, whose daemon has stopped; its base is in the root."""
-    root = make_root(behaviour={})
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    root = Root(tmp_path_factory.mktemp("prepared") / "root", behaviour={})
     base = root.path / "base"
     (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}", "eos_token": "</s>"}))
     root.drop("a.jsonl", rows("a"))
     assert root.run("run", "--once").returncode == 0
-    return root
+    return Prepared(root)
+
+
+@pytest.fixture
+def trained(prepared: Prepared) -> Iterator[Root]:
+    """A root with one version, whose daemon has stopped; its base is in the root."""
+    root = prepared.again()
+    yield root
+    root.close()
 
 
 def record(root: Root, name: str) -> dict[str, Any]:

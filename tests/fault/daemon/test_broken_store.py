@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from daemon.recovery import open_store
 from daemon.store import JobStore
 from daemon.versions import list_versions
 from tests.support.killpoints import killed_runs
-from tests.support.root import Root, wait_until
+from tests.support.root import Prepared, Root, wait_until
 from tests.support.sound import assert_sound
 
 STEPS = {"training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 10}}
@@ -28,9 +28,13 @@ def texts(count: int, word: str) -> list[dict[str, str]]:
     return [{"text": f"{word} {number}"} for number in range(count)]
 
 
-@pytest.mark.parametrize("damage", ["noise", "cut", "empty", "pages", "a folder's worth of zeros"])
-def test_no_file_is_lost_and_nothing_is_trained_twice(make_root: Callable[..., Root], damage: str) -> None:
-    root = make_root(behaviour={"*": {"step_seconds": 0.02}}, tables=STEPS)
+Killed = tuple[Prepared, Job]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    """A root with jobs in every state, killed while one trains; one of the trained files was deleted since."""
+    root = Root(tmp_path_factory.mktemp("killed") / "root", behaviour={"*": {"step_seconds": 0.02}}, tables=STEPS)
     root.start()
     root.drop("trained.jsonl", texts(5, "trained"))
     root.finished("trained.jsonl")
@@ -49,7 +53,19 @@ def test_no_file_is_lost_and_nothing_is_trained_twice(make_root: Callable[..., R
     for path in done.iterdir():  # as keep_done_days would
         path.unlink()
     done.rmdir()
+    return Prepared(root), running
 
+
+@pytest.fixture
+def root(killed: Killed) -> Iterator[Root]:
+    root = killed[0].again()
+    yield root
+    root.close()
+
+
+@pytest.mark.parametrize("damage", ["noise", "cut", "empty", "pages", "a folder's worth of zeros"])
+def test_no_file_is_lost_and_nothing_is_trained_twice(killed: Killed, root: Root, damage: str) -> None:
+    running = killed[1]
     path = root.settings.store_path
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from daemon import recovery, versions
 from daemon.job import JobState
 from daemon.lineage import read_lineage
 from daemon.root_identity import MARK
-from tests.support.root import Root, wait_until
+from tests.support.root import Prepared, Root, wait_until
 from tests.support.sound import assert_sound
 
 MakeRoot = Callable[..., Root]
@@ -22,16 +22,23 @@ Break = Callable[[Root], None]
 ROWS = [{"text": f"row {number}"} for number in range(8)]
 
 
-@pytest.fixture
-def trained(make_root: MakeRoot) -> Root:
-    """A root with one version, whose daemon has stopped."""
-    root = make_root(behaviour={})
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    root = Root(tmp_path_factory.mktemp("prepared") / "root", behaviour={})
     root.configure(inbox={"rescan_seconds": 0.2})
     root.start()
     root.drop("a.jsonl", ROWS)
     assert root.finished("a.jsonl").state is JobState.SUCCEEDED
     assert root.stop() == 0
-    return root
+    return Prepared(root)
+
+
+@pytest.fixture
+def trained(prepared: Prepared) -> Iterator[Root]:
+    """A root with one version, whose daemon has stopped."""
+    root = prepared.again()
+    yield root
+    root.close()
 
 
 def other_rows(root: Root, name: str) -> None:
