@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,27 +16,33 @@ from daemon import sd_notify, versions
 from daemon.config import Settings
 from daemon.curves import read_curves
 from daemon.errors import DropforgeError
+from daemon.evaluation.matrix import read_matrix
 from daemon.gpu import GpuProbe
 from daemon.holds import HoldKind
 from daemon.inbox.intake import Intake
 from daemon.job import Job, JobState, Progress
+from daemon.lineage import LINEAGE, read_lineage
 from daemon.observability.status import (
+    HELD_VERSIONS,
     RECENT_JOBS,
     WAITING_FILES,
     CurrentModel,
     FinishedJob,
     LastVerification,
+    ModelEvaluation,
     RunningJob,
     StatusSnapshot,
     current_model,
     finished_job,
     gpu_device,
+    model_evaluation,
     running_job,
     write_status,
 )
 from daemon.scheduler import Scheduler
 from daemon.store import JobStore
 from daemon.verification import BackgroundVerifier, Verification
+from daemon.versions import Version
 
 if TYPE_CHECKING:  # its library is imported only where metrics are configured
     from daemon.observability.metrics import MetricsPublisher
@@ -122,6 +128,7 @@ class StatusWriter:
         view, run, counts = self._intake.view(), self._scheduler.run, self._store.counts()
         status, reason = self._state()
         losses = self._losses.observe(run.run_dir, run.job.attempt, run.progress) if run else []
+        known = self._model.read(self.settings.model_dir)
         return StatusSnapshot(
             status=status,
             reason=reason,
@@ -136,9 +143,11 @@ class StatusWriter:
             ),
             left_alone=tuple({"file": item.name, "reason": item.reason} for item in view.left_alone[:WAITING_FILES]),
             recent=self._recent_jobs(),
-            model=self._model.read(self.settings.model_dir),
+            model=known.model,
             gpu=tuple(map(gpu_device, self._gpus.known())),
             verification=_last_verification(self._verifier.last),
+            evaluation=known.evaluation,
+            held=known.held,
             warnings=(*self.warnings, *self._verifier.warnings, *view.warnings),
         )
 
@@ -183,28 +192,53 @@ def write_holding(settings: Settings, reason: str, *, status: str = "waiting") -
     sd_notify.notify(sd_notify.status_line(snapshot.status, snapshot.reason))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _KnownModel:
+    """What the status says of the model directory."""
+
+    model: CurrentModel | None = None
+    evaluation: ModelEvaluation | None = None
+    held: tuple[str, ...] = ()
+
+
 class _CurrentModelReader:
-    """Reads the current version again when `latest` leads elsewhere, and every REFRESH_SECONDS."""
+    """Reads the current version again when `latest` leads elsewhere, and every REFRESH_SECONDS; the lineage when it grew."""
 
     def __init__(self, log: Any) -> None:
         self._log = log
-        self._model: CurrentModel | None = None
+        self._known = _KnownModel()
         self._read_at = float("-inf")  # monotonic
-        self._link = ""
+        self._seen: tuple[Any, ...] = ()
+        self._lineage_of: tuple[Any, ...] | None = None  # as the lineage was when it was read
 
-    def read(self, model_dir: Path) -> CurrentModel | None:
-        """Return the `model` object of the status. A version that cannot be read is logged."""
-        now, link = time.monotonic(), _link_target(model_dir / versions.LATEST)
-        if link == self._link and now - self._read_at <= REFRESH_SECONDS:
-            return self._model
-        self._read_at, self._link = now, link
+    def read(self, model_dir: Path) -> _KnownModel:
+        """Return what is known. A version that cannot be read is logged."""
+        now, link, size = time.monotonic(), _link_target(model_dir / versions.LATEST), _size(model_dir / LINEAGE)
+        if (link, size) == self._seen and now - self._read_at <= REFRESH_SECONDS:
+            return self._known
+        self._read_at, self._seen = now, (link, size)
         try:
             version = versions.current_version(model_dir)
         except (DropforgeError, OSError) as error:
             self._log.error("version.unreadable", error=str(error))
             version = None
-        self._model = None if version is None else current_model(version)
-        return self._model
+        self._known = replace(self._known, model=None if version is None else current_model(version))
+        if self._lineage_of != self._seen:
+            self._lineage_of = self._seen
+            self._read_lineage(model_dir, version)
+        return self._known
+
+    def _read_lineage(self, model_dir: Path, version: Version | None) -> None:
+        """Note which versions are held, and what the current one has kept; the lineage has what it takes beside its record."""
+        evaluation: ModelEvaluation | None = None
+        held: tuple[str, ...] = ()
+        with suppress(OSError):  # the dispatch says what is wrong with it
+            lineage = read_lineage(model_dir)
+            held = tuple(lineage.held()[-HELD_VERSIONS:])
+            if version is not None:
+                noted = {**lineage.recorded(), version.name: {**version.record, "version": version.name}}
+                evaluation = model_evaluation(read_matrix(list(noted.values())), version.name)
+        self._known = replace(self._known, evaluation=evaluation, held=held)
 
 
 class LossHistory:
@@ -258,6 +292,14 @@ def _waited_seconds(job: Job) -> float | None:
     if job.started_at is None or not job.created_at:
         return None
     return (datetime.fromisoformat(job.started_at) - datetime.fromisoformat(job.created_at)).total_seconds()
+
+
+def _size(path: Path) -> int:
+    """A file's size, 0 where it is missing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _link_target(path: Path) -> str:

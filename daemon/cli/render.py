@@ -295,6 +295,8 @@ def evaluated(result: RunResult) -> list[str]:
     blend = "" if evaluation.alpha is None else f", blended with the parent at {evaluation.alpha:g}"
     total = f"{evaluation.verdict}, {evaluation.action}{blend}; {evaluation.scored_tokens:,} tokens scored in {evaluation.seconds:.1f} s"
     lines = [total, *(f"{escape(one.name)}: {one.verdict}, {describe(one)}" for one in evaluation.datasets)]
+    if evaluation.tried and evaluation.alpha is None:
+        lines.append("no blend with the parent loses little enough and keeps the gain on the new dataset")
     if evaluation.unscored:
         lines.append(f"not scored this time: {', '.join(map(escape, evaluation.unscored))}")
     if evaluation.unmeasured:

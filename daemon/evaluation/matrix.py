@@ -51,6 +51,15 @@ class Matrix:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnownLoss:
+    """What a version scored on a dataset that it has learned."""
+
+    digest: str
+    loss: float
+    change: float | None  # since it was learned: above zero, something was lost
+
+
+@dataclass(frozen=True, kw_only=True)
 class MatrixSummary:
     """What became of all that a version has learned."""
 
@@ -61,6 +70,7 @@ class MatrixSummary:
     average_loss: float | None  # over those
     backward_transfer: float | None  # None: no earlier dataset was scored both times
     transferred: int  # earlier datasets that it is the mean over
+    losses: tuple[KnownLoss, ...]  # of the datasets that were measured
     worst: tuple[str, float] | None  # digest of the earlier dataset that lost most, and how much: above zero is a loss
 
 
@@ -111,6 +121,7 @@ def summarise(matrix: Matrix, version: str | None) -> MatrixSummary | None:
         average_loss=sum(measured.values()) / len(measured) if measured else None,
         backward_transfer=-sum(lost.values()) / len(lost) if lost else None,
         transferred=len(lost),
+        losses=tuple(KnownLoss(digest=digest, loss=loss, change=lost.get(digest)) for digest, loss in measured.items()),
         worst=worst,
     )
 

@@ -46,6 +46,8 @@ class Metrics:
         self._promoted = counter("versions_promoted", "Adapters that became the current version.")
         self._holds = counter("queue_holds", "Times that the queue had to wait.", "kind")
         self._cleared = counter("checkpoints_cleared", "Checkpoints that were moved aside because they did not belong.")
+        self._verdicts = counter("gate_verdicts", "Finished runs by what the gate says of them.", "verdict")
+        self._evaluation_seconds = counter("evaluation_seconds", "Seconds that finished runs were scored for.")
         self._seconds_to_start = Histogram(
             "dropforge_job_seconds_to_start", "From a file's claim to its first attempt.", registry=self.registry,
             buckets=START_BUCKETS,
@@ -63,6 +65,9 @@ class Metrics:
             self._scanned.inc(_number(data.get("size_bytes")))
         elif name == "version.promoted":
             self._promoted.inc()
+        elif name == "run.gate_judged":
+            self._verdicts.labels(str(data.get("verdict") or "unmeasured")).inc()
+            self._evaluation_seconds.inc(max(0, _number(data.get("seconds"))))
         elif name == "queue.held":
             self._holds.labels(str(data.get("kind") or "gpu")).inc()
         elif name == "guard.checkpoints_cleared":
@@ -117,6 +122,7 @@ class _Snapshot(Collector):
             at = datetime.fromisoformat(last["at"]).timestamp()
             families.append(_gauge("verified_timestamp_seconds", "When all that is kept was last checked.", at))
             families.append(_gauge("verification_problems", "What that check found.", last["problems"]))
+        families += _evaluation_gauges(snapshot)
         job = snapshot.job
         if job is not None:
             for name, text, value in (
@@ -164,6 +170,20 @@ class MetricsPublisher:
             self._failed = True
         else:
             self._failed = False
+
+
+def _evaluation_gauges(snapshot: StatusSnapshot) -> list[GaugeMetricFamily]:
+    """What the current version has kept, and how many versions are held."""
+    families = [_gauge("versions_held", "Versions that the gate keeps from becoming current.", len(snapshot.held))]
+    if (known := snapshot.evaluation) is None:
+        return families
+    losses = {f"{one['dataset']} {one['digest']}": one["loss"] for one in known["datasets"]}
+    text = "Held-out loss of the current version by dataset, nats a token; those that lost most."
+    families.append(_labelled("held_out_loss", text, "dataset", losses))
+    if known["backward_transfer"] is not None:
+        text = "Loss of earlier datasets when learned minus now, mean; below 0: lost."
+        families.append(_gauge("backward_transfer_nats", text, known["backward_transfer"]))
+    return families
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -23,6 +23,7 @@ import msgspec
 from msgspec import Meta
 
 from daemon.errors import is_no_space
+from daemon.evaluation.matrix import Matrix, summarise
 from daemon.gpu import Gpu
 from daemon.job import FailureKind, Job, JobState, Progress, utc_now
 from daemon.processes import ProcessIdentity, boot_id, identify
@@ -36,6 +37,8 @@ STATES = ("starting", "idle", "training", "waiting", "paused", "stopping", "stop
 RECENT_JOBS = 20
 WAITING_FILES = 50  # of more, the count is shown
 WARNINGS = 50
+EVALUATED_DATASETS = 50
+HELD_VERSIONS = 50
 RUN_WARNINGS = 5  # of each finished job
 TEXT_CHARACTERS = 300
 
@@ -70,6 +73,33 @@ class CurrentModel(TypedDict):
     version: str
     dataset: str | None
     created_at: str | None
+
+
+class DatasetLoss(TypedDict):
+    """What the current version scored on a dataset."""
+
+    dataset: Annotated[str, Meta(description="The file's name, safe to print.")]
+    digest: Annotated[str, Meta(description="The beginning of the dataset's digest.")]
+    loss: Annotated[float, Meta(description="Nats a trained token over its held-out rows.")]
+    change: Annotated[float | None, Meta(description="Since it was learned; above 0: lost. null: not measured then.")]
+
+
+class ModelEvaluation(TypedDict):
+    """What the current version has kept of what its line has learned."""
+
+    version: str
+    verdict: Annotated[
+        str, Meta(description="kept, unclear, regressed, unmeasured; empty: of before there was a gate.")
+    ]
+    learned: Annotated[int, Meta(description="Datasets that it has learned, itself or by way of its parents.")]
+    measured: Annotated[int, Meta(description="Of them, those that it was scored on.")]
+    average_loss: Annotated[float | None, Meta(description="Nats a trained token, mean over those.")]
+    backward_transfer: Annotated[
+        float | None, Meta(description="Mean over earlier datasets: loss when learned minus loss now; below 0: lost.")
+    ]
+    datasets: Annotated[
+        list[DatasetLoss], Meta(description="Those that lost most, worst first.", max_length=EVALUATED_DATASETS)
+    ]
 
 
 class LastVerification(TypedDict):
@@ -173,6 +203,10 @@ class StatusSnapshot:
     model: CurrentModel | None = None
     gpu: Annotated[tuple[GpuDevice, ...], Meta(description="As NVML reports; empty without it.")] = ()
     verification: LastVerification | None = None
+    evaluation: ModelEvaluation | None = None
+    held: Annotated[
+        tuple[str, ...], Meta(description="Versions that the gate holds, newest last.", max_length=HELD_VERSIONS)
+    ] = ()
     warnings: Annotated[tuple[str, ...], Meta(max_length=WARNINGS)] = ()
 
 
@@ -347,6 +381,33 @@ def current_model(version: Version) -> CurrentModel:
         "version": version.name,
         "dataset": version.record.get("dataset"),
         "created_at": version.record.get("created_at"),
+    }
+
+
+def model_evaluation(matrix: Matrix, version: str) -> ModelEvaluation | None:
+    """The `evaluation` object; None where nothing is known of the version."""
+    summary = summarise(matrix, version)
+    if summary is None:
+        return None
+    names = dict(matrix.datasets)
+    ordered = sorted(summary.losses, key=lambda one: -(one.change if one.change is not None else float("-inf")))
+    datasets: list[DatasetLoss] = [
+        {
+            "dataset": escape(names.get(one.digest, "?"), most=60),
+            "digest": one.digest[:12],
+            "loss": one.loss,
+            "change": one.change,
+        }
+        for one in ordered[:EVALUATED_DATASETS]
+    ]
+    return {
+        "version": summary.version,
+        "verdict": summary.verdict,
+        "learned": summary.learned,
+        "measured": summary.measured,
+        "average_loss": summary.average_loss,
+        "backward_transfer": summary.backward_transfer,
+        "datasets": datasets,
     }
 
 

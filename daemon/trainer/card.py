@@ -56,7 +56,7 @@ model = AutoModelForCausalLM.from_pretrained({name!r}{f", revision={base.commit!
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
-{_whereabouts(base)}{_warnings(result)}"""
+{_whereabouts(base)}{_kept(result)}{_warnings(result)}"""
 
 
 def _whereabouts(base: BaseIdentity) -> str:
@@ -66,6 +66,28 @@ def _whereabouts(base: BaseIdentity) -> str:
     if base.name.startswith("./"):
         return f"\n`{escape(base.name, most=1000)}` is in the folder that holds dropforge.toml: run this there, or name the base in full.\n"
     return "\nThe base model is named as it lay on the machine that trained this; name it as it lies on yours.\n"
+
+
+def _kept(result: RunResult) -> str:
+    """Return what was kept of earlier datasets as a section, empty where nothing was compared."""
+    evaluation = result.evaluation
+    if evaluation is None or not evaluation.datasets:
+        return ""
+    lines = [
+        f"| {escape(one.name)} | {one.rows} | {one.loss_before:.4f} | {one.loss_after:.4f} | {one.loss.low:+.4f} to"
+        f" {one.loss.high:+.4f} | {one.exact_before:.0%} | {one.exact_after:.0%} | {one.verdict} |"
+        for one in evaluation.datasets
+    ]
+    blend = (
+        "" if evaluation.alpha is None else f"The weights are parent + {evaluation.alpha:g} x (trained - parent).\n\n"
+    )
+    return (
+        "\n## What is kept of earlier datasets\n\n"
+        f"{blend}Over held-out rows, under the version that this one continues and under this one; losses in nats a token.\n\n"
+        "| dataset | rows | before | after | change | exact before | after | verdict |\n|---|---|---|---|---|---|---|---|\n"
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def _warnings(result: RunResult) -> str:

@@ -18,6 +18,7 @@ from daemon.evaluation.settings import EvaluationSettings, GateSettings
 from daemon.evaluation.statistics import Measured, Rows, bootstrap_ratio, judge, overall, passes
 from daemon.evaluation.values import Evaluation, GateAction, GateVerdict, RowScore
 from daemon.job import Outcome, RunResult, from_json, to_json
+from daemon.observability.status import model_evaluation
 
 GATE = GateSettings()
 
@@ -298,5 +299,9 @@ def test_the_matrix_follows_the_line_of_the_current_version_and_leaves_empty_wha
     assert summary.worst == ("a", 1.0)
     assert summary.average_loss == pytest.approx((2.0 + 0.3) / 2)
     assert summarise(matrix, None) is None
+    shown = model_evaluation(matrix, "0004")
+    assert shown is not None
+    assert [(one["dataset"], one["change"]) for one in shown["datasets"]] == [("a.jsonl", 1.0), ("d.jsonl", None)]
+    assert shown["backward_transfer"] == pytest.approx(-1.0)
     old = {"version": "0001", "parent": None, "dataset": "a.jsonl", "dataset_digest": "a", "held_out_after": 1.25}
     assert read_matrix([old]).rows[0].cells["a"].loss == 1.25
