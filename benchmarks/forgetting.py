@@ -79,6 +79,8 @@ class Cell:
             "data": {"max_length": 256},
             "inbox": {"settle_seconds": 0.1},
         }
+        if self.arm != "default":  # each version is to become current, whatever it loses
+            tables["gate"] = {"action": "off"}
         if self.arm == "naive":
             tables["replay"] = {"share": 0.0}
         elif self.arm.startswith("share-"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from daemon import versions
 from daemon.errors import DropforgeError
@@ -50,22 +53,23 @@ def promote_held(model_dir: Path, name: str, *, force: bool = False) -> Version:
     return version
 
 
-def discard_held(model_dir: Path, state_dir: Path, name: str) -> str:
-    """Delete a held version, and what is kept of its dataset where no other version has learned it; returns its name.
+def discard_held(model_dir: Path, state_dir: Path, name: str) -> Mapping[str, Any]:
+    """Delete a held version, and what is kept of its dataset where no other version has learned it; returns its record.
 
     Can be repeated after a crash: the lineage is written first. Raises NotFound, DropforgeError when it is not held, OSError.
     """
     require_lock(model_dir, "discard")
-    version = versions.find_version(model_dir, name)
-    lineage = read_lineage(model_dir)
-    if version.name not in lineage.discarded():
-        _require_held(version, lineage, operation="discard")
+    number = f"{int(name):04d}" if name.isdecimal() else name
+    if number not in read_lineage(model_dir).discarded():
+        version = versions.find_version(model_dir, name)
+        _require_held(version, read_lineage(model_dir), operation="discard")
         versions.record_event(model_dir, DISCARDED, version, discarded_at=utc_now())
-    dataset = str(version.record.get("dataset_digest") or "")
     remove_discarded(model_dir)
+    record = read_lineage(model_dir).discarded()[number]
+    dataset = str(record.get("dataset_digest") or "")
     if dataset and not versions.learned_by(model_dir, dataset):
         _delete_memory(state_dir, dataset)
-    return version.name
+    return record
 
 
 def remove_discarded(model_dir: Path) -> list[str]:
@@ -95,7 +99,10 @@ def _require_held(version: Version, lineage: Lineage, *, operation: str) -> None
 
 
 def _delete_memory(state_dir: Path, dataset: str) -> None:
-    memory = read_memory(dataset_dir(memory_dir_of(state_dir), dataset))
-    if memory is not None:
-        forget(state_dir, memory, Discarded.DELETED)
-        shutil.rmtree(memory.path)
+    """Delete what is kept of a dataset, its folder as well; also what an earlier call left of it. Raises OSError."""
+    folder = dataset_dir(memory_dir_of(state_dir), dataset)
+    with suppress(ValueError):  # damaged: it goes all the same
+        if (memory := read_memory(folder)) is not None:
+            forget(state_dir, memory, Discarded.DELETED)
+    if folder.is_dir():
+        shutil.rmtree(folder)

@@ -78,11 +78,10 @@ class Lineage:
         named = (event.get("pruned") for event in self.events if event.get("event") == PRUNED)
         return {str(name) for names in named if isinstance(names, list) for name in names}
 
-    def discarded(self) -> set[str]:
-        """The versions that were held and then given up."""
-        return {
-            str(event["version"]) for event in self.events if event.get("event") == DISCARDED and event.get("version")
-        }
+    def discarded(self) -> dict[str, Mapping[str, Any]]:
+        """What was noted of each version that was held and then given up, by its name."""
+        given_up = (event for event in self.events if event.get("event") == DISCARDED and event.get("version"))
+        return {str(event["version"]): event for event in given_up}
 
 
 def read_lineage(model_dir: Path) -> Lineage:

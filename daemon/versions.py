@@ -478,7 +478,7 @@ def _record_promotions(model_dir: Path, names: Iterable[str]) -> str | None:
     Returns the version that is the current one by the last line.
     """
     lineage = read_lineage(model_dir)
-    known, current = lineage.recorded().keys() | lineage.discarded(), lineage.current
+    known, current = lineage.recorded().keys() | lineage.discarded().keys(), lineage.current
     for name in sorted(names, key=int):
         if name not in known:
             version = read_version(model_dir / VERSIONS / name)

@@ -98,15 +98,16 @@ def discard_version(
 ) -> None:
     """Delete a version that the gate holds, and what is kept of its dataset. Its number is not used again."""
     settings: Settings = context.obj.settings
-    found = versions.find_version(settings.model_dir, version)
-    name = change_version(
+    record = change_version(
         settings,
         "discard",
         lambda: held_versions.discard_held(settings.model_dir, settings.state_dir, version),
         after_job=after_job,
     )
-    dataset = escape(str(found.record.get("dataset", "")))
-    out.print(f"version {name} is discarded; `dropforge submit --force` trains {dataset} again", markup=False)
+    dataset = escape(str(record.get("dataset", "")))
+    out.print(
+        f"version {record['version']} is discarded; `dropforge submit --force` trains {dataset} again", markup=False
+    )
 
 
 @app.command("compare", rich_help_panel=MODEL)

@@ -142,8 +142,9 @@ def test_a_held_version_is_promoted_or_discarded_by_a_person(held: tuple[Path, R
         with pytest.raises(DropforgeError, match="continues version 0001"):
             held_versions.promote_held(model_dir, "3")
         held_versions.discard_held(model_dir, state_dir, "3")
+        assert held_versions.discard_held(model_dir, state_dir, "3")["dataset"] == "c.jsonl"
         with pytest.raises(NotFound):
-            held_versions.discard_held(model_dir, state_dir, "3")
+            held_versions.discard_held(model_dir, state_dir, "4")
     assert read_memory(dataset_dir(memory_dir_of(state_dir), other.dataset.digest)) is None
     assert versions.newest_number(model_dir) == 3
     assert_model_dir_sound(model_dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import guard
-from daemon import config, recovery, versions
+from daemon import config, held_versions, recovery, versions
 from daemon.backup.create import back_up
 from daemon.backup.plan import Options
 from daemon.backup.restore import execute, plan_restore
@@ -66,3 +66,23 @@ def forget(state: str, name: str) -> str:
     except OSError as error:
         return f"error: {error}"
     return ""
+
+
+def hold(model_dir: str) -> None:
+    """What the scheduler does with a finished candidate that the gate holds."""
+    folder = Path(model_dir)
+    record = {"rows": 2, "dataset_digest": "b" * 64, "held": ["a.jsonl 1 -> 4"]}
+    with guard.ModelLock(folder, owner="promotion"):
+        versions.promote(folder, folder / ".staging" / "candidate-b", job_id="b", record=record)
+
+
+def promote_held(model_dir: str) -> None:
+    """What `dropforge promote 2` does."""
+    with guard.ModelLock(Path(model_dir), owner="promote"):
+        held_versions.promote_held(Path(model_dir), "2")
+
+
+def discard_held(model_dir: str) -> None:
+    """What `dropforge discard 2` does."""
+    with guard.ModelLock(Path(model_dir), owner="discard"):
+        held_versions.discard_held(Path(model_dir), Path(model_dir).parent / "state", "2")
