@@ -156,8 +156,9 @@ def sweep_memories(settings: Settings, store: JobStore, log: Any) -> None:
         with suppress(guard.GuardError), guard.ModelLock(settings.model_dir, owner="repair"):  # else at the next start
             remove_discarded(settings.model_dir)
         removed = sweep(settings.state_dir, is_orphan)
-        adapters = (str(version.record.get("adapter_digest")) for version in versions.list_versions(settings.model_dir))
-        sweep_scores(memory_dir_of(settings.state_dir), adapters)
+        noted = [version.record for version in versions.list_versions(settings.model_dir)]
+        noted += read_lineage(settings.model_dir).recorded().values()  # those that were moved aside are of a line too
+        sweep_scores(memory_dir_of(settings.state_dir), (str(record.get("adapter_digest")) for record in noted))
     except OSError as error:  # the next start tries it again
         log.error("memory.not_swept", error=str(error))
         return
