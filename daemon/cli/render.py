@@ -166,7 +166,7 @@ def job_list(
                 state_text(item.state, item.duplicate_of),
                 Text(format_duration(seconds) if seconds is not None else ""),
                 Text(_steps_of(item, running or {})),
-                Text(losses(result.held_out_before, result.held_out_after) if result else ""),
+                _loss_change(result.held_out_before, result.held_out_after) if result else Text(),
                 Text(item.version or ""),
             )
         )
@@ -250,7 +250,12 @@ def job(
             ("cleared", counted(result.cleared, "checkpoint") if result.cleared else None),
             ("resumed from", result.resumed_from),
             ("steps", f"{result.steps_run} of {result.steps_planned} planned"),
-            ("held-out loss", losses(result.held_out_before, result.held_out_after) or result.unmeasured or None),
+            (
+                "held-out loss",
+                _loss_change(result.held_out_before, result.held_out_after, unmeasured=result.unmeasured)
+                if result.unmeasured or None not in (result.held_out_before, result.held_out_after)
+                else None,
+            ),
             *_lines("replayed", replayed(result)),
             *_lines("earlier datasets", evaluated(result)),
             (
@@ -363,7 +368,7 @@ def version_list(
             *((Text(escape(origin, most=20)),) if any(origins) else ()),
             dataset,
             Text(str(record.get("steps", "?"))),
-            _loss_change(record.get("held_out_before"), record.get("held_out_after")),
+            _loss_change(record.get("held_out_before"), record.get("held_out_after"), unmeasured="not measured"),
             Text(clock(str(record.get("created_at", ""))).removesuffix(" UTC"), style="dim"),
         )
     notes = []
@@ -393,11 +398,11 @@ def _is_measured(record: Mapping[str, Any]) -> bool:
     return record.get("held_out_before") is not None and record.get("held_out_after") is not None
 
 
-def _loss_change(before: float | None, after: float | None) -> Text:
-    """`3.210 -> 2.914`, marked where training made it worse; `not measured` where it is not known."""
+def _loss_change(before: float | None, after: float | None, *, unmeasured: str = "") -> Text:
+    """`3.210 -> 2.914`, marked where training made it worse; `unmeasured` where it is not known."""
     if before is None or after is None:
-        return Text("not measured", style="dim")
-    shown = Text(losses(before, after))
+        return Text(unmeasured, style="dim")
+    shown = Text(f"{before:.3f} -> {after:.3f}")
     return shown.append(" worse", style="yellow") if after > before else shown
 
 
@@ -416,13 +421,6 @@ def findings(found: Sequence[Finding]) -> RenderableType:
     return grid
 
 
-def losses(before: float | None, after: float | None) -> str:
-    """`3.210 -> 2.914`, as far as they are known."""
-    if before is None or after is None:
-        return ""
-    return f"{before:.3f} -> {after:.3f}"
-
-
 def recent_jobs(entries: Sequence[Mapping[str, Any]], *, now: str | None = None) -> RenderableType:
     """The last jobs of a status file."""
     at = now or utc_now()
@@ -437,7 +435,7 @@ def recent_jobs(entries: Sequence[Mapping[str, Any]], *, now: str | None = None)
                 state_text(str(entry["state"]), entry.get("duplicate_of")),
                 Text(format_duration(max(0.0, age)) if age is not None else ""),
                 Text(str(entry.get("steps") or "")),
-                Text(losses(entry.get("held_out_before"), entry.get("held_out_after"))),
+                _loss_change(entry.get("held_out_before"), entry.get("held_out_after")),
                 Text(printable(str(entry.get("version") or ""))),
             )
         )

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,20 @@ def test_the_live_screen_shows_what_matters() -> None:
     dead = "\n".join(rendered(dashboard.screen({**SNAPSHOT, "alive": False, "liveness": "dead"}, 80)))
     assert dead.startswith("dead")
     assert "40/90" not in dead
+
+
+def test_a_loss_that_became_worse_is_marked_wherever_it_is_shown() -> None:
+    result = RunResult(outcome=Outcome.SUCCEEDED, steps_run=9, steps_planned=9, held_out_before=3.0, held_out_after=3.5)
+    worse = Job(id="20261123-041500-0001", name="x" * 90, state=JobState.SUCCEEDED, result=result, version="0001")
+    better = replace(worse, result=replace(result, held_out_after=2.0))
+    for shown in (
+        render.job_list([worse, better]),
+        render.recent_jobs([finished_job(worse), finished_job(better)]),
+        render.job(worse, [], Settings()),
+    ):
+        lines = rendered(shown)
+        assert sum("3.000 -> 3.500 worse" in line for line in lines) == 1
+        assert all(cell_len(line) <= 80 for line in lines)
 
 
 def test_jobs_and_status_say_where_the_running_one_is_and_when_the_queue_is_done() -> None:
