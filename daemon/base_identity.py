@@ -22,6 +22,7 @@ from guard.digest import DigestCache, FileDigest, digest_file, digest_files
 from guard.json_text import parse_json
 
 Digest = Callable[[Path], FileDigest]
+OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 CACHE_NAME = "digests.json"  # in the state directory
 SHOWN_HEX = 12
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -187,6 +188,63 @@ def find_base(model: ModelSettings, root: Path | None = None) -> BaseModel | Non
         return BaseModel(name=name, path=path, revision=path.name, root=root) if path.is_dir() else None
     except (OSError, ValueError, RuntimeError):  # RuntimeError: nobody has that home
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseProblem:
+    """Why the configured base model cannot be used: a sentence, and what mends it."""
+
+    message: str
+    hint: str
+
+
+def base_problem(model: ModelSettings) -> BaseProblem | None:
+    """Say what keeps the configured base model from being used, as far as it shows without loading it; None when nothing does.
+
+    One that may be fetched from the Hub is no problem yet.
+    """
+    name = model.model_name_or_path
+    if not name:
+        return BaseProblem(
+            message="no base model is configured",
+            hint="`dropforge config set model.model_name_or_path NAME`, a folder or what `hf download NAME` fetched",
+        )
+    local = expand_home(name)
+    other = "`dropforge config set model.model_name_or_path NAME` names another one"
+    try:
+        if local.is_dir():
+            return _folder_problem(local)
+    except OSError as error:
+        return BaseProblem(
+            message=f"the base model {name} cannot be reached: {(error.strerror or str(error)).lower()}",
+            hint=f"let this account read it, or {other}",
+        )
+    if local.is_absolute() or name.startswith((".", "~")):
+        return BaseProblem(message=f"the base model {name} is not a folder", hint=f"bring it back, or {other}")
+    is_offline = os.environ.get(OFFLINE_VARIABLE, "").upper() in ("1", "ON", "YES", "TRUE")
+    if find_base(model) is not None or (model.allow_downloads and not is_offline):
+        return None
+    forbidden = f", and {OFFLINE_VARIABLE} is set" if is_offline else ""
+    return BaseProblem(
+        message=f"the base model {name} is neither a folder of the root nor in the local cache{forbidden}",
+        hint=f"`hf download {name}` as the daemon's account fetches it, or {other}",
+    )
+
+
+def _folder_problem(folder: Path) -> BaseProblem | None:
+    hint = "fetch the model again, or let this account read all its files"
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return BaseProblem(message=f"the base model in {folder} may not be read by this account", hint=hint)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        return BaseProblem(
+            message=f"the base model in {folder} has no *.safetensors weights",
+            hint="pickled weights are never loaded; fetch the model again, or convert it to safetensors",
+        )
+    unreadable = [path.name for path in (folder / "config.json", *weights) if not os.access(path, os.R_OK)]
+    if unreadable:
+        return BaseProblem(message=f"the base model in {folder} has no readable {', '.join(unreadable[:3])}", hint=hint)
+    return None
 
 
 def hub_folder(name: str) -> Path:

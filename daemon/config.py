@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, InvalidSettings
 from daemon.evaluation.settings import EvaluationSettings, GateSettings
 from daemon.limits import LimitSettings
 from daemon.recipe import (
@@ -27,7 +27,7 @@ from daemon.recipe import (
     TrainingSettings,
     layered,
 )
-from daemon.setting_names import explain, line_of
+from daemon.setting_names import faults, line_of
 
 CONFIG_NAME = "dropforge.toml"
 ENV_PREFIX = "DROPFORGE_"
@@ -304,10 +304,10 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | No
         tables = layered(table, variables, flags or {})
         return Settings.model_validate({"root": root, **_with_base_expanded(tables, path, written)})
     except ValidationError as error:
-        raise ConfigError(
+        raise InvalidSettings(
             operation="use",
             subject=path,
-            cause=explain(error, Settings, written, variable_of=lambda name: variable_of(variables, name)),
+            faults=faults(error, Settings, written, variable_of=lambda name: variable_of(variables, name)),
             hint="`dropforge init` in an empty folder shows every key with its default",
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
@@ -39,6 +40,14 @@ class ConfigError(DropforgeError):
     """Settings that are missing, misspelt or out of range."""
 
     exit_code = 2
+
+
+class InvalidSettings(ConfigError):
+    """Settings with faults, a sentence each."""
+
+    def __init__(self, *, operation: str, subject: str | Path, faults: Sequence[str], hint: str) -> None:
+        super().__init__(operation=operation, subject=subject, cause="; ".join(faults), hint=hint)
+        self.faults = tuple(faults)
 
 
 class RejectedData(DropforgeError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon import root_identity, versions
-from daemon.base_identity import find_base
+from daemon.base_identity import base_problem, find_base
 from daemon.config import Settings
 from daemon.errors import DropforgeError, StoreError, TryLater, is_no_space
 from daemon.lineage import LINEAGE
@@ -41,6 +41,7 @@ class HoldKind(StrEnum):
 
     PAUSED = "paused"
     IDENTITY = "identity"
+    BASE = "base"
     UNWRITABLE = "unwritable"
     STORE = "store"
     INTERNAL = "internal"
@@ -87,6 +88,17 @@ def contradicted(settings: Settings) -> Hold | None:
         except OSError:
             return None  # a folder that cannot be entered is the next hold's matter
     return Hold(kind=HoldKind.IDENTITY, reason=reason) if reason else None
+
+
+def unusable_base(settings: Settings, recipe: Recipe) -> Hold | None:
+    """Return the hold of a root whose base model no run can begin with.
+
+    Once there is a version, the trainer looks: it knows what that was trained on.
+    """
+    if os.path.lexists(settings.model_dir / versions.LATEST):
+        return None
+    problem = base_problem(recipe.model)
+    return None if problem is None else Hold(kind=HoldKind.BASE, reason=f"{problem.message}; {problem.hint}")
 
 
 def evidence(settings: Settings, recipe: Recipe) -> Evidence:

@@ -79,6 +79,7 @@ class FailureKind(StrEnum):
     IDENTITY = (
         "identity"  # the current version or its base is not what it was: the queue is held, no attempt is counted
     )
+    BASE = "base"  # the base model cannot be used: likewise
     INTERNAL = "internal"
 
 

@@ -17,6 +17,8 @@ from daemon.job import LONGEST_BACKOFF_SECONDS, FailureKind, Job, JobState, Memo
 
 # The same rows, settings or numbers would fail again: a person has to act first.
 FINAL_FAILURES = frozenset({FailureKind.BAD_DATA, FailureKind.CONFIG, FailureKind.DIVERGED})
+# What a trainer found wrong concerns every job: the queue is held, and no attempt is counted.
+HOLDING_FAILURES = frozenset({FailureKind.IDENTITY, FailureKind.BASE})
 # Before the first forward pass: nothing there depends on the rows a pass.
 PHASES_BEFORE_PASSES = frozenset({"starting", "preparing"})
 MEMORY_ADVICE = "lower max_length under [data], choose a smaller base model, or set load_in_4bit under [model]"
@@ -73,8 +75,8 @@ def decide(
         return RetryDecision(to=JobState.QUEUED, reason=reason, attempts_without_progress=job.attempts_without_progress)
     if failure in FINAL_FAILURES:
         return RetryDecision(to=JobState.FAILED, reason=reason, failure=failure)
-    if failure is FailureKind.IDENTITY:
-        return _wait_for_identity(job, result)
+    if failure in HOLDING_FAILURES:
+        return _wait_for_person(job, failure, result)
     if failure is FailureKind.NO_SPACE:
         return _wait_for_space(job, reason, queue, now)
     attempts = 0 if progressed else job.attempts_without_progress + 1
@@ -121,13 +123,13 @@ def _failure_of(
     return FailureKind.LOST, f"the trainer was lost ({ended}) at step {job.max_step} or later"
 
 
-def _wait_for_identity(job: Job, result: RunResult | None) -> RetryDecision:
+def _wait_for_person(job: Job, failure: FailureKind, result: RunResult | None) -> RetryDecision:
     """Not the job's fault and not its attempt: the queue is held until a person acts, with the ways out in the reason."""
     said = (result.message, result.hint) if result is not None else ()
     return RetryDecision(
         to=JobState.QUEUED,
         reason="; ".join(filter(None, said)),
-        failure=FailureKind.IDENTITY,
+        failure=failure,
         attempts_without_progress=job.attempts_without_progress,
     )
 

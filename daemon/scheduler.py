@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 import guard
 from daemon import root_identity, version_pruning, versions
+from daemon.base_identity import find_base
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, Handling, NotFound, is_no_space
 from daemon.evaluation.gate import held_reason, with_action
@@ -32,6 +33,7 @@ from daemon.holds import (
     evidence,
     no_space,
     paused,
+    unusable_base,
     unwritable,
 )
 from daemon.inbox.archive import Archive
@@ -39,12 +41,13 @@ from daemon.job import FINAL_STATES, RUN_SPEC_VERSION, FailureKind, Job, JobStat
 from daemon.memory.forgetting import FORGOTTEN_KEY, forgotten
 from daemon.notifications import Hooks
 from daemon.recipe import Recipe
-from daemon.retry import RetryDecision, StopReason, decide, decide_not_launched
+from daemon.retry import HOLDING_FAILURES, RetryDecision, StopReason, decide, decide_not_launched
 from daemon.run_dir import RunEvent, RunReader, run_dir_of, sealed_step, step_in
 from daemon.setting_names import explain
 from daemon.store import JobStore, TransitionRefused
 from daemon.text import escape
 
+FETCH_SECONDS = 300.0  # between two tries of a base model that the Hub did not give
 REAP_SECONDS = 5.0  # a trainer that was killed is gone long before
 
 
@@ -94,7 +97,8 @@ class Scheduler:
         self._gpu = gpu
         self._log = log
         self._seen_version = -1
-        self._judged: Evidence | None = None  # by what a trainer refused to continue the current version
+        self._judged: Evidence | None = None  # by what a trainer refused the base, or to continue the current version
+        self._judged_at = 0.0  # monotonic
 
     def recover(self) -> None:
         """Take up what an earlier daemon left running: adopt a living trainer and ask it to leave, finish a dead one."""
@@ -115,7 +119,7 @@ class Scheduler:
             return
         if self._executor.adopt(run.run_dir):
             self._log.warning("trainer.adopted", job=job.id, attempt=job.attempt)
-            self.request_stop(cancelled or StopReason.STOP)
+            self.request_stop(cancelled or StopReason.DAEMON_LOST)
             return
         result = run.reader.result()
         interrupted = result is not None and result.outcome is Outcome.INTERRUPTED
@@ -265,6 +269,7 @@ class Scheduler:
             return None
         return (
             self._still_refused(job, recipe)
+            or unusable_base(self.settings, recipe)
             or unwritable(self.settings, job.id)
             or no_space(self.settings, recipe)
             or self._gpu.reserve(self.settings, recipe)
@@ -272,18 +277,26 @@ class Scheduler:
 
     def _still_refused(self, job: Job, recipe: Recipe) -> Hold | None:
         """The hold of a job that a trainer refused for its base or parent, until what that was judged by is another."""
-        if job.failure is not FailureKind.IDENTITY or self._judged != evidence(self.settings, recipe):
+        if job.failure not in HOLDING_FAILURES or self._judged != evidence(self.settings, recipe):
             return None
-        return Hold(kind=HoldKind.IDENTITY, reason=job.reason)
+        if job.failure is FailureKind.IDENTITY:
+            return Hold(kind=HoldKind.IDENTITY, reason=job.reason)
+        if find_base(recipe.model) is not None:
+            return Hold(kind=HoldKind.BASE, reason=job.reason)
+        if time.monotonic() - self._judged_at >= FETCH_SECONDS:  # the Hub may be reached by now
+            return None
+        return Hold(
+            kind=HoldKind.BASE, reason=f"{job.reason}; it is tried again every {FETCH_SECONDS / 60:.0f} minutes"
+        )
 
     def _recipe_of(self, job: Job) -> Recipe:
         """The recipe of a job's next attempt. Raises ConfigError.
 
-        It was frozen when the job was queued; one that was refused for its base or parent takes [model] and start_from from
-        the settings of now, since they are the ways out that its hold names.
+        It was frozen when the job was queued; one that was refused for its base or parent, or whose base cannot be used, takes
+        [model] and start_from from the settings of now, since they are the ways out that its hold names.
         """
         frozen, now = _recipe_of(job), self.settings.recipe
-        if job.failure is not FailureKind.IDENTITY:
+        if job.failure not in HOLDING_FAILURES and unusable_base(self.settings, frozen) is None:
             return frozen
         start_from = job.overrides.get("training", {}).get("start_from", now.training.start_from)
         training = frozen.training.model_copy(update={"start_from": start_from})
@@ -484,14 +497,16 @@ class Scheduler:
         }
         if decision.recipe is not None:
             fields["recipe"] = decision.recipe
+        if decision.to is JobState.QUEUED and _is_uncounted(run, decision):
+            fields["attempt"] = run.job.attempt - 1
         if version:
             fields["version"] = version
         if decision.to is not JobState.QUEUED:
             self._archive.finish(run.job, decision.to, decision.reason, **fields)
             self._leave(run)
             return
-        if decision.failure is FailureKind.IDENTITY:
-            self._judged = run.evidence
+        if decision.failure in HOLDING_FAILURES:
+            self._judged, self._judged_at = run.evidence, time.monotonic()
         job = self._store.transition(run.job.id, JobState.RUNNING, JobState.QUEUED, decision.reason, **fields)
         self._leave(run)
         if job.cancel_request:  # it was cancelled while the trainer was leaving
@@ -528,7 +543,7 @@ class Scheduler:
     def _change_hold(self, hold: Hold | None) -> None:
         before, self.hold = self.hold, hold
         is_new = before is None or hold is None or before.kind is not hold.kind
-        if hold is not None and (is_new or (hold.kind is HoldKind.IDENTITY and before != hold)):
+        if hold is not None and (is_new or (hold.kind in (HoldKind.IDENTITY, HoldKind.BASE) and before != hold)):
             self._log.warning("queue.held", kind=hold.kind.value, reason=hold.reason)
             self._hooks.fire("on_hold", {"kind": hold.kind.value, "reason": hold.reason})
         elif hold is None and before is not None:
@@ -542,6 +557,12 @@ def _recipe_of(job: Job) -> Recipe:
     except ValidationError as error:
         cause = explain(error, Recipe)
         raise ConfigError(operation="use the recipe of", subject=job.id, cause=cause, hint=_retry_hint(job)) from error
+
+
+def _is_uncounted(run: Run, decision: RetryDecision) -> bool:
+    """Whether this was no attempt of the job's: it was interrupted on purpose, or what is wrong concerns every job."""
+    asked = decision.failure is None and run.stop in (StopReason.STOP, StopReason.PAUSE)
+    return asked or decision.failure in HOLDING_FAILURES
 
 
 def _retry_hint(job: Job) -> str:

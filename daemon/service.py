@@ -25,6 +25,7 @@ from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState, utc_now
 from daemon.notifications import Notifier
 from daemon.observability import logs
+from daemon.observability.endpoint import port_problem
 from daemon.recovery import bring_forward, follow_move, open_store, repair_inbox, sweep_memories
 from daemon.retry import StopReason
 from daemon.scheduler import Scheduler
@@ -49,6 +50,27 @@ ONCE_PATIENCE_SECONDS = 15.0  # `run --once` waits so long for a machine that no
 STOP_GRACE_SECONDS = 30.0  # requested of systemd at each tick of a stop; our own stop_timeout is what ends the wait
 
 
+def take_root(settings: Settings) -> guard.ModelLock:
+    """Take the lock of a root, which its one daemon holds. Raises RootHeld, and DropforgeError where it cannot be taken."""
+    try:
+        root_identity.require_state(settings)
+        make_folder_durable(settings.state_dir)
+        lock = guard.ModelLock(settings.state_dir, owner="dropforge daemon")
+        lock.acquire()
+    except guard.ModelLocked as error:
+        raise RootHeld(
+            operation="serve",
+            subject=settings.root,
+            cause=f"another daemon holds it: {error.cause}",
+            hint="`dropforge status` shows it; stop it first, or choose another --root",
+        ) from error
+    except guard.GuardError as error:
+        raise DropforgeError(operation="serve", subject=settings.root, cause=error.cause, hint=error.hint) from error
+    except OSError as error:
+        raise DropforgeError(operation="serve", subject=settings.root, cause=str(error)) from error
+    return lock
+
+
 class Service:
     """One daemon on one root. `run` returns the exit code; everything before it raises DropforgeError."""
 
@@ -60,8 +82,11 @@ class Service:
         executor: Executor | None = None,
         metrics: MetricsPublisher | None = None,
         show: ShowJob | None = None,
+        lock: guard.ModelLock | None = None,
     ) -> None:
+        """`lock`: the root's, where it is held already."""
         self.settings = settings
+        self._lock = lock
         self.log = log
         self.wakeup = Wakeup()
         self.stopping = False
@@ -91,20 +116,7 @@ class Service:
         Returns 0; with `once` 1 if a job failed, 3 if only refused data was met. Raises RootHeld when another daemon
         owns the root.
         """
-        try:
-            root_identity.require_state(self.settings)
-            make_folder_durable(self.settings.state_dir)
-            lock = guard.ModelLock(self.settings.state_dir, owner="dropforge daemon")
-            lock.acquire()
-        except OSError as error:
-            raise DropforgeError(operation="serve", subject=self.settings.root, cause=str(error)) from error
-        except guard.ModelLocked as error:
-            raise RootHeld(
-                operation="serve",
-                subject=self.settings.root,
-                cause=f"another daemon holds it ({error.holder})",
-                hint="`dropforge status` shows it; stop it first, or choose another --root",
-            ) from error
+        lock = self._lock if self._lock is not None and self._lock.is_held else take_root(self.settings)
         try:
             return self._serve(once=once)
         except OSError as error:  # what a tick can live with is handled there; the next start finds its way
@@ -422,7 +434,7 @@ class Service:
         if not once or self._ticks == 0 or self._stop_signals:
             return False
         hold = self.scheduler.hold
-        if hold is not None and hold.kind is HoldKind.IDENTITY:
+        if hold is not None and hold.kind in (HoldKind.IDENTITY, HoldKind.BASE):
             raise DropforgeError(operation="serve", subject=self.settings.root, cause=hold.reason)
         view = self.intake.view()
         is_busy = self.scheduler.run or view.waiting or view.scanning or view.deferred
@@ -515,6 +527,10 @@ class Service:
             settings = config.load(self.settings.root)
         except ConfigError as error:
             self.log.error("daemon.not_reloaded", error=str(error))
+            not_taken = (
+                f"{config.CONFIG_NAME} was read again and not taken: {error.cause}; what was valid before still holds"
+            )
+            self.status.warnings = (not_taken,)
         else:
             ignored = config.changes_for_restart(self.settings, settings)
             self.settings = config.reloaded(self.settings, settings)
@@ -522,8 +538,13 @@ class Service:
             self.scheduler.settings = self.status.settings = self.verifier.settings = self.settings
             self.notifier.hooks.settings = self.settings.hooks
             names = ", ".join(ignored)
-            self.status.warnings = (f"changed, but applied only by a restart: {names}",) if ignored else ()
+            told = [f"changed, but applied only by a restart: {names}"] if ignored else []
+            if settings.metrics.port not in (None, self.settings.metrics.port):
+                told += filter(None, [port_problem(settings.metrics.port or 0)])
+            self.status.warnings = tuple(told)
             self.log.info("daemon.reloaded", **({"ignored": f"{names}: applied only by a restart"} if ignored else {}))
+            for warning in told[1:]:
+                self.log.error("metrics.not_served", port=settings.metrics.port, error=warning)
         sd_notify.notify("READY=1")
 
 

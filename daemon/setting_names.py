@@ -66,14 +66,19 @@ _WORDS: Mapping[str, str] = {
 LONGEST_VALUE = 80
 
 
-def explain(
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return what is wrong with settings of `model` as one sentence."""
+    return "; ".join(faults(error, model))
+
+
+def faults(
     error: ValidationError,
     model: type[BaseModel],
     text: str = "",
     *,
     variable_of: Callable[[str], str] = lambda name: "",
-) -> str:
-    """Return what is wrong with settings of `model`, as `[table] key is ... (got VALUE)`, joined by `; `.
+) -> list[str]:
+    """Return what is wrong with settings of `model`, a sentence each: `[table] key is ... (got VALUE)`.
 
     `text`: the TOML that they were read from, for the numbers of lines. `variable_of`: the variable that set a name instead.
     """
@@ -98,7 +103,7 @@ def explain(
             may_be, _ = found.setdefault(f"{start}{place(name)}", ([], f"(got {_shown(item['input'])})"))
             may_be.append(said.format(**item.get("ctx", {})))
     sentences += [f"{start} is {' or '.join(dict.fromkeys(may_be))} {rest}" for start, (may_be, rest) in found.items()]
-    return "; ".join(dict.fromkeys(sentences))
+    return list(dict.fromkeys(sentences))
 
 
 def line_of(text: str, name: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ from daemon.cli.app import MACHINE, WATCH, JsonFlag, app, out, print_json
 from daemon.cli.systemd import install
 from daemon.cli.systemd.units import DropIn
 from daemon.config import Settings
-from daemon.errors import NotFound
+from daemon.errors import ConfigError, NotFound
 from daemon.observability import log_reader
 from daemon.observability.status import read_status
 from daemon.text import escape
@@ -144,6 +145,9 @@ def install_service(
     user: Annotated[bool, typer.Option("--user", help="A service of your own, without root.")] = False,
     instance: Annotated[str, typer.Option(help="One of several models on this machine: dropforge@NAME.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files; write nothing.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not look whether the service's account can run this interpreter.")
+    ] = False,
     drop_in: Annotated[
         list[DropIn] | None,
         typer.Option(help="What to open (default: what the settings and this machine's devices call for)."),
@@ -152,7 +156,12 @@ def install_service(
         Path | None, typer.Option(help="Where unit files go (default: where systemd looks first).")
     ] = None,
 ) -> None:
-    """Write the systemd unit for this root, with this interpreter, and print the next commands."""
+    """Write the systemd unit for this root, with this interpreter, and print the next commands.
+
+    Where it was written before, it says what changed. A unit that could not start is refused.
+
+    Example: dropforge --root /var/lib/dropforge service install
+    """
     settings = config.load(context.obj.root)  # a folder that the printed commands may make
     planned = install.plan_install(
         settings,
@@ -161,15 +170,39 @@ def install_service(
         drop_ins=install.wanted_drop_ins(settings) if drop_in is None else drop_in,
         directory=directory,
     )
+    found = None if no_check else install.obstacle(planned, settings)
+    if found is not None and not dry_run:
+        raise ConfigError(
+            operation="install the service",
+            cause=f"it would not start: {found.message}",
+            hint=f"{found.hint}; --no-check writes it all the same",
+        )
     if not dry_run:
         planned.execute()
-    for path, text in planned.files:
-        out.print(f"# {path}" if dry_run else f"wrote {path}", markup=False)
+    for line in install_report(planned, dry_run=dry_run):
+        out.print(line, markup=False)
+    if found is not None:
+        out.print(f"\n# it would not start: {found.message}; {found.hint}", markup=False)
+
+
+def install_report(planned: install.InstallPlan, *, dry_run: bool) -> Iterator[str]:
+    """What was written, or would be, what changed in it, and what to type next; a line each."""
+    for file in planned.planned:
         if dry_run:
-            out.print(text, markup=False)
-    out.print("\n# next:" if dry_run else "\nnext:", markup=False)
-    for command in planned.commands:
-        out.print(f"  {command}", markup=False)
+            yield f"# {file.path}"
+            yield file.text
+        elif file.before == file.text:
+            yield f"unchanged {file.path}"
+        else:
+            yield f"{'changed' if file.is_changed else 'wrote'} {file.path}"
+            yield from (f"  {line}" for line in file.difference if file.is_changed)
+    for path in planned.left:
+        yield f"{'# ' if dry_run else ''}left {path}, which the settings call for no more: `rm {path}`"
+    if planned.commands:
+        yield "\n# next:" if dry_run else "\nnext:"
+        yield from (f"  {command}" for command in planned.commands)
+    else:
+        yield "\nnothing changed: no restart is needed"
 
 
 @app.command("completion", rich_help_panel=MACHINE)

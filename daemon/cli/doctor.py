@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon import config, verification, versions
-from daemon.base_identity import expand_home, hub_folder
+from daemon.base_identity import base_problem, find_base, hub_folder
 from daemon.cli.account import access_to, require_reader
 from daemon.config import Settings
 from daemon.errors import DropforgeError
@@ -90,6 +90,12 @@ def examine(root: Path, *, verify: bool = False) -> list[Finding]:
     for name, check in ({"kept": _kept_now} if verify else CHECKS).items():
         found += _guarded(name, check, settings)
     return found
+
+
+def before_run(settings: Settings) -> list[Finding]:
+    """Return what fails of the checks that cost nothing: what a daemon that starts now would be held for."""
+    found = [finding for name in BEFORE_RUN for finding in _guarded(name, CHECKS[name], settings)]
+    return [finding for finding in found if finding.verdict is Severity.FAIL]
 
 
 def _guarded(name: str, check: Callable[[Any], Iterator[Finding]], settings: Settings | None) -> list[Finding]:
@@ -283,37 +289,16 @@ def _ownership(settings: Settings) -> Iterator[Finding]:
 
 
 def _model(settings: Settings) -> Iterator[Finding]:
-    name = settings.model.model_name_or_path
-    if not name:
-        yield _fail(
-            "model", "no base model is configured", "set model_name_or_path under [model], or `dropforge init --tiny`"
-        )
-        return
-    local = expand_home(settings.recipe.model.model_name_or_path)
-    if local.is_dir():
-        whole = (local / "config.json").is_file() and any(local.glob("*.safetensors"))
-        if whole:
-            yield _ok("model", f"{local}")
-        else:
-            yield _fail("model", f"{local} has no config.json or no *.safetensors", "fetch the model again")
-        return
-    if local.is_absolute() or name.startswith((".", "~")):
-        yield _fail("model", f"{local} is not a folder", "bring it back, or set model_name_or_path under [model]")
-        return
-    folder = hub_folder(name)
-    cache = folder.parent
-    if any(folder.glob("snapshots/*/config.json")):
-        yield _ok("model", f"{name} is in {cache}")
-    elif settings.model.allow_downloads:
-        yield _warn(
-            "model", f"{name} is not in {cache}; it will be fetched", "the service needs the drop-in downloads.conf"
-        )
+    model = settings.recipe.model
+    if (problem := base_problem(model)) is not None:
+        yield _fail("model", problem.message, problem.hint)
+    elif (base := find_base(model)) is not None:
+        yield _ok("model", f"{model.model_name_or_path} is in {base.path}" if base.revision else str(base.path))
     else:
-        yield _fail(
-            "model",
-            f"{name} is neither a folder nor in {cache}",
-            f"`hf download {name}` as the service's user, or bring the folder {settings.root / name}",
+        message = (
+            f"{model.model_name_or_path} is not in {hub_folder(model.model_name_or_path).parent}; it will be fetched"
         )
+        yield _warn("model", message, "the service needs the drop-in downloads.conf")
 
 
 def _places(settings: Settings) -> Iterator[Finding]:
@@ -411,6 +396,7 @@ CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "systemd": _systemd,
     "kept": _kept_last,
 }
+BEFORE_RUN = ("disk", "permissions", "model", "clock")
 
 
 def _too_old() -> Iterator[tuple[str, str, str]]:

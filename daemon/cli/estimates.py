@@ -65,8 +65,14 @@ def measure_pace(finished: Sequence[Job]) -> Pace | None:
 def _runs(finished: Sequence[Job]) -> Iterator[_Run]:
     for job in finished:
         result = job.result
-        # Of a job with several attempts only the last one's part is known.
-        if result is None or job.attempt != 1 or not result.tokens_trained or not result.tokens_per_second:
+        # Of a job that was begun several times only the last part is known.
+        if (
+            result is None
+            or job.attempt != 1
+            or result.start_step
+            or not result.tokens_trained
+            or not result.tokens_per_second
+        ):
             continue
         if bytes_trained := _bytes_trained(job):
             yield _Run(

@@ -46,13 +46,14 @@ def run(
     once: Annotated[bool, typer.Option("--once", help="Leave when inbox and queue are empty.")] = False,
 ) -> None:
     """Watch the inbox and train what is dropped there. Ctrl-C seals a checkpoint and leaves; twice: at once."""
+    from daemon.cli.doctor import before_run
     from daemon.cli.run_screen import open_screen
     from daemon.observability import logs
-    from daemon.service import Service
+    from daemon.service import Service, take_root
 
     settings = context.obj.settings
     root_identity.require_root(settings)
-    root_identity.require_state(settings)
+    lock = take_root(settings)  # before a log or a port is opened, which the daemon that holds it uses
     has_metrics = settings.metrics.port is not None or settings.metrics.textfile is not None
     if has_metrics:
         from daemon.observability.metrics import Metrics, MetricsPublisher
@@ -69,8 +70,11 @@ def run(
             hint="run it as the user who owns the root, or choose another folder under [logging]",
         ) from error
     reporter = MetricsPublisher(metrics, settings.metrics, settings.root, log) if has_metrics else None
+    for finding in before_run(settings):
+        log.warning("doctor.found", check=finding.name, reason=finding.message, hint=finding.hint)
+    show = screen.show if screen else None
     try:
-        code = Service(settings, log=log, metrics=reporter, show=screen.show if screen else None).run(once=once)
+        code = Service(settings, log=log, metrics=reporter, show=show, lock=lock).run(once=once)
     finally:
         if screen is not None:
             screen.close()

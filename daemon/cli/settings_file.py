@@ -86,7 +86,8 @@ def effective_settings(root: Path) -> list[EffectiveSetting]:
 class Change:
     """A setting that was written."""
 
-    setting: EffectiveSetting  # as it is in effect: a variable outweighs the file
+    key: str
+    setting: EffectiveSetting | None  # as it is in effect: a variable outweighs the file; None: it is none
     written: str  # the value, as the file has it
     needs_restart: bool
 
@@ -97,43 +98,95 @@ def set_values(root: Path, wishes: Sequence[tuple[str, str]]) -> list[Change]:
     A value is TOML, or text where it is none. Raises ConfigError when there is no such setting or a value is none for it,
     NotFound when there is no file.
     """
+    path, before, owner = _open_for_change(root, "set", wishes[0][0])
+    names = [_known_key(key) for key, _ in wishes]
+    literals, after = _first_valid(root, before, names, [_literals(value) for _, value in wishes])
+    _replace(path, after, owner)
+    in_effect = {item.key: item for item in effective_settings(root)}
+    return [
+        Change(key=name, setting=in_effect[name], written=literal, needs_restart=_needs_restart(name))
+        for name, literal in zip(names, literals, strict=True)
+    ]
+
+
+def unset_values(root: Path, keys: Sequence[str]) -> list[Change]:
+    """Take settings out of `dropforge.toml`, so that they have their defaults, when the file is valid without them all.
+
+    Returns those that stood there; `written` is empty. Raises as `set_values` does.
+    """
+    path, before, owner = _open_for_change(root, "unset", keys[0])
+    table = _parsed(before, path)
+    names = [key if config.holds(table, key) else _known_key(key) for key in keys]  # also one that is none
+    standing = [name for name in dict.fromkeys(names) if config.holds(table, name)]
+    after = before
+    for name in standing:
+        after = without_value(after, name)
+    try:
+        config.load(root, text=after.encode())
+    except ConfigError as error:
+        raise ConfigError(
+            operation="unset",
+            subject=", ".join(standing),
+            cause=error.cause,
+            hint=f"nothing was written to {root / CONFIG_NAME}",
+        ) from error
+    if standing:
+        _replace(path, after, owner)
+    in_effect = {item.key: item for item in effective_settings(root)}
+    return [
+        Change(setting=in_effect.get(name), key=name, written="", needs_restart=_needs_restart(name))
+        for name in standing
+    ]
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(operation="read", subject=path, cause=str(error), hint="mend that line first") from error
+
+
+def _needs_restart(name: str) -> bool:
+    return name.partition(".")[0] in config.RESTART_TABLES
+
+
+def _open_for_change(root: Path, operation: str, key: str) -> tuple[Path, str, os.stat_result]:
+    """Return the file, its text and whose it is. Raises NotFound, and ConfigError for a file of another account's."""
     path = (root / CONFIG_NAME).resolve()  # of a link, what it names is written
     before = _read(path)
     if before is None:
         raise NotFound(
-            operation="set",
-            subject=escape(wishes[0][0]),
+            operation=operation,
+            subject=escape(key),
             cause=f"{root} has no {CONFIG_NAME}",
             hint="`dropforge init` writes one, or --root names the root",
         )
-    names = [_known_key(key) for key, _ in wishes]
     owner = path.stat()
     if owner.st_uid != os.geteuid():
         raise ConfigError(
             operation="write",
             subject=path,
             cause=f"it belongs to {account_name(owner.st_uid)}, and this is {account_name(os.geteuid())}",
-            hint=f"`{as_account(owner.st_uid)} --root {root} config set ...`",
+            hint=f"`{as_account(owner.st_uid)} --root {root} config {operation} ...`",
         )
-    literals, after = _first_valid(root, before.decode(), names, [_literals(value) for _, value in wishes])
+    return path, before.decode(), owner
+
+
+def _replace(path: Path, text: str, owner: os.stat_result) -> None:
+    """Write the file anew with the group and the mode it had. Raises DropforgeError."""
     try:
-        write_atomic(path, after, mode=owner.st_mode & 0o7777)
+        write_atomic(path, text, mode=owner.st_mode & 0o7777)
         os.chown(path, -1, owner.st_gid)  # before the mode: it may be the group that a service reads it by
         path.chmod(owner.st_mode & 0o7777)  # which the umask has cut
     except OSError as error:
         raise DropforgeError(operation="write", subject=path, cause=error.strerror or str(error)) from error
-    in_effect = {item.key: item for item in effective_settings(root)}
-    return [
-        Change(setting=in_effect[name], written=literal, needs_restart=name.partition(".")[0] in config.RESTART_TABLES)
-        for name, literal in zip(names, literals, strict=True)
-    ]
 
 
 def _first_valid(
     root: Path, before: str, names: Sequence[str], meanings: Sequence[Sequence[str]]
 ) -> tuple[tuple[str, ...], str]:
     """The first meanings of the values with which the whole file is valid, and its text. Raises ConfigError."""
-    config.load(root, text=before.encode())  # what was wrong before is no fault of these values
+    _parsed(before, root / CONFIG_NAME)
     fault: ConfigError | None = None
     for literals in product(*meanings):
         after = before
@@ -173,6 +226,20 @@ def with_value(text: str, name: str, literal: str) -> str:
             at[part] = tomlkit.table() if isinstance(at, tomlkit.TOMLDocument | AbstractTable) else {}
         at = at[part]
     at[key] = value
+    return tomlkit.dumps(document)
+
+
+def without_value(text: str, name: str) -> str:
+    """Return a TOML text in which the setting `name` (`table.key`), which stands there, does not; the rest as it is."""
+    # Imported here: no other command needs it.
+    import tomlkit
+
+    document = tomlkit.parse(text)
+    *tables, key = name.split(".")
+    at: Any = document
+    for part in tables:
+        at = at[part]
+    at.remove(key)
     return tomlkit.dumps(document)
 
 

@@ -68,6 +68,7 @@ EVENTS: Mapping[str, Event] = {
     "status.written_again": _event("info", "The status file can be written again."),
     "metrics.not_written": _event("error", "The metrics file cannot be written; logged once.", "path error"),
     "metrics.not_served": _event("error", "The metrics endpoint cannot be opened; training goes on.", "port error"),
+    "doctor.found": _event("warning", "What would hold the daemon, found before it begins.", "check reason hint"),
     "queue.held": _event("warning", "Nothing is launched although jobs are ready.", "kind reason"),
     "queue.released": _event("info", "The reason to hold the queue is gone.", "kind"),
     "hook.failed": _event("error", "A hook could not be started, failed, or took too long.", "hook error"),

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from daemon.config import MetricsSettings
 from daemon.job import JobState
+from daemon.observability.endpoint import port_problem
 from daemon.observability.status import STATES, StatusSnapshot
 
 ADDRESS = "127.0.0.1"
@@ -155,7 +156,7 @@ class MetricsPublisher:
             try:
                 metrics.serve(settings.port)
             except OSError as error:
-                log.error("metrics.not_served", port=settings.port, error=str(error))
+                log.error("metrics.not_served", port=settings.port, error=port_problem(settings.port) or str(error))
 
     def publish(self, snapshot: StatusSnapshot, *, overflows: int, waited_seconds: float | None) -> None:
         """Take a snapshot and write the textfile, when there is one."""

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from daemon.base_identity import BaseModel, expand_home
+from daemon.base_identity import OFFLINE_VARIABLE, BaseModel, base_problem, expand_home
 from daemon.job import FailureKind
 from daemon.recipe import ModelSettings
 from daemon.trainer.errors import RunFailure
 
-OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
+CAUSE_CHARACTERS = 200  # of what the Hub's client says
 # What a causal language model in safetensors form consists of; no .bin, no .py.
 SNAPSHOT_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
 
@@ -26,24 +26,14 @@ SNAPSHOT_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "
 def resolve_base(model: ModelSettings, root: Path | None = None) -> BaseModel:
     """Return the base model; `root` is Dropforge's, where that is known.
 
-    Raises RunFailure(CONFIG) when it is missing, incomplete or needs code of its own.
+    Raises RunFailure(BASE) when it is missing, incomplete or needs code of its own.
     """
+    if (problem := base_problem(model)) is not None:
+        raise RunFailure(FailureKind.BASE, problem.message, hint=problem.hint)
     name = model.model_name_or_path
-    if not name:
-        raise RunFailure(
-            FailureKind.CONFIG,
-            "no base model is configured",
-            hint="set model_name_or_path under [model] in dropforge.toml, or try `dropforge init --tiny`",
-        )
     local = expand_home(name)
     if local.is_dir():
         base = BaseModel(name=name, path=local.resolve(), revision=None, root=root)
-    elif local.is_absolute() or name.startswith((".", "~")):
-        raise RunFailure(
-            FailureKind.CONFIG,
-            f"the base model {name} is not a folder",
-            hint="check model_name_or_path under [model] in dropforge.toml",
-        )
     else:
         base = _snapshot(model, root)
     _require_loadable(base)
@@ -51,7 +41,7 @@ def resolve_base(model: ModelSettings, root: Path | None = None) -> BaseModel:
 
 
 def load_tokenizer(base: BaseModel) -> Any:
-    """Load the base model's tokenizer; its padding token is set (to EOS where it has none). Raises RunFailure(CONFIG)."""
+    """Load the base model's tokenizer; its padding token is set (to EOS where it has none). Raises RunFailure(BASE)."""
     from transformers import AutoTokenizer
 
     try:
@@ -59,7 +49,7 @@ def load_tokenizer(base: BaseModel) -> Any:
     except Exception as error:  # a damaged tokenizer.json raises whatever its reader stumbles over
         said = str(error).splitlines()[0] if isinstance(error, OSError | ValueError) and str(error) else repr(error)
         raise RunFailure(
-            FailureKind.CONFIG,
+            FailureKind.BASE,
             f"the base model in {base.path} has no usable tokenizer: {said}",
             hint="fetch the model again, tokenizer.json included",
         ) from error
@@ -92,31 +82,30 @@ def _snapshot(model: ModelSettings, root: Path | None) -> BaseModel:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
 
-    name = model.model_name_or_path
-    offline = os.environ.get(OFFLINE_VARIABLE, "").upper() in ("1", "ON", "YES", "TRUE")
-    allowed = model.allow_downloads and not offline
+    name, revision = model.model_name_or_path, model.revision
+    patterns = list(SNAPSHOT_PATTERNS)
+    # The Hub client has a dozen error classes of its own, network ones among them; each means the same to the user.
     try:
         path = Path(
             snapshot_download(
-                name,
-                revision=model.revision,
-                local_files_only=not allowed,
-                allow_patterns=list(SNAPSHOT_PATTERNS),
+                name, revision=revision, local_files_only=not model.allow_downloads, allow_patterns=patterns
             )
         )
-    # The Hub client has a dozen error classes of its own, network ones among them; each means the same to the user.
     except Exception as error:
-        cached = f"the base model {name} is not in the local cache"
         raise RunFailure(
-            FailureKind.CONFIG if not allowed else FailureKind.LOST,
-            f"cannot fetch {name}: {error}"
-            if allowed
-            else f"{cached}{', and HF_HUB_OFFLINE is set' if offline else ''}",
-            hint="check the network and the spelling; the job is tried again"
-            if allowed
-            else f"`hf download {name}` as the service's user, or allow_downloads = true under [model]",
+            FailureKind.BASE,
+            f"cannot fetch {name} from the Hub: {_first_cause(error)}",
+            hint="check the network and the name; or fetch it elsewhere and bring the folder",
         ) from error
     return BaseModel(name=name, path=path, revision=path.name, root=root)
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of what an error was raised from, at its beginning."""
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:CAUSE_CHARACTERS]}" if lines else type(error).__name__
 
 
 def _require_loadable(base: BaseModel) -> None:
@@ -125,17 +114,11 @@ def _require_loadable(base: BaseModel) -> None:
         config = json.loads(config_path.read_bytes())
     except (OSError, ValueError) as error:
         raise RunFailure(
-            FailureKind.CONFIG, f"the base model has no readable {config_path}: {error}", hint="fetch the model again"
+            FailureKind.BASE, f"the base model has no readable {config_path}: {error}", hint="fetch the model again"
         ) from error
     if not isinstance(config, dict) or "auto_map" in config:
         raise RunFailure(
-            FailureKind.CONFIG,
+            FailureKind.BASE,
             f"the base model {base.name} needs code of its own (auto_map in config.json), which is never run",
             hint="choose a model whose architecture transformers has built in",
-        )
-    if not any(base.path.glob("*.safetensors")):
-        raise RunFailure(
-            FailureKind.CONFIG,
-            f"the base model in {base.path} has no *.safetensors weights",
-            hint="pickled weights are never loaded; convert the model to safetensors",
         )

@@ -132,7 +132,7 @@ def saved_config(folder: Path, base: BaseModel) -> LoraConfig:
 
 
 def load_network(base: BaseModel, model: ModelSettings, *, dtype: torch.dtype) -> Any:
-    """Load the base model alone, from safetensors. Raises RunFailure(CONFIG)."""
+    """Load the base model alone, from safetensors. Raises RunFailure(BASE)."""
     options: dict[str, Any] = {"quantization_config": _four_bits(dtype)} if model.load_in_4bit else {}
     attention = resolve_attention(base, model)
     with report_load_errors(base):
@@ -147,7 +147,7 @@ def load_network(base: BaseModel, model: ModelSettings, *, dtype: torch.dtype) -
         )
     if getattr(network, "peft_config", None):
         raise RunFailure(
-            FailureKind.CONFIG,
+            FailureKind.BASE,
             f"the base model in {base.path} carries an adapter already",
             hint="point model_name_or_path at a plain base model",
         )
@@ -156,12 +156,12 @@ def load_network(base: BaseModel, model: ModelSettings, *, dtype: torch.dtype) -
 
 @contextmanager
 def report_load_errors(base: BaseModel) -> Iterator[None]:
-    """Report an error with the base model's files as RunFailure(CONFIG)."""
+    """Report an error with the base model's files as RunFailure(BASE)."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
         raise RunFailure(
-            FailureKind.CONFIG,
+            FailureKind.BASE,
             f"cannot load the base model in {base.path}: {error}",
             hint="fetch the model again, or look at attn_implementation under [model]",
         ) from error

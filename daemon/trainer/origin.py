@@ -45,7 +45,7 @@ class Origin:
 def require_base(spec: RunSpec, recipe: Recipe) -> BaseModel:
     """Return the base model.
 
-    Raises RunFailure(CONFIG) when it cannot be used, RunFailure(IDENTITY) when it could before: the current version was trained
+    Raises RunFailure(BASE) when it cannot be used, RunFailure(IDENTITY) when it could before: the current version was trained
     on what has its name.
     """
     root = Path(spec.root) if spec.root else None
@@ -55,7 +55,7 @@ def require_base(spec: RunSpec, recipe: Recipe) -> BaseModel:
     try:
         return resolve_base(recipe.model, root)
     except RunFailure as failure:
-        lost = _lost_base(spec, recipe, root) if failure.kind is FailureKind.CONFIG else None
+        lost = _lost_base(spec, recipe, root) if failure.kind is FailureKind.BASE else None
         raise failure if lost is None else lost from None
 
 

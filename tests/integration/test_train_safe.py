@@ -55,7 +55,7 @@ def test_a_base_that_brings_code_is_refused(tiny_base: Path, tmp_path: Path) -> 
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
     with pytest.raises(RunFailure, match="never run") as caught:
         train(specify(tmp_path / "run", rows(8), folder, SHORT))
-    assert caught.value.kind is FailureKind.CONFIG
+    assert caught.value.kind is FailureKind.BASE
     assert not (tmp_path / "trace").exists()
 
 
@@ -175,23 +175,27 @@ def test_a_parents_configuration_that_asks_for_more_is_refused(tiny_base: Path, 
             load_model(base, ModelSettings(model_name_or_path=str(tiny_base)), LoraSettings(), parent)
 
 
-def test_without_permission_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_permission_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     asked: list[bool] = []
 
     def fetch(*args: Any, local_files_only: bool, **kwargs: Any) -> str:
         asked.append(local_files_only)
-        raise OSError("not in the cache")
+        raise OSError("Name or service not known\nand an essay") from ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(RunFailure, match="not in the local cache") as caught:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(RunFailure, match="nor in the local cache") as caught:
         resolve_base(ModelSettings(model_name_or_path="some/model"))
-    assert caught.value.kind is FailureKind.CONFIG
+    assert caught.value.kind is FailureKind.BASE
+    with pytest.raises(RunFailure, match=r"cannot fetch some/model from the Hub: ConnectionError: no route$") as caught:
+        resolve_base(ModelSettings(model_name_or_path="some/model", allow_downloads=True))
+    assert caught.value.kind is FailureKind.BASE
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(RunFailure, match="HF_HUB_OFFLINE"):
         resolve_base(ModelSettings(model_name_or_path="some/model", allow_downloads=True))
-    assert asked == [True, True]
+    assert asked == [False]
 
 
 def test_files_that_libraries_write_have_the_umasks_mode(tiny_base: Path, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from daemon import config
 from daemon.cli.init import init, sections, toml_value
-from daemon.cli.settings_file import EffectiveSetting, effective_settings, set_values, with_value
+from daemon.cli.settings_file import EffectiveSetting, effective_settings, set_values, unset_values, with_value
 from daemon.config import CONFIG_NAME, Settings
 from daemon.errors import ConfigError, NotFound
 from daemon.recipe import Section
@@ -228,3 +229,47 @@ def test_settings_that_go_together_are_set_together(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     columns = config.load(tmp_path).data.columns
     assert (columns.prompt, columns.completion) == ("q", "a")
+
+
+def test_unsetting_takes_the_line_away_and_leaves_the_rest(tmp_path: Path) -> None:
+    write(tmp_path, "# mine\n[training]\nlearning_rate = 1e-3  # high\nseed = 7\n[inbox]\nsettle_seconds = 9\n")
+    changes = unset_values(tmp_path, ["learning_rate", "training.seed", "lora.r"])
+    assert [(change.key, change.setting and change.setting.value) for change in changes] == [
+        ("training.learning_rate", 0.0002),
+        ("training.seed", 42),
+    ]
+    text = (tmp_path / CONFIG_NAME).read_text()
+    assert tomllib.loads(text) == {"training": {}, "inbox": {"settle_seconds": 9}}
+    assert text.startswith("# mine\n")
+    assert unset_values(tmp_path, ["training.seed"]) == []
+
+
+def test_the_fault_itself_can_be_set_or_unset_and_another_keeps_the_file_as_it_is(tmp_path: Path) -> None:
+    text = "[lora]\nr = 0\n[training]\nlearning_rat = 1\n"
+    write(tmp_path, text)
+    with pytest.raises(ConfigError, match="unknown key"):
+        unset_values(tmp_path, ["lora.r"])
+    with pytest.raises(ConfigError, match="there is no such setting"):
+        unset_values(tmp_path, ["training.sed"])
+    assert (tmp_path / CONFIG_NAME).read_text() == text
+    write(tmp_path, "[lora]\nr = 0\n")
+    set_values(tmp_path, [("lora.r", "8")])
+    write(tmp_path, "[training]\nlearning_rat = 1\n")
+    [change] = unset_values(tmp_path, ["training.learning_rat"])
+    assert (change.key, change.setting) == ("training.learning_rat", None)
+    write(tmp_path, "[training\n")
+    with pytest.raises(ConfigError, match="line"):
+        unset_values(tmp_path, ["training.seed"])
+
+
+def test_check_says_every_fault_as_json(tmp_path: Path) -> None:
+    write(tmp_path, "[training]\nseed = 1\n")
+    done = dropforge("--root", str(tmp_path), "config", "check", "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["valid"], told["faults"], told["not_default"]) == (0, True, [], ["training.seed"])
+    write(tmp_path, "[lora]\nr = 0\n[training]\nlearning_rat = 1\n")
+    done = dropforge("--root", str(tmp_path), "config", "check", "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["valid"], len(told["faults"])) == (2, False, 2)
+    assert told["file"] == str(tmp_path / CONFIG_NAME)
+    assert dropforge("--root", str(tmp_path), "config", "unset", "lora.r").returncode == 2  # the other fault is left

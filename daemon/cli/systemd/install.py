@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from daemon.cli.systemd import units
+from daemon.cli.systemd import look, units
+from daemon.cli.systemd.look import Obstacle
 from daemon.cli.systemd.units import ACCOUNT, DropIn, Unit, UnitKind
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError
@@ -24,22 +27,51 @@ INBOX_FOLDERS = ("", "high", "low")
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedFile:
+    """One file, and what it is now."""
+
+    path: Path
+    text: str
+    before: str | None  # None: it is not there
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether there is one with other words."""
+        return self.before is not None and self.before != self.text
+
+    @property
+    def difference(self) -> list[str]:
+        """The lines that go and come, each with - or + before it."""
+        lines = difflib.ndiff((self.before or "").splitlines(), self.text.splitlines())
+        return [line for line in lines if line.startswith(("- ", "+ "))]
+
+
+@dataclass(frozen=True, kw_only=True)
 class InstallPlan:
     """Files to write, in order, and the commands that a person runs afterwards."""
 
-    files: tuple[tuple[Path, str], ...]
+    unit: Unit
+    planned: tuple[PlannedFile, ...]
     commands: tuple[str, ...]
+    left: tuple[Path, ...] = ()  # drop-ins of ours that nothing calls for any more
+
+    @property
+    def files(self) -> tuple[tuple[Path, str], ...]:
+        """Path and text of each."""
+        return tuple((file.path, file.text) for file in self.planned)
 
     def execute(self) -> None:
-        """Write the files. Raises DropforgeError."""
-        for path, text in self.files:
+        """Write the files that are new or changed. Raises DropforgeError."""
+        for file in self.planned:
+            if file.before == file.text:
+                continue
             try:
-                make_folder_durable(path.parent)
-                write_atomic(path, text)
+                make_folder_durable(file.path.parent)
+                write_atomic(file.path, file.text)
             except OSError as error:
                 raise DropforgeError(
                     operation="write",
-                    subject=path,
+                    subject=file.path,
                     cause=error.strerror or str(error),
                     hint="run it as root, or with --user for a service of your own",
                 ) from error
@@ -77,11 +109,34 @@ def plan_install(
         files.append((where / f"{name}.d" / "root.conf", units.instance_drop_in(unit)))
     if not user:
         files += [(where / f"{name}.d" / f"{kind}.conf", units.drop_in(kind)) for kind in drop_ins]
-    if user:
-        return InstallPlan(files=tuple(files), commands=_user_commands(unit))
     tmpfiles = TMPFILES if directory is None else where / "tmpfiles.d" / TMPFILES.name
-    files.append((tmpfiles, units.tmpfiles()))
-    return InstallPlan(files=tuple(files), commands=_commands(unit, name, tmpfiles))
+    if not user:
+        files.append((tmpfiles, units.tmpfiles()))
+    planned = tuple(PlannedFile(path=path, text=text, before=_read(path)) for path, text in files)
+    folder = where / f"{name}.d"
+    unwanted = [folder / f"{kind}.conf" for kind in DropIn if kind not in drop_ins]
+    if planned[0].before is not None:
+        commands = _commands_again(unit, name, is_changed=any(file.before != file.text for file in planned))
+    else:
+        commands = _user_commands(unit) if user else _commands(unit, name, tmpfiles)
+    return InstallPlan(
+        unit=unit,
+        planned=planned,
+        commands=commands,
+        left=tuple(path for path in unwanted if not user and path.exists()),
+    )
+
+
+def obstacle(plan: InstallPlan, settings: Settings) -> Obstacle | None:
+    """Return what keeps the planned service from starting, None when nothing is seen."""
+    return look.find_obstacle(
+        plan.unit,
+        look.service_account(),
+        program=Path(shutil.which(settings.executor.command[0]) or settings.executor.command[0]),
+        base_prefix=Path(sys.base_prefix),
+        executed=os.geteuid() == 0,
+        environment=os.environ,
+    )
 
 
 def wanted_drop_ins(settings: Settings) -> tuple[DropIn, ...]:
@@ -146,6 +201,28 @@ def _commands(unit: Unit, name: str, tmpfiles: Path) -> tuple[str, ...]:
         f"systemctl status {name}",
         f"usermod --append --groups {ACCOUNT} ALICE   # who may drop files; ALICE logs in anew",
     )
+
+
+def _commands_again(unit: Unit, name: str, *, is_changed: bool) -> tuple[str, ...]:
+    """What follows when the unit was there before: the service goes on with the old one until it is restarted."""
+    if not is_changed:
+        return ()
+    dropforge = f"{shlex.quote(str(unit.python))} -P -m daemon --root {shlex.quote(str(unit.root))}"
+    is_user = unit.kind is UnitKind.USER
+    systemctl = "systemctl --user" if is_user else "systemctl"
+    become = "" if is_user else f"runuser -u {ACCOUNT} -- "
+    return (
+        f"{become}{dropforge} config check",
+        f"{systemctl} daemon-reload",
+        f"{systemctl} restart {name}   # until then it runs as before; a job that trains seals a checkpoint and goes on",
+    )
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
 
 
 def _user_commands(unit: Unit) -> tuple[str, ...]:
