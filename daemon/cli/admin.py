@@ -65,7 +65,10 @@ def logs(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show the log, oldest first, across rotated files."""
+    """Show the log, oldest first, across rotated files.
+
+    Example: dropforge logs --follow --level warning
+    """
     path = log_path(context.obj.settings)
     if not path.exists():
         raise context.obj.not_yet("read", path, "there is no log yet")
@@ -207,7 +210,10 @@ def install_report(planned: install.InstallPlan, *, dry_run: bool) -> Iterator[s
 
 @app.command("completion", rich_help_panel=MACHINE)
 def print_completion(shell: Annotated[Shell, typer.Argument(help="Which shell.")]) -> None:
-    """Print a completion script: `dropforge completion bash > /etc/bash_completion.d/dropforge`."""
+    """Print a completion script: `dropforge completion bash > /etc/bash_completion.d/dropforge`.
+
+    Example: dropforge completion bash
+    """
     from typer.completion import get_completion_script  # type: ignore[attr-defined]  # not re-exported by its name
 
     print(get_completion_script(prog_name="dropforge", complete_var="_DROPFORGE_COMPLETE", shell=shell.value))

@@ -34,6 +34,8 @@ def backup_root(
     """Save queue, versions, datasets and settings, while the daemon runs. Exit 1 when something was damaged already.
 
     For example: `dropforge backup /mnt/backup/forge.tar.zst`, or a folder, where files that did not change are kept once.
+
+    Example: dropforge backup /mnt/backup/forge.tar.zst
     """
     from daemon.backup.create import back_up
     from daemon.backup.plan import Options
@@ -71,6 +73,8 @@ def restore_root(
     """Verify a backup and put the root back from it. Exit 5 where a daemon lives; what is there is refused, or moved aside.
 
     For example: `dropforge restore /mnt/backup/forge.tar.zst --root /var/lib/dropforge`
+
+    Example: dropforge restore /mnt/backup/forge.tar.zst --root /var/lib/dropforge
     """
     from daemon.backup.restore import execute, plan_restore
 

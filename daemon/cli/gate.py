@@ -78,7 +78,10 @@ def promote_version(
     force: Annotated[bool, typer.Option("--force", help="Also when it does not continue the current version.")] = False,
     after_job: Annotated[bool, typer.Option("--after-job", help="Wait until the running job has ended.")] = False,
 ) -> None:
-    """Make a version current that the gate holds. The next dataset continues from it."""
+    """Make a version current that the gate holds. The next dataset continues from it.
+
+    Example: dropforge promote 4
+    """
     settings: Settings = context.obj.settings
     versions.find_version(settings.model_dir, version)  # before any waiting
     done = change_version(
@@ -96,7 +99,10 @@ def discard_version(
     version: HeldVersion,
     after_job: Annotated[bool, typer.Option("--after-job", help="Wait until the running job has ended.")] = False,
 ) -> None:
-    """Delete a version that the gate holds, and what is kept of its dataset. Its number is not used again."""
+    """Delete a version that the gate holds, and what is kept of its dataset. Its number is not used again.
+
+    Example: dropforge discard 4
+    """
     settings: Settings = context.obj.settings
     record = change_version(
         settings,
@@ -112,7 +118,10 @@ def discard_version(
 
 @app.command("compare", rich_help_panel=MODEL)
 def compare_versions(context: typer.Context, before: AnyVersion, after: AnyVersion, as_json: JsonFlag = False) -> None:
-    """Compare two versions on all held-out rows that both have been scored on, with bounds and the rows that flipped."""
+    """Compare two versions on all held-out rows that both have been scored on, with bounds and the rows that flipped.
+
+    Example: dropforge compare 3 4
+    """
     settings: Settings = context.obj.settings
     one, other = (versions.find_version(settings.model_dir, name) for name in (before, after))
     scores = [_scores_of(settings, version) for version in (one, other)]

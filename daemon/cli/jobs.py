@@ -34,7 +34,10 @@ def list_jobs(
     ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")] = 50,
 ) -> None:
-    """List jobs, oldest first; those that wait with why, and about when they will be done."""
+    """List jobs, oldest first; those that wait with why, and about when they will be done.
+
+    Example: dropforge jobs --state failed --limit 10
+    """
     with existing_store(context) as store:
         found = list(reversed(store.jobs(state or None, limit=limit, newest=True)))
         etas = _etas(context.obj.settings, store)
@@ -94,7 +97,10 @@ def show_job(
     job: Annotated[str, typer.Argument(help=JOB, autocompletion=completion.any_job)],
     as_json: JsonFlag = False,
 ) -> None:
-    """Everything about one job: data, verdict, steps, losses, every move."""
+    """Everything about one job: data, verdict, steps, losses, every move.
+
+    Example: dropforge show last
+    """
     with existing_store(context) as store:
         found = store.find(job)
         events = store.transitions(found.id)
@@ -131,6 +137,8 @@ def submit_file(
     """Check files and copy them into the inbox the safe way: written (or converted) beside, then renamed.
 
     One that is refused (exit 3) does not keep the others out.
+
+    Example: dropforge submit monday.jsonl tuesday.csv --wait
     """
     from daemon.cli.submit import Submitted, no_daemon_note, submit, wait_for
 
@@ -193,7 +201,10 @@ def check(
     files: Annotated[list[Path], typer.Argument(help="Files to check; nothing is moved or queued.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Say what the daemon would say of these files: format, rows, digest, bad lines. Exit 3 when one is refused."""
+    """Say what the daemon would say of these files: format, rows, digest, bad lines. Exit 3 when one is refused.
+
+    Example: dropforge check monday.jsonl
+    """
     from daemon.cli.check import check_files, render_text
 
     settings = context.obj.settings
@@ -242,7 +253,10 @@ def cancel_job(
         bool, typer.Option("--return", help="Put its file back into the inbox instead of failed/.")
     ] = False,
 ) -> None:
-    """Cancel a job that waits or runs; a running one seals a checkpoint first."""
+    """Cancel a job that waits or runs; a running one seals a checkpoint first.
+
+    Example: dropforge cancel last --return
+    """
     with existing_store(context) as store:
         out.print(control.cancel(context.obj.settings, store, store.find(job), hand_back=hand_back), markup=False)
 
@@ -252,7 +266,10 @@ def retry_job(
     context: typer.Context,
     job: Annotated[str, typer.Argument(help=JOB, autocompletion=completion.unsuccessful_job)],
 ) -> None:
-    """Put a failed, rejected or cancelled job back into the queue, under the settings of now."""
+    """Put a failed, rejected or cancelled job back into the queue, under the settings of now.
+
+    Example: dropforge retry last
+    """
     with existing_store(context) as store:
         out.print(control.retry(context.obj.settings, store, store.find(job)), markup=False)
 
@@ -264,7 +281,10 @@ def move_job(
     first: Annotated[bool, typer.Option("--first", help="Before all others of its priority.")] = False,
     priority: Annotated[Priority | None, typer.Option(help="Its new priority.")] = None,
 ) -> None:
-    """Change a queued job's place."""
+    """Change a queued job's place.
+
+    Example: dropforge move last --first
+    """
     if not first and priority is None:
         raise ConfigError(operation="move job", subject=job, cause="no place was named", hint="--first or --priority")
     with existing_store(context) as store:
@@ -277,13 +297,19 @@ def pause_queue(
     after_job: Annotated[bool, typer.Option("--after-job", help="Let the running job come to its end.")] = False,
     reason: Annotated[str, typer.Option(help="Shown in status.")] = "",
 ) -> None:
-    """Hold the queue, also over restarts: the running job seals a checkpoint and is queued again."""
+    """Hold the queue, also over restarts: the running job seals a checkpoint and is queued again.
+
+    Example: dropforge pause --after-job --reason 'the GPU is needed'
+    """
     with existing_store(context) as store:
         out.print(control.pause(store, after_job=after_job, reason=reason), markup=False)
 
 
 @app.command("resume", rich_help_panel=QUEUE)
 def resume_queue(context: typer.Context) -> None:
-    """Let a paused queue go on."""
+    """Let a paused queue go on.
+
+    Example: dropforge resume
+    """
     with existing_store(context) as store:
         out.print(control.resume(store), markup=False)

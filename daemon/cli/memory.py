@@ -53,7 +53,10 @@ def forget_dataset(
     context: typer.Context,
     dataset: Annotated[str, typer.Argument(help="The dataset's file name, or the beginning of its digest.")],
 ) -> None:
-    """Delete the kept and held-out rows of a dataset. Open jobs that rehearse it start over; weights do not change."""
+    """Delete the kept and held-out rows of a dataset. Open jobs that rehearse it start over; weights do not change.
+
+    Example: dropforge memory forget monday.jsonl
+    """
     settings: Settings = context.obj.settings
     require_own_account(settings)
     found = find_memories(settings.state_dir, dataset)

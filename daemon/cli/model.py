@@ -36,7 +36,10 @@ def show_versions(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """List finished adapters, oldest first: what each continued, its dataset, its held-out loss before and after."""
+    """List finished adapters, oldest first: what each continued, its dataset, its held-out loss before and after.
+
+    Example: dropforge versions --json
+    """
     if context.invoked_subcommand is not None:
         return
     model_dir = context.obj.settings.model_dir
@@ -90,7 +93,10 @@ def merge_version(
     version: Annotated[str, typer.Argument(help="A version's number, or `latest`.", autocompletion=completion.version)],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
 ) -> None:
-    """Write a version merged into its base model, in bfloat16, for programs that know no adapters."""
+    """Write a version merged into its base model, in bfloat16, for programs that know no adapters.
+
+    Example: dropforge merge latest merged
+    """
     settings = context.obj.settings
     found = versions.current_version(settings.model_dir) if version == "latest" else None
     found = found or versions.find_version(settings.model_dir, version)
@@ -139,7 +145,10 @@ def roll_back(
     version: Annotated[str, typer.Argument(help="An earlier version: 0003, or 3.", autocompletion=completion.version)],
     after_job: Annotated[bool, typer.Option("--after-job", help="Wait until the running job has ended.")] = False,
 ) -> None:
-    """Make an earlier version the current one. The next dataset continues from it; nothing is deleted."""
+    """Make an earlier version the current one. The next dataset continues from it; nothing is deleted.
+
+    Example: dropforge rollback 3 --after-job
+    """
     settings: Settings = context.obj.settings
     found = version_pruning.find_any_version(settings.model_dir, version)  # before any waiting
 
@@ -164,6 +173,8 @@ def adopt(context: typer.Context) -> None:
     """Say that what lies in state/, current_model/ and inbox/ now is meant, after the queue was held for it.
 
     For example after `current_model` was emptied on purpose: `dropforge adopt`. Nothing is deleted or moved.
+
+    Example: dropforge adopt
     """
     from daemon import root_identity
 
@@ -187,7 +198,10 @@ def _base_change(settings: Settings, version: versions.Version) -> BaseChange | 
     add_help_option=False,
 )
 def guard_command(context: typer.Context) -> None:
-    """Fingerprints, verdicts, seals and clearing by hand: fingerprint | check | verify | clear | purge | seal."""
+    """Fingerprints, verdicts, seals and clearing by hand: fingerprint | check | verify | clear | purge | seal.
+
+    Example: dropforge guard verify current_model
+    """
     from guard.cli import OwnModel
     from guard.cli import main as guard_main
 

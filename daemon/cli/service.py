@@ -26,7 +26,10 @@ def init_root(
         bool, typer.Option("--tiny", help="With a tiny base model, built on the spot, for a first try.")
     ] = False,
 ) -> None:
-    """Make this folder a root: inbox, model directory, state and a dropforge.toml with every key explained."""
+    """Make this folder a root: inbox, model directory, state and a dropforge.toml with every key explained.
+
+    Example: dropforge --root ~/forge init --tiny
+    """
     from daemon.cli.init import init
 
     root_context: RootContext = context.obj
@@ -45,7 +48,10 @@ def run(
     context: typer.Context,
     once: Annotated[bool, typer.Option("--once", help="Leave when inbox and queue are empty.")] = False,
 ) -> None:
-    """Watch the inbox and train what is dropped there. Ctrl-C seals a checkpoint and leaves; twice: at once."""
+    """Watch the inbox and train what is dropped there. Ctrl-C seals a checkpoint and leaves; twice: at once.
+
+    Example: dropforge --root ~/forge run
+    """
     from daemon.cli.doctor import before_run
     from daemon.cli.run_screen import open_screen
     from daemon.observability import logs
@@ -87,7 +93,10 @@ def demo(
         Path | None, typer.Argument(help="A new folder to show it in (default: a temporary one).")
     ] = None,
 ) -> None:
-    """Show the main job on a tiny model and real data: two datasets, a killed trainer, a replaced dataset."""
+    """Show the main job on a tiny model and real data: two datasets, a killed trainer, a replaced dataset.
+
+    Example: dropforge demo /tmp/forge-demo
+    """
     from daemon.cli.demo import run_demo
 
     raise typer.Exit(run_demo(folder))
@@ -99,7 +108,10 @@ def show_status(
     as_json: JsonFlag = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="A live screen, until Ctrl-C.")] = False,
 ) -> None:
-    """Is it alive, what does it do, what waits and why. Exit 1 when the daemon died or hangs."""
+    """Is it alive, what does it do, what waits and why. Exit 1 when the daemon died or hangs.
+
+    Example: dropforge status --watch
+    """
     settings = context.obj.settings
     if watch and as_json:
         raise ConfigError(

@@ -115,6 +115,8 @@ def set_setting(
     """Change settings in dropforge.toml: comments and order stay, and what is not valid is not written.
 
     Several pairs are written together, or not at all: settings that only go together.
+
+    Example: dropforge config set training.learning_rate 1e-4
     """
     from daemon.cli.settings_file import Source, set_values
 
