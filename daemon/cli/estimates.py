@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from statistics import median
 
 from daemon.job import Job, seconds_between
@@ -30,8 +31,13 @@ class Pace:
             return self.start_seconds
         tokens = self.tokens_per_byte * _bytes_trained(job)
         if (longest := _setting(job, "data", "max_length")) is not None:
-            tokens = min(tokens, job.dataset.rows * longest * _epochs(job))
+            tokens = min(tokens, job.dataset.rows * longest * _passes(job))
         return self.start_seconds + tokens / self.tokens_per_second
+
+    def seconds_left(self, job: Job, now: str) -> float | None:
+        """The same of a job that runs, to its end; None when it is not known when it began. `now`: UTC ISO 8601."""
+        spent = seconds_between(job.started_at, now)
+        return None if spent is None else max(0.0, self.seconds(job) - spent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +90,19 @@ def _runs(finished: Sequence[Job]) -> Iterator[_Run]:
 
 
 def _bytes_trained(job: Job) -> float:
-    """Bytes of content over all epochs."""
+    """Bytes of content over all passes."""
     if job.dataset is None:
         return 0.0
-    return (job.dataset.content_bytes or job.dataset.size_bytes) * _epochs(job)
+    return (job.dataset.content_bytes or job.dataset.size_bytes) * _passes(job)
 
 
-def _epochs(job: Job) -> float:
-    return _setting(job, "training", "num_train_epochs") or 1.0
+def _passes(job: Job) -> float:
+    """How often each row is trained; where the steps are set, they count and not the epochs."""
+    steps = _setting(job, "training", "max_steps")
+    if steps is None or job.dataset is None or not job.dataset.rows:
+        return _setting(job, "training", "num_train_epochs") or 1.0
+    parts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
+    return steps * prod(_setting(job, "training", part) or 1.0 for part in parts) / job.dataset.rows
 
 
 def _setting(job: Job, table: str, key: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from daemon.cli.estimates import format_duration, measure_pace, queue_etas
 from daemon.config import Settings
 from daemon.errors import ConfigError, NotFound, RejectedData, StoreError
 from daemon.evaluation.values import GateAction
-from daemon.job import FINAL_STATES, Job, JobState, Priority, to_json
+from daemon.job import FINAL_STATES, Job, JobState, Priority, to_json, utc_now
 from daemon.observability.status import finished_job, may_be_alive, read_status
 from daemon.store import JobStore, is_made, open_for_reading
 from daemon.text import escape
@@ -59,11 +60,16 @@ def list_jobs(
 
 def _etas(settings: Settings, store: JobStore) -> dict[str, float]:
     """Seconds to the end of the running and each queued job, as far as they can be told."""
+    pace = measure_pace([job for job in store.recent(50) if job.state is JobState.SUCCEEDED])
     running = _running(settings)
     left = running.get("eta_seconds")
-    pace = measure_pace([job for job in store.recent(50) if job.state is JobState.SUCCEEDED])
+    if running.get("id") and left is None:  # it does not say so itself before its second step
+        with suppress(NotFound):
+            left = pace.seconds_left(store.get(running["id"]), utc_now()) if pace else None
+        if left is None:
+            return {}
     etas = queue_etas(store.queue(), pace, left)
-    return {**etas, running["id"]: left} if running.get("id") and left is not None else etas
+    return {**etas, running["id"]: left} if left is not None else etas
 
 
 def queue_seconds(settings: Settings) -> float | None:

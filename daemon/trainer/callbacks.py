@@ -37,6 +37,16 @@ def is_spike(loss: float, recent: list[float] | deque[float]) -> bool:
     return loss > SPIKE_FACTOR * usual and loss > usual + SPIKE_DEVIATIONS * deviation
 
 
+def seconds_left(seconds: float, *, steps: int, left: int) -> float | None:
+    """To the end of training, where `steps` behind the first took so long and so many are `left`.
+
+    None before a second step is done: the first loads and compiles what the others find, and says nothing of them.
+    """
+    if left <= 0:
+        return 0.0
+    return round(seconds / steps * left, 1) if steps > 0 else None
+
+
 class ScalarWriter:
     """Appends scalars to one TensorBoard event file in `folder`; each attempt has its own, and TensorBoard joins them.
 
@@ -199,7 +209,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
 
     def _publish_progress(self, state: TrainerState, step: Step) -> None:
         elapsed = time.monotonic() - self._started_at
-        done = step.number - self._start_step
+        first, last = self._after_first, self._after_last
+        steady = last.seconds - first.seconds if first and last else 0.0
         self._writer.progress(
             phase="training",
             step=step.number,
@@ -208,7 +219,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             grad_norm=round(step.grad_norm, 6),
             learning_rate=float(self._trainer._get_learning_rate()),
             tokens_per_second=round(self.tokens / elapsed, 1) if elapsed else None,
-            eta_seconds=round(elapsed / done * (self._plan.total_steps - step.number), 1) if done else None,
+            eta_seconds=seconds_left(steady, steps=self._steps - 1, left=self._plan.total_steps - step.number),
         )
 
     def on_log(

@@ -18,7 +18,7 @@ def test_the_first_large_job_after_tiny_ones_takes_about_as_long_as_was_told(tmp
     root = Root(tmp_path, {"training": {"save_steps": 1000}}, behaviour=behaviour)
     try:
         root.start()
-        for number, rows in enumerate((12, 16, 24)):  # two or three steps of eight rows
+        for number, rows in enumerate((40, 48, 64)):  # five to eight steps of eight rows
             root.drop(f"tiny{number}.jsonl", [{**ROW, "n": f"{number}.{row}"} for row in range(rows)])
             root.finished(f"tiny{number}.jsonl")
         assert root.run("pause").returncode == 0
@@ -26,6 +26,11 @@ def test_the_first_large_job_after_tiny_ones_takes_about_as_long_as_was_told(tmp
         (queued,) = wait_until(lambda: [job for job in listed(root) if job["state"] == JobState.QUEUED])
         told = queued["eta_seconds"]
         assert root.run("resume").returncode == 0
+        wait_until(lambda: [job for job in listed(root) if job["state"] == JobState.RUNNING])
+        root.drop("behind.jsonl", [{**ROW, "n": f"behind.{row}"} for row in range(8)])
+        (behind,) = wait_until(lambda: [job for job in listed(root) if job["state"] == JobState.QUEUED])
+        # The one that runs does not tell yet when it will be done, and the next waits for it all the same.
+        assert behind["eta_seconds"] > 0.5 * told
         job = root.finished("large.jsonl")
         taken = seconds_between(job.started_at, job.finished_at)
     finally:

@@ -91,6 +91,38 @@ def test_epochs_and_cut_rows_count() -> None:
     assert pace.seconds(job(rows=10, row_bytes=10**6)) == pytest.approx(10 * 2048 / 100)
 
 
+def test_where_the_steps_are_set_they_count_and_not_the_epochs() -> None:
+    """Of a large file a part is trained then, and a small one again and again."""
+    pace = Pace(start_seconds=0.0, tokens_per_second=100.0, tokens_per_byte=0.25)
+
+    def stopped(one: Job, steps: int, rows_a_step: int = 8) -> Job:
+        training = {
+            "num_train_epochs": 9.0, "max_steps": steps,
+            "per_device_train_batch_size": rows_a_step // 2, "gradient_accumulation_steps": 2,
+        }  # fmt: skip
+        return replace(one, recipe={**(one.recipe or {}), "training": training})
+
+    whole = pace.seconds(job(rows=800))
+    assert pace.seconds(stopped(job(rows=800), 10)) == pytest.approx(whole / 10)
+    assert pace.seconds(stopped(job(rows=80), 200)) == pytest.approx(2 * whole)
+    assert pace.seconds(stopped(job(rows=800), -1)) == pytest.approx(9 * whole)
+    tokens = 80 * 1000 // BYTES_PER_TOKEN  # a tenth of the rows' tokens
+    measured = trained(rows=800, start=1.0, rate=50.0)
+    assert measured.result is not None
+    measured = stopped(replace(measured, result=replace(measured.result, tokens_trained=tokens)), 10)
+    learned = measure_pace([measured])
+    assert learned is not None
+    assert learned.tokens_per_byte == pytest.approx(1 / BYTES_PER_TOKEN)
+
+
+def test_of_a_job_that_runs_what_it_took_so_far_is_done() -> None:
+    pace = Pace(start_seconds=5.0, tokens_per_second=250.0, tokens_per_byte=0.25)
+    running = job(rows=10, started_at="2026-01-01T00:00:00.000Z")
+    assert pace.seconds_left(running, "2026-01-01T00:00:04.000Z") == pytest.approx(11.0)
+    assert pace.seconds_left(running, "2026-01-01T01:00:00.000Z") == 0.0
+    assert pace.seconds_left(job(rows=10), "2026-01-01T01:00:00.000Z") is None
+
+
 def test_what_cannot_be_known_is_not_estimated() -> None:
     """No finished job, none that trained, or only parts of some."""
     assert measure_pace([]) is None
