@@ -22,7 +22,7 @@ Path = Sequence[str | int]
 _STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _BRACKETS = re.compile(_STRING + r"|[\[\]{}]", re.DOTALL)
 _KEYS = re.compile(f"({_STRING})(?=[ \\t\\r\\n]*:)|{_STRING}|[\\[\\]{{}}]", re.DOTALL)
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NO_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"'))
 _CONSTANTS = re.compile(_STRING + r"|(NaN|-?Infinity)", re.DOTALL)
 _NUMBERS = re.compile(_STRING + r"|(-?\d[\d.eE+-]*)", re.DOTALL)
 _SURROGATE_HINT = re.compile(r"\\u[dD][89A-Fa-f]")
@@ -177,10 +177,12 @@ def _raise_at(
 def _refuse_depth(text: str) -> None:
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
-    # What is outside of strings, and of that the brackets alone: three passes in C, where the matches below would cost
-    # ten times as much. Where the text is no JSON, both are right up to where the parser stops.
-    outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2]).encode("utf-8", "replace")
-    brackets = outside.translate(None, _NO_BRACKETS)
+    # The brackets outside of strings, by a few passes in C, where the matches below would cost ten times as much. Two quotes
+    # side by side end and begin a string, or hold none of what is left; so those that stay hold brackets.
+    # Where the text is no JSON, both ways are right up to where the parser stops.
+    encoded = text.replace("\\\\", "").replace('\\"', "").encode("utf-8", "replace")
+    structure = encoded.translate(None, _NO_STRUCTURE).replace(b'""', b"")
+    brackets = b"".join(structure.split(b'"')[::2])
     left = brackets
     for _ in range(MAX_DEPTH):  # each round takes the innermost level away
         left = left.replace(b"{}", b"").replace(b"[]", b"")

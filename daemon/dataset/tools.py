@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from daemon.dataset.keys import CALL_ARGUMENTS_KEYS, CALL_KEYS, CALL_NAME_KEYS, TOOLS_KEYS, is_given
 from daemon.dataset.strict_json import kind_of
 from daemon.dataset.values import JsonPath, RowError, UnusedKeys, embedded, single_key, text_of, without_nulls
@@ -13,13 +15,16 @@ Tools = list[dict[str, Any]]
 
 _TOOLS = frozenset(TOOLS_KEYS)
 _TOOL_KEYS = {"input_schema": "parameters", "inputSchema": "parameters"}  # as Anthropic and MCP call them
+_REMEMBERED, _REMEMBERED_BYTES = 64, 2**16  # definitions that are remembered, and the size of each
+
+_encoder = msgspec.json.Encoder()
 
 
 def read_tools(row: Mapping[str, Any], path: JsonPath = ()) -> Tools | None:
     """Function definitions in OpenAI's form; bare ones, and lists inside a string, are common. Raises RowError."""
     if _TOOLS.isdisjoint(row):
         return None
-    return one_of((_tools(row[key], (*path, key)) for key in TOOLS_KEYS if is_given(row.get(key))), "tools")
+    return one_of((_known_tools(row[key], (*path, key)) for key in TOOLS_KEYS if is_given(row.get(key))), "tools")
 
 
 def one_of(found: Iterable[Tools | None], what: str) -> Tools | None:
@@ -93,6 +98,25 @@ def _call(call: Any, path: JsonPath, in_text: bool, unused: UnusedKeys) -> dict[
             unused.note(function, own, at(*base))
     made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return {"id": text_of(call, "id", path), **made} if is_given(call.get("id")) else made
+
+
+def _known_tools(value: Any, path: JsonPath) -> Tools | None:
+    """What `_tools` says of a value. All rows of a file have mostly the same ones, and reading them costs more than the rest.
+
+    They are told apart by their JSON: for Python, 1 and true are the same. What is returned belongs to many rows.
+    """
+    spelled = value if isinstance(value, str) else _encoder.encode(value)
+    if len(spelled) > _REMEMBERED_BYTES:
+        return _tools(value, path)
+    if spelled not in _known:
+        found = _tools(value, path)
+        if len(_known) >= _REMEMBERED:
+            _known.clear()
+        _known[spelled] = found
+    return _known[spelled]
+
+
+_known: dict[str | bytes, Tools | None] = {}
 
 
 def _tools(value: Any, path: JsonPath) -> Tools | None:
