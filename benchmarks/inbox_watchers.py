@@ -42,9 +42,11 @@ class Seen:
 def dropforge(root: Path, seen: Seen, max_queued: int) -> None:
     """The real Intake, driven as the service drives it."""
     from daemon.config import Settings
+    from daemon.in_hand import InHand
     from daemon.inbox.archive import Archive
     from daemon.inbox.candidates import CandidateTracker
     from daemon.inbox.intake import Intake
+    from daemon.left_alone import LeftAlone
     from daemon.recovery import repair_inbox
     from daemon.root_identity import establish
     from daemon.store import JobStore
@@ -74,10 +76,10 @@ def dropforge(root: Path, seen: Seen, max_queued: int) -> None:
     settings = Settings(root=root, inbox={"max_queued": max_queued}, limits={"max_queued": max_queued})
     store, wakeup = JobStore(settings.store_path), Wakeup()
     archive = Archive(settings, store, Log())
-    intake = Intake(settings, store, archive, wakeup=wakeup, log=Log())
+    intake = Intake(settings, store, archive, wakeup=wakeup, in_hand=InHand(), log=Log())
     establish(settings)
     intake.open()
-    intake.resume_claimed(repair_inbox(settings, store, archive, Log()))
+    intake.resume_claimed(repair_inbox(settings, store, archive, Log(), in_hand=InHand(), left_alone=LeftAlone()))
     print("ready", flush=True)
     while not seen.stop.is_set():
         wakeup.clear()

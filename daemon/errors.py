@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar
 
 SQLITE_FULL = 13  # sqlite3.SQLITE_FULL, of a library that is imported in daemon.store alone
@@ -126,23 +125,3 @@ class Unexpected(Exception):
     def __str__(self) -> str:
         cause = self.__cause__
         return f"an unexpected error while it was {self.step}: {type(cause).__name__}: {cause}"
-
-
-class Handling:
-    """Attributes what goes wrong inside to a job or a dropped file: `with Handling("claimed", file=...)`.
-
-    What the machine refuses passes as it is. Raises Unexpected for everything else.
-    """
-
-    def __init__(self, step: str, *, job: str = "", file: tuple[str, str] | None = None) -> None:
-        self._step, self._job, self._file = step, job, file
-
-    def __enter__(self) -> None:
-        """Begin."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End; raises Unexpected."""
-        if isinstance(error, Exception) and not isinstance(error, Unexpected) and not is_of_machine(error):
-            raise Unexpected(self._step, job=self._job, file=self._file, cause=error)

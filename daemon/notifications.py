@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from daemon.config import HookSettings
-from daemon.errors import Handling, NotFound
+from daemon.errors import NotFound
+from daemon.in_hand import InHand
 from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState, JobTransition, seconds_between, to_json
+from daemon.left_alone import LeftAlone
 from daemon.observability.status import finished_job
 from daemon.store import JobStore
 from daemon.text import escape
@@ -44,9 +46,13 @@ RESULT_FIELDS_IN_JOB = ("outcome", "failure", "message", "candidate")  # or gone
 class Notifier:
     """Publishes the transitions that end a job or an attempt, and runs the hooks. One thread calls everything."""
 
-    def __init__(self, store: JobStore, *, hooks: HookSettings, log: Any) -> None:
+    def __init__(
+        self, store: JobStore, *, hooks: HookSettings, in_hand: InHand, left_alone: LeftAlone, log: Any
+    ) -> None:
         self.hooks = Hooks(hooks, log)
         self._store = store
+        self._in_hand = in_hand
+        self._left_alone = left_alone
         self._log = log
         published = store.control(PUBLISHED_KEY)
         if published is None:  # a new store, or one of an older version, whose history was published as it happened
@@ -83,7 +89,9 @@ class Notifier:
                 continue
             self._published = number
             any_published = True
-            with Handling("published", job=job.id):
+            if self._left_alone.has(job.id, job.updated_at):
+                continue
+            with self._in_hand.handling("published", job=job.id):
                 name, level = _EVENTS[JobState(transition.new)] if is_final else _REQUEUED
                 getattr(self._log, level)(name, **canonical(job, transition))
                 if is_final:

@@ -24,11 +24,13 @@ from daemon.config import Settings
 from daemon.errors import NotFound, StoreError, TryLater
 from daemon.evaluation.scores import sweep_scores
 from daemon.held_versions import remove_discarded
+from daemon.in_hand import InHand
 from daemon.inbox import layout
 from daemon.inbox.archive import ROWS_JSON, Archive, claim_file, reopen_files, unclaim_sidecar
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, parse_report
 from daemon.inbox.strays import is_job_folder
 from daemon.job import FINAL_STATES, OPEN_STATES, Dataset, FailureKind, Job, JobState, RunSpec, from_json, to_json
+from daemon.left_alone import LeftAlone
 from daemon.lineage import read_lineage
 from daemon.memory.forgetting import sweep
 from daemon.memory.store import DatasetMemory, memory_dir_of
@@ -173,7 +175,9 @@ def _is_forgotten(settings: Settings, version: versions.Version) -> bool:
     return bool(days) and str(version.record.get("created_at") or "") < oldest
 
 
-def repair_inbox(settings: Settings, store: JobStore, archive: Archive, log: Any) -> list[str]:
+def repair_inbox(
+    settings: Settings, store: JobStore, archive: Archive, log: Any, *, in_hand: InHand, left_alone: LeftAlone
+) -> list[str]:
     """Make the folders, and finish every claim and move that was begun.
 
     Returns what to warn of. Raises TryLater and OSError when the inbox cannot be used now, StoreError.
@@ -184,15 +188,26 @@ def repair_inbox(settings: Settings, store: JobStore, archive: Archive, log: Any
         # What may not be entered is not empty: its jobs would be taken for lost.
         raise TryLater(operation="take up the jobs of", subject=settings.inbox_dir, cause=reason, hint="mend that")
     warnings: list[str] = []
+
+    @contextmanager
+    def repairing(job_id: str) -> Iterator[None]:
+        with _warned(warnings, job_id, log), in_hand.noted("repaired", job=job_id):
+            yield
+
     latest = latest_spec(settings.state_dir)
     for job in store.jobs({JobState.CLAIMED}):
-        with _warned(warnings, job.id, log):
+        with repairing(job.id):
             _finish_claim(settings, archive, job, log)
     for folder in sorted(processing.iterdir()):
-        with _warned(warnings, folder.name, log):
+        with repairing(folder.name):
             try:
                 job = store.get(folder.name)
             except NotFound:
+                if left_alone.has(folder.name):
+                    warnings.append(
+                        f"{_shown(settings, folder)} has no job, and the daemon died over it; it is left alone"
+                    )
+                    continue
                 run = latest if latest and latest.job_id == folder.name else None
                 warnings += _adopt(settings, store, folder, log, run=run)
                 continue
@@ -201,7 +216,7 @@ def repair_inbox(settings: Settings, store: JobStore, archive: Archive, log: Any
                 if not archive.problem(job.id):
                     log.info("file.settled_after_crash", job=job.id)
     for job in store.jobs(OPEN_STATES):
-        with _warned(warnings, job.id, log):
+        with repairing(job.id):
             path = layout.locate(settings, job)
             if path is not None and path.parent.parent != processing:
                 reopen_files(settings, job)

@@ -20,7 +20,7 @@ import guard
 from daemon import root_identity, version_pruning, versions
 from daemon.base_identity import find_base
 from daemon.config import Settings
-from daemon.errors import ConfigError, DropforgeError, Handling, NotFound, is_no_space
+from daemon.errors import ConfigError, DropforgeError, NotFound, is_no_space
 from daemon.evaluation.gate import held_reason, with_action
 from daemon.executors.base import Executor, Exit
 from daemon.gpu import GpuReservation
@@ -36,6 +36,7 @@ from daemon.holds import (
     unusable_base,
     unwritable,
 )
+from daemon.in_hand import InHand
 from daemon.inbox.archive import Archive
 from daemon.job import FINAL_STATES, RUN_SPEC_VERSION, FailureKind, Job, JobState, Outcome, Progress, RunResult, RunSpec
 from daemon.memory.forgetting import FORGOTTEN_KEY, forgotten
@@ -84,6 +85,7 @@ class Scheduler:
         archive: Archive,
         hooks: Hooks,
         gpu: GpuReservation,
+        in_hand: InHand,
         log: Any,
     ) -> None:
         self.settings = settings
@@ -95,6 +97,7 @@ class Scheduler:
         self._archive = archive
         self._hooks = hooks
         self._gpu = gpu
+        self._in_hand = in_hand
         self._log = log
         self._seen_version = -1
         self._judged: Evidence | None = None  # by what a trainer refused the base, or to continue the current version
@@ -103,7 +106,7 @@ class Scheduler:
     def recover(self) -> None:
         """Take up what an earlier daemon left running: adopt a living trainer and ask it to leave, finish a dead one."""
         for left in self._store.jobs({JobState.RUNNING}):
-            with Handling("taken up again", job=left.id):
+            with self._in_hand.handling("taken up again", job=left.id):
                 self._recover_run(left)
             if self.run is not None:
                 return  # poll_run finishes it; at most one job is ever running
@@ -150,7 +153,7 @@ class Scheduler:
     def poll_run(self) -> None:
         """Relay what the trainer reported, end the attempt when it has left, kill it when it does not leave."""
         if self.run is not None:
-            with Handling("followed", job=self.run.job.id):
+            with self._in_hand.handling("followed", job=self.run.job.id):
                 self._poll(self.run)
 
     def _poll(self, run: Run) -> None:
@@ -176,7 +179,7 @@ class Scheduler:
             self._change_hold(None)
             return
         contradiction = contradicted(self.settings)
-        with Handling("launched", job=ready.id):
+        with self._in_hand.handling("launched", job=ready.id):
             if contradiction is None and self._finish_duplicate(ready):
                 return
             hold = contradiction or self._hold_for(ready)
@@ -188,7 +191,7 @@ class Scheduler:
         if job is None:
             self._gpu.release()
             return
-        with Handling("launched", job=job.id):
+        with self._in_hand.handling("launched", job=job.id):
             if fault:
                 # A command may have given another the first place at this moment: its turn is the next tick's.
                 self._give_back(job, fault if job.id == ready.id else "")
@@ -218,20 +221,28 @@ class Scheduler:
 
         Raises what ending it raises.
         """
-        if self.run is not None and self.run.job.id == job_id:
-            self.kill()
-            deadline = time.monotonic() + REAP_SECONDS
-            while self._executor.poll(self.run.run_dir) is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            self.run = None
-            self._gpu.release()
         try:
             job = self._store.get(job_id)
         except NotFound:
             return
+        self.end_trainer(job)
         if job.state not in FINAL_STATES:
             self._archive.finish(job, JobState.FAILED, reason, failure=FailureKind.INTERNAL)
             self._log.error("job.quarantined", job=job_id, reason=reason)
+
+    def end_trainer(self, job: Job) -> None:
+        """Kill the trainer of a job at once, also one that an earlier daemon started, and wait for its end."""
+        directory = run_dir_of(self.settings.state_dir, job.id)
+        is_ours = self.run is not None and self.run.job.id == job.id
+        if not is_ours and not (job.state is JobState.RUNNING and self._executor.adopt(directory)):
+            return
+        self._executor.kill(directory)
+        deadline = time.monotonic() + REAP_SECONDS
+        while self._executor.poll(directory) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if is_ours:
+            self.run = None
+            self._gpu.release()
 
     def kill(self) -> None:
         """Kill the running trainer at once; what it sealed stays."""

@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 import guard
 from daemon import config, control, gpu, root_identity, sd_notify, versions
 from daemon.config import Settings
+from daemon.containment import Containment
 from daemon.errors import ConfigError, DropforgeError, RootHeld, StoreError, Unexpected
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
 from daemon.holds import Hold, HoldKind, hold_of, no_room
+from daemon.in_hand import NOTE_NAME, InHand
 from daemon.inbox.archive import Archive
 from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState, utc_now
+from daemon.left_alone import LeftAlone
 from daemon.notifications import Notifier
 from daemon.observability import logs
 from daemon.observability.endpoint import port_problem
@@ -31,7 +34,6 @@ from daemon.retry import StopReason
 from daemon.scheduler import Scheduler
 from daemon.status_writer import ShowJob, StatusWriter, write_holding
 from daemon.store import BrokenStore, NewerStore
-from daemon.text import escape
 from daemon.verification import BackgroundVerifier
 from daemon.wakeup import Wakeup
 from guard.atomic import make_folder_durable
@@ -43,8 +45,6 @@ POLL_SECONDS = 0.25  # between two looks at a running trainer's progress
 PRUNE_SECONDS = 600.0  # between two batches of old jobs that are forgotten
 RETRY_SECONDS = 1.0  # between two tries of what could not be recorded or opened
 PROBE_KEY = "recorded_again"  # of the store's controls: what is written to learn whether it can be
-MOST_STRIKES = 2  # unexpected errors in a row before a job or a file is given up
-STRIKE_SECONDS = 600.0  # errors that lie further apart are not in a row
 REBUILD_SECONDS = 60.0  # between two stores that are rebuilt while the daemon runs
 ONCE_PATIENCE_SECONDS = 15.0  # `run --once` waits so long for a machine that nobody is there to mend
 STOP_GRACE_SECONDS = 30.0  # requested of systemd at each tick of a stop; our own stop_timeout is what ends the wait
@@ -104,10 +104,8 @@ class Service:
         self._trouble: Hold | None = None  # why nothing can be recorded now
         self._troubled_since = 0.0  # monotonic
         self._rebuilt_at = float("-inf")  # likewise: when a damaged store was
-        self._strikes: dict[
-            str, tuple[int, float]
-        ] = {}  # unexpected errors in a row, and when the last came, by subject
-        self._last_unexpected = ""
+        self._in_hand = InHand(settings.state_dir / NOTE_NAME)
+        self._containment = Containment(self._in_hand, log)
         self._hopeless_since = float("inf")  # likewise: of `run --once`, since when nothing can go on
 
     def run(self, *, once: bool = False) -> int:
@@ -210,48 +208,9 @@ class Service:
         return None
 
     def _contain(self, error: Unexpected) -> Hold | None:
-        """Set what met an unexpected error aside: it is tried once more, and the second time in a row given up.
-
-        Returns the hold of an error that belongs to no file and no job, or of one that cannot be given up.
-        """
-        subject = error.job or (f"{error.file[0]}/{error.file[1]}" if error.file else "")
-        now = time.monotonic()
-        strikes, since = self._strikes.get(subject, (0, now))
-        strikes = strikes + 1 if now - since < STRIKE_SECONDS else 1
-        self._strikes[subject] = strikes, now
+        """Set what met an unexpected error aside. Returns the hold of one that belongs to no file and no job."""
         self._recovered = False  # what was cut short half-way is found as after a crash
-        if str(error) != self._last_unexpected:
-            cause = error.__cause__
-            self.log.error(
-                "unexpected.raised", step=error.step, job=error.job, file=escape(error.file[1] if error.file else ""),
-                error=f"{type(cause).__name__}: {cause}", times=strikes, exc_info=cause,
-            )  # fmt: skip
-        self._last_unexpected = str(error)
-        what = f"job {error.job}" if error.job else f"the file {escape(subject)}" if subject else "the daemon"
-        told = f"{what} met {error}"
-        if not subject or strikes > MOST_STRIKES:
-            return Hold(kind=HoldKind.INTERNAL, reason=f"{told}; it is tried again, and the log has the traceback")
-        if strikes == MOST_STRIKES:
-            self._give_up(error, f"{error}, twice in a row; it is this program's fault, and the log has the traceback")
-        return None
-
-    def _contain_start(self, error: Exception) -> Hold:
-        """Return the hold of a start that met an unexpected error."""
-        unexpected = Unexpected("started", job="", file=None, cause=error)
-        return self._contain(unexpected) or Hold(kind=HoldKind.INTERNAL, reason=str(unexpected))
-
-    def _give_up(self, error: Unexpected, reason: str) -> None:
-        """Fail a job, or leave a dropped file alone, that this program cannot handle."""
-        try:
-            if error.job:
-                self.scheduler.quarantine(error.job, reason)
-            elif error.file is not None:
-                self.intake.set_aside(error.file, reason)
-                self.log.error("file.quarantined", file=escape(error.file[1]), reason=reason)
-        except (StoreError, OSError) as failure:  # the next time is the third, and holds
-            self.log.error("unexpected.not_given_up", job=error.job, error=str(failure))
-        except Exception as failure:
-            self.log.error("unexpected.not_given_up", job=error.job, error=repr(failure), exc_info=failure)
+        return self._containment.contain(error)
 
     def _hold(self, hold: Hold) -> None:
         """Hold everything for a reason of the machine's."""
@@ -307,7 +266,11 @@ class Service:
                     raise  # a person has to say what is true
                 if once and time.monotonic() - since > ONCE_PATIENCE_SECONDS:
                     raise
-                hold = hold_of(error) if isinstance(error, DropforgeError | OSError) else self._contain_start(error)
+                hold = (
+                    hold_of(error)
+                    if isinstance(error, DropforgeError | OSError)
+                    else self._containment.contain_start(error)
+                )
                 if hold.reason != last:
                     self.log.warning("queue.held", kind=hold.kind.value, reason=hold.reason)
                 last = hold.reason
@@ -328,9 +291,16 @@ class Service:
         self._parts.callback(self.store.close)
         self._store_identity = _identity(self.settings.store_path)
         root_identity.establish(self.settings, newest_known=self._newest_known)
-        self._archive = archive = Archive(self.settings, self.store, self.log)
-        self.intake = Intake(self.settings, self.store, archive, wakeup=self.wakeup, log=self.log)
-        self.notifier = Notifier(self.store, hooks=self.settings.hooks, log=self.log)
+        self._containment.note_end(self._in_hand.open())
+        self._left_alone = left_alone = LeftAlone(self.store)
+        in_hand = self._in_hand
+        self._archive = archive = Archive(self.settings, self.store, self.log, in_hand=in_hand, left_alone=left_alone)
+        self.intake = Intake(self.settings, self.store, archive, wakeup=self.wakeup, in_hand=in_hand, log=self.log)
+        for priority, name, inode in left_alone.files:
+            self.intake.set_aside((priority, name), "left alone: the daemon died over it, again and again", inode=inode)
+        self.notifier = Notifier(
+            self.store, hooks=self.settings.hooks, in_hand=in_hand, left_alone=left_alone, log=self.log
+        )
         self._parts.callback(self.notifier.close)
         self.scheduler = Scheduler(
             self.settings,
@@ -339,8 +309,10 @@ class Service:
             archive=archive,
             hooks=self.notifier.hooks,
             gpu=self._gpu,
+            in_hand=in_hand,
             log=self.log,
         )
+        self._containment.attach(self.store, self.scheduler, self.intake, left_alone)
         self.verifier = BackgroundVerifier(self.settings, self.log)
         self.status = StatusWriter(
             self.settings,
@@ -349,6 +321,8 @@ class Service:
             self.scheduler,
             self.verifier,
             gpus=self._gpus,
+            in_hand=in_hand,
+            left_alone=left_alone,
             log=self.log,
             metrics=self._metrics,
             show=self._show,
@@ -380,10 +354,14 @@ class Service:
                 self.log.error("root.contradicted", reason=reason)
             self._contradiction = reason
             return
+        self._containment.settle_end()
         versions.mend_latest(self.settings, self.log)
         follow_move(self.settings, self.store, self.log)
         bring_forward(self.settings, self.store, self.log)
-        self.intake.resume_claimed(repair_inbox(self.settings, self.store, self._archive, self.log))
+        warnings = repair_inbox(
+            self.settings, self.store, self._archive, self.log, in_hand=self._in_hand, left_alone=self._left_alone
+        )
+        self.intake.resume_claimed(warnings)
         if self.scheduler.run is None:
             self.scheduler.recover()
         sweep_memories(self.settings, self.store, self.log)
@@ -418,6 +396,7 @@ class Service:
             self.notifier.close,
             publish,
             self.store.close,
+            self._in_hand.close,
         ):
             try:
                 step()
@@ -509,6 +488,7 @@ class Service:
         if self._stop_signals and not self.stopping:
             run = self.scheduler.run
             self.stopping = self.status.stopping = True
+            self._in_hand.close()
             self.log.info("daemon.stopping", running=run.job.id if run else None)
             sd_notify.notify("STOPPING=1", sd_notify.status_line("sealing a checkpoint" if run else "stopping"))
             self.scheduler.request_stop(StopReason.STOP)

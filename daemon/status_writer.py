@@ -19,8 +19,10 @@ from daemon.errors import DropforgeError
 from daemon.evaluation.matrix import read_matrix
 from daemon.gpu import GpuProbe
 from daemon.holds import HoldKind
+from daemon.in_hand import InHand
 from daemon.inbox.intake import Intake
 from daemon.job import Job, JobState, Progress
+from daemon.left_alone import LeftAlone
 from daemon.lineage import LINEAGE, read_lineage
 from daemon.observability.status import (
     HELD_VERSIONS,
@@ -67,6 +69,8 @@ class StatusWriter:
         verifier: BackgroundVerifier,
         *,
         gpus: GpuProbe,
+        in_hand: InHand,
+        left_alone: LeftAlone,
         log: Any,
         metrics: MetricsPublisher | None = None,
         show: ShowJob | None = None,
@@ -79,6 +83,8 @@ class StatusWriter:
         self._scheduler = scheduler
         self._verifier = verifier
         self._gpus = gpus
+        self._in_hand = in_hand
+        self._left_alone = left_alone
         self._log = log
         self._metrics = metrics
         self._show = show
@@ -148,16 +154,26 @@ class StatusWriter:
             verification=_last_verification(self._verifier.last),
             evaluation=known.evaluation,
             held=known.held,
-            warnings=(*self.warnings, *self._verifier.warnings, *view.warnings),
+            warnings=(
+                *self.warnings,
+                *filter(None, (self._in_hand.problem,)),
+                *self._verifier.warnings,
+                *view.warnings,
+            ),
         )
 
     def _recent_jobs(self) -> tuple[FinishedJob, ...]:
         """The `recent` list; read again when the store has changed."""
         revision = self._store.revision()
         if revision != self._recent_of:
-            self._recent = tuple(finished_job(job) for job in self._store.recent(RECENT_JOBS))
+            jobs = self._store.recent(RECENT_JOBS)
+            self._recent = tuple(self._shown(job) for job in jobs if not self._left_alone.has(job.id, job.updated_at))
             self._recent_of = revision
         return self._recent
+
+    def _shown(self, job: Job) -> FinishedJob:
+        with self._in_hand.noted("shown", job=job.id):
+            return finished_job(job)
 
     def _state(self) -> tuple[str, str]:
         """What the daemon does, and why, as status.json says it."""

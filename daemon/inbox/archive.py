@@ -21,9 +21,11 @@ from daemon.config import Settings
 from daemon.dataset.sidecar import MAX_SIDECAR_BYTES, may_speak_for
 from daemon.dataset.source import SourceError, open_regular
 from daemon.errors import DropforgeError, NotFound
+from daemon.in_hand import InHand
 from daemon.inbox import layout
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
 from daemon.job import FINAL_STATES, Dataset, Job, JobState, from_json, to_json
+from daemon.left_alone import LeftAlone
 from daemon.memory.forgetting import delete_file_memory
 from daemon.recipe import DataSettings
 from daemon.run_dir import LOG_NAME, run_dir_of
@@ -55,9 +57,19 @@ class Archive:
     `log` is None in a command, which tells its caller of `problem` itself. One thread calls everything.
     """
 
-    def __init__(self, settings: Settings, store: JobStore, log: Any = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: JobStore,
+        log: Any = None,
+        *,
+        in_hand: InHand | None = None,
+        left_alone: LeftAlone | None = None,
+    ) -> None:
         self.settings = settings
         self._store = store
+        self._in_hand = in_hand or InHand()
+        self._left_alone = left_alone or LeftAlone()
         self._log = log if log is not None else NoLog()
         self._problems: dict[str, str] = {}  # job id -> why its files were not moved
 
@@ -84,8 +96,12 @@ class Archive:
 
     def move_files(self, job: Job) -> None:
         """Move a finished job's folder; a failure is a warning until it succeeds."""
+        if self._left_alone.has(job.id, job.updated_at):
+            self._problems[job.id] = "the daemon died over them, again and again; `dropforge retry` takes them up again"
+            return
         try:
-            archive_files(self.settings, job)
+            with self._in_hand.noted("moved", job=job.id):
+                archive_files(self.settings, job)
         except Exception as error:  # a finished job has nothing left to fail, whatever the error is
             problem = describe_problem(error)
             if self._problems.get(job.id) != problem:

@@ -17,7 +17,8 @@ from pathlib import Path
 from daemon.config import InboxSettings
 from daemon.dataset.sidecar import foreign_sentence, may_speak_for
 from daemon.dataset.source import COMPRESSIONS, SourceError, kind_of_mode, open_regular
-from daemon.errors import Handling, Unexpected, is_gone
+from daemon.errors import Unexpected, is_gone
+from daemon.in_hand import InHand
 from daemon.inbox.layout import (
     DATA_SUFFIXES,
     OWN_FOLDERS,
@@ -166,8 +167,9 @@ class _Turns:
 class CandidateTracker:
     """Every name in the watched folders. `now` is of one monotonic clock throughout."""
 
-    def __init__(self, folders: Mapping[Priority, Path], settings: InboxSettings) -> None:
+    def __init__(self, folders: Mapping[Priority, Path], settings: InboxSettings, *, in_hand: InHand) -> None:
         self._folders = dict(folders)
+        self._in_hand = in_hand
         self.settings = settings
         self._candidates: dict[tuple[Priority, str], Candidate] = {}
         self._sidecars: dict[tuple[Priority, str], Candidate] = {}
@@ -198,14 +200,20 @@ class CandidateTracker:
         """Return the files that are not settled yet."""
         return iter(self._unsettled.values())
 
-    def set_aside(self, key: tuple[str, str], reason: str) -> None:
-        """Leave a file alone until another one has its name, or the daemon starts again."""
+    def set_aside(self, key: tuple[str, str], reason: str, *, inode: int | None = None) -> int:
+        """Leave a file alone until another one has its name, or the daemon starts again.
+
+        `inode`: of the file that is meant, where that was found earlier. Returns it.
+        """
         known = Priority(key[0]), key[1]
         for table in (self._candidates, self._unsettled, self._sidecars):
             table.pop(known, None)
         self._settled[known[0]].keep(lambda found: found.key != known)
-        self._set_aside[known] = _inode_of(self._folders[known[0]] / known[1])
-        self._ignore(known, reason, meant=True)
+        found = _inode_of(self._folders[known[0]] / known[1])
+        self._set_aside[known] = found if inode is None else inode
+        if inode in (None, found):
+            self._ignore(known, reason, meant=True)
+        return self._set_aside[known]
 
     def _is_set_aside(self, key: tuple[Priority, str]) -> bool:
         """Whether the very file that was set aside has this name still."""
@@ -277,7 +285,7 @@ class CandidateTracker:
             candidate = self._candidates.get(key) or self._sidecars.get(key)
             if candidate is not None and candidate.due <= now and not candidate.settled:
                 try:
-                    with Handling("examined", file=candidate.key):
+                    with self._in_hand.handling("examined", file=candidate.key):
                         self._examine_candidate(candidate, now)
                 except Unexpected:
                     candidate.due = now + _LONGEST_PAUSE
@@ -306,7 +314,7 @@ class CandidateTracker:
             while (candidate := settled.pop(full)) is not None:
                 candidate.settled = False
                 self._unsettled[candidate.key] = candidate
-                with Handling("examined", file=candidate.key):
+                with self._in_hand.handling("examined", file=candidate.key):
                     file = self._examine(candidate, now)
                 if file is not None:
                     return file

@@ -18,7 +18,7 @@ from daemon.inbox.archive import Archive, claim_file, return_pair, unclaim_sidec
 from daemon.inbox.candidates import SettledFile
 from daemon.inbox.settle import FileStat
 from daemon.inbox.watcher import identity_of
-from daemon.job import Job, JobState, new_job_id
+from daemon.job import FailureKind, Job, JobState, Priority, new_job_id
 from daemon.store import JobStore, TransitionRefused
 from daemon.text import escape
 
@@ -71,10 +71,42 @@ def claim(settings: Settings, store: JobStore, archive: Archive, file: SettledFi
     return job
 
 
+def take_out(
+    settings: Settings, store: JobStore, archive: Archive, path: Path, *, priority: Priority, reason: str
+) -> bool:
+    """Move a dropped file, with its sidecar, out of the inbox as a job that failed for `reason`.
+
+    For a file that the daemon cannot handle: nothing of it is read. Returns whether its name is free then; only
+    datasets are moved. Raises StoreError, OSError.
+    """
+    if not os.path.lexists(path):
+        return True
+    if layout.name_kind(path.name) is not layout.NameKind.DATA:
+        return False
+    found = path.lstat()
+    job_id = _free_id(settings, store)
+    job = store.add(
+        Job(
+            id=job_id,
+            name=path.name,
+            state=JobState.CLAIMED,
+            priority=priority,
+            path=str(layout.processing_dir(settings, job_id) / path.name),
+            source=str(path),
+            source_inode=found.st_ino,
+            size_bytes=found.st_size,
+            owner=found.st_uid,
+            reason=reason,
+        )
+    )
+    sidecar = path.with_name(layout.sidecar_name(path.name))
+    claim_file(settings, job, path, sidecar if os.path.lexists(sidecar) else None)
+    archive.finish(job, JobState.FAILED, reason, failure=FailureKind.INTERNAL)
+    return True
+
+
 def _plan_job(settings: Settings, store: JobStore, file: SettledFile) -> Job:
-    job_id = new_job_id()
-    while _is_used(settings, store, job_id):  # four hex digits a second are few in a burst
-        job_id = new_job_id()
+    job_id = _free_id(settings, store)
     return Job(
         id=job_id,
         name=file.candidate.name,
@@ -89,6 +121,13 @@ def _plan_job(settings: Settings, store: JobStore, file: SettledFile) -> Job:
         continues=file.candidate.continued_job,
         reason="its rows are being checked",
     )
+
+
+def _free_id(settings: Settings, store: JobStore) -> str:
+    job_id = new_job_id()
+    while _is_used(settings, store, job_id):  # four hex digits a second are few in a burst
+        job_id = new_job_id()
+    return job_id
 
 
 def _is_used(settings: Settings, store: JobStore, job_id: str) -> bool:

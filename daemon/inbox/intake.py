@@ -16,15 +16,15 @@ from itertools import islice
 from typing import Any
 
 from daemon.config import Settings
-from daemon.errors import Handling
+from daemon.in_hand import InHand
 from daemon.inbox import layout
 from daemon.inbox.archive import Archive
 from daemon.inbox.candidates import REMEMBER_SECONDS, SHOWN, CandidateTracker, SettledFile, shown_name
-from daemon.inbox.claim import NotClaimed, claim
+from daemon.inbox.claim import NotClaimed, claim, take_out
 from daemon.inbox.strays import Stray, StrayFinder
 from daemon.inbox.validation import Validator
 from daemon.inbox.watcher import FolderWatcher
-from daemon.job import Job, JobState
+from daemon.job import Job, JobState, Priority
 from daemon.root_identity import contradiction, read_parts
 from daemon.store import JobStore
 from daemon.text import escape
@@ -71,15 +71,25 @@ class _Pieces:
 class Intake:
     """The inbox of one root. One thread calls everything; other threads only set `wakeup`."""
 
-    def __init__(self, settings: Settings, store: JobStore, archive: Archive, *, wakeup: SupportsSet, log: Any) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: JobStore,
+        archive: Archive,
+        *,
+        wakeup: SupportsSet,
+        in_hand: InHand,
+        log: Any,
+    ) -> None:
         self.settings = settings
         self._store = store
         self._archive = archive
+        self._in_hand = in_hand
         self._log = log
         folders = layout.watched_folders(settings)
         self._watcher = FolderWatcher(folders, wakeup, log)
-        self._candidates = CandidateTracker(folders, settings.inbox)
-        self._validator = Validator(settings, store, archive, wakeup=wakeup, log=log)
+        self._candidates = CandidateTracker(folders, settings.inbox, in_hand=in_hand)
+        self._validator = Validator(settings, store, archive, wakeup=wakeup, in_hand=in_hand, log=log)
         self._next_rescan = 0.0
         self._scanned_at = float("-inf")
         self._scan_requested = True
@@ -138,9 +148,18 @@ class Intake:
             self._next_purge = now + PURGE_SECONDS
             self._archive.purge()
 
-    def set_aside(self, key: tuple[str, str], reason: str) -> None:
-        """Leave a dropped file, by priority and name, alone until another one takes its name."""
-        self._candidates.set_aside(key, reason)
+    def set_aside(self, key: tuple[str, str], reason: str, *, inode: int | None = None) -> int:
+        """Leave a dropped file, by priority and name, alone until another one takes its name; returns its inode."""
+        return self._candidates.set_aside(key, reason, inode=inode)
+
+    def take_out(self, key: tuple[str, str], reason: str) -> bool:
+        """Move a dropped file, with its sidecar, to failed/ as a job that failed for `reason`, without a look into it.
+
+        Returns whether its name is free then: only datasets are moved. Raises StoreError, OSError.
+        """
+        priority = Priority(key[0])
+        path = layout.watched_folders(self.settings)[priority] / key[1]
+        return take_out(self.settings, self._store, self._archive, path, priority=priority, reason=reason)
 
     @property
     def unusable(self) -> str:
@@ -308,7 +327,7 @@ class Intake:
             if file is None:
                 nobody = True
                 break
-            with Handling("claimed", file=file.candidate.key):
+            with self._in_hand.handling("claimed", file=file.candidate.key):
                 job = self._claim(file, now)
             if job is not None:
                 places -= 1

@@ -17,7 +17,8 @@ from typing import Any
 from daemon.config import Settings
 from daemon.dataset.requests import Reply, Request, SidecarRequest, SidecarWish
 from daemon.dataset.rows import Rules
-from daemon.errors import Handling, NotFound
+from daemon.errors import NotFound
+from daemon.in_hand import InHand
 from daemon.inbox import layout
 from daemon.inbox.archive import Archive, sync_claims, write_rows_report
 from daemon.inbox.duplicates import changed_settings
@@ -44,10 +45,20 @@ class _Repeat:
 class Validator:
     """The claimed jobs of one root. One thread calls everything."""
 
-    def __init__(self, settings: Settings, store: JobStore, archive: Archive, *, wakeup: SupportsSet, log: Any) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: JobStore,
+        archive: Archive,
+        *,
+        wakeup: SupportsSet,
+        in_hand: InHand,
+        log: Any,
+    ) -> None:
         self.settings = settings
         self._store = store
         self._archive = archive
+        self._in_hand = in_hand
         self._log = log
         self._pool = ValidationPool(wakeup, log)
         self._submitted: set[str] = set()  # jobs whose file is in the pool
@@ -79,7 +90,7 @@ class Validator:
     def tick(self) -> None:
         """Act on the pool's replies, and submit again what had changed while it was read."""
         for job, reply in self._collect():
-            with Handling("checked", job=job.id):
+            with self._in_hand.handling("checked", job=job.id):
                 try:
                     self._apply(job, reply)
                 except TransitionRefused:
@@ -133,7 +144,7 @@ class Validator:
         The sidecar is read where it lies now: a crash after the claim, and a sidecar that was mended before a retry,
         are the same case.
         """
-        with Handling("checked", job=job.id):
+        with self._in_hand.handling("checked", job=job.id):
             try:
                 self._submit(job)
             except TransitionRefused:

@@ -45,6 +45,12 @@ EVENTS: Mapping[str, Event] = {
         "What nobody foresaw, with its traceback: the job or file in hand is tried once more, then given up.",
         "step job file error times exception",
     ),
+    "daemon.ended_suddenly": _event(
+        "error",
+        "The daemon before this one crashed or was killed, while it did `step` to the job or file; `idle` is none. Twice in"
+        " a row over one: it is given up.",
+        "step job file times",
+    ),
     "unexpected.not_given_up": _event(
         "error", "A job or file could not be given up; the queue is held.", "job error exception"
     ),
@@ -58,7 +64,9 @@ EVENTS: Mapping[str, Event] = {
     ),
     "root.damaged": _event("error", "Something that is kept is not as it was recorded.", "reason hint"),
     "root.not_verified": _event("error", "The background check did not come to its end; it is tried again.", "error"),
-    "job.quarantined": _event("error", "A job was failed over this program's own error, twice in a row.", "job reason"),
+    "job.quarantined": _event(
+        "error", "A job was failed over an unexpected error, or a crash of the daemon, twice in a row.", "job reason"
+    ),
     "job.brought_forward": _event(
         "warning", "The queue was older than the lineage, which has the job's version.", "job version"
     ),
@@ -99,7 +107,9 @@ EVENTS: Mapping[str, Event] = {
     ),
     "file.unreadable": _event("warning", "A dropped file may not be read; it is taken when it may.", "file reason"),
     "file.quarantined": _event(
-        "error", "A dropped file is left alone over this program's own error, twice in a row.", "file reason"
+        "error",
+        "A dropped file is moved to failed/, or left alone, over an unexpected error or a crash of the daemon, twice in a row.",
+        "file reason",
     ),
     "file.replaced": _event("warning", "Another file took its place while it was taken.", "file job now"),
     "file.left_alone": _event("warning", "Something in the inbox will not be taken as it is.", "file reason"),

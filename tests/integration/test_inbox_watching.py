@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from daemon.config import InboxSettings
+from daemon.in_hand import InHand
 from daemon.inbox import candidates, watcher
 from daemon.job import JobState, Priority
 from daemon.root_identity import adopt
@@ -316,7 +317,7 @@ class Coarse(type(Path())):  # type: ignore[misc]
 def test_names_that_come_within_one_tick_of_a_coarse_clock_are_all_found(tmp_path: Path) -> None:
     """Only the first of them moves the folder's times."""
     folder = Coarse(tmp_path)
-    found = candidates.CandidateTracker({Priority.NORMAL: folder}, InboxSettings())
+    found = candidates.CandidateTracker({Priority.NORMAL: folder}, InboxSettings(), in_hand=InHand())
     for now in (quarter / 4 for quarter in range(40)):
         if now in (2.0, 2.75, 3.75):
             (tmp_path / f"{now}.jsonl").write_text(ROW)

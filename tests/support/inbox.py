@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from daemon.config import Settings
+from daemon.in_hand import InHand
 from daemon.inbox import layout
 from daemon.inbox.archive import Archive
 from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState
+from daemon.left_alone import LeftAlone
 from daemon.recovery import repair_inbox
 from daemon.root_identity import establish
 from daemon.store import JobStore
@@ -59,10 +61,14 @@ class Root:
         """Start, as a new process of the daemon would."""
         self.store = JobStore(self.settings.store_path)
         self.archive = Archive(self.settings, self.store, self.log)
-        self.intake = Intake(self.settings, self.store, self.archive, wakeup=self.wakeup, log=self.log)
+        self.intake = Intake(
+            self.settings, self.store, self.archive, wakeup=self.wakeup, in_hand=InHand(), log=self.log
+        )
         establish(self.settings)
         self.intake.open()
-        self.intake.resume_claimed(repair_inbox(self.settings, self.store, self.archive, self.log))
+        self.intake.resume_claimed(
+            repair_inbox(self.settings, self.store, self.archive, self.log, in_hand=InHand(), left_alone=LeftAlone())
+        )
         self.opened = True
 
     def close(self) -> None:

@@ -1,9 +1,12 @@
-"""An error that nobody foresaw, thrown into the daemon from outside wherever a certain file or job is in hand."""
+"""An error that nobody foresaw, or a sudden end, brought to the daemon wherever a certain file or job is in hand."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,31 @@ def fail(place: str, word: str, most: int, count_path: str) -> None:
 
     Each time is noted in a file, so that it counts over several lives.
     """
+
+    def throw() -> None:
+        raise ZeroDivisionError("thrown by the test")
+
+    _do(throw, place, word, most, Path(count_path))
+
+
+def die(place: str, word: str, most: int, count_path: str) -> None:
+    """Let the daemon die there as by a fault in native code, or by the watchdog: nothing in it is told."""
+    _do(lambda: os.kill(os.getpid(), signal.SIGKILL), place, word, most, Path(count_path))
+
+
+def _do(deed: Callable[[], None], place: str, word: str, most: int, count: Path) -> None:
     module, _, name = place.partition(":")
     owner: Any = importlib.import_module(module)
     *parents, last = name.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
     real = getattr(owner, last)
-    count = Path(count_path)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         thrown = len(count.read_bytes()) if count.exists() else 0
         if thrown < most and any(word in _OTHER_DATASET.sub("", repr(value)) for value in (*args, *kwargs.values())):
             count.write_bytes(b"x" * (thrown + 1))
-            raise ZeroDivisionError("thrown by the test")
+            deed()
         return real(*args, **kwargs)
 
     setattr(owner, last, failing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+from daemon.in_hand import NOTE_NAME
 from daemon.job import FINAL_STATES, JobState
 from daemon.memory.store import (
     FILE_NAMES,
@@ -61,6 +62,9 @@ def assert_sound(root: Root) -> None:
         owner = version.record["job"]
         assert succeeded.get(version.name) == jobs[owner] or owner in running, f"{version.name} has no job"
     assert_memory_sound(root)
+    note = settings.state_dir / NOTE_NAME
+    if (root.status() or {}).get("status") == "stopped" and note.exists():
+        assert not note.read_bytes().strip(), "a daemon that stopped in order left a note of what it had in hand"
     lines = settings.log_path.read_bytes().splitlines() if settings.log_path.exists() else []
     for line in lines:
         json.loads(line)

@@ -16,14 +16,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard",),
     (
         *("daemon.config", "daemon.errors", "daemon.evaluation", "daemon.job", "daemon.limits", "daemon.lineage"),
-        *("daemon.curves", "daemon.processes", "daemon.recipe"),
+        *("daemon.curves", "daemon.in_hand", "daemon.processes", "daemon.recipe"),
         *("daemon.run_dir", "daemon.sd_notify", "daemon.setting_names", "daemon.text", "daemon.wakeup"),
     ),
     (
         *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds", "daemon.memory"),
         *("daemon.held_versions", "daemon.version_pruning"),
         *("daemon.observability", "daemon.store", "daemon.root_identity", "daemon.versions"),
-        "daemon.base_identity",
+        *("daemon.base_identity", "daemon.left_alone"),
     ),
     (
         "daemon.backup",
@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "daemon.status_writer",
         "daemon.verification",
     ),
+    ("daemon.containment",),
     ("daemon.service",),
     ("daemon.__main__", "daemon.cli", "daemon.web"),
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from daemon.config import InboxSettings
+from daemon.in_hand import InHand
 from daemon.inbox.candidates import CandidateTracker
 from daemon.inbox.layout import NameKind, name_kind, sidecar_name
 from daemon.inbox.settle import Candidate, EarlierClaim, FileStat, Settled, Wait, decide
@@ -145,7 +146,7 @@ def test_a_file_that_never_settles_is_shown_as_waiting_for_ever(tmp_path: Path) 
     """A day of a writer that comes back every second: never taken, at every moment there with its reason."""
     path = tmp_path / "log.jsonl"
     path.write_text('{"text": "a"}\n')
-    found = CandidateTracker({Priority.NORMAL: tmp_path}, SETTINGS)
+    found = CandidateTracker({Priority.NORMAL: tmp_path}, SETTINGS, in_hand=InHand())
     for second in range(86_400):
         if second % 60 == 0:
             found.scan(float(second), full=True)
