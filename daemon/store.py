@@ -343,6 +343,7 @@ class JobStore:
 
         Raises NotFound when none or several do.
         """
+        text = text.encode(errors="backslashreplace").decode()  # an argument of any bytes, of which no id has one
         rows = (
             self._read("SELECT body FROM jobs WHERE ?1 = 'last' ORDER BY seq DESC LIMIT 1", (text,))
             or self._read("SELECT body FROM jobs WHERE id >= ?1 AND id < ?1 || char(0x10FFFF) LIMIT 2", (text,))

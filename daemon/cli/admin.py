@@ -63,9 +63,10 @@ def logs(
         int | None,
         typer.Option("--lines", "-n", min=0, help=f"At most so many, the newest (default {BACKLOG}; of a job, all)."),
     ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every key of each event.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show the log, oldest first, across rotated files.
+    """Show the log, oldest first, across rotated files: of each event what a person needs.
 
     Example: dropforge logs --follow --level warning
     """
@@ -78,8 +79,9 @@ def logs(
     colours = sys.stdout.isatty() and not out.no_color
 
     def print_event(raw: bytes, event: dict[str, object]) -> None:
+        shown = event if full else log_reader.brief(event)
         print(
-            raw.decode("ascii", "backslashreplace") if as_json else log_reader.format_line(event, colours=colours),
+            raw.decode("ascii", "backslashreplace") if as_json else log_reader.format_line(shown, colours=colours),
             flush=follow,
         )
 

@@ -263,6 +263,22 @@ def test_a_loss_that_became_worse_is_marked_wherever_it_is_shown() -> None:
         assert all(cell_len(line) <= 80 for line in lines)
 
 
+def test_the_log_shows_what_a_person_needs_and_all_of_it_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dropforge.toml").write_text("")
+    path = tmp_path / "state" / "logs" / "dropforge.jsonl"
+    path.parent.mkdir(parents=True)
+    event = {"timestamp": "2026-11-23T04:41:07Z", "level": "info", "event": "job.succeeded", "job": "j1",
+             "dataset": "a.jsonl", "digest": "5" * 64, "steps_run": 9, "base": {"name": "x"}}  # fmt: skip
+    path.write_text(json.dumps(event) + "\n")
+    code, brief, _ = run_here(capsys, "--root", str(tmp_path), "logs")
+    assert (code, brief) == (0, "2026-11-23 04:41:07 info    job.succeeded  dataset=a.jsonl steps_run=9 job=j1\n")
+    full = run_here(capsys, "--root", str(tmp_path), "logs", "--full")[1]
+    assert "5" * 64 in full
+    assert json.loads(run_here(capsys, "--root", str(tmp_path), "logs", "--json")[1]) == event
+
+
 def test_jobs_and_status_say_where_the_running_one_is_and_when_the_queue_is_done() -> None:
     jobs = [Job(id="j1", name="a.jsonl", state=JobState.RUNNING), Job(id="j2", name="b.jsonl", state=JobState.RUNNING)]
     lines = rendered(render.job_list(jobs, running={"id": "j1", "step": 12, "total_steps": 90}))

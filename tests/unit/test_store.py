@@ -192,6 +192,12 @@ def test_damage_that_opening_does_not_meet_is_found_by_checking(tmp_path: Path) 
     assert path.read_bytes() == data
 
 
+def test_a_name_of_any_bytes_finds_no_job(store: JobStore) -> None:
+    queued(store, "job-1")
+    with pytest.raises(NotFound, match="there is no such job"):
+        store.find("b\udcff\n")
+
+
 def test_counts_are_those_of_the_rows_after_any_moves(store: JobStore) -> None:
     for number in range(5):
         queued(store, f"job-{number}")
