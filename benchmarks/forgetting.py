@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from benchmarks._tasks import TASKS, Row, Task, as_lines, make_tasks
 from daemon import versions
 from daemon.cli.init import init
 from daemon.config import CONFIG_NAME, Settings, load
+from daemon.job import Job, JobState, to_json
 from daemon.recipe import Recipe
+from daemon.store import JobStore
 from daemon.trainer.base_model import load_tokenizer, resolve_base
 from daemon.trainer.model import load_model
 from guard.atomic import write_atomic
@@ -181,24 +184,26 @@ def train_stage(settings: Settings, number: int, tasks: Sequence[Task]) -> dict[
     """Submit one file and train it; one that an earlier call submitted already goes on from where that was killed."""
     name = f"{number}-{'-'.join(task.name for task in tasks)}.jsonl"
     spent = _children_seconds()
-    if not any(job["name"] == name for job in _jobs(settings)):
+    if _job(settings, name) is None:
         file = settings.root / name
         file.write_bytes(as_lines([row for task in tasks for row in task.rows]))
         _dropforge(settings, "submit", str(file))
     _dropforge(settings, "run", "--once")
-    [job] = [job for job in _jobs(settings) if job["name"] == name]
-    if job["state"] != "succeeded":
-        raise SystemExit(f"{name} in {settings.root}: {job['state']}: {job['reason']}")
-    shown = json.loads(_dropforge(settings, "show", job["id"], "--json"))["result"]
+    job = _job(settings, name)
+    if job is None or job.state is not JobState.SUCCEEDED or job.result is None:
+        told = "it is in no queue" if job is None else f"{job.state}, {job.reason}"
+        raise SystemExit(f"{name} was not trained in {settings.root}: {told}")
     kept = ("rows", "tokens_trained", "steps_run", "replayed", "held_out_before", "held_out_after")
-    return {"cpu_seconds": _children_seconds() - spent, **{key: shown[key] for key in kept}}
+    found: dict[str, Any] = {key: json.loads(to_json(job.result))[key] for key in kept}
+    return {"cpu_seconds": _children_seconds() - spent, **found}
 
 
-def _jobs(settings: Settings) -> list[dict[str, Any]]:
-    if not settings.store_path.exists():  # nothing ever ran here
-        return []
-    listed: list[dict[str, Any]] = json.loads(_dropforge(settings, "jobs", "--json"))["jobs"]
-    return listed
+def _job(settings: Settings, name: str) -> Job | None:
+    """The job of a file, None where nothing has run yet or the file was not taken."""
+    if not settings.store_path.exists():
+        return None
+    with closing(JobStore(settings.store_path)) as store:
+        return next((job for job in store.jobs() if job.name == name), None)
 
 
 def _dropforge(settings: Settings, *arguments: str) -> str:

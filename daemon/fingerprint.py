@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon.job import Dataset, Plan, ReplayedDataset
-from daemon.recipe import Recipe
+from daemon.recipe import SELECTION_SETTINGS, Recipe
 from guard import DigestCache, Fingerprint, digest_model_files, digest_tokenizer_files
 
 
@@ -25,6 +25,7 @@ def fingerprint_run(
     precision: str,
     plan: Plan | None = None,
     tokens_digest: str | None = None,
+    held_out_digest: str | None = None,
     replayed: Sequence[ReplayedDataset] = (),
     replay_digest: str | None = None,
     lora_config: Mapping[str, Any] | None = None,
@@ -32,7 +33,8 @@ def fingerprint_run(
 ) -> Fingerprint:
     """Everything that decides what a run computes, and some things worth recording that do not.
 
-    `plan` and `tokens_digest`: what is left of the dataset once rows became tokens, and those. `replayed` and `replay_digest`:
+    `plan` and `tokens_digest`: what is left of the dataset once rows became tokens, and those; `held_out_digest`: the tokens of
+    rows that are held out, which matter where evaluations decide what the run ends with. `replayed` and `replay_digest`:
     of which earlier datasets rows are trained again, and those rows. `lora_config`: every field of peft's own class, as the
     trainer uses it. `cache_path` keeps digests of base-model files between runs, keyed by size, mtime and inode.
     """
@@ -77,7 +79,11 @@ def fingerprint_run(
     }
     components |= {f"lora.{name}": value for name, value in lora.model_dump(mode="json").items()}
     components |= {f"lora.{name}": value for name, value in (lora_config or {}).items()}
-    separate = {"start_from", "num_processes", "report_to"}  # named above, or nothing that computes
+    if training.selects and held_out_digest is not None:
+        components |= {f"selection.{name}": getattr(training, name) for name in SELECTION_SETTINGS}
+        components["selection.held_out"] = held_out_digest
+    # Named above, or nothing that computes.
+    separate = {"start_from", "num_processes", "report_to", *SELECTION_SETTINGS} - {"eval_steps"}
     components |= {
         f"training.{name}": value for name, value in training.model_dump(mode="json").items() if name not in separate
     }

@@ -267,6 +267,14 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutPoint:
+    """The mean loss of a trained token over the held-out rows, after one step of a run."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """The progress of a running trainer: `progress.json`, replaced after each step."""
 
@@ -281,6 +289,8 @@ class Progress:
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     held_out_loss: float | None = None
+    held_out_losses: tuple[HeldOutPoint, ...] = ()  # after eval_steps steps each, over all attempts; at most 100
+    best_step: int | None = None  # with the lowest of them so far
     resumed_from: str | None = None
     last_checkpoint_step: int = 0
     at: str = ""
@@ -305,6 +315,10 @@ class RunResult:
     train_loss: float | None = None
     held_out_before: float | None = None
     held_out_after: float | None = None
+    held_out_losses: tuple[HeldOutPoint, ...] = ()  # during the run, over all attempts; at most 100
+    best_step: int | None = None  # with the lowest of them; None: there was no evaluation during the run
+    kept_step: int | None = None  # whose weights the run ended with; None: nothing was trained to its end
+    stopped_early: bool = False  # as early_stopping_patience says
     tokens_per_second: float | None = None
     steady_tokens_per_second: float | None = None  # without the first step, which warms up; None: there was no other
     tokens_trained: int = 0

@@ -25,6 +25,9 @@ NOT_FOR_ONE_DATASET: Mapping[str, frozenset[str]] = {
 # What a dropped file may raise and not lower: it has no say in whether it is measured.
 ONLY_UPWARDS = (("data", "held_out_min_rows"),)
 
+# They decide together which step's weights a run ends with.
+SELECTION_SETTINGS = ("eval_steps", "load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold")
+
 MOST = 10**9  # of anything that is counted or measured here: what is beyond is a slip, and overflows somewhere
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -111,12 +114,41 @@ class TrainingSettings(Section):
     )
     use_liger_kernel: bool = Field(False, description="Fused kernels of `dropforge[gpu]`.")
     torch_compile: bool = Field(False, description="Compile the model; pays in runs of thousands of steps only.")
+    eval_steps: float = Field(
+        0,
+        ge=0,
+        le=MOST,
+        description="Steps between evaluations of the held-out rows; below 1: a share of all steps; 0: before and after only.",
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="End with the weights of the evaluation with the lowest loss, not of the last step."
+    )
+    early_stopping_patience: int = Field(
+        0, ge=0, le=MOST, description="Stop after so many evaluations in a row without a lower loss; 0: never."
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, le=MOST, description="By how much the loss must be lower to count, in nats a token."
+    )
     save_steps: Count = Field(100, description="Steps between sealed checkpoints.")
     save_total_limit: PositiveInt = Field(2, description="Checkpoints of a run that are kept.")
     logging_steps: Count = Field(
         10, description="Steps between logged losses; a run of few steps logs at least 20 times."
     )
     report_to: tuple[str, ...] = Field((), description="Further trackers, by their names in transformers.")
+
+    @property
+    def selects(self) -> bool:
+        """Whether evaluations during the run change what it ends with."""
+        return self.eval_steps > 0 and (self.load_best_model_at_end or self.early_stopping_patience > 0)
+
+    @model_validator(mode="after")
+    def _evaluated(self) -> TrainingSettings:
+        if self.eval_steps > 1 and not self.eval_steps.is_integer():
+            raise ValueError("eval_steps is a whole number of steps, or below 1 a share of all steps")
+        if not self.eval_steps and (self.load_best_model_at_end or self.early_stopping_patience):
+            asks = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
+            raise ValueError(f"{asks} needs evaluations during the run: set eval_steps")
+        return self
 
 
 class LoraSettings(Section):

@@ -61,7 +61,7 @@ def decide(
 ) -> RetryDecision:
     """Decide from the trainer's own result first, from its exit only when it left none.
 
-    A success is believed only if every planned step ran. `stop`: why we asked it to leave. `phase`: the last one that it
+    A success is believed only if every planned step ran, or those until early stopping. `stop`: why we asked it to leave. `phase`: the last one that it
     reported, "" when none. `progressed`: the attempt sealed a step that no earlier one had.
     """
     if result is not None and result.outcome is Outcome.SUCCEEDED:
@@ -95,8 +95,12 @@ def decide_not_launched(*, job: Job, cause: str, no_space: bool, queue: QueueSet
 
 
 def _decide_success(result: RunResult) -> RetryDecision:
-    if result.steps_run == result.steps_planned and result.steps_run >= 1 and result.candidate:
-        return RetryDecision(to=JobState.SUCCEEDED, reason=f"{result.steps_run} of {result.steps_planned} steps")
+    is_whole = result.steps_run == result.steps_planned or (
+        result.stopped_early and result.steps_run < result.steps_planned
+    )
+    if is_whole and result.steps_run >= 1 and result.candidate:
+        early = ": the held-out loss had stopped falling" if result.stopped_early else ""
+        return RetryDecision(to=JobState.SUCCEEDED, reason=f"{result.steps_run} of {result.steps_planned} steps{early}")
     return RetryDecision(
         to=JobState.FAILED,
         reason=f"only {result.steps_run} of {result.steps_planned} planned steps ran; nothing was promoted",

@@ -36,7 +36,7 @@ class SealCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
 
     Refuses to train from another state than was decided.
     Give it a `PreparedRun`, or a model directory and a fingerprint. `keep` is the number of sealed
-    checkpoints that stay (the Trainer's `save_total_limit` counts only what is in its own `output_dir`; None
+    checkpoints that stay besides the best one (the Trainer's `save_total_limit` counts only what is in its own `output_dir`; None
     leaves rotation to it). `on_sealed` is called with each sealed Checkpoint, in world process zero.
     """
 
@@ -103,7 +103,9 @@ class SealCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
         into = self.model_dir / name if self._is_staged(args) else None
         sealed = seal_checkpoint(folder, step=state.global_step, fingerprint=self.fingerprint, key=self.key, into=into)
         if self.keep is not None:
-            rotate(self.model_dir, keep=self.keep, fingerprint=self.fingerprint, key=self.key)
+            best = state.best_global_step  # of the evaluations so far; None or 0: there was none
+            spared = (best,) if best else ()
+            rotate(self.model_dir, keep=self.keep, fingerprint=self.fingerprint, key=self.key, spared=spared)
         if self.on_sealed is not None:
             self.on_sealed(sealed)
 

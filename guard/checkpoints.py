@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -258,9 +258,14 @@ def seal_checkpoint(
 
 
 def rotate(
-    model_dir: PathLike, *, keep: int, fingerprint: Fingerprint | None = None, key: bytes | None = None
+    model_dir: PathLike,
+    *,
+    keep: int,
+    fingerprint: Fingerprint | None = None,
+    key: bytes | None = None,
+    spared: Collection[int] = (),
 ) -> tuple[Path, ...]:
-    """Remove all but the newest `keep` checkpoints of the run in progress.
+    """Remove all but the newest `keep` checkpoints of the run in progress, and those of the `spared` steps.
 
     Returns what was removed.
     That run is the one of `fingerprint`; without it, that of the newest checkpoint that is structurally
@@ -274,7 +279,7 @@ def rotate(
     if run is None:
         return ()
     mine = [checkpoint for checkpoint in sealed if checkpoint.belongs_to(run)]
-    removed = [checkpoint.path for checkpoint in mine[:-keep]]
+    removed = [checkpoint.path for checkpoint in mine[:-keep] if checkpoint.step not in spared]
     if removed:
         with storage_errors("rotate the checkpoints in", model_dir):
             give_up(model_dir, removed)

@@ -162,6 +162,12 @@ COMPONENTS: Final[tuple[Component, ...]] = (
     _identity("training.use_liger_kernel", "other arithmetic"),
     _identity("training.torch_compile", "other arithmetic"),
     _identity("training.dataloader_drop_last", "the number of steps of an epoch"),
+    # -- which step's weights the run ends with, where evaluations decide it
+    _identity("selection.eval_steps", "the steps among which the best is chosen"),
+    _identity("selection.load_best_model_at_end", "whether the run ends with the best weights or the last"),
+    _identity("selection.early_stopping_patience", "when the run ends"),
+    _identity("selection.early_stopping_threshold", "when the run ends"),
+    _identity("selection.held_out", "the rows by which the best is chosen"),
     # -- the software (major.minor)
     _identity("versions.torch", "kernels and random numbers change between minor versions"),
     _identity("versions.transformers", "the training loop and the checkpoint's form change"),

@@ -35,6 +35,7 @@ from daemon.versions import Version
 if TYPE_CHECKING:  # what the doctor imports would be loaded by every command
     from daemon.cli.doctor import Finding
 
+POINTS_SHOWN = 12  # evaluations during a run; `dropforge show --json` has up to 100
 REASON = 300  # characters of a reason or a hint in a list; `dropforge show` has it whole
 STATE_STYLES = {
     JobState.SUCCEEDED: "green",
@@ -141,6 +142,8 @@ def progress_line(job: Mapping[str, Any]) -> str:
     ):
         if job.get(key) is not None:
             line += form.format(job[key])
+    if job.get("held_out_losses"):
+        line += f"  held out {job['held_out_losses'][-1][1]:.4f}"
     if job.get("eta_seconds") is not None:
         line += f"  {format_duration(float(job['eta_seconds']))} left"
     return line
@@ -185,6 +188,20 @@ def _steps_of(item: Job, running: Mapping[str, Any]) -> str:
         return f"{running.get('step') or 0}/{running['total_steps']}" if is_planned else ""
     result = item.result
     return f"{result.steps_run}/{result.steps_planned}" if result and result.steps_planned else ""
+
+
+def held_out_losses(result: RunResult) -> str | None:
+    """`step 10 1.2345, 20 1.1987, ...; best at 20, whose weights were kept`; None without evaluations during the run."""
+    points = result.held_out_losses
+    if not points:
+        return None
+    shown = (
+        points if len(points) <= POINTS_SHOWN else (*points[: POINTS_SHOWN // 2], None, *points[-POINTS_SHOWN // 2 :])
+    )
+    text = ", ".join("..." if point is None else f"{point.step} {point.loss:.4f}" for point in shown)
+    kept = f", kept: {result.kept_step}" if result.kept_step is not None else ""
+    early = "; stopped early" if result.stopped_early else ""
+    return f"step {text}; best: {result.best_step}{kept}{early}"
 
 
 def _seconds_of(item: Job, now: str) -> float | None:
@@ -256,6 +273,7 @@ def job(
                 if result.unmeasured or None not in (result.held_out_before, result.held_out_after)
                 else None,
             ),
+            ("during the run", held_out_losses(result)),
             *_lines("replayed", replayed(result)),
             *_lines("earlier datasets", evaluated(result)),
             (

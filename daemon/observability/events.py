@@ -189,7 +189,14 @@ EVENTS: Mapping[str, Event] = {
         "What could not be proven of the base model that the continued version was trained on.",
         "job warnings",
     ),
-    "run.evaluated": _event("info", "Loss over the rows held out, before or after.", "job when held_out_loss rows"),
+    "run.evaluated": _event(
+        "info",
+        "Loss over the rows held out: before, during or after the run.",
+        "job when step held_out_loss rows best_step",
+    ),
+    "run.best_kept": _event(
+        "info", "The step with the lowest held-out loss: the run ends with its weights.", "job step steps_run problem"
+    ),
     "run.gate_judged": _event(
         "info",
         "What was lost of earlier datasets, by their held-out rows, and which blend mends it.",

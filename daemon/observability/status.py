@@ -133,6 +133,11 @@ class RunningJob(TypedDict):
     tokens_per_second: float | None
     eta_seconds: float | None
     held_out_loss: float | None
+    held_out_losses: Annotated[
+        list[tuple[int, float]],
+        Meta(description="(step, loss over the held-out rows) every eval_steps steps, at most 100.", max_length=100),
+    ]
+    best_step: Annotated[int | None, Meta(description="With the lowest of them; null: there is none yet.")]
     resumed_from: str | None
     last_checkpoint_step: int
     at: Annotated[str, Meta(description="When the trainer said so.")]
@@ -362,6 +367,7 @@ def may_be_alive(snapshot: Mapping[str, Any]) -> bool:
 
 def running_job(job: Job, progress: Progress | None, losses: list[tuple[int, float]] | tuple[()] = ()) -> RunningJob:
     """The `job` object: the store's view of the running job, the trainer's own progress, and its losses so far."""
+    shown_progress = progress or Progress(phase="starting")
     shown: dict[str, Any] = {
         "id": job.id,
         "dataset": escape(job.name),
@@ -369,7 +375,8 @@ def running_job(job: Job, progress: Progress | None, losses: list[tuple[int, flo
         "rows": job.dataset.rows if job.dataset else None,
         "attempt": job.attempt,
         "started_at": job.started_at,
-        **asdict(progress or Progress(phase="starting")),
+        **asdict(shown_progress),
+        "held_out_losses": [(point.step, float(f"{point.loss:.6g}")) for point in shown_progress.held_out_losses],
         "losses": list(losses),
     }
     return cast(RunningJob, shown)

@@ -15,7 +15,9 @@ LEAST_LOGGED = 20  # losses of a run, where it has so many steps: of fewer there
 MIN_COMPILE_STEPS = 1000  # a shorter run takes longer to compile than it saves
 
 
-def training_arguments(recipe: Recipe, plan: Plan, staging_dir: Path, precision: str) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, plan: Plan, staging_dir: Path, precision: str, *, eval_steps: int = 0
+) -> TrainingArguments:
     """Return the Trainer's arguments; what they default to in silence is spelled out."""
     training = recipe.training
     return TrainingArguments(
@@ -36,6 +38,8 @@ def training_arguments(recipe: Recipe, plan: Plan, staging_dir: Path, precision:
         use_cpu=not torch.cuda.is_available(),
         use_liger_kernel=training.use_liger_kernel,
         torch_compile=training.torch_compile and plan.total_steps >= MIN_COMPILE_STEPS,
+        eval_strategy="steps" if eval_steps else "no",
+        eval_steps=eval_steps or None,  # and after the last step
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=None,  # rotation is the guard's: it knows which checkpoints are intact

@@ -128,6 +128,11 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         return self._trainer.sealing_seconds
 
     @property
+    def evaluating_seconds(self) -> float:
+        """Spent on the held-out rows, between steps."""
+        return self._trainer.evaluating_seconds
+
+    @property
     def mean_loss(self) -> float | None:
         """Mean over the steps of this attempt; None when it had none to run."""
         return self._loss_sum / self._steps if self._steps else None
@@ -160,7 +165,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
                 hint="the installed transformers counts steps in another way than Dropforge expects; report this",
             )
         # A resumed state brings the old intervals along; these may differ between attempts.
-        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+        state.save_steps, state.logging_steps, state.eval_steps = args.save_steps, args.logging_steps, args.eval_steps
+        self._trainer.take_up(state)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -173,7 +179,9 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         started_at = time.perf_counter() - self._trainer.waiting_seconds
         self._trainer.record_step(stop=self._stop.requested)
         # Nothing unchecked may be sealed.
-        steps = self._trainer.completed_steps(wait=control.should_save or control.should_training_stop)
+        steps = self._trainer.completed_steps(
+            wait=control.should_save or control.should_evaluate or control.should_training_stop
+        )
         for step in steps:
             self._check(step)
         if steps:
@@ -185,6 +193,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
                 self._check(step)
             control.should_save = True
             control.should_training_stop = True
+            self._trainer.stopping = True
         # Waiting is subtracted on both sides: the device computes meanwhile.
         self.bookkeeping_seconds += time.perf_counter() - self._trainer.waiting_seconds - started_at
 

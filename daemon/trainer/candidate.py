@@ -18,9 +18,9 @@ from daemon.trainer.model import ADAPTER_CONFIG, adapter_tensors, all_finite
 from guard.atomic import apply_umask
 
 
-def require_whole_run(steps_run: int, plan: Plan, mean_loss: float | None) -> None:
-    """Raise RunFailure unless every planned step ran, at least one, with a finite loss."""
-    if steps_run != plan.total_steps or steps_run < 1:
+def require_whole_run(steps_run: int, plan: Plan, mean_loss: float | None, *, stopped_early: bool = False) -> None:
+    """Raise RunFailure unless every planned step ran, or those until the evaluations ended it, with a finite loss."""
+    if (steps_run != plan.total_steps and not stopped_early) or steps_run < 1:
         raise RunFailure(
             FailureKind.INTERNAL,
             f"{steps_run} of {plan.total_steps} planned steps ran",

@@ -43,6 +43,7 @@ tags: [lora, dropforge]
 | schedule | {training.lr_scheduler_type}, peak learning rate {training.learning_rate:g}, {training.optim}, seed {training.seed} |
 | data | loss on {recipe.data.train_on}, at most {recipe.data.max_length} tokens a row, {result.truncated_rows} rows cut, {result.dropped_rows} dropped |
 | tokens | {planned.tokens} an epoch, {planned.trained_tokens / max(planned.tokens, 1):.1%} of them with a loss |
+| weights | {_weights(result)} |
 | training loss | {_loss(result.train_loss)}, mean over the last attempt |
 | held-out loss | {held_out} |
 | made with | torch {minor_version("torch")}, transformers {minor_version("transformers")}, peft {minor_version("peft")} |
@@ -100,6 +101,16 @@ def _warnings(result: RunResult) -> str:
 def _rehearsed(result: RunResult) -> str:
     found = ", ".join(f"{dataset.rows} rows of {escape(dataset.name)}" for dataset in result.replayed)
     return found or "nothing of earlier datasets"
+
+
+def _weights(result: RunResult) -> str:
+    """Of which step the weights are, and why."""
+    if result.best_step is None or result.kept_step is None:
+        return "of the last step"
+    best = min((point.loss for point in result.held_out_losses), default=0.0)
+    why = "the lowest" if result.kept_step == result.best_step else f"step {result.best_step} had the lowest"
+    early = ", stopped early" if result.stopped_early else ""
+    return f"of step {result.kept_step}; {why} held-out loss during the run, {best:.4f}{early}"
 
 
 def _kind(recipe: Recipe) -> str:

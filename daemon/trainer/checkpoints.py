@@ -6,7 +6,7 @@ under one lock that is held until the candidate is complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import guard
 from daemon import versions
 from daemon.base_identity import CACHE_NAME, BaseModel
 from daemon.fingerprint import fingerprint_run
-from daemon.job import FailureKind, Plan, RunSpec
+from daemon.job import FailureKind, HeldOutPoint, Plan, RunSpec
 from daemon.recipe import Recipe
 from daemon.run_dir import RunWriter
 from daemon.trainer import distributed
-from daemon.trainer.collate import Examples
+from daemon.trainer.collate import Examples, in_order
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.model import lora_config, precision_of
 from daemon.trainer.origin import Origin, find_parent
@@ -94,6 +94,7 @@ def decide_start(
             precision=precision,
             plan=plan,
             tokens_digest=digest_tokens(examples.trained),
+            held_out_digest=digest_tokens(in_order(examples.held_out)) if examples.held_out else None,
             replayed=replay.datasets,
             replay_digest=replay.digest,
             lora_config=lora_config(recipe.lora, base).to_dict(),
@@ -112,6 +113,64 @@ def decide_start(
     if prepared.resume_from is not None:
         require_resume_support()
     return Start(prepared=prepared, parent=parent, precision=precision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Whose weights a run ends with."""
+
+    step: int
+    checkpoint: Path | None = None  # that has them; None: the model has them already
+    problem: str = ""  # why they are not the best ones
+
+
+def find_best(start: Start, points: Sequence[HeldOutPoint], *, steps_run: int, key: bytes | None) -> Kept:
+    """Return the evaluated step with the lowest loss whose weights are there: the model's, or an intact checkpoint's.
+
+    Where those of the best are lost, the best of the others. Raises GuardError.
+    """
+    step, checkpoint, lost = steps_run, None, ""
+    for point in sorted(points, key=lambda point: (point.loss, point.step)):
+        step, checkpoint = point.step, start.prepared.model_dir / f"checkpoint-{point.step}"
+        if point.step == steps_run:
+            checkpoint = None
+            break
+        reason = _why_lost(checkpoint, start, key)
+        if not reason:
+            break
+        lost = lost or f"the best weights, of step {step}, could not be loaded: {reason}"
+    else:
+        step, checkpoint = steps_run, None
+    return Kept(step=step, checkpoint=checkpoint, problem=lost and f"{lost}; those of step {step} were taken")
+
+
+def keep_best(
+    start: Start,
+    points: Sequence[HeldOutPoint],
+    *,
+    steps_run: int,
+    key: bytes | None,
+    load: Callable[[Path], None],
+    writer: RunWriter,
+) -> Kept:
+    """Give the model the weights of the evaluation with the lowest loss. The main process chooses for all."""
+    found = find_best(start, points, steps_run=steps_run, key=key) if distributed.is_main_process() else None
+    kept: Kept = distributed.broadcast(found)
+    if kept.checkpoint is not None:
+        load(kept.checkpoint)
+    writer.event("run.best_kept", step=kept.step, steps_run=steps_run, problem=kept.problem or None)
+    return kept
+
+
+def _why_lost(checkpoint: Path, start: Start, key: bytes | None) -> str:
+    """Why a checkpoint of this run cannot be loaded; empty when it can."""
+    try:
+        found = guard.verify_checkpoint(checkpoint, key=key)
+    except guard.NotFound:
+        return f"{checkpoint.name} is missing"
+    if found.belongs_to(start.prepared.fingerprint):
+        return ""
+    return f"{checkpoint.name} is {found.state.value if found.reason else 'of another run'}{found.reason and ': '}{found.reason}"
 
 
 def seal_checkpoints(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -88,6 +88,11 @@ class Examples:
     def withheld_rows(self) -> int:
         """Rows that are held out of an earlier dataset, and so not trained."""
         return sum(self.withheld.values())
+
+
+def in_order(examples: Iterable[Example]) -> list[Example]:
+    """Return examples in an order that does not depend on that of the file."""
+    return sorted(examples, key=lambda example: (example.content_digest, example.line))
 
 
 def plan(examples: Examples, training: TrainingSettings) -> Plan:

@@ -15,9 +15,10 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
-from daemon.job import FailureKind, MemoryMeasure, Plan
+from daemon.job import FailureKind, HeldOutPoint, MemoryMeasure, Plan
 from daemon.run_dir import RunWriter
 from daemon.trainer import distributed
 from daemon.trainer.attempt import StopFlag
@@ -26,6 +27,7 @@ from daemon.trainer.batches import StepBatches
 from daemon.trainer.collate import IGNORE, Collator, Example
 from daemon.trainer.errors import RunFailure
 from daemon.trainer.loss import Objective
+from daemon.trainer.selection import EVAL_LOSS, Selection, best_point, points_of, thinned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         grouped: bool,
         gradient_checkpointing_on_oom: bool = False,
         writer: RunWriter | None = None,
+        held_out: Sequence[Example] = (),
+        selection: Selection | None = None,
     ) -> None:
         lengths = [len(example.input_ids) for example in examples]
         self.batches = StepBatches(
@@ -68,6 +72,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         self._budget_tokens = collator.budget_tokens
         self._gradient_checkpointing_on_oom = gradient_checkpointing_on_oom
         self._tried: tuple[MemoryMeasure, ...] = ()  # beyond smaller passes
+        self._held_out = held_out
+        self._selection = selection
+        self._points: list[HeldOutPoint] = []  # evaluations so far, those of earlier attempts included
+        self.stopping = False  # all processes have agreed to leave before the last step
+        self.stopped_early = False  # the evaluations said so
+        self.evaluating_seconds = 0.0  # between steps
+        self._saving_since: float | None = None
+        self.control: TrainerControl
         self._writer = writer
         self._grad_norm: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
@@ -82,6 +94,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
             model=model,
             args=args,
             train_dataset=list(examples),
+            eval_dataset=list(held_out) or None,
             data_collator=collator,
             processing_class=tokenizer,
         )
@@ -175,10 +188,70 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
 
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
         """As the Trainer, timed when it saves."""
-        saves, started_at = self.control.should_save, time.perf_counter()
+        self._saving_since = None
         super()._maybe_log_save_evaluate(*args, **options)
-        if saves:
-            self.sealing_seconds += time.perf_counter() - started_at
+        if self._saving_since is not None:
+            self.sealing_seconds += time.perf_counter() - self._saving_since
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """As the Trainer, from here on until it is sealed."""
+        self._saving_since = time.perf_counter()
+        super()._save_checkpoint(*args, **options)
+
+    @property
+    def held_out_points(self) -> tuple[HeldOutPoint, ...]:
+        """The evaluations during the run, those of earlier attempts included, ascending by step."""
+        return tuple(self._points)
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """Evaluate the held-out rows between two steps; a new best is sealed, and so is the end that they call for.
+
+        Not when a stop is requested: the next attempt evaluates what this one left.
+        """
+        step = int(self.state.global_step)
+        metrics: dict[str, float] = {}
+        if not self.stopping or step >= self.state.max_steps:
+            point = self._evaluate_now(step)
+            metrics = {EVAL_LOSS: point.loss}
+            self._take(point)
+            self.state.log_history.append({**metrics, "step": step, "epoch": self.state.epoch})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_now(self, step: int) -> HeldOutPoint:
+        started_at = time.perf_counter()
+        loss = held_out_loss(self.model, self._held_out, self._collator, self._objective, None)
+        assert loss is not None  # noqa: S101  there are rows
+        self.evaluating_seconds += time.perf_counter() - started_at
+        return HeldOutPoint(step=step, loss=loss)
+
+    def _take(self, point: HeldOutPoint) -> None:
+        """Note an evaluation, and ask for what follows from it."""
+        assert self._selection is not None  # noqa: S101  nothing is evaluated without
+        self._points.append(point)
+        best = best_point(self._points)
+        if best is point:
+            self.state.best_metric, self.state.best_global_step = point.loss, point.step  # rotation spares it
+            self.control.should_save = True
+        self.stopped_early = self._selection.is_exhausted(self._points)
+        if self.stopped_early:
+            self.control.should_save = self.control.should_training_stop = True
+        if self._writer is not None:
+            self._writer.event(
+                "run.evaluated",
+                when="during",
+                step=point.step,
+                held_out_loss=point.loss,
+                rows=len(self._held_out),
+                best_step=best.step if best else None,
+            )
+        self._publish_points()
+
+    def _publish_points(self) -> None:
+        if self._writer is not None and (best := best_point(self._points)) is not None:
+            self._writer.progress(
+                held_out_loss=self._points[-1].loss, held_out_losses=thinned(self._points), best_step=best.step
+            )
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return the usual estimate: 6 for each parameter and token."""
@@ -222,18 +295,46 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
         return steps
 
     def run(self, resume_from: Path | None, plan: Plan) -> int:
-        """Train to the last step or until a stop is requested; returns the run's step counter.
+        """Train to the last step, to where the evaluations end it, or until a stop is requested; returns the step counter.
 
         A checkpoint of the very last step has nothing left to train: the Trainer would take one step too many when the
         steps end inside an epoch, so only its weights are loaded.
         """
         if resume_from is not None:
             step = int(resume_from.name.rpartition("-")[2])
-            if step >= plan.total_steps:
-                set_peft_model_state_dict(self.model, load_file(resume_from / "adapter_model.safetensors"))
+            self._catch_up(resume_from, step)
+            if step >= plan.total_steps or self.stopped_early:
+                self.load_weights(resume_from)
                 return step
         self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         return int(self.state.global_step)
+
+    def _catch_up(self, checkpoint: Path, step: int) -> None:
+        """Take over the evaluations of earlier attempts, and make up for the one that a stop kept from being made."""
+        if self._selection is None or not self._selection.every:
+            return
+        history = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history
+        self._points = points_of(history)
+        self.stopped_early = self._selection.is_exhausted(self._points)
+        if self._selection.is_due(step) and all(point.step != step for point in self._points):
+            self.load_weights(checkpoint)
+            self._take(self._evaluate_now(step))
+
+    def take_up(self, state: TrainerState) -> None:
+        """Give the state that training begins with the evaluations so far; one that was made up for is not yet in it."""
+        known = {point.step for point in points_of(state.log_history)}
+        state.log_history += [
+            {EVAL_LOSS: point.loss, "step": point.step, "epoch": state.epoch}
+            for point in self._points
+            if point.step not in known
+        ]
+        if (best := best_point(self._points)) is not None:
+            state.best_metric, state.best_global_step = best.loss, best.step
+            self._publish_points()
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Give the adapter the weights of a checkpoint."""
+        set_peft_model_state_dict(self.model, load_file(checkpoint / "adapter_model.safetensors"))
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:
@@ -247,15 +348,18 @@ def enable_gradient_checkpointing(model: PeftModel) -> None:
 
 
 def held_out_loss(
-    model: PeftModel, examples: Sequence[Example], collator: Collator, objective: Objective, stop: StopFlag
+    model: PeftModel, examples: Sequence[Example], collator: Collator, objective: Objective, stop: StopFlag | None
 ) -> float | None:
-    """Return the mean loss of a trained token over held-out rows, None without rows or when a stop is requested."""
+    """Return the mean loss of a trained token over held-out rows, None without rows or when a stop is requested.
+
+    Without `stop`, no request ends it.
+    """
     if not examples:
         return None
     total, tokens = 0.0, 0
     with eval_mode(model) as device, torch.inference_mode():
         for inputs in collator.passes(examples):
-            if stop.requested and distributed.world_size() == 1:
+            if stop is not None and stop.requested and distributed.world_size() == 1:
                 break
             count = int((inputs["labels"][..., 1:] != IGNORE).sum())
             if count:
@@ -263,7 +367,7 @@ def held_out_loss(
                 total += float(objective.loss(model, batch, over=1))
             tokens += count
     total, all_tokens = distributed.all_reduce_sum([total, float(tokens)])
-    if not all_tokens or stop.requested:
+    if not all_tokens or (stop is not None and stop.requested):
         return None
     if not math.isfinite(total):
         raise RunFailure(

@@ -7,7 +7,7 @@ from typing import Any
 
 from daemon.evaluation.values import Evaluation
 from daemon.job import Plan
-from daemon.recipe import Recipe
+from daemon.recipe import Recipe, TrainingSettings
 from daemon.text import escape
 from daemon.trainer.callbacks import MonitorCallback
 from daemon.trainer.capacity import Capacity
@@ -52,6 +52,7 @@ def timing(monitor: MonitorCallback) -> dict[str, Any]:
         "train_seconds": round(monitor.train_seconds, 3),
         "bookkeeping_share": round(monitor.bookkeeping_seconds / seconds, 5),
         "sealing_share": round(monitor.sealing_seconds / seconds, 5),
+        "evaluating_share": round(monitor.evaluating_seconds / seconds, 5),
         "tokens_per_second": round(monitor.tokens_per_second or 0.0, 1),
     }
 
@@ -96,6 +97,16 @@ def evaluation_warnings(evaluation: Evaluation) -> tuple[str, ...]:
             f" the way, which keeps {evaluation.gain_kept:.0%} of what was gained on the new dataset"
         )
     return tuple(found)
+
+
+def selection_warnings(training: TrainingSettings, examples: Examples) -> tuple[str, ...]:
+    """Say that what the settings ask of evaluations during the run cannot be done: there is nothing to evaluate."""
+    if not training.selects or examples.held_out:
+        return ()
+    asked = "load_best_model_at_end" if training.load_best_model_at_end else "early_stopping_patience"
+    return (
+        f"{asked} had no effect: no row of this dataset is held out, so all steps were run and the last one counts",
+    )
 
 
 def training_warnings(

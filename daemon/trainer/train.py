@@ -15,7 +15,7 @@ from transformers import set_seed
 import guard
 from daemon.base_identity import BaseModel
 from daemon.dataset.rows import Format, RowReader
-from daemon.job import FailureKind, Outcome, Plan, RunResult, RunSpec, claimed_on
+from daemon.job import FailureKind, HeldOutPoint, Outcome, Plan, RunResult, RunSpec, claimed_on
 from daemon.limits import LimitSettings, plan_refusal
 from daemon.recipe import Recipe
 from daemon.run_dir import TENSORBOARD_NAME, RunWriter
@@ -29,8 +29,8 @@ from daemon.trainer.callbacks import MonitorCallback, open_scalars
 from daemon.trainer.candidate import require_learned, require_whole_run, save_candidate
 from daemon.trainer.capacity import Capacity, capacity_of, padding_token, refuse_what_does_not_fit
 from daemon.trainer.card import model_card
-from daemon.trainer.checkpoints import Start, decide_start, seal_checkpoints
-from daemon.trainer.collate import PASS_TOKENS, Collator, Example, Examples, plan
+from daemon.trainer.checkpoints import Kept, Start, decide_start, keep_best, seal_checkpoints
+from daemon.trainer.collate import PASS_TOKENS, Collator, Example, Examples, in_order, plan
 from daemon.trainer.errors import Interrupted, RunFailure, report_full_disk
 from daemon.trainer.evaluation import Assessor, keyed
 from daemon.trainer.generation import generation_config
@@ -42,7 +42,15 @@ from daemon.trainer.origin import Origin, find_origin, require_as_proven, requir
 from daemon.trainer.rehearsal import Replay, find_replaced, rehearse
 from daemon.trainer.requirements import require_packages
 from daemon.trainer.scoring import Scorer, by_line
-from daemon.trainer.summary import arithmetic, data_warnings, evaluation_warnings, timing, training_warnings
+from daemon.trainer.selection import Selection, best_point, thinned
+from daemon.trainer.summary import (
+    arithmetic,
+    data_warnings,
+    evaluation_warnings,
+    selection_warnings,
+    timing,
+    training_warnings,
+)
 from daemon.trainer.tokenise import tokenise, worker_processes
 
 
@@ -123,6 +131,9 @@ class Fitted:
     monitor: MonitorCallback
     steps_run: int  # the run's step counter, earlier attempts included
     interrupted: bool
+    points: tuple[HeldOutPoint, ...] = ()  # evaluations during the run, earlier attempts included
+    kept: Kept  # the model has the weights of that step
+    stopped_early: bool
 
 
 def configure(spec: RunSpec, writer: RunWriter, stop: StopFlag) -> Run:
@@ -199,7 +210,11 @@ def load_examples(run: Run) -> TrainingData:
             replaced_rows=len(replaced),
         )
     run.writer.event("run.planned", **vars(planned), arithmetic=arithmetic(planned, examples, recipe))
-    if warnings := (*data_warnings(examples, planned, capacity), *known.problems):
+    if warnings := (
+        *data_warnings(examples, planned, capacity),
+        *selection_warnings(recipe.training, examples),
+        *known.problems,
+    ):
         run.writer.event("run.data_warned", warnings=warnings)
     run.stop.check()
     return TrainingData(
@@ -233,7 +248,7 @@ def load_for_training(run: Run, data: TrainingData, start: Start) -> LoadedModel
     objective = Objective()
     if not (recipe.training.use_liger_kernel or recipe.training.torch_compile):  # they have ways of their own
         objective.select_trained(model, examples.trained)
-    held_out = sorted(examples.held_out, key=lambda example: (example.content_digest, example.line))
+    held_out = in_order(examples.held_out)
     run.writer.progress(phase="evaluating", total_steps=data.plan.total_steps)
     held_out_before = held_out_loss(model, held_out, collator, objective, run.stop)
     if held_out_before is not None:
@@ -252,9 +267,10 @@ def load_for_training(run: Run, data: TrainingData, start: Start) -> LoadedModel
 def fit(run: Run, data: TrainingData, start: Start, loaded: LoadedModel) -> Fitted:
     """Train to the last planned step, or until a stop is requested. Raises RunFailure."""
     recipe, total_steps = run.recipe, data.plan.total_steps
+    selection = Selection.of(recipe.training, total_steps=total_steps, measured=bool(loaded.held_out))
     trainer = RunTrainer(
         model=loaded.model,
-        args=training_arguments(recipe, data.plan, start.staging_dir, start.precision),
+        args=training_arguments(recipe, data.plan, start.staging_dir, start.precision, eval_steps=selection.every),
         examples=data.examples.trained,
         collator=loaded.collator,
         objective=loaded.objective,
@@ -262,6 +278,8 @@ def fit(run: Run, data: TrainingData, start: Start, loaded: LoadedModel) -> Fitt
         grouped=recipe.training.train_sampling_strategy == "group_by_length",
         gradient_checkpointing_on_oom=recipe.training.gradient_checkpointing == "auto",
         writer=run.writer,
+        held_out=loaded.held_out,
+        selection=selection,
     )
     scalars_dir = Path(run.spec.run_dir) / TENSORBOARD_NAME
     scalars = open_scalars(scalars_dir, run.writer) if distributed.is_main_process() else None
@@ -289,8 +307,29 @@ def fit(run: Run, data: TrainingData, start: Start, loaded: LoadedModel) -> Fitt
     )
     steps_run = trainer.run(start.prepared.resume_from, data.plan)
     # Whether a stop was requested of any process; asked only where all of them ended early.
-    interrupted = steps_run < total_steps and distributed.all_reduce_sum([float(run.stop.requested)])[0] > 0
-    return Fitted(monitor=monitor, steps_run=steps_run, interrupted=interrupted)
+    interrupted = (
+        steps_run < total_steps
+        and not trainer.stopped_early
+        and distributed.all_reduce_sum([float(run.stop.requested)])[0] > 0
+    )
+    kept = Kept(step=steps_run)
+    if selection.load_best and not interrupted:
+        kept = keep_best(
+            start,
+            trainer.held_out_points,
+            steps_run=steps_run,
+            key=run.key,
+            load=trainer.load_weights,
+            writer=run.writer,
+        )
+    return Fitted(
+        monitor=monitor,
+        steps_run=steps_run,
+        interrupted=interrupted,
+        points=trainer.held_out_points,
+        kept=kept,
+        stopped_early=trainer.stopped_early,
+    )
 
 
 def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitted: Fitted) -> RunResult:
@@ -302,7 +341,7 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
     result = trained_result(run, data, start, loaded, fitted)
     if fitted.interrupted:
         return interrupted_result(run, result, fitted)
-    require_whole_run(fitted.steps_run, planned, monitor.mean_loss)
+    require_whole_run(fitted.steps_run, planned, monitor.mean_loss, stopped_early=fitted.stopped_early)
     norm = lora_b_norm(model)
     require_learned(model, loaded.initial, norm)
     run.writer.progress(phase="evaluating", step=fitted.steps_run)
@@ -326,8 +365,15 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
         )
     held_out_after = evaluation.own.loss if evaluation.own else None
     if held_out_after is not None:
-        run.writer.event("run.evaluated", when="after", held_out_loss=held_out_after, rows=len(loaded.held_out))
-        monitor.write_scalars(fitted.steps_run, {"held_out/loss": held_out_after})
+        run.writer.event(
+            "run.evaluated",
+            when="after",
+            step=fitted.kept.step,
+            held_out_loss=held_out_after,
+            rows=len(loaded.held_out),
+        )
+        if not fitted.points:  # else the last step has its point, and the weights may be of another
+            monitor.write_scalars(fitted.steps_run, {"held_out/loss": held_out_after})
     run.writer.event("run.trained", **timing(monitor))
     run.writer.progress(phase="finishing", step=fitted.steps_run, held_out_loss=held_out_after)
     result = replace(result, held_out_after=held_out_after, lora_norm=norm, evaluation=evaluation)
@@ -386,7 +432,7 @@ def interrupted_result(run: Run, result: RunResult, fitted: Fitted) -> RunResult
 
 def trained_result(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitted: Fitted) -> RunResult:
     """Return what is known when the training loop has ended, as that of a run that succeeds."""
-    planned, monitor = data.plan, fitted.monitor
+    planned, monitor, best = data.plan, fitted.monitor, best_point(fitted.points)
     return RunResult(
         outcome=Outcome.SUCCEEDED,
         steps_planned=planned.total_steps,
@@ -398,6 +444,10 @@ def trained_result(run: Run, data: TrainingData, start: Start, loaded: LoadedMod
         cleared=start.cleared,
         train_loss=monitor.mean_loss,
         held_out_before=loaded.held_out_before,
+        held_out_losses=thinned(fitted.points),
+        best_step=best.step if best else None,
+        kept_step=None if fitted.interrupted else fitted.kept.step,
+        stopped_early=fitted.stopped_early,
         tokens_per_second=monitor.tokens_per_second,
         steady_tokens_per_second=monitor.steady_tokens_per_second,
         tokens_trained=monitor.tokens,
@@ -412,7 +462,7 @@ def trained_result(run: Run, data: TrainingData, start: Start, loaded: LoadedMod
         truncated_rows=data.examples.truncated_rows,
         trained_share=planned.trained_tokens / planned.tokens,
         spikes=tuple(step for step, _, _ in monitor.spikes),
-        warnings=(*run.origin.warnings, *data.warnings),
+        warnings=(*run.origin.warnings, *data.warnings, *([fitted.kept.problem] if fitted.kept.problem else [])),
         base=run.origin.base.to_record(),
         parent=start.parent.name if start.parent else None,
         parent_digest=start.parent.digest if start.parent else None,

@@ -27,6 +27,10 @@ HELD_ELSEWHERE = {
     "training.save_steps": "when it is saved",
     "training.save_total_limit": "what is kept",
     "training.logging_steps": "what is logged",
+    "training.eval_steps": "evaluates; where that decides something, in selection.*",
+    "training.load_best_model_at_end": "in selection.*, where rows are held out",
+    "training.early_stopping_patience": "in selection.*, where rows are held out",
+    "training.early_stopping_threshold": "in selection.*, where rows are held out",
     "data.render_seconds": "a limit that ends the run",
     "data.held_out_min_rows": "the rows that are trained are in data.tokens",
     "data.held_out_max_rows": "the rows that are trained are in data.tokens",
@@ -65,7 +69,7 @@ def settings_of(model: BaseModel) -> list[str]:
     ]
 
 
-def fingerprint(recipe: Recipe, base: Path) -> Fingerprint:
+def fingerprint(recipe: Recipe, base: Path, *, held_out_digest: str | None = None) -> Fingerprint:
     dataset = Dataset(name="x.jsonl", path="/x.jsonl", size_bytes=1, rows=9, digest="ab" * 32, format="columns")
     return fingerprint_run(
         dataset=dataset,
@@ -75,6 +79,7 @@ def fingerprint(recipe: Recipe, base: Path) -> Fingerprint:
         parent_version=None,
         parent_digest=None,
         precision="float32",
+        held_out_digest=held_out_digest,
     )
 
 
@@ -114,6 +119,36 @@ def test_other_columns_of_the_same_file_are_another_run(
     one, other = (Recipe.model_validate({"data": {"columns": columns}}) for columns in (before, after))
     differences = fingerprint(one, base).differences(fingerprint(other, base))
     assert [change.name for change in differences if change.is_identity] == ["data.columns"]
+
+
+SELECTS: dict[str, Any] = {"eval_steps": 5, "load_best_model_at_end": True}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        ({}, {"eval_steps": 5}, []),
+        (SELECTS, {**SELECTS, "eval_steps": 6}, ["selection.eval_steps"]),
+        (SELECTS, {**SELECTS, "early_stopping_patience": 2}, ["selection.early_stopping_patience"]),
+        (SELECTS, {**SELECTS, "early_stopping_threshold": 0.1}, ["selection.early_stopping_threshold"]),
+        (SELECTS, SELECTS, []),
+    ],
+)
+def test_evaluations_are_part_of_a_run_s_identity_where_they_decide_what_it_ends_with(
+    base: Path, before: dict[str, Any], after: dict[str, Any], changed: list[str]
+) -> None:
+    one, other = (
+        fingerprint(Recipe.model_validate({"training": settings}), base, held_out_digest="12")
+        for settings in (before, after)
+    )
+    assert [change.name for change in one.differences(other) if change.is_identity] == changed
+
+
+def test_other_held_out_rows_are_another_run_only_where_they_choose_its_weights(base: Path) -> None:
+    for settings, is_same in (({}, True), ({"eval_steps": 5}, True), (SELECTS, False)):
+        recipe = Recipe.model_validate({"training": settings})
+        one, other = (fingerprint(recipe, base, held_out_digest=digest) for digest in ("12", "34"))
+        assert one.same_run(other) is is_same
 
 
 def test_what_is_held_elsewhere_is_still_a_setting() -> None:

@@ -269,3 +269,11 @@ def test_a_scan_for_what_can_be_resumed_looks_no_further_than_it_has_to(tmp_path
     ]
     assert len(guard.scan_until_resumable(tmp_path, fingerprint=make_fingerprint(lora__r=99))) == 4
     assert guard.newest_intact(tmp_path / "nothing") is None
+
+
+def test_rotation_spares_the_step_that_it_is_told_to_beside_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        sealed(tmp_path, step)
+    assert [path.name for path in guard.rotate(tmp_path, keep=1, spared=(2,))] == ["checkpoint-1", "checkpoint-3"]
+    assert steps(tmp_path) == [2, 4]
+    assert [path.name for path in guard.rotate(tmp_path, keep=1)] == ["checkpoint-2"]
