@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from rich.text import Text
 
@@ -77,13 +77,10 @@ def line_chart(
     side, corner, floor = ("|", "+", "-") if ascii_only else ("│", "└", "─")
     lines = []
     for row in range(height):
-        line = Text(f"{labels.get(row, ''):>{margin}}{side}", style="dim", no_wrap=True)
-        for column in range(columns):
-            if (row, column) in marks:
-                number = marks[row, column]
-                line.append(_mark(number) if ascii_only else POINT, STYLES[number % len(STYLES)])
-            else:
-                line.append(*_character(dots.get((row, column), {}), ascii_only))
+        line = Text.assemble((f"{labels.get(row, ''):>{margin}}{side}", "dim"), no_wrap=True)
+        cells = [_cell(marks.get((row, column)), dots.get((row, column), {}), ascii_only) for column in range(columns)]
+        for style, run in groupby(cells, key=lambda cell: cell[1]):
+            line.append("".join(character for character, _ in run), style)
         line.rstrip()
         lines.append(line)
     return [*lines, *_axis(min(xs), max(xs), margin=margin, columns=columns, corner=corner, floor=floor)]
@@ -130,15 +127,15 @@ def _joined(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
             yield x + round((next_x - x) * step / steps), y + round((next_y - y) * step / steps)
 
 
-def _character(cell: Mapping[tuple[int, int], int], ascii_only: bool) -> tuple[str, str]:
-    """The character of a cell and its colour: of the series that was drawn last in it."""
-    if not cell:
+def _cell(mark: int | None, dots: Mapping[tuple[int, int], int], ascii_only: bool) -> tuple[str, str]:
+    """The character of a cell and its colour: of the series whose mark is in it, or that was drawn last."""
+    if mark is None and not dots:
         return " ", ""
-    *_, number = cell.values()
+    number = mark if mark is not None else list(dots.values())[-1]
     style = STYLES[number % len(STYLES)]
     if ascii_only:
         return _mark(number), style
-    return chr(0x2800 + sum(BRAILLE[x][y] for x, y in cell)), style
+    return POINT if mark is not None else chr(0x2800 + sum(BRAILLE[x][y] for x, y in dots)), style
 
 
 def _mark(number: int) -> str:

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from daemon.curves import read_curves
 from daemon.dataset.rows import iter_rows
 from daemon.job import FailureKind, MemoryMeasure, Outcome, RunResult, RunSpec
 from daemon.limits import LimitSettings, plan_refusal
@@ -188,6 +189,14 @@ def test_a_run_tells_what_it_does(finished: tuple[RunSpec, RunResult]) -> None:
     spent = events(spec, "run.trained")[0]  # how little it is, the benchmark measures
     assert 0 < spent["bookkeeping_share"] < 0.2
     assert 0 < spent["sealing_share"] < 1  # the last step's checkpoint
+    stepped = events(spec, "run.stepped")
+    assert all(event["tokens_per_second"] > 0 for event in stepped)
+    curves = read_curves(Path(spec.run_dir))
+    assert [step for step, _ in curves.loss] == list(range(1, result.steps_run + 1))
+    assert [round(loss, 6) for _, loss in curves.held_out_loss] == [
+        round(loss, 6) for loss in (result.held_out_before, result.held_out_after)
+    ]
+    assert curves.total_steps == result.steps_planned
     # A card, a configuration, weights in safetensors, and nothing that would be unpickled.
     candidate = Path(result.candidate or "")
     names = {path.name for path in candidate.iterdir()}
@@ -448,3 +457,15 @@ def test_numbers_go_where_the_recipe_reports_them(tiny_base: Path, tmp_path: Pat
         Examples(train=[example(9, 1)], held_out=[], train_rows=1, held_out_rows=0, dropped_lines=()), chosen.training
     )
     assert training_arguments(chosen, planned, tmp_path, "float32").report_to == ["wandb"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked", "logged"), [(9, 10, 1), (60, 10, 3), (1000, 10, 10), (1000, 100, 50), (9, 1, 1)]
+)
+def test_a_run_of_few_steps_logs_often_enough_for_a_curve(
+    tiny_base: Path, tmp_path: Path, steps: int, asked: int, logged: int
+) -> None:
+    chosen = recipe(tiny_base, {"training": {"logging_steps": asked}})
+    examples = Examples(train=[example(9, 1)], held_out=[], train_rows=1, held_out_rows=0, dropped_lines=())
+    planned = replace(plan(examples, chosen.training), total_steps=steps)
+    assert training_arguments(chosen, planned, tmp_path, "float32").logging_steps == logged

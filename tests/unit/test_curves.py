@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,16 @@ def test_a_falling_loss_is_drawn_falling() -> None:
                                                ascii_only=True)]  # fmt: skip
     assert chart[:4] == ["4|**", " |  ***", " |     ***", "1|        **"]
     assert chart[-1].split() == ["0", "step", "9"]
+
+
+def test_a_curve_stands_out_from_its_axis() -> None:
+    series = [Series(name="a", points=[(0, 1), (9, 1)]), Series(name="b", points=[(0, 2), (9, 2)])]
+    shown = io.StringIO()
+    for line in line_chart(series, width=20, height=2):
+        Console(file=shown, force_terminal=True, color_system="standard", width=20).print(line)
+    top, bottom = shown.getvalue().splitlines()[:2]
+    assert re.findall(r"\x1b\[([0-9;]+)m", top) == ["2", "0", "33", "0"]  # dim label and axis, then yellow in one piece
+    assert re.findall(r"\x1b\[([0-9;]+)m", bottom) == ["2", "0", "36", "0"]
 
 
 def test_points_that_are_not_joined_claim_nothing_between_them() -> None:
