@@ -20,6 +20,7 @@ from guard.json_text import parse_json
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 VALUE_CHARACTERS = 2000
+JOB_ID_END = 4  # characters after the last dash of a job's id
 _COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "1;31", "critical": "1;31"}
 
 _FRAME = ("timestamp", "level", "event", "exception")
@@ -69,19 +70,27 @@ def _one_line(text: str) -> str:
     return "; ".join(line.strip() for line in lines if line.strip())
 
 
-def format_line(event: Mapping[str, Any], *, colours: bool) -> str:
-    """Return `2026-11-23 04:41:07 info  job.started  job=...`: one line, and one for each of a traceback."""
+def format_line(event: Mapping[str, Any], *, colours: bool, short: bool = False) -> str:
+    """Return `2026-11-23 04:41:07 info  job.started  job=...`: one line, and one for each of a traceback.
+
+    With `short`, for who watches: the time of day alone, a level that is not info, and the end of a job's id, which commands
+    take for it.
+    """
     level = str(event.get("level", "info"))
     when = escape(str(event.get("timestamp", "")).replace("T", " ")[:19])
     mark = f"{escape(level, most=8):<7}"
+    if short:
+        when, mark = when[11:], "" if level == "info" else mark.rstrip()
+        if isinstance(event.get("job"), str):
+            event = {**event, "job": event["job"][-JOB_ID_END:]}
     name = escape(str(event.get("event", "")), most=VALUE_CHARACTERS)
     if colours:
         when, mark, name = (
             f"\x1b[2m{when}\x1b[0m",
-            f"\x1b[{_COLOURS.get(level, '0')}m{mark}\x1b[0m",
+            mark and f"\x1b[{_COLOURS.get(level, '0')}m{mark}\x1b[0m",
             f"\x1b[1m{name}\x1b[0m",
         )
-    text = f"{when} {mark} {name}  {_data(event, VALUE_CHARACTERS)}".rstrip()
+    text = f"{' '.join(filter(None, (when, mark, name)))}  {_data(event, VALUE_CHARACTERS)}".rstrip()
     if isinstance(event.get("exception"), str):
         # Each line is marked as part of this event: an error's own text must not pass for another one.
         for part in event["exception"].splitlines():

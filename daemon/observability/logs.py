@@ -51,7 +51,7 @@ def configure(
     if screen is not None:
         above = logging.StreamHandler(cast(TextIO, screen))
         above.addFilter(_is_not_a_step)
-        handlers.append((above, _console))
+        handlers.append((above, _above_screen))
     elif terminal:
         native = journald.JournalHandler() if journald.is_stderr() else None
         handlers.append((native, journald.render) if native else (logging.StreamHandler(sys.stderr), _console))
@@ -185,5 +185,13 @@ def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
 
 def _console(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
     """The event as the console shows it; the file has it whole."""
-    shown = log_reader.brief(finite(event))
-    return log_reader.format_line(shown, colours=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
+    return log_reader.format_line(log_reader.brief(finite(event)), colours=_has_colours())
+
+
+def _above_screen(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
+    """The event as a person sees it who watches it happen."""
+    return log_reader.format_line(log_reader.brief(finite(event)), colours=_has_colours(), short=True)
+
+
+def _has_colours() -> bool:
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")

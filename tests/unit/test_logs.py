@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -337,9 +338,13 @@ def test_a_screen_that_shows_the_steps_gets_no_line_for_each(tmp_path: Path) -> 
     screen = io.StringIO()
     log = logs.configure(Settings(root=tmp_path), screen=screen)
     log.info("run.stepped", step=5, loss=2.0)
-    log.info("checkpoint.sealed", step=5)
-    assert [line.split()[3] for line in screen.getvalue().splitlines()] == ["checkpoint.sealed"]
-    assert [event["event"] for event in lines(tmp_path)] == ["run.stepped", "checkpoint.sealed"]
+    log.info("checkpoint.sealed", step=5, job="20261125-201527-0042")
+    log.warning("queue.held", reason="no space")
+    assert [re.sub(r"^[0-9]{2}:[0-9]{2}:[0-9]{2} ", "", line) for line in screen.getvalue().splitlines()] == [
+        "checkpoint.sealed  step=5 job=0042",
+        'warning queue.held  reason="no space"',
+    ]
+    assert [event["event"] for event in lines(tmp_path)] == ["run.stepped", "checkpoint.sealed", "queue.held"]
 
 
 @given(name=st.one_of(TEXT, st.sampled_from(sorted(CONSOLE_KEYS))), data=EVENTS)
