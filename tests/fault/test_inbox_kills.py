@@ -121,19 +121,20 @@ def content_of(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("text", "sidecar", "end"),
+    ("text", "sidecar", "end", "every"),
     [
-        pytest.param(ROW, SIDECAR, JobState.QUEUED, id="good"),
-        pytest.param('{"text": 1}\n' + ROW, None, JobState.REJECTED, id="bad_rows", marks=pytest.mark.chaos),
-        pytest.param(ROW, BAD_SIDECAR, JobState.REJECTED, id="bad_sidecar", marks=pytest.mark.chaos),
+        pytest.param(ROW, SIDECAR, JobState.QUEUED, 4, id="good"),  # some of the calls stand for the rest
+        pytest.param(ROW, SIDECAR, JobState.QUEUED, 1, id="good, every call", marks=pytest.mark.chaos),
+        pytest.param('{"text": 1}\n' + ROW, None, JobState.REJECTED, 1, id="bad_rows", marks=pytest.mark.chaos),
+        pytest.param(ROW, BAD_SIDECAR, JobState.REJECTED, 1, id="bad_sidecar", marks=pytest.mark.chaos),
     ],
 )
 def test_a_drop_comes_to_its_one_end_wherever_the_daemon_is_killed(
-    tmp_path: Path, text: str, sidecar: str | None, end: JobState
+    tmp_path: Path, text: str, sidecar: str | None, end: JobState, every: int
 ) -> None:
     """One job, one file, the sidecar honoured; nothing left in the inbox; also when killed a second time later."""
     kills = 0
-    for run in killed_runs(f"{HERE}:take", prepare_drop(text, sidecar), tmp_path):
+    for run in killed_runs(f"{HERE}:take", prepare_drop(text, sidecar), tmp_path, every=every):
         with Root(run.root, inbox=QUICK) as root:
             (job,) = root.wait_for(1, *ENDS)
             assert job.state is end, run
@@ -190,10 +191,11 @@ def test_a_pair_that_is_handed_back_stays_a_pair_wherever_the_command_is_killed(
     assert places == {False, True}
 
 
-def test_a_removed_drop_leaves_a_cancelled_row_and_returns_its_sidecar(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.chaos)])
+def test_a_removed_drop_leaves_a_cancelled_row_and_returns_its_sidecar(tmp_path: Path, every: int) -> None:
     """Killed between row and rename, then the file is removed by hand before the next start."""
     seen = set()
-    for run in killed_runs(f"{HERE}:take", prepare_drop(ROW, SIDECAR), tmp_path, whens=("before",)):
+    for run in killed_runs(f"{HERE}:take", prepare_drop(ROW, SIDECAR), tmp_path, whens=("before",), every=every):
         dropped = run.root / "inbox" / "x.jsonl"
         was_there = dropped.exists()
         dropped.unlink(missing_ok=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support.root import DROPFORGE, Root, environment
+from tests.support.root import Root, dropforge
 from tests.support.sound import assert_sound
 
 
@@ -16,9 +15,7 @@ from tests.support.sound import assert_sound
 def test_every_claim_of_the_demonstration_holds(tmp_path: Path) -> None:
     """Two datasets trained, a killed trainer resumed, a replaced dataset's checkpoints cleared; what is printed is so."""
     folder = tmp_path / "demo root"
-    done = subprocess.run(
-        [*DROPFORGE, "demo", str(folder)], capture_output=True, text=True, env=environment(), check=False, timeout=600
-    )
+    done = dropforge("demo", str(folder), timeout=600, training=True)
     assert done.returncode == 0, done.stdout + done.stderr
     claims = done.stdout.partition("What has to be true")[2].partition("dropforge status")[0]
     assert claims.count("  yes  ") == 4

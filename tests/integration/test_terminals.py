@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import typer.main
 
 from daemon.cli.main import app
 from daemon.job import JobState
+from tests.support.forked import ForkServer
 from tests.support.root import DROPFORGE, Root, environment
 
 NAME = os.fsdecode("Grüße-日本-\u202e-".encode() + b"\xff.jsonl")
@@ -60,12 +61,26 @@ def commands() -> Iterator[str]:
     return iter(typer.main.get_group(app).commands)
 
 
-@pytest.mark.parametrize("where", LOCALES)
-def test_no_command_ends_in_a_traceback_over_a_name_that_cannot_be_shown(
-    make_root: Callable[..., Root], tmp_path: Path, where: str
-) -> None:
+# Each of them starts two interpreters in the C locale: those that print the names of files, in a quick run.
+PRINTING = ("status", "jobs", "show", "logs", "submit", "retry", "run")
+
+
+def test_every_command_is_called_here() -> None:
     missing = set(commands()) - CALLS.keys()
     assert not missing, f"commands without a call here: {missing}"
+
+
+@pytest.mark.parametrize(
+    ("where", "called"),
+    [
+        pytest.param("a terminal of ASCII", tuple(CALLS), id="a terminal of ASCII"),
+        pytest.param("the C locale", PRINTING, id="the C locale"),
+        pytest.param("the C locale", tuple(CALLS), id="the C locale, every command", marks=pytest.mark.chaos),
+    ],
+)
+def test_no_command_ends_in_a_traceback_over_a_name_that_cannot_be_shown(
+    make_root: Callable[..., Root], tmp_path: Path, where: str, called: Sequence[str]
+) -> None:
     root = make_root(behaviour={})
     beside = tmp_path / NAME
     beside.write_bytes(b'{"text": "a"}\nno row\n')
@@ -73,17 +88,26 @@ def test_no_command_ends_in_a_traceback_over_a_name_that_cannot_be_shown(
     assert root.run("run", "--once").returncode == 3
     job = root.job(NAME)
     assert job is not None
+    env = {**environment(), **LOCALES[where]}
+    in_locale = (
+        ForkServer(env, training=True) if "LC_ALL" not in LOCALES[where] else None
+    )  # there a command starts anew
     shown = {}
-    for command, call in CALLS.items():
-        words = [word.replace("LAST", job.id).replace("NAME", str(beside)) for word in call.split()]
-        done = subprocess.run(
-            [*DROPFORGE, "--root", str(root.path), *words],
-            env={**environment(), **LOCALES[where]}, capture_output=True, check=False, timeout=120,
+    for command in called:
+        words = [word.replace("LAST", job.id).replace("NAME", str(beside)) for word in CALLS[command].split()]
+        arguments = ["--root", str(root.path), *words]
+        done: subprocess.CompletedProcess[str] = (
+            in_locale.run(arguments, env=env, timeout=120)
+            if in_locale is not None
+            else subprocess.run(
+                [*DROPFORGE, *arguments],
+                env=env, capture_output=True, check=False, timeout=120, encoding="latin-1",
+            )
         )  # fmt: skip
         told = done.stdout + done.stderr
-        assert b"Traceback" not in told, f"{call}: {told.decode(errors='replace')}"
-        assert b"Encode" not in told, f"{call}: {told.decode(errors='replace')}"
-        shown[command] = told.decode("latin-1")
+        assert "Traceback" not in told, f"{command}: {told}"
+        assert "Encode" not in told, f"{command}: {told}"
+        shown[command] = told
     assert "Gr\\xfc" in shown["jobs"] or "Grü" in shown["jobs"], shown["jobs"]
     assert [job.state for job in root.jobs()] == [JobState.REJECTED] * 2
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,26 +19,10 @@ from daemon.trainer.collate import Example, flatten, pad
 from daemon.trainer.tokenise import tokenise
 from tests.integration.test_train_run import adapted
 from tests.support.inprocess import events, specify
-from tests.support.root import environment
+from tests.support.root import environment, fork_server
 from tests.support.tokens import itself
 from tests.unit.test_trainer_samples import FORGETS, conversation, says, user
 
-# The trainer as it is started, but killed in the middle of one step: its weights have moved, no checkpoint knows of it.
-KILLED_AT = """
-import os, signal, sys
-from pathlib import Path
-from daemon.trainer.__main__ import main
-from daemon.trainer.bootstrap import set_library_environment
-set_library_environment()
-from daemon.trainer.callbacks import MonitorCallback
-ended = MonitorCallback.on_step_end
-def on_step_end(self, args, state, control, **kwargs):
-    if state.global_step == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return ended(self, args, state, control, **kwargs)
-MonitorCallback.on_step_end = on_step_end
-sys.exit(main(Path(sys.argv[1])))
-"""
 TABLES: dict[str, dict[str, Any]] = {
     "training": {"save_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "data": {"max_length": 96, "held_out_fraction": 0.2},
@@ -73,14 +55,8 @@ def attempt(spec: RunSpec, *, killed_at: int = 0) -> RunResult | None:
     run_dir = Path(spec.run_dir)
     (run_dir / "result.json").unlink(missing_ok=True)
     (run_dir / "run.json").write_text(to_json(spec))
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", KILLED_AT, str(run_dir), str(killed_at)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-        env=environment(),
-    )
+    before = ("tests.support.injected:train", str(run_dir), killed_at)
+    done = fork_server(training=True).run([], env=environment(), timeout=200, before=before)
     if killed_at:
         assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
         return None

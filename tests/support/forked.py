@@ -28,10 +28,9 @@ from typing import Any
 
 from daemon.trainer.bootstrap import set_library_environment
 from daemon.trainer.fork_server import QUIET, preload
-from tests.support.forked_children import end_quickly, same_start, serve_children, show_command
+from tests.support.forked_children import PARENTS, end_quickly, same_start, serve_children, show_command
 
 REQUEST_BYTES = 1 << 20
-PARENTS = {"run", "check", "preview", "merge", "submit"}  # the commands that start programs of ours
 ROOM = "-" * 400  # for the command lines of forks
 STREAMS = 3  # standard input, output and error; the fourth descriptor of a request carries the answer
 

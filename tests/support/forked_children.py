@@ -34,9 +34,16 @@ MAX_DESCRIPTORS = 64
 HIGH = 32  # or above: where descriptors of a request wait for the numbers that they shall have; a daemon may have few
 # Variables that the loader, the interpreter and the modules at their import read, and nobody afterwards.
 EARLY = ("LD_", "PYTHON", "LANG", "LC_", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM", "OMP_", "MALLOC_")
-LIGHT = ("daemon.dataset", "daemon.verification")
+LIGHT = ("daemon", "daemon.dataset", "daemon.verification")
+PARENTS = {"run", "check", "preview", "merge", "submit", "init", "demo"}  # our commands that start programs of ours
 # Those that import torch: only where it has been imported.
-TRAINING = ("daemon.trainer", "daemon.trainer.check", "daemon.trainer.preview", "daemon.trainer.merge")
+TRAINING = (
+    "daemon.trainer",
+    "daemon.trainer.check",
+    "daemon.trainer.preview",
+    "daemon.trainer.merge",
+    "daemon.trainer.tiny_model",
+)
 SCRIPTS = {"fake_trainer.py": False, "slow_trainer.py": True}  # whether it imports torch
 
 
@@ -173,6 +180,8 @@ def _run(request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
     random.seed()
     show_command(request["command"])
     program, *arguments = request["program"]
+    if program == "daemon" and PARENTS.intersection(arguments):
+        serve_children(training="torch" in sys.modules)
     sys.argv[:] = [program, *arguments]
     run: Callable[..., Any] = runpy.run_path
     options: dict[str, Any] = {}

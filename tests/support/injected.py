@@ -1,4 +1,4 @@
-"""An error that nobody foresaw, or a sudden end, brought to the daemon wherever a certain file or job is in hand."""
+"""What is done to a process from outside: an error that nobody foresaw, a sudden end, a place that lies elsewhere."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _OTHER_DATASET = re.compile(r"Dataset changed: \S+ -> ")  # a later job's verdict names the dataset before it
 
@@ -52,3 +53,19 @@ def put(place: str, value: str) -> None:
     """Set `module:NAME`, a path, for this process."""
     module, _, name = place.partition(":")
     setattr(importlib.import_module(module), name, Path(value))
+
+
+def train(run_dir: str, killed_at: int) -> NoReturn:
+    """Be the trainer of a run, killed at the end of a step: its weights have moved, no checkpoint knows of it; 0: never."""
+    from daemon.trainer.__main__ import main
+    from daemon.trainer.callbacks import MonitorCallback
+
+    ended = MonitorCallback.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ended(self, args, state, control, **kwargs)
+
+    MonitorCallback.on_step_end = on_step_end  # type: ignore[method-assign]
+    sys.exit(main(Path(run_dir)))
