@@ -80,8 +80,8 @@ class WordTokens:
         begun = b""
         if name := self._added.match(text):
             begun, text = self._added_ids[name.group()], text[name.end() :]
-        words = [text]
-        for stage in self._stages:
+        words = self._stages[0].cut(text) if self._stages else [text]
+        for stage in self._stages[1:]:
             words = [part for word in words for part in stage.cut(word)]
         if self._may_drop and "".join(words) != text:
             return None
