@@ -24,6 +24,7 @@ from daemon.inbox.intake import Intake
 from daemon.job import Job, JobState, Progress
 from daemon.left_alone import LeftAlone
 from daemon.lineage import LINEAGE, read_lineage
+from daemon.observability import logs
 from daemon.observability.status import (
     HELD_VERSIONS,
     RECENT_JOBS,
@@ -156,7 +157,7 @@ class StatusWriter:
             held=known.held,
             warnings=(
                 *self.warnings,
-                *filter(None, (self._in_hand.problem,)),
+                *filter(None, (self._in_hand.problem, logs.problem())),
                 *self._verifier.warnings,
                 *view.warnings,
             ),

@@ -66,15 +66,7 @@ def run(
 
         metrics = Metrics()
     screen = open_screen()
-    try:
-        log = logs.configure(settings, screen=screen, listeners=[metrics.count] if has_metrics else [])
-    except OSError as error:
-        raise DropforgeError(
-            operation="write the log",
-            subject=settings.log_path,
-            cause=error.strerror or str(error),
-            hint="run it as the user who owns the root, or choose another folder under [logging]",
-        ) from error
+    log = logs.configure(settings, screen=screen, listeners=[metrics.count] if has_metrics else [])
     reporter = MetricsPublisher(metrics, settings.metrics, settings.root, log) if has_metrics else None
     for finding in before_run(settings):
         log.warning("doctor.found", check=finding.name, reason=finding.message, hint=finding.hint)

@@ -11,7 +11,8 @@ import logging
 import logging.handlers
 import os
 import sys
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO, cast
 
@@ -41,11 +42,12 @@ def configure(
 ) -> Any:
     """Set up the log of a daemon and return its logger.
 
-    Raises OSError when the log file cannot be opened. `terminal=False` writes to the file alone; a `screen` that shows the
+    A log file that cannot be opened now is told on stderr and by `problem`, and opened when it can be. `terminal=False` writes to the file alone; a `screen` that shows the
     running job itself gets the lines of the terminal, without those of its steps. `listeners` get every event, also those
     below the level that is written.
     """
-    settings.log_path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # the file says why it cannot be opened
+        settings.log_path.parent.mkdir(parents=True, exist_ok=True)
     file = CompleteFile(settings.log_path, max_bytes=settings.logging.max_bytes, backups=settings.logging.backups)
     handlers: list[tuple[logging.Handler, Any]] = [(file, _json)]
     if screen is not None:
@@ -97,32 +99,49 @@ def _is_not_a_step(record: logging.LogRecord) -> bool:
 
 def reopen() -> None:
     """Open the log file again by its name, after logrotate has moved ours away."""
-    for handler in logging.getLogger("dropforge").handlers:
-        if isinstance(handler, CompleteFile):
-            handler.reopen()
+    for file in _files():
+        file.reopen()
 
 
 def write_error() -> str:
     """Return why the last event is missing from the log file; empty when it was written."""
-    for handler in logging.getLogger("dropforge").handlers:
-        if isinstance(handler, CompleteFile):
-            return handler.write_error
+    return next((file.write_error for file in _files()), "")
+
+
+def problem() -> str:
+    """Say what is wrong with the log file, and what to do; empty while it is written."""
+    for file in _files():
+        if file.write_error:
+            what = f"the log {file.baseFilename} cannot be written: {file.write_error}"
+            return f"{what}; what happens is told on stderr alone until it can, or [logging] names another folder"
     return ""
+
+
+def _files() -> Iterator[CompleteFile]:
+    return (handler for handler in logging.getLogger("dropforge").handlers if isinstance(handler, CompleteFile))
 
 
 class CompleteFile(logging.handlers.RotatingFileHandler):
     """The log file. A write that fails is reported on stderr, once, and the daemon goes on."""
 
     def __init__(self, path: Path, *, max_bytes: int, backups: int) -> None:
-        super().__init__(path, maxBytes=max_bytes, backupCount=backups, encoding="ascii")
+        super().__init__(path, maxBytes=max_bytes, backupCount=backups, encoding="ascii", delay=True)
         self.write_error = ""
+        try:
+            self.stream = self._open()
+        except OSError as error:  # tried again at each event
+            self.write_error = error.strerror or str(error)
+            self._tell()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line, rotating first when the file is full."""
         before, self.write_error = self.write_error, ""
         super().emit(record)
         if self.write_error and self.write_error != before:
-            print(f"dropforge: cannot write the log {self.baseFilename}: {self.write_error}", file=sys.stderr)
+            self._tell()
+
+    def _tell(self) -> None:
+        print(f"dropforge: cannot write the log {self.baseFilename}: {self.write_error}", file=sys.stderr)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the name is the base class's
         """Remember why; the base class would print a traceback for every line."""

@@ -203,6 +203,22 @@ def test_a_log_that_cannot_be_written_is_told_once(
     assert "space" in logs.write_error().lower()
 
 
+def test_a_log_that_cannot_be_opened_is_told_and_written_as_soon_as_it_can(
+    make_log: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_the_way = tmp_path / "state" / "logs" / "dropforge.jsonl"
+    in_the_way.mkdir(parents=True)
+    log = make_log()
+    for number in range(3):
+        log.info("file.settled", number=number)
+    assert capsys.readouterr().err.count("cannot write the log") == 1
+    assert "told on stderr alone" in logs.problem()
+    in_the_way.rmdir()
+    log.info("file.settled", number=3)
+    assert logs.problem() == ""
+    assert [event["number"] for event in lines(tmp_path)] == [3]
+
+
 def test_a_listener_hears_also_what_is_not_written(tmp_path: Path) -> None:
     heard: list[str] = []
     settings_ = Settings(root=tmp_path, logging={"level": "error"})
