@@ -84,6 +84,8 @@ class Cell:
         }
         if self.arm != "default":  # each version is to become current, whatever it loses
             tables["gate"] = {"action": "off"}
+        if self.arm != "default":  # what a version has lost is told, and not acted on
+            tables["gate"] = {"action": "off"}
         if self.arm == "naive":
             tables["replay"] = {"share": 0.0}
         elif self.arm.startswith("share-"):

@@ -24,6 +24,7 @@ from daemon.inbox.intake import Intake
 from daemon.job import Job, JobState, Progress
 from daemon.left_alone import LeftAlone
 from daemon.lineage import LINEAGE, read_lineage
+from daemon.memory.store import list_memories, memory_dir_of
 from daemon.observability import logs
 from daemon.observability.status import (
     HELD_VERSIONS,
@@ -32,12 +33,14 @@ from daemon.observability.status import (
     CurrentModel,
     FinishedJob,
     LastVerification,
+    MemoryState,
     ModelEvaluation,
     RunningJob,
     StatusSnapshot,
     current_model,
     finished_job,
     gpu_device,
+    memory_state,
     model_evaluation,
     running_job,
     write_status,
@@ -135,7 +138,7 @@ class StatusWriter:
         view, run, counts = self._intake.view(), self._scheduler.run, self._store.counts()
         status, reason = self._state()
         losses = self._losses.observe(run.run_dir, run.job.attempt, run.progress) if run else []
-        known = self._model.read(self.settings.model_dir)
+        known = self._model.read(self.settings)
         return StatusSnapshot(
             status=status,
             reason=reason,
@@ -155,6 +158,7 @@ class StatusWriter:
             verification=_last_verification(self._verifier.last),
             evaluation=known.evaluation,
             held=known.held,
+            memory=known.memory,
             warnings=(
                 *self.warnings,
                 *filter(None, (self._in_hand.problem, logs.problem())),
@@ -216,6 +220,7 @@ class _KnownModel:
     model: CurrentModel | None = None
     evaluation: ModelEvaluation | None = None
     held: tuple[str, ...] = ()
+    memory: MemoryState | None = None
 
 
 class _CurrentModelReader:
@@ -228,8 +233,9 @@ class _CurrentModelReader:
         self._seen: tuple[Any, ...] = ()
         self._lineage_of: tuple[Any, ...] | None = None  # as the lineage was when it was read
 
-    def read(self, model_dir: Path) -> _KnownModel:
+    def read(self, settings: Settings) -> _KnownModel:
         """Return what is known. A version that cannot be read is logged."""
+        model_dir = settings.model_dir
         now, link, size = time.monotonic(), _link_target(model_dir / versions.LATEST), _size(model_dir / LINEAGE)
         if (link, size) == self._seen and now - self._read_at <= REFRESH_SECONDS:
             return self._known
@@ -240,6 +246,7 @@ class _CurrentModelReader:
             self._log.error("version.unreadable", error=str(error))
             version = None
         self._known = replace(self._known, model=None if version is None else current_model(version))
+        self._known = replace(self._known, memory=_read_memory(settings))
         if self._lineage_of != self._seen:
             self._lineage_of = self._seen
             self._read_lineage(model_dir, version)
@@ -256,6 +263,15 @@ class _CurrentModelReader:
                 noted = {**lineage.recorded(), version.name: {**version.record, "version": version.name}}
                 evaluation = model_evaluation(read_matrix(list(noted.values())), version.name)
         self._known = replace(self._known, evaluation=evaluation, held=held)
+
+
+def _read_memory(settings: Settings) -> MemoryState | None:
+    """What is kept of trained datasets; None where it cannot be listed, which the next run says."""
+    try:
+        memories, problems = list_memories(memory_dir_of(settings.state_dir))
+    except OSError:
+        return None
+    return memory_state(memories, problems, max_bytes=settings.replay.memory_bytes)
 
 
 class LossHistory:

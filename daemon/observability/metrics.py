@@ -124,6 +124,7 @@ class _Snapshot(Collector):
             families.append(_gauge("verified_timestamp_seconds", "When all that is kept was last checked.", at))
             families.append(_gauge("verification_problems", "What that check found.", last["problems"]))
         families += _evaluation_gauges(snapshot)
+        families += _memory_gauges(snapshot)
         job = snapshot.job
         if job is not None:
             for name, text, value in (
@@ -185,6 +186,20 @@ def _evaluation_gauges(snapshot: StatusSnapshot) -> list[GaugeMetricFamily]:
         text = "Loss of earlier datasets when learned minus now, mean; below 0: lost."
         families.append(_gauge("backward_transfer_nats", text, known["backward_transfer"]))
     return families
+
+
+def _memory_gauges(snapshot: StatusSnapshot) -> list[GaugeMetricFamily]:
+    """What is kept of trained datasets."""
+    if (memory := snapshot.memory) is None:
+        return []
+    return [
+        _gauge("memory_datasets", "Trained datasets of which rows are kept.", memory["datasets"]),
+        _gauge("memory_rows", "Rows that later runs may train again.", memory["kept_rows"]),
+        _gauge("memory_held_out_rows", "Rows that are kept to measure, and never trained.", memory["held_out_rows"]),
+        _gauge("memory_used_bytes", "Bytes of the rows that later runs may train again.", memory["used_bytes"]),
+        _gauge("memory_max_bytes", "What they may take at most.", memory["max_bytes"]),
+        _gauge("memory_problems", "Memories that cannot be read.", memory["problems"]),
+    ]
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

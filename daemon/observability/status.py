@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,6 +26,7 @@ from daemon.errors import is_no_space
 from daemon.evaluation.matrix import Matrix, summarise
 from daemon.gpu import Gpu
 from daemon.job import FailureKind, Job, JobState, Progress, utc_now
+from daemon.memory.store import HELD_OUT_NAME, ROWS_NAME, DatasetMemory
 from daemon.processes import ProcessIdentity, boot_id, identify
 from daemon.text import HOLD_CHARACTERS, escape, finite, printable
 from daemon.versions import Version
@@ -100,6 +101,17 @@ class ModelEvaluation(TypedDict):
     datasets: Annotated[
         list[DatasetLoss], Meta(description="Those that lost most, worst first.", max_length=EVALUATED_DATASETS)
     ]
+
+
+class MemoryState(TypedDict):
+    """What is kept of trained datasets, to rehearse and to measure."""
+
+    datasets: Annotated[int, Meta(description="Datasets of which rows are kept.")]
+    kept_rows: Annotated[int, Meta(description="Trained rows that later runs may train again.")]
+    held_out_rows: int
+    used_bytes: Annotated[int, Meta(description="Of the kept rows.")]
+    max_bytes: Annotated[int, Meta(description="What they may take: memory_bytes.")]
+    problems: Annotated[int, Meta(description="Memories that cannot be read; `dropforge memory` tells which.")]
 
 
 class LastVerification(TypedDict):
@@ -209,6 +221,7 @@ class StatusSnapshot:
     gpu: Annotated[tuple[GpuDevice, ...], Meta(description="As NVML reports; empty without it.")] = ()
     verification: LastVerification | None = None
     evaluation: ModelEvaluation | None = None
+    memory: Annotated[MemoryState | None, Meta(description="null: it cannot be listed.")] = None
     held: Annotated[
         tuple[str, ...], Meta(description="Versions that the gate holds, newest last.", max_length=HELD_VERSIONS)
     ] = ()
@@ -388,6 +401,19 @@ def current_model(version: Version) -> CurrentModel:
         "version": version.name,
         "dataset": version.record.get("dataset"),
         "created_at": version.record.get("created_at"),
+    }
+
+
+def memory_state(memories: Sequence[DatasetMemory], problems: Sequence[str], *, max_bytes: int) -> MemoryState:
+    """The `memory` object."""
+    kept = [memory.meta for memory in memories if memory.is_kept]
+    return {
+        "datasets": len(kept),
+        "kept_rows": sum(meta.mark(ROWS_NAME).rows for meta in kept),
+        "held_out_rows": sum(meta.mark(HELD_OUT_NAME).rows for meta in kept),
+        "used_bytes": sum(meta.mark(ROWS_NAME).size_bytes for meta in kept),
+        "max_bytes": max_bytes,
+        "problems": len(problems),
     }
 
 

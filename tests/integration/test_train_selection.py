@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from daemon.job import Job, JobState, Outcome, RunResult, RunSpec
 from daemon.run_dir import RunWriter
 from tests.support.inprocess import Wish, events, specify
-from tests.support.root import Root
+from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
 
 MakeRoot = Callable[..., Root]
@@ -205,4 +205,8 @@ def test_a_job_that_stopped_early_is_a_success_and_shows_its_evaluations(make_ro
     assert "stopped early" in shown
     assert job.result is not None
     assert job.result.held_out_losses[-1].step == job.result.steps_run == 4
+    # What was learned is also what is kept to rehearse.
+    memory = wait_until(lambda: ((root.status() or {}).get("memory") or {}).get("datasets") and root.status()["memory"])
+    assert (memory["datasets"], memory["kept_rows"], memory["held_out_rows"], memory["problems"]) == (1, 32, 8, 0)
+    assert 0 < memory["used_bytes"] < memory["max_bytes"] == root.settings.replay.memory_bytes
     assert_sound(root)

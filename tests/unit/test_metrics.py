@@ -30,6 +30,14 @@ SNAPSHOT = StatusSnapshot(
     model={"version": "0007", "dataset": "d", "created_at": None},
     gpu=({"name": "G", "used_bytes": 5, "total_bytes": 10, "utilization": None},),
     verification={"at": "2026-11-25T10:00:00.000Z", "versions": 3, "datasets": 3, "problems": 2},
+    memory={
+        "datasets": 2,
+        "kept_rows": 70,
+        "held_out_rows": 40,
+        "used_bytes": 9000,
+        "max_bytes": 10_000,
+        "problems": 1,
+    },
     warnings=("w",),
 )
 
@@ -71,6 +79,12 @@ def test_the_endpoint_tells_the_snapshot_and_the_log_s_events() -> None:
         "dropforge_gpu_memory_used_bytes{gpu=0}": 5,
         "dropforge_watcher_overflows": 2,
         "dropforge_warnings": 1,
+        "dropforge_memory_datasets": 2,
+        "dropforge_memory_rows": 70,
+        "dropforge_memory_held_out_rows": 40,
+        "dropforge_memory_used_bytes": 9000,
+        "dropforge_memory_max_bytes": 10_000,
+        "dropforge_memory_problems": 1,
         "dropforge_verification_problems": 2,
         "dropforge_verified_timestamp_seconds": 1_795_600_800,
         "dropforge_steps_trained_total": 50,
