@@ -17,7 +17,7 @@ import guard
 from daemon import config, control, gpu, root_identity, sd_notify, versions
 from daemon.config import Settings
 from daemon.containment import Containment
-from daemon.errors import ConfigError, DropforgeError, RootHeld, StoreError, Unexpected
+from daemon.errors import ConfigError, DropforgeError, RootHeld, StoreError, TryLater, Unexpected
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
 from daemon.holds import Hold, HoldKind, hold_of, no_room
@@ -37,6 +37,7 @@ from daemon.store import BrokenStore, NewerStore
 from daemon.verification import BackgroundVerifier
 from daemon.wakeup import Wakeup
 from guard.atomic import make_folder_durable
+from guard.layout import LOCK_NAME
 
 if TYPE_CHECKING:  # its library is imported only where metrics are configured
     from daemon.observability.metrics import MetricsPublisher
@@ -58,6 +59,13 @@ def take_root(settings: Settings) -> guard.ModelLock:
         lock = guard.ModelLock(settings.state_dir, owner="dropforge daemon")
         lock.acquire()
     except guard.ModelLocked as error:
+        if not error.holder:  # no daemon: whoever may read the file may lock it, and it goes by itself
+            raise TryLater(
+                operation="serve",
+                subject=settings.root,
+                cause=error.cause,
+                hint=f"`fuser -v {settings.state_dir / LOCK_NAME}` names it; the daemon can start when that has gone",
+            ) from error
         raise RootHeld(
             operation="serve",
             subject=settings.root,

@@ -30,6 +30,7 @@ def clean(machine: Machine) -> Iterator[Machine]:
     machine.shell(f"{erase} rm -rf {HOME}/.venv; mv /opt/venv {HOME}/.venv")
 
 
+@pytest.mark.chaos  # it trains with the real trainer, and upgrades: a minute and more
 def test_the_first_hour_as_the_document_tells_it(clean: Machine) -> None:
     """Account, init, doctor, service install, drop, watch, stop, start, upgrade, uninstall - and what was made stays.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -156,3 +157,16 @@ def test_a_second_daemon_is_told_first_that_the_root_is_held(make_root: MakeRoot
     assert f"another daemon holds it: it is in use by dropforge daemon (process {daemon.pid} on" in second.stderr
     assert "{" not in second.stderr
     assert "doctor.found" not in second.stderr
+
+
+def test_a_lock_that_no_daemon_holds_is_waited_for_and_not_taken_for_one(make_root: MakeRoot) -> None:
+    """Whoever may read the file may lock it: exit code 5 would keep a supervisor from ever trying again."""
+    root = make_root(behaviour={})
+    lock = root.settings.state_dir / ".lock"
+    lock.touch()
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        refused = root.run("run", "--once")
+    assert refused.returncode == 75
+    assert f"`fuser -v {lock}`" in refused.stderr
+    assert root.run("run", "--once").returncode == 0
