@@ -6,17 +6,20 @@ A hold burns no attempt and goes by itself when its reason goes.
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from daemon import root_identity, versions
 from daemon.base_identity import base_problem, find_base
-from daemon.config import Settings
+from daemon.config import ExecutorSettings, Settings
 from daemon.errors import DropforgeError, StoreError, TryLater, is_no_space
 from daemon.lineage import LINEAGE
 from daemon.processes import account_name
@@ -26,6 +29,7 @@ from daemon.text import escape, format_bytes
 from guard.json_text import parse_json
 from guard.layout import LOCK_NAME
 
+TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 PAUSED_KEY = "paused"  # of the store's controls: {"mode": "now" | "after_job", "at": ..., "reason": ...}
 FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model's configuration is known
 OPTIMIZER_COPIES = 2  # AdamW keeps two values a weight
@@ -42,11 +46,16 @@ class HoldKind(StrEnum):
     PAUSED = "paused"
     IDENTITY = "identity"
     BASE = "base"
+    TRAINER = "trainer"
     UNWRITABLE = "unwritable"
     STORE = "store"
     INTERNAL = "internal"
     NO_SPACE = "no_space"
     GPU = "gpu"
+
+
+# What only a person mends: who does not wait for one, gives up.
+FOR_A_PERSON = frozenset({HoldKind.IDENTITY, HoldKind.BASE, HoldKind.TRAINER})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +108,23 @@ def unusable_base(settings: Settings, recipe: Recipe) -> Hold | None:
         return None
     problem = base_problem(recipe.model)
     return None if problem is None else Hold(kind=HoldKind.BASE, reason=f"{problem.message}; {problem.hint}")
+
+
+def unusable_trainer(settings: Settings) -> Hold | None:
+    """Return the hold of a root whose trainer could not even be started: its program or its packages are not there."""
+    command = settings.executor.command
+    program = command[0] if command else ""
+    if shutil.which(program) is None:
+        what = f"the trainer's program {escape(program) or '(none)'} is not there, or this account may not run it"
+        hint = "bring it back; or set [executor] command, and restart"
+        return Hold(kind=HoldKind.TRAINER, reason=f"{what}; {hint}")
+    if command != ExecutorSettings().command:
+        return None  # it has packages of its own
+    missing = [name for name in TRAINING_PACKAGES if find_spec(name) is None]
+    if missing:
+        what = f"the trainer's packages are not installed here: {', '.join(missing)}"
+        return Hold(kind=HoldKind.TRAINER, reason=f"{what}; `{sys.executable} -m pip install 'dropforge[train]'`")
+    return None
 
 
 def evidence(settings: Settings, recipe: Recipe) -> Evidence:

@@ -25,6 +25,7 @@ from daemon.evaluation.gate import held_reason, with_action
 from daemon.executors.base import Executor, Exit
 from daemon.gpu import GpuReservation
 from daemon.holds import (
+    FOR_A_PERSON,
     PAUSED_KEY,
     Evidence,
     Hold,
@@ -34,6 +35,7 @@ from daemon.holds import (
     no_space,
     paused,
     unusable_base,
+    unusable_trainer,
     unwritable,
 )
 from daemon.in_hand import InHand
@@ -280,6 +282,7 @@ class Scheduler:
             return None
         return (
             self._still_refused(job, recipe)
+            or unusable_trainer(self.settings)
             or unusable_base(self.settings, recipe)
             or unwritable(self.settings, job.id)
             or no_space(self.settings, recipe)
@@ -554,7 +557,7 @@ class Scheduler:
     def _change_hold(self, hold: Hold | None) -> None:
         before, self.hold = self.hold, hold
         is_new = before is None or hold is None or before.kind is not hold.kind
-        if hold is not None and (is_new or (hold.kind in (HoldKind.IDENTITY, HoldKind.BASE) and before != hold)):
+        if hold is not None and (is_new or (hold.kind in FOR_A_PERSON and before != hold)):
             self._log.warning("queue.held", kind=hold.kind.value, reason=hold.reason)
             self._hooks.fire("on_hold", {"kind": hold.kind.value, "reason": hold.reason})
         elif hold is None and before is not None:

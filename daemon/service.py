@@ -20,7 +20,7 @@ from daemon.containment import Containment
 from daemon.errors import ConfigError, DropforgeError, RootHeld, StoreError, TryLater, Unexpected
 from daemon.executors import make_executor
 from daemon.executors.base import Executor
-from daemon.holds import Hold, HoldKind, hold_of, no_room
+from daemon.holds import FOR_A_PERSON, Hold, HoldKind, hold_of, no_room
 from daemon.in_hand import NOTE_NAME, InHand
 from daemon.inbox.archive import Archive
 from daemon.inbox.intake import Intake
@@ -421,7 +421,7 @@ class Service:
         if not once or self._ticks == 0 or self._stop_signals:
             return False
         hold = self.scheduler.hold
-        if hold is not None and hold.kind in (HoldKind.IDENTITY, HoldKind.BASE):
+        if hold is not None and hold.kind in FOR_A_PERSON:
             raise DropforgeError(operation="serve", subject=self.settings.root, cause=hold.reason)
         view = self.intake.view()
         is_busy = self.scheduler.run or view.waiting or view.scanning or view.deferred

@@ -26,6 +26,7 @@ from daemon.base_identity import base_problem, find_base, hub_folder
 from daemon.cli.account import access_to, require_reader
 from daemon.config import Settings
 from daemon.errors import DropforgeError
+from daemon.holds import TRAINING_PACKAGES, unusable_trainer
 from daemon.inbox.layout import UNFINISHED_SECONDS, NameKind, name_kind, watched_folders
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
 from daemon.inbox.strays import find_strays
@@ -33,7 +34,6 @@ from daemon.inbox.watcher import mounted_type, remote_type
 from daemon.processes import account_name, group_name
 from daemon.text import escape, format_bytes
 
-TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 IMPORT_TIMEOUT_SECONDS = 120.0
 LEAST_FREE_BYTES, LITTLE_FREE_BYTES = 2**30, 10 * 2**30
 LEAST_INOTIFY_WATCHES, LEAST_INOTIFY_INSTANCES = 1024, 16
@@ -123,12 +123,16 @@ def _packages(settings: Settings) -> Iterator[Finding]:
     message = ", ".join(f"{name} {_version(name)}" for name in TRAINING_PACKAGES if _version(name))
     for name, found, least in _too_old():
         yield _fail("packages", f"{name} {found} is older than {least}", f"`pip install --upgrade '{name}>={least}'`")
-    if missing and ours:
-        yield _fail("packages", f"missing: {', '.join(missing)}", "`pip install 'dropforge[train]'`")
-    elif missing:
-        yield _ok("packages", f"the trainer has an environment of its own: {settings.executor.command[0]}")
-    else:
+    if missing and not ours:
+        yield _ok("packages", f"the trainer has an environment of its own: {' '.join(settings.executor.command[:1])}")
+    elif not missing:
         yield _ok("packages", message)
+
+
+def _trainer(settings: Settings) -> Iterator[Finding]:
+    if (hold := unusable_trainer(settings)) is not None:
+        message, _, hint = hold.reason.partition("; ")
+        yield _fail("trainer", message, hint)
 
 
 def _gpu(settings: Settings) -> Iterator[Finding]:
@@ -383,6 +387,7 @@ def _as_recorded(found: verification.Verification) -> str:
 CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "python": _python,
     "packages": _packages,
+    "trainer": _trainer,
     "gpu": _gpu,
     "disk": _disk,
     "inotify": _inotify,
@@ -396,7 +401,7 @@ CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "systemd": _systemd,
     "kept": _kept_last,
 }
-BEFORE_RUN = ("disk", "permissions", "model", "clock")
+BEFORE_RUN = ("trainer", "disk", "permissions", "model", "clock")
 
 
 def _too_old() -> Iterator[tuple[str, str, str]]:

@@ -47,7 +47,8 @@ def load_tokenizer(base: BaseModel) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a damaged tokenizer.json raises whatever its reader stumbles over
-        said = str(error).splitlines()[0] if isinstance(error, OSError | ValueError) and str(error) else repr(error)
+        words = " ".join(str(error).split()) if isinstance(error, OSError | ValueError) else ""
+        said = words[:CAUSE_CHARACTERS] or repr(error)
         raise RunFailure(
             FailureKind.BASE,
             f"the base model in {base.path} has no usable tokenizer: {said}",

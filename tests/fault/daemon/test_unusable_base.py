@@ -74,6 +74,25 @@ def test_what_only_a_trainer_finds_wrong_with_the_base_holds_until_its_files_cha
     assert_sound(root)
 
 
+def test_a_trainer_that_is_not_there_holds_until_it_is(make_root: MakeRoot, tmp_path: Path) -> None:
+    """No file ends in failed/ because somebody moved an environment."""
+    root = make_root(behaviour={})
+    program = tmp_path / "trainer"
+    command = root.tables["executor"]["command"]
+    root.configure(executor={"command": (str(program), *command[1:])})
+    root.drop("a.jsonl", ROWS)
+    once = root.run("run", "--once")
+    assert once.returncode == 1
+    assert f"the trainer's program {program} is not there" in once.stderr
+    root.start()
+    waits_for(root, f"the trainer's program {program} is not there, or this account may not run it")
+    program.write_text(f'#!/bin/sh\nexec {command[0]} "$@"\n')
+    program.chmod(0o755)
+    done = root.finished("a.jsonl")
+    assert (done.state, done.attempt) == (JobState.SUCCEEDED, 1)
+    assert_sound(root)
+
+
 def test_a_problem_is_seen_without_loading_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
