@@ -234,6 +234,7 @@ def _play(console: Console, settings: Settings, daemon: subprocess.Popen[bytes])
     drop(settings, half_of(settings, examples / "gsm8k_messages.jsonl"), "wednesday.jsonl")
     third = stage.wait_finished("wednesday.jsonl", after=cancelled)
 
+    stage.until(lambda: (read_status(settings.status_path) or {}).get("status") == "idle")  # and all of it is told
     console.rule("What has to be true")
     claims = check_claims(stage.story, first, second, third)
     for claim, held in claims.items():
@@ -244,7 +245,6 @@ def _play(console: Console, settings: Settings, daemon: subprocess.Popen[bytes])
     found = list_versions(settings.model_dir)
     console.print(render.version_list(found, current_version(settings.model_dir)))
     console.rule("dropforge status")
-    stage.until(lambda: (read_status(settings.status_path) or {}).get("status") == "idle")
     console.print(render.status_view(read_status(settings.status_path) or {}))
     console.rule("Where to look next")
     console.print(where_to_look(settings), markup=False)
