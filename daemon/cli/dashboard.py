@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.cli import render
-from daemon.cli.chart import Series, line_chart, uses_ascii
+from daemon.cli.chart import Series, legend, line_chart, uses_ascii
 from daemon.cli.estimates import format_duration
 from daemon.observability.status import read_status
 from daemon.text import escape, printable
@@ -76,16 +76,22 @@ def screen(snapshot: Mapping[str, Any], width: int, *, ascii_only: bool = False)
 def running_job(
     job: Mapping[str, Any], width: int, *, chart_lines: int = CHART_LINES, ascii_only: bool = False
 ) -> list[RenderableType]:
-    """The status file's `job`: its name, its progress, its loss so far with a chart of so many lines, its numbers."""
+    """The status file's `job`: its name, its progress, its losses so far with a chart of so many lines, its numbers."""
     name = f"{printable(str(job['id']))}  {printable(str(job['dataset']))}  attempt {job['attempt']}"
     lines: list[RenderableType] = [_fit(Text(name, style="bold")), _fit(_bar(job, width, ascii_only=ascii_only))]
-    losses = Series(name="loss", points=[(step, loss) for step, loss in job.get("losses") or ()])
-    if losses.points:
-        ends = losses.points[0][1], losses.points[-1][1]
-        lines.append(_fit(Text(f"loss {ends[0]:.3f} -> {ends[1]:.3f}")))
+    losses, held_out = ([(step, loss) for step, loss in job.get(key) or ()] for key in ("losses", "held_out_losses"))
+    if losses:
+        series = [Series(name=_from_to("loss", losses), points=losses)]
+        if held_out:
+            series.append(Series(name=_from_to("held out", held_out), points=held_out, is_joined=False))
+        lines.append(_fit(legend(series, ascii_only=ascii_only)))
         if chart_lines:
-            lines += line_chart([losses], width=width, height=chart_lines, ascii_only=ascii_only)
+            lines += line_chart(series, width=width, height=chart_lines, ascii_only=ascii_only)
     return [*lines, _fit(Text(render.progress_line(job), style="dim"))]
+
+
+def _from_to(name: str, points: Sequence[tuple[float, float]]) -> str:
+    return f"{name} {points[0][1]:.3f} -> {points[-1][1]:.3f}"
 
 
 def _bar(job: Mapping[str, Any], width: int, *, ascii_only: bool) -> Text:

@@ -26,7 +26,7 @@ def _event(level: str, meaning: str, keys: str = "") -> Event:
 _END = (
     "job dataset was reason failure attempt version duplicate_of priority owner force overrides base_model size_bytes digest"
     " format dataset_rows skipped_rows hint tried steps_planned steps_run start_step resumed_from verdict reasons cleared"
-    " train_loss held_out_before held_out_after tokens_per_second steady_tokens_per_second tokens_trained rows samples refused_rows dropped_rows held_out_rows"
+    " train_loss held_out_before held_out_after held_out_losses best_step kept_step stopped_early tokens_per_second steady_tokens_per_second tokens_trained rows samples refused_rows dropped_rows held_out_rows"
     " replayed evaluation withheld_rows unmeasured truncated_rows trained_share spikes wall_seconds adapter_digest lora_norm base parent parent_digest warnings max_step created_at started_at"
     " total_seconds"
 )

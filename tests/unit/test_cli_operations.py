@@ -244,6 +244,8 @@ def test_the_live_screen_shows_what_matters() -> None:
         assert word in text
     assert any("⣀" <= character <= "⣿" for character in text)  # a chart
     assert "⣀" not in "".join(rendered(dashboard.screen(SNAPSHOT, 80, ascii_only=True)))
+    evaluated = {**SNAPSHOT["job"], "held_out_losses": [[50, 3.0], [100, 2.5]]}
+    assert "o held out 3.000 -> 2.500" in "\n".join(rendered(dashboard.screen({**SNAPSHOT, "job": evaluated}, 80)))
     dead = "\n".join(rendered(dashboard.screen({**SNAPSHOT, "alive": False, "liveness": "dead"}, 80)))
     assert dead.startswith("dead")
     assert "40/90" not in dead
