@@ -27,7 +27,8 @@ def prune_versions(
     context: typer.Context,
     *,
     keep: Annotated[
-        int | None, typer.Option("--keep", min=1, help="How many of the newest stay ([versions] keep).")
+        int | None,
+        typer.Option("--keep", min=1, help="How many of the newest stay (default: versions.keep of the settings)."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and change nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")] = False,
@@ -36,7 +37,7 @@ def prune_versions(
 ) -> None:
     """Move old versions aside. Never the current one, what it continues, or what the gate holds.
 
-    `dropforge rollback N` brings one back until it is deleted, after [versions] keep_pruned_days.
+    `dropforge rollback N` brings one back until it is deleted, versions.keep_pruned_days later.
 
     Example: dropforge versions prune --keep 5 --dry-run
     """
