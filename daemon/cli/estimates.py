@@ -37,7 +37,7 @@ class Pace:
     def seconds_left(self, job: Job, now: str) -> float | None:
         """The same of a job that runs, to its end; None when it is not known when it began. `now`: UTC ISO 8601."""
         spent = seconds_between(job.started_at, now)
-        return None if spent is None else max(0.0, self.seconds(job) - spent)
+        return None if spent is None else round(max(0.0, self.seconds(job) - spent), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
