@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test oracle pretrained peers chaos fuzz bench soak forgetting lint format clean
+.PHONY: setup demo test oracle pretrained peers chaos fuzz bench soak forgetting gate lint format clean
 
 # TORCH=cpu takes a torch without CUDA, TORCH=cu128 one for that CUDA; what was asked for once is kept. Otherwise it is the
 # package index's own, on Linux with CUDA.
@@ -64,12 +64,16 @@ fuzz: .venv/.installed
 
 # Each script prints a table, with peers measured in the same run.
 bench: peers
-	@set -e; for script in $(filter-out benchmarks/soak.py benchmarks/forgetting.py,$(wildcard benchmarks/[a-z]*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/soak.py benchmarks/forgetting.py benchmarks/gate.py,$(wildcard benchmarks/[a-z]*.py)); do \
 		echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py); done
 
 # A week of jobs in fast motion, and an old root: half an hour.
 soak: .venv/.installed
 	$(BIN)/python -m benchmarks.soak
+
+# How often the gate stops what is harmless, and misses what is not: hours, and it goes on where it was stopped.
+gate: .venv/.installed
+	$(BIN)/python -m benchmarks.gate --work build/gate
 
 # What earlier datasets lose by later ones, with a real model: hours, and it goes on where it was stopped.
 forgetting: .venv/.installed

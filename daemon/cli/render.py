@@ -64,6 +64,9 @@ def status_view(snapshot: Mapping[str, Any], *, queue_seconds: float | None = No
         if model
         else "no version yet",
     )
+    if held := [printable(str(name)) for name in snapshot.get("held") or ()]:
+        told = f"{', '.join(held[-5:])}: lost something of earlier datasets; `dropforge promote` or `discard` decides"
+        grid.add_row("held", Text(told, style="yellow"))
     alive = snapshot.get("alive") is not False
     if alive:
         grid.add_row("watching", printable(str(snapshot.get("watch_mode") or "not watching")))

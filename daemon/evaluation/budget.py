@@ -2,7 +2,7 @@
 
 A scored token costs about 0.4 of a trained one. Within `budget` of a run's work all datasets are scored, with fewer rows
 each where there are many; where that is not enough, those that were scored longest ago come first. The worst and the latest
-ones are scored after every run, as long as that stays within `max_budget`.
+ones are scored after every run, as long as that stays within `max_budget`, or within what costs no more than loading a model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from daemon.evaluation.settings import EvaluationSettings
 SCORED_TOKEN_COST = 0.4  # of a trained one: no backward pass
 MOST_ROWS = 40
 LEAST_ROWS = 16  # of a dataset that is scored at all, if it has as many
+ALWAYS_TOKENS = 8192  # that may be scored after however small a run: a few rows can do much harm
 LATEST = 3  # datasets that are scored after every run, beside the worst
 
 
@@ -30,7 +31,7 @@ class ScoreBudget:
         """The budget beside so many tokens that a run trains over all epochs."""
         return cls(
             tokens=run_tokens * settings.budget / SCORED_TOKEN_COST,
-            most=run_tokens * settings.max_budget / SCORED_TOKEN_COST,
+            most=max(run_tokens * settings.max_budget / SCORED_TOKEN_COST, ALWAYS_TOKENS),
         )
 
 

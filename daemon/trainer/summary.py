@@ -91,6 +91,8 @@ def data_warnings(examples: Examples, planned: Plan, capacity: Capacity) -> tupl
 def evaluation_warnings(evaluation: Evaluation) -> tuple[str, ...]:
     """Return what the user should know of what earlier datasets have lost."""
     found = [f"lost of an earlier dataset: {reason}" for reason in evaluation.reasons]
+    if evaluation.unscored and not evaluation.datasets:
+        found.append("no earlier dataset was scored: that would have cost more than [evaluation] max_budget allows")
     if evaluation.alpha is not None and evaluation.gain_kept is not None:
         found.append(
             f"as it was trained it had lost something of earlier datasets: it was blended with its parent, {evaluation.alpha:g} of"

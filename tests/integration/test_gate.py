@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,11 @@ from daemon.lineage import read_lineage
 from daemon.memory.store import dataset_dir, memory_dir_of, read_memory
 from guard import ModelLock
 from tests.support.inprocess import StopAfterLoading, events, promote, specify, train
+from tests.support.root import Root, wait_until
+from tests.support.sound import assert_sound
 from tests.support.sound_model import assert_model_dir_sound
+
+MakeRoot = Callable[..., Root]
 
 COLOURS = ("red", "green", "blue", "black")
 # The tiny model learns this much: which word follows, of the words that its own rows have.
@@ -148,3 +155,39 @@ def test_a_held_version_is_promoted_or_discarded_by_a_person(held: tuple[Path, R
     assert read_memory(dataset_dir(memory_dir_of(state_dir), other.dataset.digest)) is None
     assert versions.newest_number(model_dir) == 3
     assert_model_dir_sound(model_dir)
+
+
+def test_the_daemon_tells_of_a_held_version_and_goes_on_from_its_parent(make_root: MakeRoot, tiny_base: Path) -> None:
+    """Exit code, hook, status, `show`; a person decides; and no sidecar has a say in it."""
+    root = make_root(base_model=tiny_base, tables=QUICK)
+    told = root.path / "told.json"
+    root.configure(hooks={"on_gate": ("/bin/sh", "-c", f"cat > {told}")}, gate={"remedies": ()})
+    root.start()
+    for name, content in (("a", rows(COLOURS[:1], 0)), ("b", rows(COLOURS[1:2], 500))):
+        (root.path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    assert root.run("submit", "--wait", str(root.path / "a.jsonl")).returncode == 0
+    (root.path / "sidecar.toml").write_text('[gate]\naction = "off"\n')
+    shutil.copy(root.path / "b.jsonl", root.path / "c.jsonl")
+    shutil.copy(root.path / "sidecar.toml", root.path / "c.job.toml")
+    assert root.run("submit", "--wait", "--no-check", str(root.path / "c.jsonl")).returncode == 3  # refused
+    done = root.run("submit", "--wait", str(root.path / "b.jsonl"))
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "held: a.jsonl" in done.stdout
+    assert "dropforge promote" in done.stdout
+    wait_until(told.exists, what="the hook")
+    lost = wait_until(lambda: json.loads(told.read_bytes() or b"null"), what="the hook's facts")
+    assert lost["evaluation"]["version"] == "0002"
+    status = wait_until(lambda: (found := root.status()) and found["held"] and found, what="the status to tell")
+    assert status["held"] == ["0002"]
+    assert status["model"]["version"] == "0001"
+    assert status["evaluation"]["version"] == "0001"
+    shown = json.loads(root.run("versions", "--matrix", "--json").stdout)
+    assert [(row["version"], row["held"]) for row in shown["rows"]] == [("0001", False), ("0002", True)]
+    assert root.run("rollback", "2").returncode != 0
+    assert root.run("compare", "1", "2").returncode == 0
+    assert_sound(root)
+    assert root.run("promote", "2").returncode == 0
+    status = wait_until(lambda: (found := root.status()) and not found["held"] and found, what="the promotion")
+    assert status["evaluation"]["backward_transfer"] < 0
+    assert status["evaluation"]["datasets"][0]["dataset"] == "a.jsonl"
+    assert_sound(root)

@@ -163,12 +163,14 @@ def test_no_more_is_scored_than_the_budget_allows() -> None:
 
 
 def test_of_a_small_run_the_latest_are_scored_within_the_larger_budget_and_no_others() -> None:
-    budget = ScoreBudget.of(16_000, EvaluationSettings())
-    taken = choose_rows(["a", "b"], ["c"], lambda _: [100] * 40, budget)
-    assert taken.keys() == {"a", "b"}
+    budget = ScoreBudget.of(20_000, EvaluationSettings())
+    taken = choose_rows(["a", "b", "d"], ["c"], lambda _: [100] * 40, budget)
+    assert taken.keys() == {"a", "b", "d"}
     assert all(rows >= LEAST_ROWS for rows in taken.values())
     assert sum(taken.values()) * 100 <= budget.most
-    assert choose_rows(["a"], [], lambda _: [100] * 40, ScoreBudget.of(1000, EvaluationSettings())) == {}
+    tiny = ScoreBudget.of(10, EvaluationSettings())  # a run of a few rows is no less dangerous
+    assert choose_rows(["a"], ["c"], lambda _: [100] * 40, tiny) == {"a": 40}
+    assert choose_rows(["a"], [], lambda _: [1000] * 40, tiny) == {}
     assert choose_rows(["a"], [], lambda _: [100] * 3, budget) == {"a": 3}
 
 
