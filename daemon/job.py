@@ -233,6 +233,8 @@ class RunSpec:
     limits: Mapping[str, Any] = field(default_factory=dict)  # see daemon.limits.LimitSettings
     evaluation: Mapping[str, Any] = field(default_factory=dict)  # see daemon.evaluation.settings.EvaluationSettings
     gate: Mapping[str, Any] = field(default_factory=dict)  # see daemon.evaluation.settings.GateSettings
+    root_recipe: Mapping[str, Any] = field(default_factory=dict)  # [data] and [replay] without the sidecar's
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # the sidecar's
     force: bool = False  # train the rows also where most of them are held out of earlier datasets
 
 

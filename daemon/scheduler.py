@@ -385,6 +385,8 @@ class Scheduler:
             limits=self.settings.limits.model_dump(mode="json"),
             evaluation=self.settings.evaluation.model_dump(mode="json"),
             gate=self.settings.gate.model_dump(mode="json"),
+            root_recipe=self.settings.recipe.model_dump(mode="json", include={"data", "replay"}),
+            overrides=job.overrides,
             force=job.force,
         )
 

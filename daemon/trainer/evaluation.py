@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from daemon.errors import DropforgeError
 from daemon.evaluation.blend import Scored, choose_blend
 from daemon.evaluation.budget import MOST_ROWS, ScoreBudget, Standing, choose_rows, scoring_order
 from daemon.evaluation.scores import AdapterScores, best_of_line, read_scores, write_scores
@@ -19,7 +20,7 @@ from daemon.evaluation.values import Evaluation, GateVerdict, OwnEvaluation
 from daemon.fingerprint import minor_version
 from daemon.job import Plan, RunSpec, claimed_on
 from daemon.memory.store import decode_row, memory_dir_of
-from daemon.recipe import Recipe
+from daemon.recipe import DataSettings, Recipe
 from daemon.text import escape
 from daemon.trainer import distributed
 from daemon.trainer.collate import Example
@@ -27,7 +28,7 @@ from daemon.trainer.memory import EarlierDataset
 from daemon.trainer.model import adapter_tensors
 from daemon.trainer.scoring import Scorer, by_line, interpolate, row_key, set_weights, with_weights
 from daemon.trainer.tokenise import encode_rows
-from daemon.versions import Version, line_of
+from daemon.versions import Version, current_version, line_of
 
 Tensors = Mapping[str, torch.Tensor]
 OWN_ROWS = 40  # trained rows that stand for the new dataset where none of it is held out
@@ -129,9 +130,12 @@ class Assessor:
         own_rows = self._score(own)
         settings, gate = self._settings()
         wanted = self.parent is not None and gate.action != "off" and settings.budget > 0
+        abandoned = "" if gate.action == "off" else abandons_current(self.spec)
         evaluation = Evaluation(verdict=GateVerdict.UNMEASURED, passes=True)
         scores: dict[str, Rows] = {}
-        if wanted:
+        if abandoned:
+            evaluation = Evaluation(verdict=GateVerdict.REGRESSED, passes=False, reasons=(abandoned,))
+        elif wanted:
             evaluation, scores, own_rows = self._compare(own, own_rows, trained, settings, gate)
         summary = None
         if own_rows:
@@ -268,7 +272,11 @@ class Assessor:
         """The first of an earlier dataset's held-out rows that can be scored, under its own `train_on`."""
         meta = dataset.memory.meta
         if meta.digest not in self._encoded:
-            data = self.recipe.data.model_copy(update={"train_on": meta.train_on})
+            # Under the root's settings: with max_length = 1 in a sidecar nothing would be measured.
+            own = self.recipe.data.model_dump()
+            data = DataSettings.model_validate(
+                {**own, **self.spec.root_recipe.get("data", {}), "train_on": meta.train_on}
+            )
             rows = [decode_row(row.line) for row in dataset.held_out[:MOST_ROWS]]
             encoded = encode_rows(rows, self.tokenizer, data, day=claimed_on(self.spec.job_id))
             self._encoded[meta.digest] = keyed(encoded)
@@ -281,6 +289,21 @@ class Assessor:
             sum(len(sample.input_ids) for sample in samples) * (1 if key in known else 2)
             for key, samples in self._rows_of(dataset).items()
         ]
+
+
+def abandons_current(spec: RunSpec) -> str:
+    """Say that a sidecar leaves aside all that the current version has learned; empty where none does."""
+    if spec.overrides.get("training", {}).get("start_from") != "base":
+        return ""
+    try:
+        current = current_version(Path(spec.model_dir))
+    except DropforgeError:
+        named = "the current version"  # which cannot be told now
+    else:
+        if current is None:
+            return ""
+        named = f"version {current.name}"
+    return f"its sidecar begins a new adapter on the base model, without what {named} has learned"
 
 
 def verdict_over(measured: Sequence[Measured], gate: GateSettings) -> Evaluation:

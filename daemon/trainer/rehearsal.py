@@ -63,6 +63,13 @@ def find_replaced(spec: RunSpec, recipe: Recipe, examples: Examples, known: Know
     return replaced
 
 
+def replaced_for_all(spec: RunSpec, recipe: Recipe, examples: Examples, known: KnownDatasets) -> set[str]:
+    """As `find_replaced`, but for what a sidecar alone says that its file supersedes: that is measured all the same."""
+    supersedes = tuple(spec.root_recipe.get("replay", {}).get("supersedes", recipe.replay.supersedes))
+    replay = recipe.replay.model_copy(update={"supersedes": supersedes})
+    return find_replaced(spec, recipe.model_copy(update={"replay": replay}), examples, known)
+
+
 def rehearse(
     spec: RunSpec,
     recipe: Recipe,

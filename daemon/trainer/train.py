@@ -39,7 +39,7 @@ from daemon.trainer.loss import Objective
 from daemon.trainer.memory import EarlierDataset, leave_memory, read_known
 from daemon.trainer.model import adapter_tensors, load_model, lora_b_norm, resolve_attention
 from daemon.trainer.origin import Origin, find_origin, require_as_proven, require_base
-from daemon.trainer.rehearsal import Replay, find_replaced, rehearse
+from daemon.trainer.rehearsal import Replay, find_replaced, rehearse, replaced_for_all
 from daemon.trainer.requirements import require_packages
 from daemon.trainer.scoring import Scorer, by_line
 from daemon.trainer.selection import Selection, best_point, thinned
@@ -223,7 +223,7 @@ def load_examples(run: Run) -> TrainingData:
         capacity=capacity,
         plan=planned,
         replay=replay,
-        earlier=known.without(replaced),
+        earlier=known.without(replaced_for_all(spec, recipe, examples, known)),
         warnings=warnings,
         ready_at=time.monotonic(),
     )

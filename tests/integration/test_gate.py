@@ -20,6 +20,7 @@ from daemon.evaluation.values import GateAction, GateVerdict
 from daemon.job import Outcome, RunResult, RunSpec
 from daemon.lineage import read_lineage
 from daemon.memory.store import dataset_dir, memory_dir_of, read_memory
+from daemon.recipe import layered
 from guard import ModelLock
 from tests.support.inprocess import StopAfterLoading, events, promote, specify, train
 from tests.support.root import Root, wait_until
@@ -125,6 +126,33 @@ def test_nothing_is_scored_where_the_administrator_says_so(tiny_base: Path, tmp_
     assert result.evaluation is not None
     assert result.evaluation.verdict is GateVerdict.UNMEASURED
     assert result.evaluation.datasets == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"training": {"start_from": "base"}}, "without what version 0001 has learned"),
+        ({"data": {"max_length": 4}}, "a.jsonl"),
+        ({"replay": {"supersedes": ["a.jsonl"]}}, "a.jsonl"),
+    ],
+    ids=["base", "max_length", "supersedes"],
+)
+def test_no_sidecar_switches_its_own_gate_off(
+    held: tuple[Path, RunSpec, RunResult], tmp_path: Path, overrides: dict[str, dict[str, Any]], told: str
+) -> None:
+    """Also not by what it may say of its own dataset: where it begins, how long rows are, what it takes the place of."""
+    folder, spec, _ = held
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True, symlinks=True)
+    shared = {name: str(tmp_path / Path(getattr(spec, name)).name) for name in ("model_dir", "state_dir")}
+    root_recipe = {table: spec.recipe[table] for table in ("data", "replay")}
+    recipe = layered(spec.recipe, overrides)
+    spec = replace(
+        spec, job_id="d", recipe=recipe, overrides=overrides, root_recipe=root_recipe, run_dir=str(tmp_path), **shared
+    )
+    evaluation = train(spec).evaluation
+    assert evaluation is not None
+    assert not evaluation.passes
+    assert told in evaluation.reasons[0]
 
 
 def test_a_held_version_is_promoted_or_discarded_by_a_person(held: tuple[Path, RunSpec, RunResult]) -> None:
