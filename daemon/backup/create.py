@@ -12,9 +12,10 @@ from pathlib import Path
 
 import guard
 from daemon import root_identity, versions
-from daemon.backup.containers import ChangedWhileRead, Sink, open_sink, tar_compression
+from daemon.backup.containers import ChangedWhileRead, tar_compression
 from daemon.backup.manifest import QUEUE_NAME, Manifest
 from daemon.backup.plan import Captured, Gone, Options, Plan, Unit, plan_backup, unreadable
+from daemon.backup.sinks import Sink, open_sink
 from daemon.config import Settings
 from daemon.dataset.source import SourceError, open_regular
 from daemon.errors import ConfigError, DropforgeError, NotFound, TryLater, is_gone, is_no_space

@@ -18,9 +18,10 @@ from blake3 import blake3
 
 import guard
 from daemon import config, root_identity, versions
-from daemon.backup.containers import BLOCK_BYTES, DamagedBackup, Readable, Source, make_durable, open_source, verify
+from daemon.backup.containers import BLOCK_BYTES, DamagedBackup, Readable, make_durable
 from daemon.backup.manifest import BASE, MANIFEST_NAME, MARK_NAMES, Manifest
 from daemon.backup.plan import ASIDE_PREFIX, is_set_aside
+from daemon.backup.sources import Source, open_source, verify
 from daemon.config import CONFIG_NAME, Settings
 from daemon.errors import DropforgeError, RootHeld, TryLater, is_no_space
 from daemon.inbox import layout

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from daemon import config, root_identity, versions
-from daemon.backup.containers import open_source, verify
 from daemon.backup.plan import ASIDE_PREFIX
+from daemon.backup.sources import open_source, verify
 from daemon.job import JobState
 from daemon.store import JobStore
 from tests.fault.daemon import scenarios
