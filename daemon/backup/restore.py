@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -323,7 +323,9 @@ def _move(obstacles: Iterable[Obstacle]) -> None:
             continue
         obstacle.aside.mkdir(mode=0o700)
         for name in obstacle.entries:
-            (obstacle.path / name).rename(obstacle.aside / name)
+            # SQLite removes the log beside a queue when its last reader, which looked at what is here, closes it.
+            with suppress(FileNotFoundError) if name.endswith(("-wal", "-shm")) else nullcontext():
+                (obstacle.path / name).rename(obstacle.aside / name)
         for folder in (obstacle.aside, obstacle.aside.parent, obstacle.path):
             fsync_dir(folder)
 
