@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,14 +269,21 @@ def test_an_adapter_that_is_not_what_the_run_wrote_is_made_again_from_the_last_c
     assert_sound(root)
 
 
-def test_a_job_that_is_being_cancelled_stays_cancelled_when_the_daemon_stops_meanwhile(make_root: MakeRoot) -> None:
-    root = make_root(behaviour={"*": {"step_seconds": 0.02, "seal_seconds": 1.0}}, tables=ONE_ROW_A_STEP)
-    root.start()
+def test_a_job_that_is_being_cancelled_stays_cancelled_when_the_daemon_stops_meanwhile(
+    make_root: MakeRoot, tmp_path: Path
+) -> None:
+    """The trainer leaves after the daemon was asked to stop: one that lives on takes the returned file as a new job."""
+    stopping = tmp_path / "stopping"
+    root = make_root(behaviour={"*": {"step_seconds": 0.02, "seal_after": str(stopping)}}, tables=ONE_ROW_A_STEP)
+    daemon = root.start()
     root.drop("a.jsonl", texts(3000))
     job = root.running("a.jsonl")
     assert root.run("cancel", job.id, "--return").returncode == 0
     wait_until(lambda: root.events("trainer.asked_to_leave"))
-    assert root.stop() == 0
+    daemon.terminate()
+    wait_until(lambda: root.events("daemon.stopping"))
+    stopping.touch()
+    assert daemon.wait(60) == 0
     cancelled = root.job("a.jsonl")
     assert cancelled is not None
     assert cancelled.state is JobState.CANCELLED

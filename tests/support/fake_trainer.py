@@ -15,6 +15,7 @@ BEHAVIOUR.json may hold, by attempt ("1", "2", ...) or "*":
   ignore_terminate    true: do not listen to SIGTERM
   spoil_candidate     true: the adapter that the result names is cut short after all
   seal_seconds        how long the checkpoint takes that a stop asked for
+  seal_after          a file that this checkpoint waits for
 """
 
 from __future__ import annotations
@@ -109,6 +110,8 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
                 os.kill(os.getpid(), signal.SIGKILL)
             if step % recipe.training.save_steps == 0 or step == last or stop.requested:
                 time.sleep(behaviour.get("seal_seconds", 0) if stop.requested else 0)
+                while stop.requested and "seal_after" in behaviour and not Path(behaviour["seal_after"]).exists():
+                    time.sleep(0.01)
                 seal(prepared, step, weights, fingerprint)
                 guard.rotate(model_dir, keep=recipe.training.save_total_limit)
                 report.event("checkpoint.sealed", step=step)
