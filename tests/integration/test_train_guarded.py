@@ -182,6 +182,7 @@ def test_a_base_from_the_hub_is_known_by_its_commit_and_its_files_are_digested_o
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commits[0])
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     asked: list[Any] = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: asked.append(host) or no_network())
 
