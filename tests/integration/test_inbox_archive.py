@@ -13,11 +13,14 @@ import pytest
 
 from daemon import control
 from daemon.errors import DropforgeError
+from daemon.in_hand import InHand
 from daemon.inbox import archive, claim, layout
 from daemon.job import Job, JobState
+from daemon.left_alone import LeftAlone
 from daemon.recovery import repair_inbox
 from daemon.root_identity import adopt
 from daemon.store import JobStore, TransitionRefused
+from tests.support.disks import on_another_disk
 from tests.support.inbox import ROW, Root, assert_sound
 
 OLD, NEW = ROW, ROW * 2
@@ -33,10 +36,7 @@ def root(tmp_path: Path) -> Iterator[Root]:
 @pytest.fixture
 def other_file_system(tmp_path: Path) -> Iterator[Path]:
     """A folder on another file system than the root."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("/dev/shm is needed as another file system")
-    folder = Path(tempfile.mkdtemp(dir=shared))
+    folder = Path(tempfile.mkdtemp(dir=on_another_disk(tmp_path)))
     yield folder
     shutil.rmtree(folder)
 
@@ -120,7 +120,7 @@ def test_a_return_that_is_cut_short_is_begun_anew(root: Root, monkeypatch: pytes
             control.cancel(root.settings, root.store, job, hand_back=True)
     assert texts(root.inbox) == {"x.jsonl": NEW, "x-2.job.toml": SIDECAR}
     (root.inbox / "x.jsonl").unlink()
-    repair_inbox(root.settings, root.store, root.archive, root.log)
+    repair_inbox(root.settings, root.store, root.archive, root.log, in_hand=InHand(), left_alone=LeftAlone())
     assert texts(root.inbox) == {"x.jsonl": OLD, "x.job.toml": SIDECAR}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.disks import on_another_disk
 from tests.support.inbox import ROW, Root, assert_sound
 from tests.support.ssh import ssh_server
 
@@ -67,10 +68,7 @@ def test_cp_that_keeps_times(root: Root, source: Path) -> None:
 
 def test_mv_across_file_systems(root: Root, source: Path) -> None:
     """Which is a copy, then a removal."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or shared.stat().st_dev == root.inbox.stat().st_dev:
-        pytest.skip("no second file system here")
-    elsewhere = shared / f"dropforge-{os.getpid()}.jsonl"
+    elsewhere = on_another_disk(root.inbox) / f"dropforge-{os.getpid()}.jsonl"
     shutil.move(source, elsewhere)
     try:
         arrives_whole(root, [tool("mv"), elsewhere, root.inbox / "x.jsonl"])

@@ -12,6 +12,14 @@ from pathlib import Path
 import pytest
 
 
+def on_another_disk(path: Path) -> Path:
+    """Return a folder for temporary files that is on another file system than `path`; skips the test without one."""
+    for folder in map(Path, ("/dev/shm", "/tmp", "/var/tmp")):
+        if folder.is_dir() and os.access(folder, os.W_OK) and folder.stat().st_dev != path.stat().st_dev:
+            return folder
+    pytest.skip("no second file system here")
+
+
 @contextmanager
 def mounted(path: Path, size: str, *, options: str = "") -> Iterator[None]:
     """A tmpfs of this size on `path`, away again afterwards."""
