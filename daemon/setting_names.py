@@ -98,7 +98,9 @@ def faults(
             sentences.append(f"{start}unknown key {shown}" + (f"; is {right} meant?" if right else ""))
         elif said is None:
             message = item["msg"].removeprefix("Value error, ")
-            sentences.append(f"{start}{place(name)}: {message} (got {_shown(item['input'])})")
+            # About a whole table, it names what it is about; the table says no more.
+            got = "" if isinstance(item["input"], Mapping) else f" (got {_shown(item['input'])})"
+            sentences.append(f"{start}{place(name)}: {message}{got}")
         else:
             may_be, _ = found.setdefault(f"{start}{place(name)}", ([], f"(got {_shown(item['input'])})"))
             may_be.append(said.format(**item.get("ctx", {})))

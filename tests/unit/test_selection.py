@@ -85,5 +85,6 @@ def test_of_many_evaluations_the_first_the_last_and_the_best_always_travel() -> 
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_what_is_missing(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=told) as caught:
         Recipe().with_overrides({"training": settings})
+    assert "num_train_epochs" not in str(caught.value), "the whole table was printed"
