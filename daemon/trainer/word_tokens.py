@@ -62,7 +62,11 @@ class WordTokens:
         """For a tokenizer whose texts are cut before its `added` tokens; None where it may not work word by word."""
         if backend is None or added is None or not _has_plain_parts(backend):
             return None
-        stages = _stages_of(json.loads(backend.pre_tokenizer.__getstate__()))
+        try:
+            description = json.loads(backend.pre_tokenizer.__getstate__())
+        except Exception:  # the library's own kind of error: one of its steps is a program, which has no description
+            return None
+        stages = _stages_of(description)
         if stages is None:
             return None
         found = cls(backend, added, stages)

@@ -166,7 +166,21 @@ OTHERS: dict[str, Callable[[], Tokenizer]] = {
     "added, with white space behind": lambda: _adding(AddedToken("<tool>", special=True, rstrip=True)),
     "added in the midst of words": lambda: _adding(AddedToken("don", normalized=False)),
     "no bytes": lambda: _knowing_letters(),
+    "a program of its own": lambda: tokenizer_of_program(),
 }
+
+
+class Halves:
+    """A step written in Python, of which the library tells nothing."""
+
+    def pre_tokenize(self, text: Any) -> None:
+        text.split(lambda _, part: [part[: len(str(part)) // 2], part[len(str(part)) // 2 :]])
+
+
+def tokenizer_of_program() -> Tokenizer:
+    made = tokenizer_of(CUTS["GPT-2"]())
+    made.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Halves())
+    return made
 
 
 def _with(made: Tokenizer, *, dropout: float) -> Tokenizer:
