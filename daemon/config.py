@@ -27,6 +27,7 @@ from daemon.recipe import (
     TrainingSettings,
     layered,
 )
+from daemon.schedule import ScheduleSettings
 from daemon.setting_names import faults, line_of
 
 CONFIG_NAME = "dropforge.toml"
@@ -221,6 +222,7 @@ class Settings(BaseModel):
     queue: QueueSettings = QueueSettings()
     executor: ExecutorSettings = ExecutorSettings()
     gpu: GpuSettings = GpuSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
     hooks: HookSettings = HookSettings()
     guard: GuardSettings = GuardSettings()
     versions: VersionSettings = VersionSettings()

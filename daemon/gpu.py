@@ -52,6 +52,7 @@ class Gpu:
     total_bytes: int
     processes: tuple[int, ...]  # pids that hold memory on it
     utilization: float | None  # 0 to 1; None where the driver does not know
+    celsius: float | None = None  # likewise
 
 
 class GpuUnavailable(Exception):
@@ -165,7 +166,16 @@ def _read(nvml: Any, index: int) -> Gpu:
         total_bytes=int(memory.total),
         processes=tuple(int(process.pid) for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
         utilization=utilization,
+        celsius=_celsius(nvml, handle),
     )
+
+
+def _celsius(nvml: Any, handle: Any) -> float | None:
+    """How hot a device is; None where the driver does not know."""
+    for function in (nvml.nvmlDeviceGetTemperatureV, nvml.nvmlDeviceGetTemperature):  # of new drivers, of older ones
+        with suppress(nvml.NVMLError):
+            return float(function(handle, nvml.NVML_TEMPERATURE_GPU))
+    return None
 
 
 class GpuProbe:

@@ -51,6 +51,7 @@ class HoldKind(StrEnum):
     STORE = "store"
     INTERNAL = "internal"
     NO_SPACE = "no_space"
+    SCHEDULE = "schedule"
     GPU = "gpu"
 
 

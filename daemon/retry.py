@@ -33,7 +33,16 @@ class StopReason(StrEnum):
     STALL = "no progress within stall_timeout"
     TIMEOUT = "it took longer than job_timeout"
     FORGOTTEN = "a dataset that it may rehearse was forgotten; it starts over without it"
+    WINDOW_ENDED = "the hours of [schedule] are over; it goes on in the next window"
+    LOGGED_IN = "somebody logged in; it goes on when nobody is"
+    TOO_HOT = "the GPU was too hot; it goes on when it has cooled"
     DAEMON_LOST = "its daemon was gone"  # the kernel asked, by the trainer's death signal
+
+
+# The job did nothing that it would have to be given up for.
+UNCOUNTED_STOPS = frozenset(
+    {StopReason.STOP, StopReason.PAUSE, StopReason.WINDOW_ENDED, StopReason.LOGGED_IN, StopReason.TOO_HOT}
+)
 
 
 @dataclass(frozen=True, kw_only=True)

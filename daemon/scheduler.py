@@ -44,8 +44,16 @@ from daemon.job import FINAL_STATES, RUN_SPEC_VERSION, FailureKind, Job, JobStat
 from daemon.memory.forgetting import FORGOTTEN_KEY, forgotten
 from daemon.notifications import Hooks
 from daemon.recipe import Recipe
-from daemon.retry import HOLDING_FAILURES, RetryDecision, StopReason, decide, decide_not_launched
+from daemon.retry import (
+    HOLDING_FAILURES,
+    UNCOUNTED_STOPS,
+    RetryDecision,
+    StopReason,
+    decide,
+    decide_not_launched,
+)
 from daemon.run_dir import RunEvent, RunReader, run_dir_of, sealed_step, step_in
+from daemon.run_window import RunWindow
 from daemon.setting_names import explain
 from daemon.store import JobStore, TransitionRefused
 from daemon.text import escape
@@ -87,6 +95,7 @@ class Scheduler:
         archive: Archive,
         hooks: Hooks,
         gpu: GpuReservation,
+        window: RunWindow,
         in_hand: InHand,
         log: Any,
     ) -> None:
@@ -99,6 +108,7 @@ class Scheduler:
         self._archive = archive
         self._hooks = hooks
         self._gpu = gpu
+        self._window = window
         self._in_hand = in_hand
         self._log = log
         self._seen_version = -1
@@ -286,6 +296,7 @@ class Scheduler:
             or unusable_base(self.settings, recipe)
             or unwritable(self.settings, job.id)
             or no_space(self.settings, recipe)
+            or self._window.hold(self.settings)
             or self._gpu.reserve(self.settings, recipe)
         )
 
@@ -419,6 +430,8 @@ class Scheduler:
                 self.request_stop(StopReason.TIMEOUT)
             elif queue.stall_timeout and now - run.progressed_at > queue.stall_timeout:
                 self.request_stop(StopReason.STALL)
+            elif (why := self._window.stop(self.settings)) is not None:
+                self.request_stop(why)
         elif not run.killed and now - run.stop_requested_at > queue.stop_timeout:
             waited = round(now - run.stop_requested_at, 1)
             self._log.warning("trainer.ended", job=run.job.id, waited_seconds=waited)
@@ -577,7 +590,7 @@ def _recipe_of(job: Job) -> Recipe:
 
 def _is_uncounted(run: Run, decision: RetryDecision) -> bool:
     """Whether this was no attempt of the job's: it was interrupted on purpose, or what is wrong concerns every job."""
-    asked = decision.failure is None and run.stop in (StopReason.STOP, StopReason.PAUSE)
+    asked = decision.failure is None and run.stop in UNCOUNTED_STOPS
     return asked or decision.failure in HOLDING_FAILURES
 
 

@@ -31,6 +31,7 @@ from daemon.observability import logs
 from daemon.observability.endpoint import port_problem
 from daemon.recovery import bring_forward, follow_move, open_store, repair_inbox, sweep_memories
 from daemon.retry import StopReason
+from daemon.run_window import RunWindow
 from daemon.scheduler import Scheduler
 from daemon.status_writer import ShowJob, StatusWriter, write_holding
 from daemon.store import BrokenStore, NewerStore
@@ -102,6 +103,7 @@ class Service:
         self._reload_requested = False
         self._gpus = gpu.GpuProbe()
         self._gpu = gpu.GpuReservation(settings, self._gpus)
+        self._window = RunWindow(self._gpus)
         self._executor = executor or make_executor(settings.executor, gpu=self._gpu.lock)
         self._metrics = metrics
         self._show = show
@@ -317,6 +319,7 @@ class Service:
             archive=archive,
             hooks=self.notifier.hooks,
             gpu=self._gpu,
+            window=self._window,
             in_hand=in_hand,
             log=self.log,
         )

@@ -26,9 +26,9 @@ class Device:
     def __init__(self, folder: Path) -> None:
         self.state = folder / "nvml-state"
 
-    def set(self, free_bytes: int, pid: int = 0, *, lost: bool = False) -> None:
+    def set(self, free_bytes: int, pid: int = 0, *, lost: bool = False, celsius: int = 40) -> None:
         beside = self.state.with_suffix(".new")
-        beside.write_text(f"{free_bytes} {0 if lost else 80 * GIB} {pid}\n")
+        beside.write_text(f"{free_bytes} {0 if lost else 80 * GIB} {pid} {celsius}\n")
         beside.rename(self.state)
 
 
@@ -128,3 +128,29 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(
     assert done.returncode == 2, done.stderr
     assert "GPU-0123" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_that_others_use_or_that_is_too_hot_is_left_alone_until_it_is_free_and_cool(
+    make_root: Callable[..., Root], device: Device, tmp_path: Path
+) -> None:
+    schedule = {"gpu_idle": True, "pause_celsius": 80, "resume_celsius": 70}
+    tables = {**STEPS, "gpu": {"lock_dir": str(tmp_path)}, "schedule": schedule}
+    root = make_root(behaviour={"1": {"step_seconds": 0.5}}, tables=tables)
+    device.set(80 * GIB, pid=os.getpid())
+    root.start()
+    root.drop("a.jsonl", texts(60, "a"))
+    wait_until(lambda: (now := root.status()) and f"in use by pid {os.getpid()}" in now["reason"], what="an idle GPU")
+    device.set(80 * GIB, celsius=85)
+    wait_until(lambda: (now := root.status()) and "85 degrees" in now["reason"], what="a cooler GPU")
+    device.set(80 * GIB, celsius=75)  # it has to cool further
+    wait_until(lambda: (now := root.status()) and "75 degrees" in now["reason"], what="a cooler GPU")
+    device.set(80 * GIB, celsius=70)
+    root.running("a.jsonl")
+    device.set(80 * GIB, celsius=90)
+    status = wait_until(lambda: (now := root.status()) and "90 degrees" in now["reason"] and now, what="the pause")
+    assert status
+    assert "it goes on at 70" in status["reason"]
+    root.behave({})
+    device.set(80 * GIB, celsius=60)
+    job = root.finished("a.jsonl")
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)

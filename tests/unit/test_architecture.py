@@ -16,8 +16,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard",),
     (
         *("daemon.config", "daemon.errors", "daemon.evaluation", "daemon.job", "daemon.limits", "daemon.lineage"),
-        *("daemon.curves", "daemon.in_hand", "daemon.processes", "daemon.recipe"),
-        *("daemon.run_dir", "daemon.sd_notify", "daemon.setting_names", "daemon.text", "daemon.wakeup"),
+        *("daemon.curves", "daemon.in_hand", "daemon.logins", "daemon.processes", "daemon.recipe"),
+        *(
+            "daemon.run_dir",
+            "daemon.schedule",
+            "daemon.sd_notify",
+            "daemon.setting_names",
+            "daemon.text",
+            "daemon.wakeup",
+        ),
     ),
     (
         *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds", "daemon.memory"),
@@ -32,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "daemon.notifications",
         "daemon.recovery",
         "daemon.retry",
+        "daemon.run_window",
         "daemon.scheduler",
         "daemon.status_writer",
         "daemon.verification",
