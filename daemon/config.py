@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from daemon.errors import ConfigError, InvalidSettings
 from daemon.evaluation.settings import EvaluationSettings, GateSettings
 from daemon.limits import LimitSettings
+from daemon.notices import NoticeEvent
 from daemon.recipe import (
     DataSettings,
     LoraSettings,
@@ -27,13 +28,14 @@ from daemon.recipe import (
     TrainingSettings,
     layered,
 )
-from daemon.schedule import ScheduleSettings
+from daemon.schedule import ScheduleSettings, parse_hours
 from daemon.setting_names import faults, line_of
 
 CONFIG_NAME = "dropforge.toml"
 ENV_PREFIX = "DROPFORGE_"
 ROOT_VARIABLE = "DROPFORGE_ROOT"
 # Tables of which a running daemon holds things open: folders, the lock, its log, an endpoint. SIGHUP leaves them alone.
+SECRET_SETTINGS = ("notify.urls",)  # never shown
 RESTART_TABLES = ("paths", "executor", "logging", "metrics")
 
 
@@ -148,6 +150,30 @@ class HookSettings(Section):
     timeout: PositiveFloat = Field(30.0, description="Seconds before a hook is ended.")
 
 
+class NotifySettings(Section):
+    """`[notify]`: people who are told, through Apprise (extra `notify`)."""
+
+    urls: tuple[str, ...] = Field((), description="Addresses as Apprise writes them: ntfy://host/topic, mailto://...")
+    urls_file: OptionalPath = Field(
+        None, description="File with one address a line, closed to other accounts: addresses hold passwords."
+    )
+    events: tuple[NoticeEvent, ...] = Field(
+        ("failed", "rejected", "held", "recovered"),
+        description='What is told: "failed", "rejected", "held" (queue or version), "recovered", "succeeded".',
+    )
+    quiet_hours: tuple[str, ...] = Field(
+        (), description='Local time in which nothing is sent; one summary follows: ["22:00-07:00"].'
+    )
+    summary_seconds: PositiveFloat = Field(300.0, description="Least time between two; what came meanwhile is one.")
+    held_seconds: float = Field(60.0, ge=0, description="A hold of the queue is told once it has lasted so long.")
+
+    @field_validator("quiet_hours")
+    @classmethod
+    def _readable(cls, hours: tuple[str, ...]) -> tuple[str, ...]:
+        parse_hours(hours)
+        return hours
+
+
 class GuardSettings(Section):
     """`[guard]`: seals, checks, and what happens to cleared checkpoints."""
 
@@ -224,6 +250,7 @@ class Settings(BaseModel):
     gpu: GpuSettings = GpuSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     hooks: HookSettings = HookSettings()
+    notify: NotifySettings = NotifySettings()
     guard: GuardSettings = GuardSettings()
     versions: VersionSettings = VersionSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

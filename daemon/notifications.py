@@ -21,6 +21,7 @@ from daemon.errors import NotFound
 from daemon.in_hand import InHand
 from daemon.job import FINAL_STATES, OPEN_STATES, Job, JobState, JobTransition, seconds_between, to_json
 from daemon.left_alone import LeftAlone
+from daemon.notice_sender import NoticeSender
 from daemon.observability.status import finished_job
 from daemon.store import JobStore
 from daemon.text import escape
@@ -47,9 +48,17 @@ class Notifier:
     """Publishes the transitions that end a job or an attempt, and runs the hooks. One thread calls everything."""
 
     def __init__(
-        self, store: JobStore, *, hooks: HookSettings, in_hand: InHand, left_alone: LeftAlone, log: Any
+        self,
+        store: JobStore,
+        *,
+        hooks: HookSettings,
+        notices: NoticeSender,
+        in_hand: InHand,
+        left_alone: LeftAlone,
+        log: Any,
     ) -> None:
         self.hooks = Hooks(hooks, log)
+        self.notices = notices
         self._store = store
         self._in_hand = in_hand
         self._left_alone = left_alone
@@ -67,12 +76,14 @@ class Notifier:
         """
         is_more = self._publish_transitions()
         self.hooks.collect()
+        self.notices.poll()
         return is_more
 
     def close(self) -> None:
         """Publish what a tick may, and end the hooks; the next start goes on from there."""
         self._publish_transitions()
         self.hooks.close()
+        self.notices.close()
 
     def _publish_transitions(self) -> bool:
         any_published, last = False, None
@@ -95,10 +106,12 @@ class Notifier:
                 name, level = _EVENTS[JobState(transition.new)] if is_final else _REQUEUED
                 getattr(self._log, level)(name, **canonical(job, transition))
                 if is_final:
+                    self.notices.tell(transition.new, f"{transition.new}: {job.name}: {transition.reason}")
                     last = finished_job(job)
                     self.hooks.fire("on_job_finished", {"job": last})
                     if (lost := lost_by(job)) is not None:
                         self.hooks.fire("on_gate", {"job": last, "evaluation": lost})
+                        self.notices.tell("held", f"version {job.version} of {job.name} lost what was learned before")
         if last is not None and not any(self._store.counts()[state] for state in OPEN_STATES):
             self.hooks.fire("on_queue_empty", {"job": last})
         if any_published:

@@ -26,6 +26,7 @@ from daemon.inbox.archive import Archive
 from daemon.inbox.intake import Intake
 from daemon.job import FINAL_STATES, Job, JobState, utc_now
 from daemon.left_alone import LeftAlone
+from daemon.notice_sender import NoticeSender
 from daemon.notifications import Notifier
 from daemon.observability import logs
 from daemon.observability.endpoint import port_problem
@@ -184,6 +185,7 @@ class Service:
         self.scheduler.poll_run()
 
     def _publish_ends(self) -> None:
+        self.notifier.notices.watch_hold(self._trouble or self.scheduler.hold)
         if self.notifier.publish():
             self.wakeup.set()
 
@@ -308,8 +310,9 @@ class Service:
         self.intake = Intake(self.settings, self.store, archive, wakeup=self.wakeup, in_hand=in_hand, log=self.log)
         for priority, name, inode in left_alone.files:
             self.intake.set_aside((priority, name), "left alone: the daemon died over it, again and again", inode=inode)
+        notices = NoticeSender(self.settings, self.store, self.log)
         self.notifier = Notifier(
-            self.store, hooks=self.settings.hooks, in_hand=in_hand, left_alone=left_alone, log=self.log
+            self.store, hooks=self.settings.hooks, notices=notices, in_hand=in_hand, left_alone=left_alone, log=self.log
         )
         self._parts.callback(self.notifier.close)
         self.scheduler = Scheduler(
@@ -330,7 +333,8 @@ class Service:
             self.store,
             self.intake,
             self.scheduler,
-            self.verifier,
+            verifier=self.verifier,
+            notices=notices,
             gpus=self._gpus,
             in_hand=in_hand,
             left_alone=left_alone,
@@ -528,6 +532,7 @@ class Service:
             self.intake.reload(self.settings)
             self.scheduler.settings = self.status.settings = self.verifier.settings = self.settings
             self.notifier.hooks.settings = self.settings.hooks
+            self.notifier.notices.settings = self.settings
             names = ", ".join(ignored)
             told = [f"changed, but applied only by a restart: {names}"] if ignored else []
             if settings.metrics.port not in (None, self.settings.metrics.port):

@@ -25,6 +25,7 @@ from daemon.job import Job, JobState, Progress
 from daemon.left_alone import LeftAlone
 from daemon.lineage import LINEAGE, read_lineage
 from daemon.memory.store import list_memories, memory_dir_of
+from daemon.notice_sender import NoticeSender
 from daemon.observability import logs
 from daemon.observability.status import (
     HELD_VERSIONS,
@@ -70,8 +71,9 @@ class StatusWriter:
         store: JobStore,
         intake: Intake,
         scheduler: Scheduler,
-        verifier: BackgroundVerifier,
         *,
+        verifier: BackgroundVerifier,
+        notices: NoticeSender,
         gpus: GpuProbe,
         in_hand: InHand,
         left_alone: LeftAlone,
@@ -86,6 +88,7 @@ class StatusWriter:
         self._intake = intake
         self._scheduler = scheduler
         self._verifier = verifier
+        self._notices = notices
         self._gpus = gpus
         self._in_hand = in_hand
         self._left_alone = left_alone
@@ -163,6 +166,7 @@ class StatusWriter:
                 *self.warnings,
                 *filter(None, (self._in_hand.problem, logs.problem())),
                 *self._verifier.warnings,
+                *self._notices.warnings,
                 *view.warnings,
             ),
         )

@@ -39,7 +39,7 @@ out = Console(
 READERS = frozenset(
     {
         *("backup", "check", "completion", "config", "demo", "doctor", "guard", "jobs", "logs", "memory", "merge"),
-        *("plot", "preview", "service", "show", "status", "submit", "versions"),
+        *("notify", "plot", "preview", "service", "show", "status", "submit", "versions"),
     }
 )
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

@@ -5,6 +5,7 @@ It looks as the user who runs it; run it as the service's user to learn what the
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -25,12 +26,13 @@ from daemon import config, verification, versions
 from daemon.base_identity import base_problem, find_base, hub_folder
 from daemon.cli.account import access_to, require_reader
 from daemon.config import Settings
-from daemon.errors import DropforgeError
+from daemon.errors import ConfigError, DropforgeError
 from daemon.holds import TRAINING_PACKAGES, unusable_trainer
 from daemon.inbox.layout import UNFINISHED_SECONDS, NameKind, name_kind, watched_folders
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
 from daemon.inbox.strays import find_strays
 from daemon.inbox.watcher import mounted_type, remote_type
+from daemon.notice_sender import MISSING, read_urls
 from daemon.processes import account_name, group_name
 from daemon.text import escape, format_bytes
 
@@ -384,6 +386,24 @@ def _as_recorded(found: verification.Verification) -> str:
     return f"{counts}, {format_bytes(found.size_bytes)}, are as they were recorded"
 
 
+def _notices(settings: Settings) -> Iterator[Finding]:
+    if not (settings.notify.urls or settings.notify.urls_file):
+        return
+    if importlib.util.find_spec("apprise") is None:
+        yield _warn("notices", MISSING, "")
+    try:
+        urls = read_urls(settings)
+    except ConfigError as error:
+        yield _warn("notices", error.sentence, error.hint)
+        return
+    path = settings.root / config.CONFIG_NAME
+    if settings.notify.urls and path.stat().st_mode & 0o004:
+        hint = f"write them into a file that only the service reads, and set urls_file; or `chmod o= {path}`"
+        yield _warn("notices", f"every account can read the addresses under [notify] in {path}", hint)
+    else:
+        yield _ok("notices", f"{len(urls)} address{'es' if len(urls) != 1 else ''}; `dropforge notify test` tries them")
+
+
 CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "python": _python,
     "packages": _packages,
@@ -398,6 +418,7 @@ CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "model": _model,
     "places": _places,
     "clock": _clock,
+    "notices": _notices,
     "systemd": _systemd,
     "kept": _kept_last,
 }

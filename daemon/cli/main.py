@@ -17,9 +17,22 @@ from daemon.cli.arguments import reorder
 from daemon.errors import DropforgeError
 
 # Each adds its commands to the application, in the order in which help shows them.
-from daemon.cli import service, jobs, plot, model, pruning, memory, admin, backup, settings  # isort: skip
+from daemon.cli import service, jobs, plot, model, pruning, memory, admin, backup, settings, notify  # isort: skip
 
-__all__ = ["admin", "app", "backup", "jobs", "main", "memory", "model", "plot", "pruning", "service", "settings"]
+__all__ = [
+    "admin",
+    "app",
+    "backup",
+    "jobs",
+    "main",
+    "memory",
+    "model",
+    "notify",
+    "plot",
+    "pruning",
+    "service",
+    "settings",
+]
 
 
 def main() -> NoReturn:

@@ -74,6 +74,8 @@ def effective_settings(root: Path) -> list[EffectiveSetting]:
             elif config.holds(table, full):
                 source, line = Source.FILE, _nearest_line(text, full)
             value = _value(settings, full)
+            if full in config.SECRET_SETTINGS and value:
+                value = tuple("(not shown)" for _ in value)
             found.append(
                 EffectiveSetting(
                     key=full, value=value, default=field.default, source=source, line=line, variable=variable

@@ -83,6 +83,9 @@ EVENTS: Mapping[str, Event] = {
     "hook.left_out": _event(
         "warning", "Too many hooks waited, or the daemon ended; these were not run.", "hook waiting"
     ),
+    "notice.sent": _event("info", "People were told what happened.", "events services"),
+    "notice.failed": _event("error", "A notice was not taken; it is tried again when nobody took it.", "error"),
+    "notice.lost": _event("error", "A notice that nobody took within a day was given up.", "events lines"),
     "inbox.claims_failed": _event("error", "Files could not be claimed; it is tried again.", "error"),
     "inbox.unusable": _event(
         "warning", "A folder of the inbox is missing or may not be entered; logged once.", "reason"

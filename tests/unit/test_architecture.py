@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard",),
     (
         *("daemon.config", "daemon.errors", "daemon.evaluation", "daemon.job", "daemon.limits", "daemon.lineage"),
-        *("daemon.curves", "daemon.in_hand", "daemon.logins", "daemon.processes", "daemon.recipe"),
+        *("daemon.curves", "daemon.in_hand", "daemon.logins", "daemon.notices", "daemon.processes", "daemon.recipe"),
         *(
             "daemon.run_dir",
             "daemon.schedule",
@@ -36,6 +36,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "daemon.backup",
         "daemon.control",
         "daemon.inbox",
+        "daemon.notice_process",
+        "daemon.notice_sender",
         "daemon.notifications",
         "daemon.recovery",
         "daemon.retry",
@@ -66,6 +68,7 @@ TRAINER_USES = {
 }
 ONE_USER = {
     "sqlite3": "daemon.store",
+    "apprise": "daemon.notice_process",
     "watchdog": "daemon.inbox.watcher",
     "prometheus_client": "daemon.observability.metrics",
 }

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from daemon import notifications
-from daemon.config import HookSettings
+from daemon.config import HookSettings, Settings
 from daemon.in_hand import InHand
 from daemon.job import Job, JobState
 from daemon.left_alone import LeftAlone
+from daemon.notice_sender import NoticeSender
 from daemon.notifications import Notifier
 from daemon.store import JobStore
 
@@ -33,7 +34,10 @@ def test_thousands_of_ends_are_published_over_several_ticks_each_once_in_order(
     monkeypatch.setattr(notifications, "MOST_TRANSITIONS", 5)
     with closing(JobStore(tmp_path / "queue.sqlite3")) as store:
         log = Log()
-        notifier = Notifier(store, hooks=HookSettings(), in_hand=InHand(), left_alone=LeftAlone(), log=log)
+        notices = NoticeSender(Settings(root=tmp_path), store, log)
+        notifier = Notifier(
+            store, hooks=HookSettings(), notices=notices, in_hand=InHand(), left_alone=LeftAlone(), log=log
+        )
         names = [f"job-{number}" for number in range(8)]
         for name in names:
             store.add(Job(id=name, name="a.jsonl", state=JobState.QUEUED))
@@ -44,5 +48,7 @@ def test_thousands_of_ends_are_published_over_several_ticks_each_once_in_order(
             ticks += 1
         assert log.jobs == names
         assert ticks > 3
-        assert not Notifier(store, hooks=HookSettings(), in_hand=InHand(), left_alone=LeftAlone(), log=log).publish()
+        assert not Notifier(
+            store, hooks=HookSettings(), notices=notices, in_hand=InHand(), left_alone=LeftAlone(), log=log
+        ).publish()
         assert log.jobs == names

@@ -144,6 +144,7 @@ def wanted_drop_ins(settings: Settings) -> tuple[DropIn, ...]:
     required = {
         DropIn.DOWNLOADS: settings.model.allow_downloads,
         DropIn.METRICS: settings.metrics.port is not None,
+        DropIn.NOTICES: bool(settings.notify.urls or settings.notify.urls_file),
         DropIn.NVIDIA: Path("/dev/nvidiactl").exists(),
     }
     return tuple(kind for kind, is_required in required.items() if is_required)

@@ -39,6 +39,7 @@ class DropIn(StrEnum):
     DOWNLOADS = "downloads"
     NVIDIA = "nvidia"
     METRICS = "metrics"
+    NOTICES = "notices"
 
 
 @dataclass(frozen=True, kw_only=True)
