@@ -7,6 +7,7 @@ import os
 
 from daemon.in_hand import NOTE_NAME
 from daemon.job import FINAL_STATES, JobState
+from daemon.lineage import read_lineage
 from daemon.memory.store import (
     FILE_NAMES,
     HELD_OUT_NAME,
@@ -62,6 +63,9 @@ def assert_sound(root: Root) -> None:
     for version in list_versions(settings.model_dir):
         owner = version.record["job"]
         assert succeeded.get(version.name) == jobs[owner] or owner in running, f"{version.name} has no job"
+    for name in read_lineage(settings.model_dir).held():
+        job = succeeded.get(name)
+        assert job is None or job.result is None or job.reason.startswith("held: "), f"{name} is held in silence"
     assert_memory_sound(root)
     note = settings.state_dir / NOTE_NAME
     if (root.status() or {}).get("status") == "stopped" and note.exists():
