@@ -9,11 +9,10 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ from daemon.inbox import layout
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT, TrainerLog, report_json, report_text
 from daemon.job import FINAL_STATES, Dataset, Job, JobState, from_json, to_json
 from daemon.left_alone import LeftAlone
-from daemon.memory.forgetting import delete_file_memory
 from daemon.recipe import DataSettings
 from daemon.run_dir import LOG_NAME, run_dir_of
 from daemon.store import JobStore
@@ -141,35 +139,6 @@ class Archive:
         count, why = len(self._problems), next(iter(self._problems.values()))
         what = "one finished job's file" if count == 1 else f"the files of {count} finished jobs"
         return [f"{what} could not be moved out of processing/ yet: {why}"]
-
-    def purge(self) -> None:
-        """Delete the folders of trained jobs that finished more than `keep_done_days` ago."""
-        days = self.settings.inbox.keep_done_days
-        if not days:
-            return
-        before = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="milliseconds")
-        done = self.settings.inbox_dir / layout.DONE
-        try:
-            folders = sorted(done.iterdir()) if done.is_dir() else []
-        except OSError as error:
-            self._log.error("file.not_purged", job="", error=str(error))
-            return
-        for folder in folders:
-            try:
-                job = self._store.get(folder.name)
-            except NotFound:
-                continue  # not ours: never deleted
-            if not layout.is_trained(job) or job.finished_at is None or job.finished_at >= before:
-                continue
-            try:
-                if job.dataset is not None and not self.settings.replay.keep_deleted:
-                    delete_file_memory(self.settings.state_dir, job.dataset.digest)
-                shutil.rmtree(folder)
-                fsync_dir(done)
-            except OSError as error:
-                self._log.error("file.not_purged", job=job.id, error=str(error))
-            else:
-                self._log.info("file.purged", job=job.id, file=escape(job.name), finished_at=job.finished_at)
 
 
 def claim_file(settings: Settings, job: Job, source: Path, sidecar: Path | None) -> Path:

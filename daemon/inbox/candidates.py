@@ -30,14 +30,13 @@ from daemon.inbox.layout import (
 )
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
 from daemon.inbox.settle import Candidate, EarlierClaim, FileStat, Settled, Wait, decide, required_stillness
+from daemon.inbox.slices import NAMES_A_PAUSE, SLICE_SECONDS, go_on
 from daemon.inbox.watcher import EventBatch, NameEvents
 from daemon.inbox.writers import WriterState, find_writer, writer_state
 from daemon.job import Priority, utc_now
 from daemon.text import escape
 
 EXAMINED_PER_TICK, EXAMINE_SECONDS = 2000, 0.1  # candidates before the service gets its turn again
-SLICE_SECONDS = 0.05  # of names in a tick, likewise
-NAMES_A_PAUSE = 200
 FULL_SCAN_SECONDS = 60.0  # a folder whose times did not move is listed all the same after so long
 COARSEST_CLOCK_SECONDS = 2.5  # a folder's times move every 2 s on FAT, every second through SFTP, every 4 ms on ext4
 ORPHAN_SECONDS = 60.0  # a sidecar without its file is reported after so long
@@ -268,11 +267,9 @@ class CandidateTracker:
 
     def continue_listing(self) -> None:
         """Go on with folders whose names are many, for a moment."""
-        until = time.monotonic() + SLICE_SECONDS
         for priority, listing in list(self._listings.items()):
-            for _ in listing:
-                if time.monotonic() >= until:
-                    return
+            if not go_on(listing):
+                return
             del self._listings[priority]
 
     def examine_due(self, now: float) -> None:

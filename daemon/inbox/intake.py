@@ -21,6 +21,7 @@ from daemon.inbox import layout
 from daemon.inbox.archive import Archive
 from daemon.inbox.candidates import REMEMBER_SECONDS, SHOWN, CandidateTracker, SettledFile, shown_name
 from daemon.inbox.claim import NotClaimed, claim, take_out
+from daemon.inbox.purge import DonePurge
 from daemon.inbox.strays import Stray, StrayFinder
 from daemon.inbox.validation import Validator
 from daemon.inbox.watcher import FolderWatcher
@@ -99,8 +100,8 @@ class Intake:
         self._accepting = True
         self._repair_warnings: tuple[str, ...] = ()
         self._unusable = ""  # why no file can be claimed
-        self._strays: list[Stray] = []
         self._stray_finder = StrayFinder()
+        self._purge = DonePurge(settings, store, log)
         self._pieces: dict[str, _Pieces] = {}  # by the file's shown name
         self._ignored_logged: set[tuple[str, str, str]] = set()  # event, name and reason
         self._overflows_logged = 0
@@ -128,7 +129,7 @@ class Intake:
         """Apply new settings; the folders stay where they are until a restart."""
         self.settings = settings
         self._candidates.settings = settings.inbox
-        self._validator.settings = self._archive.settings = settings
+        self._validator.settings = self._archive.settings = self._purge.settings = settings
         self._next_rescan = 0.0
 
     def tick(self, *, accept: bool = True) -> None:
@@ -146,7 +147,8 @@ class Intake:
         self._validator.tick()  # claimed -> queued, rejected, or cancelled as a duplicate
         if now >= self._next_purge:
             self._next_purge = now + PURGE_SECONDS
-            self._archive.purge()
+            self._purge.begin()
+        self._purge.go_on()
 
     def set_aside(self, key: tuple[str, str], reason: str, *, inode: int | None = None) -> int:
         """Leave a dropped file, by priority and name, alone until another one takes its name; returns its inode."""
@@ -178,6 +180,8 @@ class Intake:
         for seconds in (self._candidates.next_due(now), self._validator.next_due(now)):
             if seconds is not None:
                 due.append(seconds)
+        if self._stray_finder.is_listing or self._purge.is_busy:
+            due.append(0.0)
         if self._scan_requested:
             due.append(max(0.0, self._scanned_at + MIN_SCAN_SECONDS - now))
         if self._candidates.deferred and self._accepting and not self._queue_full:
@@ -221,6 +225,7 @@ class Intake:
             self._log.warning("inbox.events_lost", overflows=self._watcher.overflows)
         self._candidates.add_events(batch, now)
         self._candidates.continue_listing()
+        self._stray_finder.continue_listing()
         if now >= self._next_rescan or self._watcher.lost:
             self._rescan(now)
         elif self._scan_requested and now - self._scanned_at >= MIN_SCAN_SECONDS:
@@ -238,7 +243,7 @@ class Intake:
         if self._is_usable():
             self._archive.retry()
         self._scan(now, full=self._scan_requested)
-        self._strays = sorted(self._stray_finder.find(self.settings), key=lambda stray: not stray.meant)
+        self._stray_finder.scan(self.settings)
         self._log_ignored(now)
         self.adopt_claimed()
 
@@ -275,7 +280,7 @@ class Intake:
         ]
         found += [
             (stray.meant, Waiting(name=_stray_name(stray), reason=stray.reason, since=stray.since))
-            for stray in islice(self._strays, SHOWN)
+            for stray in islice(self._stray_finder.found(), SHOWN)
         ]
         return [waiting for _, waiting in sorted(found, key=lambda pair: not pair[0])][:SHOWN]
 
@@ -285,8 +290,9 @@ class Intake:
             ("file.left_alone", shown_name(found.priority, found.name), found.reason)
             for found in self._candidates.take_new_ignored(now)
         ]
-        present = {("file.left_alone", _stray_name(stray), stray.reason) for stray in self._strays}
-        present |= {
+        strays = sorted(self._stray_finder.take_new(), key=lambda stray: not stray.meant)
+        new += [("file.left_alone", _stray_name(stray), stray.reason) for stray in strays]
+        present = {
             ("file.unreadable", shown_name(found.priority, found.name), found.reason)
             for found in self._candidates.unsettled()
             if found.unreadable

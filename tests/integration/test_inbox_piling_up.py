@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from daemon.config import HookSettings
-from daemon.inbox import candidates
-from daemon.job import JobState
+from daemon.inbox import candidates, slices
+from daemon.job import Job, JobState
 from daemon.notifications import MAX_PENDING, MAX_RUNNING, Hooks
 from tests.support.inbox import ROW, Record, Root
 
@@ -91,3 +91,31 @@ def test_thousands_of_names_that_are_not_taken_hold_up_nothing(
         assert slowest < 1.0  # of this process's own time, which a loaded machine does not stretch
         root.drop("good.jsonl", ROW)
         root.wait_for(1)
+
+
+def test_many_jobs_are_purged_and_looked_through_a_slice_at_a_tick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main loop never stands for them, and what a person put among them is found all the same."""
+    monkeypatch.setattr(slices, "SLICE_SECONDS", -1.0)  # a tick takes one step
+    with Root(tmp_path, inbox={"keep_done_days": 1.0}) as root:
+        done = root.inbox / "done"
+        for number in range(20):
+            old = Job(
+                id=f"20200101-000000-{number:04x}",
+                name="a.jsonl",
+                state=JobState.SUCCEEDED,
+                finished_at="2020-01-01T00:00:00.000Z",
+            )
+            root.store.add(old)
+            (done / old.id).mkdir()
+        (done / "lost.jsonl").touch()
+        root.intake._next_purge = 0.0
+        root.tick()
+        assert len(list(done.iterdir())) > 15
+        assert root.intake.next_due_seconds() == 0.0  # more is to be done at once
+        root.pump(lambda: [path.name for path in done.iterdir()] == ["lost.jsonl"])
+        root.pump(lambda: [item.name for item in root.intake.view().left_alone] == ["done/lost.jsonl"])
+        root.pump(lambda: root.log.events("file.left_alone"))
+        assert [event["file"] for event in root.log.events("file.left_alone")] == ["done/lost.jsonl"]
+        assert len(root.log.events("file.purged")) == 20
