@@ -14,18 +14,19 @@ import sys
 from pathlib import Path
 from random import Random
 
-import atheris
-
-with atheris.instrument_imports(include=["daemon", "guard", "tomllib"]):
-    from tests.fuzz import harness
-    from tests.fuzz.targets import TARGETS
-
+CORPUS = Path(__file__).parent / "corpus"  # of each target, a folder
+MAX_BYTES = 32 * 1024  # of an input: as much as shows what is deep, long or large
 WORK = Path(".fuzz")
 FINDINGS = WORK / "findings"
 
 
 def fuzz(target: str, arguments: list[str]) -> None:
     """Fuzz one target until libFuzzer's arguments say that it is over; ends the process."""
+    import atheris
+
+    with atheris.instrument_imports(include=["daemon", "guard", "tomllib"]):
+        from tests.fuzz import harness
+
     others = [path.read_bytes() for path in harness.kept_inputs(target)]
     seen: set[str] = set()
 
@@ -60,7 +61,7 @@ def run_all(targets: list[str], seconds: float) -> int:
         corpus.mkdir(parents=True, exist_ok=True)
         options = {
             "max_total_time": max(1, round(seconds / len(targets))),
-            "max_len": harness.MAX_BYTES,
+            "max_len": MAX_BYTES,
             "handle_alrm": 0,  # a reader has an alarm of its own
             "print_final_stats": 1,
             "verbosity": 1,
@@ -69,7 +70,7 @@ def run_all(targets: list[str], seconds: float) -> int:
         arguments = [
             *(f"-{name}={value}" for name, value in options.items()),
             str(corpus),
-            str(harness.CORPUS / target),
+            str(CORPUS / target),
         ]
         command = [sys.executable, "-m", "tests.fuzz", "--one", target, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
@@ -92,11 +93,12 @@ def main() -> int:
     """Read the command line."""
     if sys.argv[1:2] == ["--one"]:
         fuzz(sys.argv[2], sys.argv[3:])
+    targets = sorted(path.name for path in CORPUS.iterdir())
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0, help="for all targets together")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all when none is named")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(targets)}; all when none is named")
     chosen = parser.parse_args()
-    return run_all(chosen.targets or list(TARGETS), chosen.seconds)
+    return run_all(chosen.targets or targets, chosen.seconds)
 
 
 if __name__ == "__main__":
