@@ -12,6 +12,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/$(TORCH)
 ifneq ($(TORCH),$(HAS_TORCH))
 .PHONY: .venv/.installed
 endif
+# A comma would end an argument of $(if).
+ifeq ($(TORCH),cpu)
+LOADED := About 370 MB are loaded from the package index, 190 of them a torch without CUDA.
+else
+LOADED := On Linux about 2.9 GB are loaded, nearly all of it torch with CUDA; TORCH=cpu loads 370 MB in all.
+endif
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 setup: .venv/.installed
@@ -21,7 +27,7 @@ setup: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Dropforge needs Python 3.11 or newer; call make PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "Installing Dropforge and what trains and tests it into .venv; nothing outside this folder changes."
-	@$(if $(filter cpu,$(TORCH)),echo "About 370 MB are loaded from the package index, 190 of them a torch without CUDA.",echo "On Linux about 2.9 GB are loaded, nearly all of it torch with CUDA; TORCH=cpu loads 370 MB in all.")
+	@echo "$(LOADED)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(if $(TORCH),$(PIP) --upgrade --no-deps --index-url $(TORCH_INDEX) torch)
 	$(PIP) -e '.[train,test]'

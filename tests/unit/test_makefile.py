@@ -27,6 +27,7 @@ def planned(clone: Path, *arguments: str) -> str:
     done = subprocess.run(
         ["make", "-n", "setup", *arguments], cwd=clone, capture_output=True, text=True, check=True, env=variables
     )
+    subprocess.run(["sh", "-n"], input=done.stdout, text=True, check=True)  # what a shell cannot read is no plan
     return done.stdout
 
 
