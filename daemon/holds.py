@@ -219,12 +219,12 @@ def no_space(settings: Settings, recipe: Recipe) -> Hold | None:
 def no_room(settings: Settings) -> Hold | None:
     """Return the hold of a disk without room for records, whatever is trained."""
     for folder in (settings.state_dir, settings.model_dir, settings.inbox_dir):
-        if why := _exhausted(folder):
+        if why := exhausted(folder):
             return Hold(kind=HoldKind.NO_SPACE, reason=f"{folder} {why}; waits until there is more")
     return None
 
 
-def _exhausted(folder: Path) -> str:
+def exhausted(folder: Path) -> str:
     """Say what a file system has too little of even for records; empty when it has enough, or does not tell."""
     try:
         found = os.statvfs(folder)

@@ -199,6 +199,8 @@ class StatusWriter:
             return "waiting", view.waiting[0].reason
         if view.scanning:
             return "waiting", "rows are being checked"
+        if view.held:
+            return "waiting", view.held
         if self._store.counts()[JobState.QUEUED]:
             return "waiting", self._store.queue(limit=1)[0].reason
         return "idle", ""

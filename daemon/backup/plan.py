@@ -23,6 +23,7 @@ from daemon.backup.manifest import BASE, TOPS, LeftOut, link_fault
 from daemon.config import CONFIG_NAME, Settings
 from daemon.dataset.source import SourceError, open_regular
 from daemon.errors import DropforgeError
+from daemon.in_hand import NOTE_NAME
 from daemon.inbox import layout
 from daemon.inbox.other_files import names_unfinished_dataset
 from daemon.inbox.report import REPORT_JSON, REPORT_TEXT
@@ -327,7 +328,7 @@ class _Planner:
         self._add_folder(Part.STATE, state)
         for entry in self._scan(state):
             name, path = f"{Part.STATE}/{entry.name}", Path(entry.path)
-            own = {LOCK_NAME, self._settings.status_path.name}
+            own = {LOCK_NAME, NOTE_NAME, self._settings.status_path.name}
             if entry.name in own or entry.name.startswith(queue) or is_set_aside(entry.name):
                 continue
             if entry.name == MARK:

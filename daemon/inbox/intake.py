@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any
 
 from daemon.config import Settings
+from daemon.holds import exhausted
 from daemon.in_hand import InHand
 from daemon.inbox import layout
 from daemon.inbox.archive import Archive
@@ -33,6 +34,7 @@ from daemon.wakeup import SupportsSet
 
 CLAIM_SECONDS = 0.05  # of claims in a tick; the service has other things to do as well
 MIN_SCAN_SECONDS = 0.05  # between two scans, however often events arrive
+NO_ROOM_SECONDS = 1.0  # between two looks at a full disk
 FAILED_CLAIM_SECONDS, LONGEST_FAILED_SECONDS = 5.0, 600.0  # before a file that could not be claimed is tried again
 JOBS_SHOWN = 5  # of a file that came in pieces, the newest
 PURGE_SECONDS = 3600.0
@@ -57,6 +59,7 @@ class IntakeView:
     deferred: int  # settled files that the queue has no place for
     scanning: tuple[tuple[str, int, int], ...]  # job, bytes read, size
     left_alone: tuple[Waiting, ...]  # will not be taken as they are
+    held: str  # why no settled file is taken now
     overflows: int
     warnings: tuple[str, ...]
 
@@ -100,6 +103,7 @@ class Intake:
         self._accepting = True
         self._repair_warnings: tuple[str, ...] = ()
         self._unusable = ""  # why no file can be claimed
+        self._no_room = ""  # why none is, where the inbox's disk has no room for a job's folder and reports
         self._stray_finder = StrayFinder()
         self._purge = DonePurge(settings, store, log)
         self._pieces: dict[str, _Pieces] = {}  # by the file's shown name
@@ -166,7 +170,7 @@ class Intake:
     @property
     def unusable(self) -> str:
         """Why no file can be claimed now; empty when files can."""
-        return self._unusable
+        return self._unusable or self._no_room
 
     def adopt_claimed(self) -> None:
         """Validate claimed jobs that no child has: another process put them back."""
@@ -212,6 +216,7 @@ class Intake:
             deferred=self._candidates.deferred,
             scanning=self._validator.busy(),
             left_alone=tuple(self._ignored(now)),
+            held=self._no_room,
             overflows=self._watcher.overflows,
             warnings=tuple(warnings),
         )
@@ -316,11 +321,14 @@ class Intake:
     def _claim_settled(self) -> None:
         """Claim settled files while the queue has a place and the tick has time."""
         if not self._candidates.deferred:
-            self._queue_full = False
+            self._queue_full, self._no_room = False, ""
             return
         if not self._is_usable():
             self._next_rescan = min(self._next_rescan, time.monotonic() + FAILED_CLAIM_SECONDS)
             self._claim_after = self._next_rescan
+            return
+        if not self._has_room():
+            self._claim_after = time.monotonic() + NO_ROOM_SECONDS
             return
         counts = self._store.counts()
         places = self.settings.inbox.max_queued - counts[JobState.CLAIMED] - counts[JobState.QUEUED]
@@ -342,6 +350,18 @@ class Intake:
                     full.add(job.owner)
                 self._validator.submit(job)
         self._queue_full = places <= 0 or nobody
+
+    def _has_room(self) -> bool:
+        """Whether the inbox's disk has room for what a claim makes: each that fails would leave a cancelled job."""
+        why = exhausted(self.settings.inbox_dir)
+        before, self._no_room = self._no_room, ""
+        if why:
+            self._no_room = f"{self.settings.inbox_dir} {why}; files are taken again when there is more"
+            if not before:
+                self._log.warning("inbox.unusable", reason=self._no_room)
+        elif before:
+            self._log.info("inbox.usable_again")
+        return not why
 
     def _claim(self, file: SettledFile, now: float) -> Job | None:
         """Claim one file; None when it waits, or left the inbox."""

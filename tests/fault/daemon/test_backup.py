@@ -200,7 +200,7 @@ def test_every_kind_of_backup_brings_everything_back_as_it_was(trained: Root, tm
 
     def everything() -> dict[str, object]:
         found: dict[str, object] = {}
-        made_anew = {MARK, ".lock", "status.json", "queue.sqlite3", ".staging", ".dataset_metadata.json"}
+        made_anew = {MARK, ".lock", "status.json", "in_hand", "queue.sqlite3", ".staging", ".dataset_metadata.json"}
         for path in sorted(trained.path.rglob("*")):
             name = str(path.relative_to(trained.path))
             if path.name in made_anew or any(part in name for part in ("checkpoint-", "state/logs", ".cleared")):

@@ -118,6 +118,43 @@ def test_a_disk_that_takes_nothing_while_a_job_trains_holds_until_it_does(
         assert_sound(root)
 
 
+@pytest.mark.parametrize("break_disk", [full, without_inodes])
+def test_a_full_disk_under_the_inbox_or_the_model_alone_holds_until_there_is_room(
+    make_root: Callable[..., Root],
+    tmp_path: Path,
+    break_disk: Callable[[Path], AbstractContextManager[None]],
+) -> None:
+    model, inbox = tmp_path / "root" / "current_model", tmp_path / "root" / "inbox"
+    for folder in (model, inbox):
+        folder.mkdir(parents=True)
+    with mounted(model, "300m", options="nr_inodes=2000"), mounted(inbox, "8m", options="nr_inodes=500"):
+        root = make_root(behaviour=SLOW, tables=TABLES)
+        (root.path / "base" / "config.json").write_text('{"hidden_size": 8, "num_hidden_layers": 1}')
+        daemon = root.start()
+        root.drop("a.jsonl", rows(150, "a"))
+        running = root.running("a.jsonl", step=20)
+        with break_disk(model):
+            wait_until(lambda: told(root, *FULL), what="the status to say that the model's disk is full")
+        root.behave({})
+        done = root.finished("a.jsonl")
+        assert (done.state, done.id, done.attempt) == (JobState.SUCCEEDED, running.id, 2)
+        assert done.attempts_without_progress == 0
+        assert done.result is not None
+        assert done.result.start_step >= 20
+
+        beside = inbox / ".b.jsonl.part"
+        beside.write_text('{"text": "b"}\n')
+        with break_disk(inbox):
+            beside.rename(inbox / "b.jsonl")  # takes no room
+            wait_until(lambda: told(root, *FULL), what="the status to say that the inbox's disk is full")
+            assert root.job("b.jsonl") is None
+        assert root.finished("b.jsonl").state is JobState.SUCCEEDED
+        assert [job.name for job in root.jobs()] == ["a.jsonl", "b.jsonl"]
+        assert daemon.poll() is None
+        assert root.stop() == 0
+        assert_sound(root)
+
+
 def test_a_daemon_starts_on_a_full_disk_and_waits_for_room(make_root: Callable[..., Root]) -> None:
     root = make_root(behaviour={}, tables=TABLES)
     with mounted(root.settings.state_dir, "8m"):
