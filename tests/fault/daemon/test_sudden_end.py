@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from daemon.inbox import layout
-from daemon.job import FINAL_STATES, JobState
+from daemon.job import FINAL_STATES, FailureKind, JobState
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
 
@@ -37,7 +37,7 @@ STEPS = {
     "the log": ("daemon.notifications:canonical", "ended"),
     "the status": ("daemon.status_writer:finished_job", "ended"),
 }
-QUICK_ONES = {"the claim", "the launch", "the archive"}
+QUICK_ONES = {"the launch", "the archive"}
 
 
 def rows(word: str) -> list[dict[str, str]]:
@@ -102,6 +102,35 @@ def test_a_daemon_that_dies_over_one_input_each_time_gives_it_up_after_the_secon
     assert root.stop() == 0
     if step != "the archive":
         assert_sound(root)
+
+
+def test_a_file_that_was_moved_aside_goes_with_its_sidecar_and_can_be_tried_again(
+    make_root: Callable[..., Root], tmp_path: Path
+) -> None:
+    root = make_root(behaviour={}, tables=TABLES)
+    root.before = (
+        "tests.support.injected:die", "daemon.inbox.intake:claim", "poison", ALWAYS, str(tmp_path / "count")
+    )  # fmt: skip
+    (root.settings.inbox_dir / "poison.job.toml").write_text("[training]\nseed = 3\n")
+    root.drop("poison.jsonl", rows("poison"))
+    assert not live(root, ["poison.jsonl"])
+    assert not live(root, ["poison.jsonl"])
+    assert live(root, ["poison.jsonl"])
+    job = root.finished("poison.jsonl")
+    folder = root.settings.inbox_dir / layout.FAILED / job.id
+    assert (folder / "poison.job.toml").exists()
+    assert job.failure is FailureKind.INTERNAL
+    assert root.stop() == 0
+    root.before = ()
+    root.start()
+    again = root.run("retry", job.id)
+    assert again.returncode == 0, again.stderr
+    wait_until(lambda: (now := root.job("poison.jsonl")) and now.state is JobState.SUCCEEDED)
+    done = root.finished("poison.jsonl")
+    assert done.id == job.id
+    assert done.overrides["training"]["seed"] == 3
+    assert root.stop() == 0
+    assert_sound(root)
 
 
 def test_one_death_costs_a_job_nothing(make_root: Callable[..., Root], tmp_path: Path) -> None:
