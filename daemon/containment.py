@@ -1,7 +1,8 @@
 """Containment: what one job or dropped file does to the daemon stays with that job or file, and the daemon lives.
 
 An error that nobody foresaw is met once more, then the job or file is given up. The same for a sudden end of the daemon, which
-`daemon.in_hand` tells of: twice in a row over one job or file, and the next start fails the job, or moves the file aside.
+`daemon.in_hand` tells of: twice in a row in one step over one job or file, and the next start fails the job, or moves the
+file aside. A kill that came by chance rarely meets the same step again before it was done.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from daemon.text import escape
 
 MOST_STRIKES = 2  # unexpected errors in a row before a job or a file is given up
 STRIKE_SECONDS = 600.0  # errors that lie further apart are not in a row
-MOST_ENDS = 2  # daemons in a row that ended over one job or file, before that is given up
+MOST_ENDS = 2  # daemons in a row that ended in one step over one job or file, before that is given up
+MOST_LIVES = 4  # likewise, in whatever steps; below the five starts that systemd allows
 
 
 class Containment:
@@ -42,7 +44,7 @@ class Containment:
         """Take the parts through which a job or file is given up."""
         self._store, self._scheduler, self._intake, self._left_alone = store, scheduler, intake, left_alone
         end = self._end
-        if end is not None and end.file is not None and end.times >= MOST_ENDS:  # until it can be settled
+        if end is not None and end.file is not None and _is_final(end):  # until it can be settled
             intake.set_aside(end.file, _reason_of(end))
 
     # -- unexpected errors
@@ -101,26 +103,33 @@ class Containment:
         self._end = end
         self._log.error(
             "daemon.ended_suddenly", step=end.step, job=end.job, file=escape(end.file[1] if end.file else ""),
-            times=end.times,
+            times=end.lives,
         )  # fmt: skip
 
     def settle_end(self) -> None:
         """Give up what daemons ended over, twice in a row, before anything else touches it.
 
-        One over which the daemon ended a third time, while it was given up, is recorded and left where it lies. Raises
-        StoreError, OSError.
+        One over which the daemon ended again, while it was given up, is recorded and left where it lies. Raises StoreError,
+        OSError.
         """
         end = self._end
-        if end is not None and end.times >= MOST_ENDS:
-            with self._in_hand.noted("given up", job=end.job, file=end.file):
-                try:
-                    self._settle(end, barely=end.times > MOST_ENDS)
-                except (StoreError, OSError):
-                    raise
-                except Exception as failure:
-                    self._log.error("unexpected.not_given_up", job=end.job, error=repr(failure), exc_info=failure)
-                    self._settle(end, barely=True)
+        if end is not None and _is_final(end):
+            self._in_hand.giving_up = True
+            try:
+                with self._in_hand.noted("given up", job=end.job, file=end.file):
+                    self._settle_or_bare(end)
+            finally:
+                self._in_hand.giving_up = False
         self._end = None
+
+    def _settle_or_bare(self, end: SuddenEnd) -> None:
+        try:
+            self._settle(end, barely=end.giving_up)
+        except (StoreError, OSError):
+            raise
+        except Exception as failure:
+            self._log.error("unexpected.not_given_up", job=end.job, error=repr(failure), exc_info=failure)
+            self._settle(end, barely=True)
 
     def _settle(self, end: SuddenEnd, *, barely: bool) -> None:
         """Give up a job or file; `barely`: without its reports and moves, over which the daemon died."""
@@ -151,9 +160,14 @@ class Containment:
         self._log.error("job.quarantined", job=job_id, reason=reason)
 
 
+def _is_final(end: SuddenEnd) -> bool:
+    """Whether a job or file has ended as many daemons as it may. One that ended one while it was given up has."""
+    return bool(end.job or end.file) and (end.giving_up or end.times >= MOST_ENDS or end.lives >= MOST_LIVES)
+
+
 def _reason_of(end: SuddenEnd) -> str:
     return (
-        f"the daemon ended without a word, {end.times} times in a row, while this was {end.step}: it crashed, or was killed"
+        f"the daemon ended without a word, {end.lives} times in a row, while this was {end.step}: it crashed, or was killed"
         " by the watchdog, for want of memory, or by a person"
     )
 

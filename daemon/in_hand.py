@@ -32,7 +32,9 @@ class SuddenEnd:
     step: str  # "idle" between two steps
     job: str  # "" when it was a file, or nothing
     file: File | None
-    times: int  # so many daemons in a row ended over this job or file, or over none
+    times: int  # so many daemons in a row ended in this step over it, and none has done the step in between
+    lives: int  # so many daemons in a row ended over it, in whatever step
+    giving_up: bool = False  # while it was given up
 
     @property
     def subject(self) -> tuple[str, File | None]:
@@ -49,8 +51,11 @@ class InHand:
         self._fd = -1
         self._boot_id = ""
         self._idle = b""  # what is noted between two steps
-        self._notes: list[bytes] = []  # of the steps that are being done, the innermost last
+        self._steps: list[tuple[str, str, File | None]] = []  # that are being done, the innermost last
+        self._notes: list[bytes] = []  # of these
         self._before: SuddenEnd | None = None  # how the daemon before this one ended
+        self._is_done = False  # the step in which it ended, by now
+        self.giving_up = False
 
     def open(self) -> SuddenEnd | None:
         """Begin to note. Returns over what the daemon before this one ended, at the first call. Raises OSError."""
@@ -78,7 +83,10 @@ class InHand:
             self._fd, self.path = -1, None
 
     def handling(self, step: str, *, job: str = "", file: File | None = None) -> Handling:
-        """Note a step, and attribute what goes wrong in it: `with in_hand.handling("claimed", file=...)`."""
+        """Note a step, and attribute what goes wrong in it: `with in_hand.handling("claimed", file=...)`.
+
+        No two places give a step the same name: one that was done counts as survived.
+        """
         return Handling(self, step, job, file)
 
     def noted(self, step: str, *, job: str = "", file: File | None = None) -> Noted:
@@ -88,6 +96,7 @@ class InHand:
     def begin(self, step: str, job: str, file: File | None) -> None:
         """Note what is done next."""
         if self._fd >= 0:
+            self._steps.append((step, job, file))
             self._notes.append(self._note(step, job, file))
             self._write(self._notes[-1])
 
@@ -95,12 +104,24 @@ class InHand:
         """Take the latest note away; one around it counts again."""
         if self._notes:
             self._notes.pop()
+            step, job, file = self._steps.pop()
+            before = self._before
+            if before is not None and before.step == step and before.subject == (job, file):
+                self._is_done = True
             self._write(self._notes[-1] if self._notes else self._idle)
 
     def _note(self, step: str, job: str, file: File | None) -> bytes:
-        before = self._before
-        times = before.times if before is not None and before.subject == (job, file) else 0
-        note = {"step": step, "job": job, "file": file, "times": times, "boot_id": self._boot_id}
+        before = self._before if self._before is not None and self._before.subject == (job, file) else None
+        is_same_step = before is not None and before.step == step and not self._is_done
+        note = {
+            "step": step,
+            "job": job,
+            "file": file,
+            "times": before.times if before is not None and is_same_step else 0,
+            "lives": before.lives if before is not None else 0,
+            "giving_up": self.giving_up,
+            "boot_id": self._boot_id,
+        }
         return json.dumps(note).encode("ascii")
 
     def _write(self, note: bytes) -> None:
@@ -160,6 +181,8 @@ def _end_in(line: bytes, boot: str) -> SuddenEnd | None:
             job=str(note["job"]),
             file=(str(file[0]), str(file[1])) if file else None,
             times=int(note["times"]) + 1,
+            lives=int(note["lives"]) + 1,
+            giving_up=bool(note["giving_up"]),
         )
     except (ValueError, TypeError, KeyError, IndexError):
         return None

@@ -191,7 +191,7 @@ class Scheduler:
             self._change_hold(None)
             return
         contradiction = contradicted(self.settings)
-        with self._in_hand.handling("launched", job=ready.id):
+        with self._in_hand.handling("prepared", job=ready.id):
             if contradiction is None and self._finish_duplicate(ready):
                 return
             hold = contradiction or self._hold_for(ready)

@@ -311,7 +311,7 @@ class CandidateTracker:
             while (candidate := settled.pop(full)) is not None:
                 candidate.settled = False
                 self._unsettled[candidate.key] = candidate
-                with self._in_hand.handling("examined", file=candidate.key):
+                with self._in_hand.handling("examined again", file=candidate.key):
                     file = self._examine(candidate, now)
                 if file is not None:
                     return file

@@ -144,7 +144,7 @@ class Validator:
         The sidecar is read where it lies now: a crash after the claim, and a sidecar that was mended before a retry,
         are the same case.
         """
-        with self._in_hand.handling("checked", job=job.id):
+        with self._in_hand.handling("sent to be checked", job=job.id):
             try:
                 self._submit(job)
             except TransitionRefused:

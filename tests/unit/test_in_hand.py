@@ -29,10 +29,22 @@ def die_in(path: Path, step: str, *, job: str = "", file: tuple[str, str] | None
 def test_what_was_in_hand_at_a_sudden_end_is_found_and_counted_while_it_comes_in_a_row(tmp_path: Path) -> None:
     path = tmp_path / "in_hand"
     assert die_in(path, "claimed", file=FILE) is None
-    assert die_in(path, "examined", file=FILE) == SuddenEnd(step="claimed", job="", file=FILE, times=1)
-    assert die_in(path, "checked", job="j") == SuddenEnd(step="examined", job="", file=FILE, times=2)
-    assert die_in(path, "claimed", file=FILE) == SuddenEnd(step="checked", job="j", file=None, times=1)
-    assert die_in(path, "claimed", file=FILE) == SuddenEnd(step="claimed", job="", file=FILE, times=1)
+    assert die_in(path, "claimed", file=FILE) == SuddenEnd(step="claimed", job="", file=FILE, times=1, lives=1)
+    assert die_in(path, "examined", file=FILE) == SuddenEnd(step="claimed", job="", file=FILE, times=2, lives=2)
+    assert die_in(path, "checked", job="j") == SuddenEnd(step="examined", job="", file=FILE, times=1, lives=3)
+    assert die_in(path, "claimed", file=FILE) == SuddenEnd(step="checked", job="j", file=None, times=1, lives=1)
+    assert die_in(path, "claimed", file=FILE) == SuddenEnd(step="claimed", job="", file=FILE, times=1, lives=1)
+
+
+def test_a_step_that_was_done_in_between_counts_anew_and_the_lives_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "in_hand"
+    die_in(path, "launched", job="j")
+    note, found = opened(path)
+    assert found == SuddenEnd(step="launched", job="j", file=None, times=1, lives=1)
+    with note.handling("launched", job="j"):
+        pass
+    note.begin("launched", "j", None)
+    assert opened(path)[1] == SuddenEnd(step="launched", job="j", file=None, times=1, lives=2)
 
 
 def test_what_is_finished_is_not_in_hand_and_what_is_around_it_is(tmp_path: Path) -> None:
@@ -40,13 +52,13 @@ def test_what_is_finished_is_not_in_hand_and_what_is_around_it_is(tmp_path: Path
     note, _ = opened(path)
     with note.handling("checked", job="inner"):
         pass
-    assert opened(path)[1] == SuddenEnd(step="idle", job="", file=None, times=1)
+    assert opened(path)[1] == SuddenEnd(step="idle", job="", file=None, times=1, lives=1)
     note, _ = opened(path)
     note.begin("followed", "outer", None)
     with pytest.raises(Unexpected) as raised, note.handling("moved", job="inner"):
         raise ZeroDivisionError
     assert (raised.value.job, raised.value.step) == ("inner", "moved")
-    assert opened(path)[1] == SuddenEnd(step="followed", job="outer", file=None, times=1)
+    assert opened(path)[1] == SuddenEnd(step="followed", job="outer", file=None, times=1, lives=1)
 
 
 def test_an_orderly_end_leaves_nothing_and_one_that_was_asked_to_stop_may_be_killed(tmp_path: Path) -> None:
