@@ -233,18 +233,28 @@ def base_problem(model: ModelSettings) -> BaseProblem | None:
 
 def _folder_problem(folder: Path) -> BaseProblem | None:
     hint = "fetch the model again, or let this account read all its files"
-    if not os.access(folder, os.R_OK | os.X_OK):
+    try:
+        weights = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    except PermissionError:
         return BaseProblem(message=f"the base model in {folder} may not be read by this account", hint=hint)
-    weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         return BaseProblem(
             message=f"the base model in {folder} has no *.safetensors weights",
             hint="pickled weights are never loaded; fetch the model again, or convert it to safetensors",
         )
-    unreadable = [path.name for path in (folder / "config.json", *weights) if not os.access(path, os.R_OK)]
+    unreadable = [path.name for path in (folder / "config.json", *weights) if not _opens(path)]
     if unreadable:
         return BaseProblem(message=f"the base model in {folder} has no readable {', '.join(unreadable[:3])}", hint=hint)
     return None
+
+
+def _opens(path: Path) -> bool:
+    """Whether the file can be read; asked by opening it, since access(2) knows nothing of capabilities."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
 
 
 def hub_folder(name: str) -> Path:

@@ -6,7 +6,6 @@ A hold burns no attempt and goes by itself when its reason goes.
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -115,8 +114,8 @@ def unusable_trainer(settings: Settings) -> Hold | None:
     """Return the hold of a root whose trainer could not even be started: its program or its packages are not there."""
     command = settings.executor.command
     program = command[0] if command else ""
-    if shutil.which(program) is None:
-        what = f"the trainer's program {escape(program) or '(none)'} is not there, or this account may not run it"
+    if not _is_program(program):
+        what = f"the trainer's program {escape(program) or '(none)'} is not there, or is no program"
         hint = "bring it back; or set [executor] command, and restart"
         return Hold(kind=HoldKind.TRAINER, reason=f"{what}; {hint}")
     if command != ExecutorSettings().command:
@@ -126,6 +125,20 @@ def unusable_trainer(settings: Settings) -> Hold | None:
         what = f"the trainer's packages are not installed here: {', '.join(missing)}"
         return Hold(kind=HoldKind.TRAINER, reason=f"{what}; `{sys.executable} -m pip install 'dropforge[train]'`")
     return None
+
+
+def _is_program(name: str) -> bool:
+    """Whether there is such a program; one that cannot be looked at is not said to be missing."""
+    places = [Path(name)] if os.sep in name else [Path(folder, name) for folder in os.get_exec_path() if name]
+    for path in places:
+        try:
+            if (found := path.stat()).st_mode & 0o111 and stat.S_ISREG(found.st_mode):
+                return True
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return True
+    return False
 
 
 def evidence(settings: Settings, recipe: Recipe) -> Evidence:

@@ -85,7 +85,7 @@ def test_a_trainer_that_is_not_there_holds_until_it_is(make_root: MakeRoot, tmp_
     assert once.returncode == 1
     assert f"the trainer's program {program} is not there" in once.stderr
     root.start()
-    waits_for(root, f"the trainer's program {program} is not there, or this account may not run it")
+    waits_for(root, f"the trainer's program {program} is not there, or is no program")
     program.write_text(f'#!/bin/sh\nexec {command[0]} "$@"\n')
     program.chmod(0o755)
     done = root.finished("a.jsonl")
