@@ -148,6 +148,10 @@ def parse_metadata(value: dict[str, Any]) -> MetadataReading:
         return _unreadable("it names no dataset")
     if not isinstance(lora_config, dict):
         return _unreadable("its lora_config is not an object")
+    try:
+        to_json_value(lora_config)
+    except (ValueError, TypeError) as exc:
+        return _unreadable(f"its lora_config holds a value that cannot be read ({exc})")
     metadata = RunMetadata(
         dataset_name=name, dataset_hash=digest, dataset_path=path, lora_config=lora_config, fingerprint=None
     )
@@ -161,7 +165,6 @@ def parse_metadata(value: dict[str, Any]) -> MetadataReading:
     if finished is not None and not isinstance(finished, str):
         return _unreadable(f"its finished is {finished!r}")
     try:
-        to_json_value(lora_config)
         fingerprint = Fingerprint.from_json(value.get("components"))
     except (ValueError, TypeError) as exc:
         return _unreadable(f"it holds a value that cannot be read ({exc})")
