@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import typer.main
 
 from daemon import config
 from daemon.cli.main import app
+from daemon.config import Settings
 from daemon.holds import HoldKind
 from daemon.job import JobState
 from daemon.observability.status import read_status
@@ -80,9 +82,11 @@ def test_every_block_says_what_it_is_and_every_command_is_typed_somewhere(path: 
     )
     for block in blocks(path):
         text = "\n".join(block.lines)
-        assert block.kind in ("sh", "python", "logrotate", "text"), (
+        assert block.kind in ("sh", "python", "logrotate", "text", "toml"), (
             f"a block of {block.heading} does not say what it is"
         )
+        if block.kind == "toml":
+            Settings.model_validate(tomllib.loads(text))
         if block.kind == "sh":
             assert (path, block.heading) in TYPED
         elif block.kind == "python":
@@ -104,7 +108,7 @@ def test_every_command_that_a_text_names_exists_with_its_options(path: Path) -> 
         command = known
         while words and words[0].startswith("-"):  # of dropforge itself
             words = words[2:]
-        while words and hasattr(command, "commands"):
+        while words and hasattr(command, "commands") and not words[0].startswith("-"):
             assert words[0] in command.commands, told
             command = command.commands[words.pop(0)]
         options = {option for parameter in command.params for option in parameter.opts} | {"-h", "--help"}

@@ -291,15 +291,15 @@ def test_a_job_that_is_cancelled_while_its_report_is_applied_harms_nobody(
 
 def test_a_folder_that_cannot_be_listed_ends_no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`done/` under `keep_done_days`: reported, and tried again."""
-    real = Path.iterdir
+    real = os.listdir
 
-    def iterdir(path: Path) -> Iterator[Path]:
-        if path.name == "done":
+    def listdir(path: Path) -> list[str]:
+        if Path(path).name == "done":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path)
 
     with Root(tmp_path, inbox={"keep_done_days": 1.0}) as root:
-        monkeypatch.setattr(Path, "iterdir", iterdir)
+        monkeypatch.setattr(os, "listdir", listdir)
         root.pump(lambda: root.log.events("file.not_purged"))
         root.drop("x.jsonl", OLD)
         root.wait_for(1)

@@ -106,7 +106,7 @@ def test_mail_arrives_and_a_test_names_what_did_not(make_root: Callable[..., Roo
         assert (tested.returncode, tested.stdout) == (0, "taken by 1 of 1 addresses\n"), tested
         assert arrived[0]["To"] == "ada@example.org"
         assert arrived[0]["Subject"] == "Dropforge: a test"
-        assert str(root.path) in arrived[0].as_string()
+        assert str(root.path) in arrived[0].get_payload(decode=True).decode()
         with secrets.open("a") as file:
             file.write("nonsense://x\n")
         tested = root.run("notify", "test")

@@ -51,6 +51,7 @@ CALLS = {
     "completion": "completion bash",
     "config": "config",
     "memory": "memory",
+    "notify": "notify test",
     "backup": "backup NAME",
     "restore": "restore NAME --root NAME",
     "service": "service install --dry-run --user",

@@ -36,11 +36,10 @@ HIGH = 32  # or above: where descriptors of a request wait for the numbers that 
 EARLY = ("LD_", "PYTHON", "LANG", "LC_", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM", "OMP_", "MALLOC_")
 LIGHT = ("daemon", "daemon.dataset", "daemon.verification")
 PARENTS = {"run", "check", "preview", "merge", "submit", "init", "demo"}  # our commands that start programs of ours
-# Those that import torch: only where it has been imported.
+# Those that import torch: only where it has been imported. The preview does without it, and has to start without it.
 TRAINING = (
     "daemon.trainer",
     "daemon.trainer.check",
-    "daemon.trainer.preview",
     "daemon.trainer.merge",
     "daemon.trainer.tiny_model",
 )

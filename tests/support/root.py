@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SLOW_TRAINER = Path(__file__).with_name("slow_trainer.py")
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 DROPFORGE = [sys.executable, "-P", "-m", "daemon"]
-CHECKING_COMMANDS = {"submit", "check", "preview", "merge"}  # those that start a process which imports torch
+CHECKING_COMMANDS = {"submit", "check", "merge"}  # those that start a process which imports torch
 # Quick settings: nothing here is what a test is about.
 QUICK: Mapping[str, Mapping[str, Any]] = {
     "inbox": {"settle_seconds": 0.1, "rescan_seconds": 0.5},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def test_an_interpreter_in_a_closed_home_is_refused_with_the_folder_that_is_clos
 
 def test_what_the_unit_s_own_tmp_would_hide_is_refused(tmp_path: Path) -> None:
     assert "the unit has a /tmp of its own" in obstacle(Path("/tmp/venv/bin/python"))
-    assert "choose another --root" in obstacle(Path(sys.executable), root="/var/tmp/forge")
+    assert "choose another --root" in obstacle(Path("/usr/bin/python3"), root="/var/tmp/forge")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="running an interpreter as another account takes root")

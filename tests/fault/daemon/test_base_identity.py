@@ -328,7 +328,10 @@ def test_a_base_that_is_gone_holds_the_queue_until_it_is_back(trained: Root) -> 
     trained.configure(model={"model_name_or_path": "~nobody-at-all/model"})
     trained.drop("d.jsonl", rows("d"))
     assert trained.run("run", "--once").returncode == 1
-    assert trained.finished("d.jsonl").failure is FailureKind.CONFIG
+    job = trained.job("d.jsonl")
+    assert job is not None
+    assert (job.state, job.failure) == (JobState.QUEUED, FailureKind.BASE)
+    assert "~nobody-at-all/model" in job.reason
 
 
 def test_digests_are_the_lineages_not_those_of_a_record_that_was_edited_along(trained: Root) -> None:
