@@ -78,6 +78,10 @@ class Lineage:
         named = (event.get("pruned") for event in self.events if event.get("event") == PRUNED)
         return {str(name) for names in named if isinstance(names, list) for name in names}
 
+    def taken_away(self) -> set[str]:
+        """The versions that may be gone from `versions/`, because somebody moved them aside or gave them up."""
+        return self.pruned() | self.discarded().keys()
+
     def discarded(self) -> dict[str, Mapping[str, Any]]:
         """What was noted of each version that was held and then given up, by its name."""
         given_up = (event for event in self.events if event.get("event") == DISCARDED and event.get("version"))

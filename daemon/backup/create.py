@@ -14,7 +14,7 @@ import guard
 from daemon import root_identity, versions
 from daemon.backup.containers import ChangedWhileRead, tar_compression
 from daemon.backup.manifest import QUEUE_NAME, Manifest
-from daemon.backup.plan import Captured, Gone, Options, Plan, Unit, plan_backup, unreadable
+from daemon.backup.plan import Captured, Gone, Options, Plan, Unit, plan_backup, unreadable, was_taken_away
 from daemon.backup.sinks import Sink, open_sink
 from daemon.config import Settings
 from daemon.dataset.source import SourceError, open_regular
@@ -190,7 +190,7 @@ def _save(settings: Settings, store: JobStore | None, unit: Unit, sink: Sink) ->
                     name: _open(_whereabouts(settings, store, unit, path), opened) for name, path in unit.files.items()
                 }
         except FileNotFoundError as error:
-            if unit.gone is Gone.PLANS_ANEW:
+            if unit.gone is Gone.PLANS_ANEW or was_taken_away(settings, error.filename):
                 raise _Moved from error
             if unit.gone is Gone.LEAVES_OUT:
                 return

@@ -119,12 +119,26 @@ def plan_backup(settings: Settings, store: JobStore | None, *, queue_copy: Path,
             finally:
                 copy.close()
         planner = _Planner(settings, jobs, options)
-        plan = planner.plan({state: number for state, number in counts.items() if number})
+        try:
+            plan = planner.plan({state: number for state, number in counts.items() if number})
+        except FileNotFoundError as error:
+            if attempt < PLAN_ATTEMPTS and was_taken_away(settings, error.filename):
+                continue
+            raise
         is_still = store is None or store.last_transition() == seen
         if (is_still and plan.lineage.current in (None, plan.current_version)) or attempt == PLAN_ATTEMPTS:
             return plan
         time.sleep(PLAN_PAUSE_SECONDS)
     raise AssertionError("unreachable")
+
+
+def was_taken_away(settings: Settings, path: str | None) -> bool:
+    """Whether a file that is gone was one of a version that was moved aside, or discarded, since it was listed."""
+    folder = settings.model_dir / versions.VERSIONS
+    if path is None or not Path(path).is_relative_to(folder) or Path(path) == folder:
+        return False
+    name = Path(path).relative_to(folder).parts[0]
+    return not (folder / name).exists() and name in read_lineage(settings.model_dir).taken_away()
 
 
 def is_set_aside(name: str) -> bool:

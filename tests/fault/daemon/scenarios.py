@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import guard
-from daemon import config, held_versions, recovery, versions
+from daemon import config, held_versions, recovery, version_pruning, versions
 from daemon.backup.create import back_up
 from daemon.backup.plan import Options
 from daemon.backup.restore import execute, plan_restore
@@ -86,3 +86,11 @@ def discard_held(model_dir: str) -> None:
     """What `dropforge discard 2` does."""
     with guard.ModelLock(Path(model_dir), owner="discard"):
         held_versions.discard_held(Path(model_dir), Path(model_dir).parent / "state", "2")
+
+
+def prune(model_dir: str, days: float) -> None:
+    """What a promotion does last under `[versions] keep = 1`."""
+    folder = Path(model_dir)
+    with guard.ModelLock(folder, owner="pruning"):
+        version_pruning.execute_prune(folder, version_pruning.plan_prune(folder, keep=1))
+        version_pruning.purge_pruned(folder, days=days)

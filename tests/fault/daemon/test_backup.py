@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
+import guard
 from daemon import versions
+from daemon.backup import create, plan
 from daemon.backup.manifest import MANIFEST_NAME, Manifest, SavedFile, render_manifest
 from daemon.backup.plan import ASIDE_PREFIX
 from daemon.backup.restore import JOURNAL, execute, plan_restore
@@ -25,9 +27,11 @@ from daemon.errors import DropforgeError
 from daemon.job import JobState
 from daemon.lineage import read_lineage
 from daemon.root_identity import MARK
+from daemon.version_pruning import execute_prune, list_pruned, plan_prune
 from tests.support.root import DROPFORGE, Prepared, Root, environment, wait_until
 from tests.support.sound import assert_sound
 from tests.support.sound_model import assert_model_dir_sound
+from tests.unit.test_versions import candidate
 
 MakeRoot = Callable[..., Root]
 Destroy = Callable[[Root], None]
@@ -295,6 +299,47 @@ def assert_nothing_lost(root: Root, names: set[str]) -> None:
     assert lineage.broken == ()
     assert lineage.current == (found[-1].name if found else None)
     assert_model_dir_sound(root.settings.model_dir)
+
+
+@pytest.mark.parametrize("moment", ["_open", "_scan"])
+def test_a_version_that_is_pruned_during_a_backup_does_not_fail_it(
+    trained: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """While it is copied, or while it is listed: what is saved is the root as it is after that."""
+    model_dir = trained.settings.model_dir
+    whole = (model_dir / "latest" / "adapter_model.safetensors").read_bytes()
+    versions.promote(model_dir, candidate(model_dir, "third", whole), job_id="third", record={"dataset": "c.jsonl"})
+    where = create if moment == "_open" else plan._Planner
+    real = getattr(where, moment)
+
+    def pruned_at(*arguments: Any) -> Any:
+        if any("0001" in str(argument) for argument in arguments) and (model_dir / "versions" / "0001").exists():
+            with guard.ModelLock(model_dir, owner="test"):
+                execute_prune(model_dir, plan_prune(model_dir, keep=1))
+        return real(*arguments)
+
+    monkeypatch.setattr(where, moment, pruned_at)
+    made = create.back_up(trained.settings, tmp_path / "forge.tar", options=plan.Options())
+    assert [version.name for version in list_pruned(model_dir)] == ["0001"]
+    assert made.manifest.versions == ("0002", "0003")
+    assert ("version 0001", "it was moved aside by `dropforge versions prune`") in [
+        (left.name, left.reason) for left in made.manifest.left_out
+    ]
+
+
+def test_a_version_that_a_person_removed_during_a_backup_fails_it(
+    trained: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = create._open
+
+    def removed_at(path: Path, opened: Any) -> int:
+        shutil.rmtree(trained.settings.model_dir / "versions" / "0001", ignore_errors=True)
+        return real(path, opened)
+
+    monkeypatch.setattr(create, "_open", removed_at)
+    with pytest.raises(DropforgeError, match="no such file"):
+        create.back_up(trained.settings, tmp_path / "forge.tar", options=plan.Options())
+    assert not [*tmp_path.glob("*forge.tar*")]
 
 
 def test_a_job_whose_checkpoints_were_saved_goes_on_from_them(make_root: MakeRoot, tmp_path: Path) -> None:
