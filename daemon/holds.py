@@ -5,7 +5,9 @@ A hold burns no attempt and goes by itself when its reason goes.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,7 +36,9 @@ FALLBACK_ADAPTER_BYTES = 64 * 2**20  # when neither a version nor the base model
 OPTIMIZER_COPIES = 2  # AdamW keeps two values a weight
 RECORDS_BYTES, RECORDS_INODES = 2**20, 64  # the least for the records of a run: its reports, events, the queue itself
 EXTRAS_BYTES = 32 * 2**20  # tokenizer, configuration, records
-
+_NOT_EXECUTED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENOEXEC, errno.ELOOP, errno.ELIBBAD, errno.ETXTBSY}
+)
 
 Evidence = tuple[Any, ...]
 
@@ -139,6 +143,32 @@ def _is_program(name: str) -> bool:
         except OSError:
             return True
     return False
+
+
+def refused_program(settings: Settings, error: OSError) -> str:
+    """Say that the trainer's program could not be executed, and what to do; empty when another thing failed.
+
+    What the kernel says counts: modes alone know nothing of a mount's noexec, of capabilities, or of a script's interpreter.
+    """
+    program = settings.executor.command[0] if settings.executor.command else ""
+    if error.filename != program or error.errno not in _NOT_EXECUTED:
+        return ""
+    why = (error.strerror or str(error)).lower()
+    hint = f"let {account_name(os.geteuid())} execute it; or set [executor] command, and restart"
+    return f"the trainer's program {escape(program)} cannot be executed: {why}; {hint}"
+
+
+def program_evidence(settings: Settings) -> Evidence:
+    """What decides whether the trainer's program can be executed, cheap to compare; empty where it cannot be looked at."""
+    program = settings.executor.command[0] if settings.executor.command else ""
+    found = Path(shutil.which(program) or program).absolute()
+    try:
+        itself, parents = found.stat(), [folder.stat() for folder in found.parents]
+        flags = os.statvfs(found).f_flag
+    except OSError as error:
+        return (error.errno,)
+    ways = ((folder.st_mode, folder.st_uid, folder.st_gid) for folder in parents)
+    return (str(found), itself.st_ino, itself.st_ctime_ns, flags & os.ST_NOEXEC, *ways)
 
 
 def evidence(settings: Settings, recipe: Recipe) -> Evidence:

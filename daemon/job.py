@@ -80,6 +80,7 @@ class FailureKind(StrEnum):
         "identity"  # the current version or its base is not what it was: the queue is held, no attempt is counted
     )
     BASE = "base"  # the base model cannot be used: likewise
+    TRAINER = "trainer"  # its program cannot be executed: likewise
     INTERNAL = "internal"
 
 

@@ -17,8 +17,10 @@ from daemon.job import LONGEST_BACKOFF_SECONDS, FailureKind, Job, JobState, Memo
 
 # The same rows, settings or numbers would fail again: a person has to act first.
 FINAL_FAILURES = frozenset({FailureKind.BAD_DATA, FailureKind.CONFIG, FailureKind.DIVERGED})
-# What a trainer found wrong concerns every job: the queue is held, and no attempt is counted.
-HOLDING_FAILURES = frozenset({FailureKind.IDENTITY, FailureKind.BASE})
+# What a trainer found wrong with what it begins from.
+BASE_FAILURES = frozenset({FailureKind.IDENTITY, FailureKind.BASE})
+# What is wrong concerns every job: the queue is held, and no attempt is counted.
+HOLDING_FAILURES = BASE_FAILURES | {FailureKind.TRAINER}
 # Before the first forward pass: nothing there depends on the rows a pass.
 PHASES_BEFORE_PASSES = frozenset({"starting", "preparing"})
 MEMORY_ADVICE = "lower max_length under [data], choose a smaller base model, or set load_in_4bit under [model]"
@@ -95,8 +97,20 @@ def decide(
     return again
 
 
-def decide_not_launched(*, job: Job, cause: str, no_space: bool, queue: QueueSettings, now: float) -> RetryDecision:
-    """Decide after a trainer could not be started: no memory for a process, a missing program, a full disk."""
+def decide_not_launched(
+    *, job: Job, cause: str, refused: str, no_space: bool, queue: QueueSettings, now: float
+) -> RetryDecision:
+    """Decide after a trainer could not be started: no memory for a process, a full disk, a program that cannot be executed.
+
+    `refused`: the sentence about such a program, empty when it was something else.
+    """
+    if refused:
+        return RetryDecision(
+            to=JobState.QUEUED,
+            reason=refused,
+            failure=FailureKind.TRAINER,
+            attempts_without_progress=job.attempts_without_progress,
+        )
     reason = f"the trainer could not be started: {cause}"
     if no_space:
         return _wait_for_space(job, reason, queue, now)

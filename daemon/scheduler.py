@@ -34,6 +34,8 @@ from daemon.holds import (
     evidence,
     no_space,
     paused,
+    program_evidence,
+    refused_program,
     unusable_base,
     unusable_trainer,
     unwritable,
@@ -45,6 +47,7 @@ from daemon.memory.forgetting import FORGOTTEN_KEY, forgotten
 from daemon.notifications import Hooks
 from daemon.recipe import Recipe
 from daemon.retry import (
+    BASE_FAILURES,
     HOLDING_FAILURES,
     UNCOUNTED_STOPS,
     RetryDecision,
@@ -58,7 +61,7 @@ from daemon.setting_names import explain
 from daemon.store import JobStore, TransitionRefused
 from daemon.text import escape
 
-FETCH_SECONDS = 300.0  # between two tries of a base model that the Hub did not give
+TRY_AGAIN_SECONDS = 300.0  # after the Hub did not give a base model, or a trainer could not be executed
 REAP_SECONDS = 5.0  # a trainer that was killed is gone long before
 
 
@@ -79,7 +82,7 @@ class Run:
     progressed_at: float = field(default_factory=time.monotonic)  # when anything was reported last
     promote_at: float | None = None  # monotonic; when a promotion that failed is tried again
     promote_failures: int = 0
-    evidence: Evidence = ()  # by what its trainer decides whether the current version can be continued
+    evidence: Evidence = ()  # by what it is decided whether the current version can be continued, or the trainer executed
     waiting_for: str = ""  # what its promotion waits for, as a sentence
 
 
@@ -301,17 +304,24 @@ class Scheduler:
         )
 
     def _still_refused(self, job: Job, recipe: Recipe) -> Hold | None:
-        """The hold of a job that a trainer refused for its base or parent, until what that was judged by is another."""
-        if job.failure not in HOLDING_FAILURES or self._judged != evidence(self.settings, recipe):
+        """The hold of a job whose last trainer could not be executed, or refused its base or parent.
+
+        It ends when what that was judged by is another.
+        """
+        if job.failure not in HOLDING_FAILURES:
+            return None
+        is_trainer = job.failure is FailureKind.TRAINER
+        if self._judged != (program_evidence(self.settings) if is_trainer else evidence(self.settings, recipe)):
             return None
         if job.failure is FailureKind.IDENTITY:
             return Hold(kind=HoldKind.IDENTITY, reason=job.reason)
-        if find_base(recipe.model) is not None:
+        if not is_trainer and find_base(recipe.model) is not None:
             return Hold(kind=HoldKind.BASE, reason=job.reason)
-        if time.monotonic() - self._judged_at >= FETCH_SECONDS:  # the Hub may be reached by now
+        if time.monotonic() - self._judged_at >= TRY_AGAIN_SECONDS:  # the Hub may be reached by now
             return None
         return Hold(
-            kind=HoldKind.BASE, reason=f"{job.reason}; it is tried again every {FETCH_SECONDS / 60:.0f} minutes"
+            kind=HoldKind.TRAINER if is_trainer else HoldKind.BASE,
+            reason=f"{job.reason}; it is tried again every {TRY_AGAIN_SECONDS / 60:.0f} minutes",
         )
 
     def _recipe_of(self, job: Job) -> Recipe:
@@ -321,7 +331,7 @@ class Scheduler:
         [model] and start_from from the settings of now, since they are the ways out that its hold names.
         """
         frozen, now = _recipe_of(job), self.settings.recipe
-        if job.failure not in HOLDING_FAILURES and unusable_base(self.settings, frozen) is None:
+        if job.failure not in BASE_FAILURES and unusable_base(self.settings, frozen) is None:
             return frozen
         start_from = job.overrides.get("training", {}).get("start_from", now.training.start_from)
         training = frozen.training.model_copy(update={"start_from": start_from})
@@ -366,8 +376,14 @@ class Scheduler:
             return
         except OSError as error:
             self._log.error("trainer.not_launched", job=job.id, error=str(error))
+            run.evidence = program_evidence(self.settings)
             decision = decide_not_launched(
-                job=job, cause=str(error), no_space=is_no_space(error), queue=self.settings.queue, now=time.time()
+                job=job,
+                cause=str(error),
+                refused=refused_program(self.settings, error),
+                no_space=is_no_space(error),
+                queue=self.settings.queue,
+                now=time.time(),
             )
             self._finish(run, decision, None)
             return

@@ -203,9 +203,20 @@ def test_out_of_memory_before_the_first_pass_is_tried_again_with_the_same_batch(
 @pytest.mark.parametrize("no_space", [False, True])
 def test_a_trainer_that_cannot_be_started_is_tried_again_and_a_full_disk_burns_no_attempt(no_space: bool) -> None:
     job = Job(id="a", name="a", state=JobState.RUNNING, attempts_without_progress=2)
-    decision = decide_not_launched(job=job, cause="why", no_space=no_space, queue=QUEUE, now=1000.0)
+    decision = decide_not_launched(job=job, cause="why", refused="", no_space=no_space, queue=QUEUE, now=1000.0)
     assert decision.to is (JobState.QUEUED if no_space else JobState.FAILED)
     assert "could not be started: why" in decision.reason
+
+
+def test_a_trainer_that_cannot_be_executed_burns_no_attempt_and_says_why() -> None:
+    job = Job(id="a", name="a", state=JobState.RUNNING, attempts_without_progress=2)
+    decision = decide_not_launched(
+        job=job, cause="why", refused="it cannot be executed", no_space=False, queue=QUEUE, now=1000.0
+    )
+    assert (decision.to, decision.failure, decision.reason, decision.not_before) == (
+        JobState.QUEUED, FailureKind.TRAINER, "it cannot be executed", 0.0,
+    )  # fmt: skip
+    assert decision.attempts_without_progress == 2
 
 
 def test_the_kernels_own_killing_for_memory_is_told_from_somebody_elses_kill() -> None:

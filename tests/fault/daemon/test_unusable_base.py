@@ -86,8 +86,12 @@ def test_a_trainer_that_is_not_there_holds_until_it_is(make_root: MakeRoot, tmp_
     assert f"the trainer's program {program} is not there" in once.stderr
     root.start()
     waits_for(root, f"the trainer's program {program} is not there, or is no program")
-    program.write_text(f'#!/bin/sh\nexec {command[0]} "$@"\n')
+    # One that is there and looks executable, and is not: what the kernel says counts, and no attempt is spent on it.
+    program.write_text(f'#!{tmp_path}/sh\nexec {command[0]} "$@"\n')
     program.chmod(0o755)
+    waits_for(root, f"the trainer's program {program} cannot be executed: no such file or directory")
+    assert root.events("queue.held")[-1]["kind"] == "trainer"
+    program.write_text(f'#!/bin/sh\nexec {command[0]} "$@"\n')
     done = root.finished("a.jsonl")
     assert (done.state, done.attempt) == (JobState.SUCCEEDED, 1)
     assert_sound(root)
