@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
+from daemon.processes import account_name
+
 LIBRARY = "libsystemd.so.0"
+SESSIONS = Path("/run/systemd/sessions")  # where it keeps them, also when there is none
 _free = ctypes.CDLL(None).free
 _free.argtypes, _free.restype = (ctypes.c_void_p,), None
 
@@ -16,6 +20,8 @@ def logged_in() -> list[str]:
         library = ctypes.CDLL(LIBRARY)
     except OSError as error:
         raise OSError(f"who is logged in cannot be told without {LIBRARY}") from error
+    if not SESSIONS.is_dir():  # its library would say that there are none
+        raise OSError("who is logged in cannot be told: systemd-logind does not run here")
     found = ctypes.POINTER(ctypes.c_void_p)()
     count = library.sd_get_sessions(ctypes.byref(found))
     if count < 0:
@@ -36,7 +42,8 @@ def _is_persons(library: ctypes.CDLL, session: bytes) -> bool:
 
 
 def _account(library: ctypes.CDLL, session: bytes) -> str:
-    return _text(library.sd_session_get_username, session) or "somebody"
+    uid = ctypes.c_uint32()  # its name is told by systemd 254 and later alone
+    return account_name(uid.value) if library.sd_session_get_uid(session, ctypes.byref(uid)) >= 0 else "somebody"
 
 
 def _text(function: Any, session: bytes) -> str:

@@ -19,6 +19,7 @@ from daemon.errors import ConfigError
 from daemon.holds import Hold, HoldKind
 from daemon.job import to_json
 from daemon.notices import GIVE_UP_SECONDS, Notice, Summary, send_at, summary_from
+from daemon.observability.endpoint import forbidden, is_cut_off
 from daemon.processes import child_environment
 from daemon.store import JobStore
 from daemon.text import escape
@@ -197,14 +198,12 @@ class NoticeSender:
             process.stdout.close()
         self._process = None
         if sent.refused and not sent.any_took:
-            self._failed(
-                summary, f"a notice was not taken by {'; '.join(sent.refused)}; `dropforge notify test` says more"
-            )
+            self._failed(summary, _not_taken(sent))
             return
         self._failures, self._sent_at = 0, time.time()
         self._problem = ""
         if sent.refused:
-            self._problem = f"a notice was not taken by {'; '.join(sent.refused)}; `dropforge notify test` says more"
+            self._problem = _not_taken(sent)
             self._log.error("notice.failed", error=self._problem)
         else:
             self._log.info("notice.sent", events=dict(summary.counts), services=len(urls))
@@ -230,6 +229,12 @@ class NoticeSender:
             NOTICES_KEY,
             {"summary": asdict(sending.merge(self._summary)), "sent_at": self._sent_at, "held": self._told_hold},
         )
+
+
+def _not_taken(sent: Sent) -> str:
+    """The sentence about a notice that services did not take; where this daemon is kept from the net, a test by hand is not."""
+    hint = forbidden("notices.conf") if is_cut_off() else "`dropforge notify test` says more"
+    return f"a notice was not taken by {'; '.join(sent.refused)}; {hint}"
 
 
 def send_now(urls: Sequence[str], notice: Notice) -> Sent:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.root import wait_until
 from tests.system.machine import HOME, Machine, Service, as_toml
-from tests.system.test_service import ROOT, TABLES, behave, service
+from tests.system.test_service import PYTHON, ROOT, TABLES, behave, configure, service
 
 __all__ = ["service"]  # the fixture
 DROPFORGE = f"{HOME}/.venv/bin/dropforge"
@@ -93,6 +93,16 @@ def test_the_administrator_is_told_at_the_reload_what_a_restart_would_meet(servi
     machine.write(f"{ROOT}/dropforge.toml", as_toml(TABLES))
     service.systemctl("reload")
     wait_until(lambda: not (service.status() or {"warnings": 1})["warnings"], what="no warning")
+    # Half of the drop-in: the port can be opened, in a network that nobody else is in.
+    configure(service, "RestrictAddressFamilies=AF_INET")
+    service.systemctl("restart")
+    machine.write(f"{ROOT}/dropforge.toml", as_toml({**TABLES, "metrics": {"port": 9101}}))
+    service.systemctl("reload")
+    wait_until(
+        lambda: "nobody can reach [metrics] port 9101" in str((service.status() or {}).get("warnings")), what="it"
+    )
+    machine.write(f"{ROOT}/dropforge.toml", as_toml(TABLES))
+    configure(service)
 
     # A restart in mid-run is no attempt.
     behave(service, step_seconds=0.02)
@@ -103,6 +113,70 @@ def test_the_administrator_is_told_at_the_reload_what_a_restart_would_meet(servi
     service.wait_for("long.jsonl", "succeeded")
     (ended,) = (event for event in service.log() if event["event"] == "job.succeeded")
     assert (ended["attempt"], ended["start_step"] >= 10) == (1, True)
+
+
+PEOPLE = """
+import http.server
+
+class People(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        with open("/run/notices", "ab") as file:
+            file.write(self.rfile.read(int(self.headers["Content-Length"])) + b"\\n")
+        self.send_response(200)
+        self.end_headers()
+
+http.server.HTTPServer(("127.0.0.1", 8090), People).serve_forever()
+"""
+
+
+def test_a_notice_leaves_the_unit_by_its_drop_in_alone(service: Service) -> None:
+    """Without it the status names it; with it, what could not be sent before arrives as well."""
+    pytest.importorskip("apprise", reason="apprise (extra notify) is not installed")
+    machine = service.machine
+    machine.write("/run/people.py", PEOPLE)
+    notify = {"urls": ["json://127.0.0.1:8090"], "summary_seconds": 0.2}
+    machine.write(f"{ROOT}/dropforge.toml", as_toml({**TABLES, "notify": notify}))
+    environment = [f"--setenv={key}={value}" for key, value in machine.python_environment.items()]
+    machine.run("systemd-run", "--unit=people", *environment, PYTHON, "/run/people.py")
+    try:
+        service.systemctl("start")
+        service.drop("bad.jsonl", 0)
+        wait_until(
+            lambda: "adds the drop-in notices.conf" in str((service.status() or {}).get("warnings")), what="the warning"
+        )
+        machine.shell(
+            f"cp {HOME}/systemd/drop-ins/notices.conf /etc/systemd/system/dropforge.service.d/; systemctl daemon-reload"
+        )
+        service.systemctl("restart")
+        service.drop("worse.jsonl", 0)
+        taken = machine.path("/run/notices")
+        wait_until(
+            lambda: taken.exists() and {"bad.jsonl", "worse.jsonl"} <= set(taken.read_text().replace(":", " ").split()),
+            what="the notices",
+        )
+    finally:
+        machine.shell("systemctl stop people; rm -f /run/notices")
+
+
+def test_jobs_wait_under_the_unit_while_somebody_is_logged_in(service: Service) -> None:
+    """Told by what systemd-logind writes down, which the unit's protections leave open; without it nothing starts."""
+    machine = service.machine
+    machine.write(f"{ROOT}/dropforge.toml", as_toml({**TABLES, "schedule": {"nobody_logged_in": True}}))
+    machine.shell("rm -rf /run/systemd/sessions")
+    service.systemctl("start")
+    service.drop("a.jsonl", 3)
+
+    def waits(words: str) -> None:
+        wait_until(lambda: words in (service.status() or {"reason": ""})["reason"], what=words)
+
+    waits("systemd-logind does not run here")
+    alice = machine.run("id", "-u", "alice").stdout.strip()
+    session = f"UID={alice}\\nUSER=alice\\nACTIVE=1\\nSTATE=active\\nREMOTE=0\\nTYPE=tty\\nCLASS=user\\n"
+    machine.shell(f"mkdir /run/systemd/sessions; printf '{session}' > /run/systemd/sessions/1")
+    waits("alice is logged in")
+    assert service.jobs()["a.jsonl"] == "queued"
+    machine.shell("rm /run/systemd/sessions/1")
+    service.wait_for("a.jsonl", "succeeded")
 
 
 def test_an_interpreter_in_a_closed_home_is_refused_before_anything_is_written(machine: Machine) -> None:
