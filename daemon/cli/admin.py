@@ -13,7 +13,7 @@ import typer
 
 from daemon import config
 from daemon.cli import completion, render
-from daemon.cli.app import MACHINE, WATCH, JsonFlag, app, out, print_json
+from daemon.cli.app import MACHINE, WATCH, JsonFlag, app, existing_store, out, print_json
 from daemon.cli.systemd import install
 from daemon.cli.systemd.units import DropIn
 from daemon.config import Settings
@@ -53,7 +53,8 @@ def logs(
     job: Annotated[
         str,
         typer.Argument(
-            help="Only this job's events: the beginning or end of its id.", autocompletion=completion.any_job
+            help="Only this job's events: the beginning or end of its id; `last` is the newest.",
+            autocompletion=completion.any_job,
         ),
     ] = "",
     *,
@@ -73,17 +74,21 @@ def logs(
     path = log_path(context.obj.settings)
     if not path.exists():
         raise context.obj.not_yet("read", path, "there is no log yet")
+    if job == "last":
+        with existing_store(context) as store:
+            job = store.find(job).id
     selection = log_reader.EventFilter(job=job, level=(Level.WARNING if level is Level.WARN else level).value)
     most = lines if lines is not None else None if job else BACKLOG
     reader = log_reader.LogReader(path)
     colours = sys.stdout.isatty() and not out.no_color
 
     def print_event(raw: bytes, event: dict[str, object]) -> None:
-        shown = event if full else log_reader.brief(event)
-        print(
-            raw.decode("ascii", "backslashreplace") if as_json else log_reader.format_line(shown, colours=colours),
-            flush=follow,
-        )
+        if as_json:
+            text = raw.decode("ascii", "backslashreplace")
+        else:
+            shown, width = event if full else log_reader.brief(event), log_reader.terminal_width(sys.stdout)
+            text = log_reader.format_line(shown, colours=colours, width=width)
+        print(text, flush=follow)
 
     found = log_reader.newest(reader.read(), selection, most)
     is_known = not job

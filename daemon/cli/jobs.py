@@ -112,7 +112,7 @@ def show_job(
         events = store.transitions(found.id)
         eta = None if found.state in FINAL_STATES else _etas(context.obj.settings, store).get(found.id)
     if as_json:
-        print_json({**json.loads(to_json(found)), "events": json.loads(to_json(events))})
+        print_json({**json.loads(to_json(found)), "eta_seconds": eta, "events": json.loads(to_json(events))})
     else:
         running = _running(context.obj.settings)
         is_running = found.state is JobState.RUNNING and running.get("id") == found.id

@@ -125,9 +125,10 @@ def show_status(
         ) from error
     if snapshot is None:
         raise context.obj.not_yet("read", settings.status_path, "no daemon has run on this root yet")
+    is_queued = (snapshot.get("queue") or {}).get(JobState.QUEUED)
+    seconds = queue_seconds(settings) if is_queued else None
     if as_json:
-        print_json(snapshot)
+        print_json({**snapshot, "queue_eta_seconds": seconds})
     else:
-        is_queued = (snapshot.get("queue") or {}).get(JobState.QUEUED)
-        out.print(render.status_view(snapshot, queue_seconds=queue_seconds(settings) if is_queued else None))
+        out.print(render.status_view(snapshot, queue_seconds=seconds))
     raise typer.Exit(0 if snapshot["liveness"] in (Liveness.ALIVE, Liveness.STOPPED) else 1)

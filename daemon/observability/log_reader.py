@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import textwrap
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from daemon.observability.events import CONSOLE_KEYS
 from daemon.text import escape, format_bytes, printable
@@ -20,6 +21,7 @@ from guard.json_text import parse_json
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 VALUE_CHARACTERS = 2000
+CONTINUED = "    "  # before what goes on from the line above
 JOB_ID_END = 4  # characters after the last dash of a job's id
 _COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "1;31", "critical": "1;31"}
 
@@ -70,11 +72,11 @@ def _one_line(text: str) -> str:
     return "; ".join(line.strip() for line in lines if line.strip())
 
 
-def format_line(event: Mapping[str, Any], *, colours: bool, short: bool = False) -> str:
+def format_line(event: Mapping[str, Any], *, colours: bool, short: bool = False, width: int | None = None) -> str:
     """Return `2026-11-23 04:41:07 info  job.started  job=...`: one line, and one for each of a traceback.
 
     With `short`, for who watches: the time of day alone, a level that is not info, and the end of a job's id, which commands
-    take for it.
+    take for it. With `width`, of a terminal, a long line goes on in further ones, which are indented.
     """
     level = str(event.get("level", "info"))
     when = escape(str(event.get("timestamp", "")).replace("T", " ")[:19])
@@ -84,18 +86,43 @@ def format_line(event: Mapping[str, Any], *, colours: bool, short: bool = False)
         if isinstance(event.get("job"), str):
             event = {**event, "job": event["job"][-JOB_ID_END:]}
     name = escape(str(event.get("event", "")), most=VALUE_CHARACTERS)
+    used = len(" ".join(filter(None, (when, mark, name)))) + 2
     if colours:
         when, mark, name = (
             f"\x1b[2m{when}\x1b[0m",
             mark and f"\x1b[{_COLOURS.get(level, '0')}m{mark}\x1b[0m",
             f"\x1b[1m{name}\x1b[0m",
         )
-    text = f"{' '.join(filter(None, (when, mark, name)))}  {_data(event, VALUE_CHARACTERS)}".rstrip()
+    data = _wrapped(_data(event, VALUE_CHARACTERS), used, width)
+    text = f"{' '.join(filter(None, (when, mark, name)))}  {data}".rstrip()
     if isinstance(event.get("exception"), str):
         # Each line is marked as part of this event: an error's own text must not pass for another one.
         for part in event["exception"].splitlines():
             text += f"\n    | {escape(part, most=VALUE_CHARACTERS)}"
     return text
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Return how wide the terminal is that a stream writes to; None where it writes to none, or to one that does not tell."""
+    try:
+        return (os.get_terminal_size(stream.fileno()).columns or None) if stream.isatty() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _wrapped(text: str, used: int, width: int | None) -> str:
+    """Break a text between words, where `used` columns of its first line are taken; a longer word stays whole."""
+    if width is None or used + len(text) <= width:
+        return text
+    lines = textwrap.wrap(
+        text,
+        width=max(width, len(CONTINUED) + 1),
+        initial_indent=" " * used,
+        subsequent_indent=CONTINUED,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines)[used:]
 
 
 def format_data(event: Mapping[str, Any], *, most: int) -> str:

@@ -204,12 +204,16 @@ def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
 
 def _console(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
     """The event as the console shows it; the file has it whole."""
-    return log_reader.format_line(log_reader.brief(finite(event)), colours=_has_colours())
+    return log_reader.format_line(log_reader.brief(finite(event)), colours=_has_colours(), width=_width())
 
 
 def _above_screen(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
     """The event as a person sees it who watches it happen."""
-    return log_reader.format_line(log_reader.brief(finite(event)), colours=_has_colours(), short=True)
+    return log_reader.format_line(log_reader.brief(finite(event)), colours=_has_colours(), short=True, width=_width())
+
+
+def _width() -> int | None:
+    return log_reader.terminal_width(sys.stderr)
 
 
 def _has_colours() -> bool:

@@ -427,6 +427,11 @@ def test_waiting_jobs_tell_why_and_when(make_root: MakeRoot) -> None:
     assert 0 < listed["b.jsonl"]["eta_seconds"] < listed["c.jsonl"]["eta_seconds"]
     assert listed["c.jsonl"]["reason"] == "waits for its turn"
     assert "done in about" in " ".join(ask(root, "jobs").split())
+    assert json.loads(ask(root, "show", "last", "--json"))["eta_seconds"] > 0
+    wait_until(lambda: (root.status() or {})["queue"]["queued"] == 2, what="the status")
+    assert json.loads(ask(root, "status", "--json"))["queue_eta_seconds"] > 0
+    told = [json.loads(line) for line in ask(root, "logs", "last", "--json").splitlines()]
+    assert {event["job"] for event in told} == {listed["c.jsonl"]["id"]}
 
 
 def test_a_stop_waits_for_no_file_that_is_being_read(make_root: MakeRoot) -> None:

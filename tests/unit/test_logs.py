@@ -94,6 +94,20 @@ def test_a_line_for_people_is_one_line_of_visible_characters(name: str, data: di
     assert all(is_visible(character) for character in text)
 
 
+@given(name=TEXT, data=EVENTS, width=st.integers(1, 120), short=st.booleans())
+def test_a_line_too_long_for_a_terminal_goes_on_indented_and_says_the_same(
+    name: str, data: dict[str, Any], width: int, short: bool
+) -> None:
+    event = {"timestamp": "2026-11-23T04:41:07Z", "level": "info", "event": name, **data}
+    whole = log_reader.format_line(event, colours=False, short=short)
+    broken = log_reader.format_line(event, colours=False, short=short, width=width)
+    assert broken.split() == whole.split()
+    following = broken.split("\n")[1:]
+    assert all(line.startswith("    ") for line in following)
+    assert all(len(line) <= width or " " not in line.strip() for line in following)
+    assert log_reader.format_line(event, colours=False, short=short, width=len(whole)) == whole
+
+
 @given(text=TEXT, job=TEXT)
 def test_no_text_passes_for_another_key(text: str, job: str) -> None:
     """What stands outside quotes is written by us: `reason=x job=forged` in a value stays inside its quotes."""
