@@ -204,6 +204,7 @@ class PathSettings(Section):
     inbox: SomePath = Field(Path("inbox"), description="Watched folder.")
     current_model: SomePath = Field(Path("current_model"), description="Model directory.")
     state: SomePath = Field(Path("state"), description="Queue, status, logs, run directories.")
+    evals: SomePath = Field(Path("evals"), description="Evals that every version answers; the administrator's alone.")
 
 
 class StatusSettings(Section):
@@ -274,6 +275,11 @@ class Settings(BaseModel):
     def state_dir(self) -> Path:
         """Queue, status, logs and run directories, absolute."""
         return self.root / self.paths.state
+
+    @property
+    def evals_dir(self) -> Path:
+        """The administrator's evals, absolute."""
+        return self.root / self.paths.evals
 
     @property
     def store_path(self) -> Path:

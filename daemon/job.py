@@ -232,6 +232,7 @@ class RunSpec:
     root: str = ""  # of Dropforge: a base model in it is named by a path that moves along
     gpu: str | None = None  # UUID of the only device that the trainer shall see
     limits: Mapping[str, Any] = field(default_factory=dict)  # see daemon.limits.LimitSettings
+    evals_dir: str = ""  # of the administrator's evals; empty: none are answered
     evaluation: Mapping[str, Any] = field(default_factory=dict)  # see daemon.evaluation.settings.EvaluationSettings
     gate: Mapping[str, Any] = field(default_factory=dict)  # see daemon.evaluation.settings.GateSettings
     root_recipe: Mapping[str, Any] = field(default_factory=dict)  # [data] and [replay] without the sidecar's

@@ -410,6 +410,7 @@ class Scheduler:
             daemon_pid=os.getpid(),
             gpu=self._gpu.device.uuid if self._gpu.device is not None and not several else None,
             limits=self.settings.limits.model_dump(mode="json"),
+            evals_dir=str(self.settings.evals_dir),
             evaluation=self.settings.evaluation.model_dump(mode="json"),
             gate=self.settings.gate.model_dump(mode="json"),
             root_recipe=self.settings.recipe.model_dump(mode="json", include={"data", "replay"}),

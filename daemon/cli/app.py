@@ -38,7 +38,20 @@ out = Console(
 # Commands that write nothing into the root, or drop a file as anybody does; config, guard and memory decide for themselves.
 READERS = frozenset(
     {
-        *("backup", "check", "completion", "config", "demo", "doctor", "guard", "jobs", "logs", "memory", "merge"),
+        *(
+            "backup",
+            "check",
+            "completion",
+            "config",
+            "demo",
+            "doctor",
+            "evals",
+            "guard",
+            "jobs",
+            "logs",
+            "memory",
+            "merge",
+        ),
         *("notify", "plot", "preview", "service", "show", "status", "submit", "versions"),
     }
 )

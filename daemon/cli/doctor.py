@@ -27,6 +27,7 @@ from daemon.base_identity import base_problem, find_base, hub_folder
 from daemon.cli.account import access_to, require_reader
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError
+from daemon.evaluation.evals import read_evals, why_unused
 from daemon.holds import TRAINING_PACKAGES, unusable_trainer
 from daemon.inbox.layout import UNFINISHED_SECONDS, NameKind, name_kind, watched_folders
 from daemon.inbox.other_files import UNFINISHED, explain_other_name, names_unfinished_dataset
@@ -333,6 +334,16 @@ def _places(settings: Settings) -> Iterator[Finding]:
             yield _warn("places", message, hint)
 
 
+def _evals(settings: Settings) -> Iterator[Finding]:
+    found = read_evals(settings.evals_dir)
+    for problem in found.problems:
+        yield _warn("evals", problem, "`dropforge evals` shows what is used")
+    if found.usable:
+        unused = why_unused(settings.evaluation, settings.gate)
+        message = f"{len(found.usable)} evals, {sum(len(one.rows) for one in found.usable)} rows"
+        yield _warn("evals", f"{message}: {unused}", "") if unused else _ok("evals", message)
+
+
 def _clock(settings: Settings) -> Iterator[Finding]:
     if time.time() < EARLIEST_CLOCK:
         yield _fail("clock", f"it is {time.strftime('%Y-%m-%d')} here", "set the clock: `timedatectl set-ntp true`")
@@ -417,6 +428,7 @@ CHECKS: dict[str, Callable[[Any], Iterator[Finding]]] = {
     "ownership": _ownership,
     "model": _model,
     "places": _places,
+    "evals": _evals,
     "clock": _clock,
     "notices": _notices,
     "systemd": _systemd,

@@ -16,11 +16,12 @@ import guard
 from daemon import held_versions, versions
 from daemon.cli import completion
 from daemon.cli.app import MODEL, JsonFlag, app, out, print_json
+from daemon.cli.evals import eval_comparison, flipped_answers
 from daemon.config import Settings
 from daemon.errors import DropforgeError, TryLater
 from daemon.evaluation.matrix import Matrix, MatrixSummary, read_matrix, summarise
 from daemon.evaluation.scores import AdapterScores, read_any_scores
-from daemon.evaluation.statistics import Measured, Rows, judge
+from daemon.evaluation.statistics import Measured, MeasuredEval, judge, judge_evals
 from daemon.evaluation.values import DatasetEvaluation
 from daemon.job import JobState
 from daemon.lineage import read_lineage
@@ -134,15 +135,24 @@ def compare_versions(context: typer.Context, before: AnyVersion, after: AnyVersi
         for first, second in [_both(scores[0].rows(digest), scores[1].rows(digest))]
         if first
     ]
-    if not measured:
+    evals = [
+        MeasuredEval(name=name, rows=len(first), before=first, after=second)
+        for name in scores[0].evals
+        if same and name in scores[1].evals
+        for first, second in [_both(scores[0].answers(name), scores[1].answers(name))]
+        if first
+    ]
+    if not measured and not evals:
         raise DropforgeError(
             operation="compare",
             subject=f"versions {one.name} and {other.name}",
-            cause="no held-out row was scored under both, on the same device and libraries",
+            cause="no held-out row and no eval's row was scored under both, on the same device and libraries",
             hint="`dropforge versions --matrix` shows what was scored",
         )
-    judged = judge(measured, settings.gate)
+    judged = judge(measured, settings.gate, evals=len(evals))
+    judged_evals = judge_evals(evals, settings.gate, datasets=len(measured))
     flips = {found.digest: _flips(found) for found in measured}
+    flipped = {found.name: flipped_answers(found) for found in evals}
     if as_json:
         print_json(
             {
@@ -150,10 +160,14 @@ def compare_versions(context: typer.Context, before: AnyVersion, after: AnyVersi
                 "after": other.name,
                 "confidence": settings.gate.confidence,
                 "datasets": [{**asdict(found), "flips": flips[found.digest]} for found in judged],
+                "evals": [{**asdict(found), "flips": flipped[found.name]} for found in judged_evals],
             }
         )
         return
-    out.print(_comparison(judged, flips))
+    if judged:
+        out.print(_comparison(judged, flips))
+    if judged_evals:
+        out.print(*([""] if judged else []), eval_comparison(judged_evals, flipped, before=one.name, after=other.name))
 
 
 def show_matrix(settings: Settings, *, as_json: bool) -> None:
@@ -182,7 +196,7 @@ def _scores_of(settings: Settings, version: Version) -> AdapterScores:
     return read_any_scores(memory_dir_of(settings.state_dir), adapter)
 
 
-def _both(before: Rows, after: Rows) -> tuple[Rows, Rows]:
+def _both(before: Mapping[str, T], after: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
     keys = [key for key in before if key in after]
     return {key: before[key] for key in keys}, {key: after[key] for key in keys}
 
@@ -220,6 +234,9 @@ def _matrix_table(matrix: Matrix, summary: MatrixSummary | None) -> RenderableTy
     table.add_column("version", no_wrap=True)
     for _, name in shown:
         table.add_column(Text(escape(name, most=16)), justify="right", no_wrap=True)
+    evals = sorted({name for row in matrix.rows for name in row.evals})[:MOST_COLUMNS]
+    for name in evals:
+        table.add_column(Text(f"eval {escape(name, most=16)}"), justify="right", no_wrap=True)
     table.add_column("")
     worst = summary.worst[0] if summary is not None and summary.worst and summary.worst[1] > 0 else None
     for row in matrix.rows:
@@ -231,9 +248,12 @@ def _matrix_table(matrix: Matrix, summary: MatrixSummary | None) -> RenderableTy
             cells.append(Text("" if cell is None else f"{cell.loss:.3f}{' !' if marked else ''}"))
             if marked:
                 cells[-1].stylize("yellow")
+        cells += [Text(f"{row.evals[name]:.0%}" if name in row.evals else "") for name in evals]
         name = f"{row.version} *" if is_current else row.version
         table.add_row(Text(name, style="bold green" if is_current else ""), *cells, "held" if row.held else "")
     notes = ["nats a trained token over held-out rows; an empty cell was not scored"]
+    if evals:
+        notes.append("evals: share of the answered rows that pass")
     if len(matrix.datasets) > len(shown):
         notes.append(f"the latest {len(shown)} of {len(matrix.datasets)} datasets; --json has all")
     return Group(table, "", *(Text(note, style="dim") for note in (*notes, *_summary_lines(matrix, summary))))

@@ -14,7 +14,7 @@ from rich.text import Text
 from daemon.cli.estimates import format_duration
 from daemon.cli.job_table import JobTable, owner_cells
 from daemon.config import Settings
-from daemon.evaluation.statistics import describe
+from daemon.evaluation.statistics import describe, describe_eval
 from daemon.inbox import layout
 from daemon.inbox.report import remarks
 from daemon.job import (
@@ -316,11 +316,14 @@ def replayed(result: RunResult) -> list[str]:
 def evaluated(result: RunResult) -> list[str]:
     """What was kept of earlier datasets: the verdict and its cost, then each dataset; empty when none was known."""
     evaluation = result.evaluation
-    if evaluation is None or not (evaluation.datasets or evaluation.unscored or evaluation.unmeasured):
+    if evaluation is None or not (
+        evaluation.datasets or evaluation.unscored or evaluation.unmeasured or evaluation.evals
+    ):
         return []
     blend = "" if evaluation.alpha is None else f", blended with the parent at {evaluation.alpha:g}"
     total = f"{evaluation.verdict}, {evaluation.action}{blend}; {evaluation.scored_tokens:,} tokens scored in {evaluation.seconds:.1f} s"
     lines = [total, *(f"{escape(one.name)}: {one.verdict}, {describe(one)}" for one in evaluation.datasets)]
+    lines += [f"eval {escape(one.name)}: {one.verdict}, {describe_eval(one)}" for one in evaluation.evals]
     if evaluation.tried and evaluation.alpha is None:
         lines.append("no blend with the parent loses little enough and keeps the gain on the new dataset")
     if evaluation.unscored:

@@ -6,7 +6,9 @@ statistics  the paired bootstrap, and the verdict that follows from it
 budget      which datasets are scored this time, with how many rows
 blend       which mixture of parent and candidate is accepted in place of a candidate that has lost something
 scores      what each adapter scored on each row, beside the memories
+evals       the administrator's evals, read from `evals/`; `checks` judges an answer
+gate        what the daemon does with a verdict
 matrix      versions by datasets: backward transfer, average, the worst cell
 
-Pure but for `scores`; torch-free. The trainer computes the scores (`daemon.trainer.evaluation`).
+Pure but for `scores`, `evals` and `checks`; torch-free. The trainer computes the scores (`daemon.trainer.evaluation`).
 """

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from daemon.evaluation.settings import GateSettings
-from daemon.evaluation.values import GateAction
+from daemon.evaluation.statistics import describe_eval, passes, worst_of
+from daemon.evaluation.values import EvalEvaluation, Evaluation, GateAction
 from daemon.job import RunResult
+from daemon.text import escape
 
 
 def with_action(result: RunResult, gate: GateSettings) -> RunResult:
@@ -16,6 +19,25 @@ def with_action(result: RunResult, gate: GateSettings) -> RunResult:
         return result
     actions = {"hold": GateAction.HELD, "warn": GateAction.WARNED, "off": GateAction.PROMOTED}
     return replace(result, evaluation=replace(evaluation, action=actions[gate.action]))
+
+
+def with_evals(evaluation: Evaluation, evals: Sequence[EvalEvaluation], gate: GateSettings) -> Evaluation:
+    """Return an evaluation of datasets with what came of the evals: they take part in its verdict as a dataset does."""
+    verdict = worst_of([evaluation.verdict, *(one.verdict for one in evals)])
+    return replace(
+        evaluation,
+        verdict=verdict,
+        passes=evaluation.passes and passes(verdict, strict=gate.strict),
+        evals=tuple(evals),
+        reasons=(*evaluation.reasons, *eval_reasons(evals, gate)),
+    )
+
+
+def eval_reasons(evals: Sequence[EvalEvaluation], gate: GateSettings) -> tuple[str, ...]:
+    """A sentence for each eval that keeps a version from passing."""
+    return tuple(
+        f"eval {escape(one.name)} {describe_eval(one)}" for one in evals if not passes(one.verdict, strict=gate.strict)
+    )
 
 
 def held_reason(result: RunResult) -> str:

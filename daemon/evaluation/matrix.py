@@ -8,7 +8,7 @@ lost. What was not scored is empty, never carried over.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -31,6 +31,7 @@ class MatrixRow:
     verdict: str
     held: bool
     cells: Mapping[str, Cell]  # by dataset
+    evals: Mapping[str, float] = field(default_factory=dict)  # by name: share of the answered rows that pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class MatrixSummary:
     backward_transfer: float | None  # None: no earlier dataset was scored both times
     transferred: int  # earlier datasets that it is the mean over
     losses: tuple[KnownLoss, ...]  # of the datasets that were measured
+    evals: Mapping[str, float]  # by name: share of rows that pass
     worst: tuple[str, float] | None  # digest of the earlier dataset that lost most, and how much: above zero is a loss
 
 
@@ -92,6 +94,7 @@ def read_matrix(records: Sequence[Mapping[str, Any]], held: Sequence[str] = ()) 
                 verdict=str(found.get("verdict") or ""),
                 held=record.get("version") in held,
                 cells=_cells(own, record, found),
+                evals=_evals(found),
             )
         )
     for record in records:
@@ -122,6 +125,7 @@ def summarise(matrix: Matrix, version: str | None) -> MatrixSummary | None:
         backward_transfer=-sum(lost.values()) / len(lost) if lost else None,
         transferred=len(lost),
         losses=tuple(KnownLoss(digest=digest, loss=loss, change=lost.get(digest)) for digest, loss in measured.items()),
+        evals=last.evals,
         worst=worst,
     )
 
@@ -144,3 +148,12 @@ def _entries(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     evaluation = record.get("evaluation")
     entries = evaluation.get("datasets") if isinstance(evaluation, Mapping) else None
     return [entry for entry in entries or () if isinstance(entry, Mapping)]
+
+
+def _evals(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    entries = evaluation.get("evals")
+    return {
+        str(entry.get("name")): entry["passed"]
+        for entry in entries or ()
+        if isinstance(entry, Mapping) and isinstance(entry.get("passed"), int | float)
+    }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from daemon.evaluation.statistics import Rows, mean_loss
-from daemon.evaluation.values import RowScore
+from daemon.evaluation.values import EvalAnswer, RowScore
 from daemon.job import from_json, to_json
 from guard.atomic import make_folder_durable, write_atomic
 
@@ -26,10 +26,15 @@ class AdapterScores:
 
     environment: str
     datasets: Mapping[str, Mapping[str, RowScore]] = field(default_factory=dict)  # by dataset, then by row
+    evals: Mapping[str, Mapping[str, EvalAnswer]] = field(default_factory=dict)  # by eval, then by row
 
     def rows(self, dataset: str) -> Rows:
         """The rows of a dataset that it scored."""
         return self.datasets.get(dataset, {})
+
+    def answers(self, name: str) -> Mapping[str, EvalAnswer]:
+        """The rows of an eval that it answered."""
+        return self.evals.get(name, {})
 
 
 def scores_path(memory_dir: Path, adapter: str) -> Path:
@@ -53,11 +58,18 @@ def read_any_scores(memory_dir: Path, adapter: str) -> AdapterScores:
 
 def write_scores(memory_dir: Path, adapter: str, scores: AdapterScores) -> None:
     """Write what an adapter scored, with what it had scored before in the same environment. Raises OSError."""
-    before = read_scores(memory_dir, adapter, scores.environment).datasets
-    datasets = {digest: {**before.get(digest, {}), **scores.rows(digest)} for digest in (*before, *scores.datasets)}
+    before = read_scores(memory_dir, adapter, scores.environment)
+    both = AdapterScores(
+        environment=scores.environment,
+        datasets={
+            digest: {**before.rows(digest), **scores.rows(digest)} for digest in (*before.datasets, *scores.datasets)
+        },
+        # Answers to what an eval no longer asks are not kept: an eval may be changed as often as its author likes.
+        evals={**before.evals, **scores.evals},
+    )
     path = scores_path(memory_dir, adapter)
     make_folder_durable(path.parent, mode=0o700)
-    write_atomic(path, to_json(AdapterScores(environment=scores.environment, datasets=datasets)), mode=0o600)
+    write_atomic(path, to_json(both), mode=0o600)
 
 
 def sweep_scores(memory_dir: Path, adapters: Iterable[str]) -> None:

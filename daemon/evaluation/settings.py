@@ -19,6 +19,20 @@ class EvaluationSettings(Section):
         0.2, ge=0, lt=1, description="Of small runs: the share up to which the latest and the worst dataset are scored."
     )
 
+    evals_seconds: float = Field(
+        120.0,
+        ge=0,
+        le=MOST,
+        description="In which a version answers the evals of the root's `evals/`; 0: it answers none.",
+    )
+    evals_max_new_tokens: int = Field(128, gt=0, le=2**20, description="The longest answer.")
+    evals_check_seconds: float = Field(
+        10.0,
+        gt=0,
+        le=MOST,
+        description="For judging one answer, by a regular expression or a program; beyond: it fails.",
+    )
+
     @model_validator(mode="after")
     def _bounds(self) -> EvaluationSettings:
         if self.budget > self.max_budget:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import repeat
 from operator import truediv
 
 from daemon.evaluation.settings import GateSettings
-from daemon.evaluation.values import Change, DatasetEvaluation, GateVerdict, RowScore
+from daemon.evaluation.values import Change, DatasetEvaluation, EvalAnswer, EvalEvaluation, GateVerdict, RowScore
 
 RESAMPLES = 2000
 SEED = 0
@@ -38,10 +38,55 @@ class Measured:
     best_version: str | None = None
 
 
-def judge(measured: Sequence[Measured], gate: GateSettings) -> tuple[DatasetEvaluation, ...]:
-    """Judge each dataset at a confidence that holds for all of them together."""
-    level = (1 - gate.confidence) / max(1, MEASURES * len(measured))
+@dataclass(frozen=True, kw_only=True)
+class MeasuredEval:
+    """An eval's rows, by their digests, as far as the parent and the candidate have answered them."""
+
+    name: str
+    rows: int
+    before: Mapping[str, EvalAnswer]
+    after: Mapping[str, EvalAnswer]
+
+
+def judge(measured: Sequence[Measured], gate: GateSettings, *, evals: int = 0) -> tuple[DatasetEvaluation, ...]:
+    """Judge each dataset at a confidence that holds for all of them together, and for so many evals beside them."""
+    level = _level(gate, datasets=len(measured), evals=evals)
     return tuple(judge_dataset(one, margin=gate.margin, level=level) for one in measured)
+
+
+def judge_evals(
+    measured: Sequence[MeasuredEval], gate: GateSettings, *, datasets: int = 0
+) -> tuple[EvalEvaluation, ...]:
+    """Judge each eval by the share of rows that pass, at a confidence that holds for datasets and evals together."""
+    level = _level(gate, datasets=datasets, evals=len(measured))
+    return tuple(_judge_eval(one, margin=gate.margin, level=level) for one in measured)
+
+
+def _level(gate: GateSettings, *, datasets: int, evals: int) -> float:
+    return (1 - gate.confidence) / max(1, MEASURES * datasets + evals)
+
+
+def _judge_eval(one: MeasuredEval, *, margin: float, level: float) -> EvalEvaluation:
+    found = EvalEvaluation(
+        name=one.name,
+        rows=one.rows,
+        answered=len(one.after),
+        passed=sum(answer.passed for answer in one.after.values()) / len(one.after) if one.after else None,
+        verdict=GateVerdict.UNMEASURED,
+    )
+    keys = [key for key in one.after if key in one.before]
+    if not keys:
+        return found
+    before, after = ([answers[key].passed for key in keys] for answers in (one.before, one.after))
+    change = bootstrap_ratio([float(old) - float(new) for old, new in zip(before, after, strict=True)], None, level)
+    return replace(
+        found,
+        compared=len(keys),
+        passed_before=sum(before) / len(keys),
+        passed_after=sum(after) / len(keys),
+        change=change,
+        verdict=verdict_of([change], margin) if len(keys) >= LEAST_ROWS else GateVerdict.UNCLEAR,
+    )
 
 
 def judge_dataset(one: Measured, *, margin: float, level: float) -> DatasetEvaluation:
@@ -80,12 +125,15 @@ def verdict_of(changes: Sequence[Change], margin: float) -> GateVerdict:
     return GateVerdict.KEPT if all(change.high <= margin for change in changes) else GateVerdict.UNCLEAR
 
 
-def overall(datasets: Sequence[DatasetEvaluation]) -> GateVerdict:
-    """The verdict over all datasets: that of the worst."""
+def overall(judged: Sequence[DatasetEvaluation | EvalEvaluation]) -> GateVerdict:
+    """The verdict over all of them: that of the worst."""
+    return worst_of([one.verdict for one in judged])
+
+
+def worst_of(verdicts: Sequence[GateVerdict]) -> GateVerdict:
+    """The verdict that decides; UNMEASURED where all are, or there is none."""
     order = (GateVerdict.REGRESSED, GateVerdict.UNCLEAR, GateVerdict.KEPT)
-    return next(
-        (verdict for verdict in order if any(one.verdict is verdict for one in datasets)), GateVerdict.UNMEASURED
-    )
+    return next((verdict for verdict in order if verdict in verdicts), GateVerdict.UNMEASURED)
 
 
 def passes(verdict: GateVerdict, *, strict: bool) -> bool:
@@ -162,3 +210,15 @@ def describe(one: DatasetEvaluation) -> str:
     if one.regressed_since_best and one.since_best is not None and one.best_loss is not None:
         sentence += f"; version {one.best_version} had {one.best_loss:.3g} ({one.since_best.measured:+.3g} since)"
     return sentence
+
+
+def describe_eval(one: EvalEvaluation) -> str:
+    """Say how many rows of an eval pass, in one line."""
+    if one.passed is None:
+        return f"none of {one.rows} rows was answered"
+    answered = f"{one.answered} of {one.rows} rows" if one.answered < one.rows else f"{one.rows} rows"
+    if one.change is None:
+        return f"{one.passed:.0%} of {answered} pass"
+    change = f"{-one.change.measured:+.0%}, {-one.change.high:+.0%} to {-one.change.low:+.0%}"
+    compared = f", {one.compared} compared" if one.compared < one.answered else ""
+    return f"{one.passed_before:.0%} -> {one.passed_after:.0%} pass ({change}), {answered}{compared}"

@@ -62,6 +62,31 @@ class DatasetEvaluation:
     regressed_since_best: bool = False  # the verdict is for what was lost since that one
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalAnswer:
+    """What a version answered to a row of an eval."""
+
+    line: int
+    prompt: str  # as it is shown: its beginning, or the last message's
+    answer: str  # its beginning
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalEvaluation:
+    """An eval under the parent and under the candidate."""
+
+    name: str
+    rows: int  # of the file
+    answered: int  # by the candidate, within evals_seconds
+    passed: float | None  # share of the answered rows; None: none was answered
+    verdict: GateVerdict
+    compared: int = 0  # rows that both have answered
+    passed_before: float | None = None  # share of those
+    passed_after: float | None = None
+    change: Change | None = None  # of that share, for the worse
+
+
 @dataclass(frozen=True, kw_only=True)
 class OwnEvaluation:
     """The run's own held-out rows under what became of it."""
@@ -80,6 +105,8 @@ class Evaluation:
     passes: bool  # whether the verdict lets it be promoted, as `strict` has it
     datasets: tuple[DatasetEvaluation, ...] = ()
     own: OwnEvaluation | None = None
+    evals: tuple[EvalEvaluation, ...] = ()  # the administrator's
+    eval_problems: tuple[str, ...] = ()  # why some are not used, or rows of them not answered
     unscored: tuple[str, ...] = ()  # names of datasets for which there was no budget this time
     unmeasured: tuple[str, ...] = ()  # names of datasets without held-out rows
     alpha: float | None = None  # the candidate is parent + alpha x (what was trained - parent); None: as it was trained

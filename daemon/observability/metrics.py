@@ -182,6 +182,9 @@ def _evaluation_gauges(snapshot: StatusSnapshot) -> list[GaugeMetricFamily]:
     losses = {f"{one['dataset']} {one['digest']}": one["loss"] for one in known["datasets"]}
     text = "Held-out loss of the current version by dataset, nats a token; those that lost most."
     families.append(_labelled("held_out_loss", text, "dataset", losses))
+    if known["evals"]:
+        passed = {one["eval"]: one["passed"] for one in known["evals"]}
+        families.append(_labelled("eval_passed_ratio", "Share of an eval's rows that pass.", "eval", passed))
     if known["backward_transfer"] is not None:
         text = "Loss of earlier datasets when learned minus now, mean; below 0: lost."
         families.append(_gauge("backward_transfer_nats", text, known["backward_transfer"]))

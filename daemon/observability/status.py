@@ -85,6 +85,13 @@ class DatasetLoss(TypedDict):
     change: Annotated[float | None, Meta(description="Since it was learned; above 0: lost. null: not measured then.")]
 
 
+class EvalScore(TypedDict):
+    """How the current version did on an eval of the administrator's."""
+
+    eval: Annotated[str, Meta(description="The file's name without .jsonl, safe to print.")]
+    passed: Annotated[float, Meta(description="Share of the answered rows that pass.")]
+
+
 class ModelEvaluation(TypedDict):
     """What the current version has kept of what its line has learned."""
 
@@ -101,6 +108,7 @@ class ModelEvaluation(TypedDict):
     datasets: Annotated[
         list[DatasetLoss], Meta(description="Those that lost most, worst first.", max_length=EVALUATED_DATASETS)
     ]
+    evals: Annotated[list[EvalScore], Meta(description="Worst first.", max_length=EVALUATED_DATASETS)]
 
 
 class MemoryState(TypedDict):
@@ -441,6 +449,10 @@ def model_evaluation(matrix: Matrix, version: str) -> ModelEvaluation | None:
         "average_loss": summary.average_loss,
         "backward_transfer": summary.backward_transfer,
         "datasets": datasets,
+        "evals": [
+            {"eval": escape(name, most=60), "passed": passed}
+            for name, passed in sorted(summary.evals.items(), key=lambda one: (one[1], one[0]))[:EVALUATED_DATASETS]
+        ],
     }
 
 

@@ -57,7 +57,7 @@ model = AutoModelForCausalLM.from_pretrained({name!r}{f", revision={base.commit!
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
-{_whereabouts(base)}{_kept(result)}{_warnings(result)}"""
+{_whereabouts(base)}{_kept(result)}{_evals(result)}{_warnings(result)}"""
 
 
 def _whereabouts(base: BaseIdentity) -> str:
@@ -89,6 +89,27 @@ def _kept(result: RunResult) -> str:
         + "\n".join(lines)
         + "\n"
     )
+
+
+def _evals(result: RunResult) -> str:
+    """Return what was asked of it as a section, empty where nothing was."""
+    evals = result.evaluation.evals if result.evaluation is not None else ()
+    if not evals:
+        return ""
+    lines = [
+        f"| {escape(one.name)} | {one.rows} | {one.answered} | {_share(one.passed)} | {_share(one.passed_before)} |"
+        f" {_share(one.passed_after)} | {one.verdict} |\n"
+        for one in evals
+    ]
+    return (
+        "\n## Evals\n\nRows whose greedy answer passes; before and after over those that the version that this one continues"
+        " has answered too.\n\n| eval | rows | answered | pass | before | after | verdict |\n|---|---|---|---|---|---|---|\n"
+        + "".join(lines)
+    )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _warnings(result: RunResult) -> str:

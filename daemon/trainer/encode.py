@@ -93,6 +93,26 @@ class Encoder:
                 found.append(self._encoded(row, given, tuple(next(samples) for _ in given.split.samples)))
         return found
 
+    def prompt(self, asked: str | Sequence[Message], tools: Any = None) -> list[int]:
+        """The tokens of a text to go on with, or of a conversation to answer, as a run's rows have them before an answer.
+
+        Raises TemplateError, RunFailure, and TimeoutError when rendering takes longer than render_seconds.
+        """
+        if isinstance(asked, str):
+            # In a trained row a space at the seam is part of the answer's first token.
+            [ids] = self._ids([asked.rstrip(" ")])
+            return list(ids[:-1] if self._adds_eos else ids)
+        self._template = self._template or ChatTemplate(self._tokenizer, self._day)
+        messages = list(asked)
+        marked = self._tokenizer.is_fast and (self._special.found_in(messages) or self._special.found_in(tools))
+        if marked:
+            messages, tools = self._special.mark(messages), self._special.mark(tools)
+        with alarm() as set_alarm:
+            set_alarm(self._data.render_seconds)
+            template = self._template.for_tools(tools)
+            text = template.text(template.adapted(messages), template.adapted_tools(tools), generation_prompt=True)
+        return [id_ for id_, _, _ in self._special.tokens(text)] if marked else list(self._tokens.ids(text))
+
     def _rendered(self, rows: Sequence[Row]) -> list[_Rendered | RefusedRow | None]:
         """Each row's conversation as texts; None for a row of plain text. No row may take longer than render_seconds."""
         found: list[_Rendered | RefusedRow | None] = []

@@ -16,7 +16,7 @@ from daemon.evaluation.budget import MOST_ROWS, ScoreBudget, Standing, choose_ro
 from daemon.evaluation.scores import AdapterScores, best_of_line, read_scores, write_scores
 from daemon.evaluation.settings import EvaluationSettings, GateSettings
 from daemon.evaluation.statistics import Measured, Rows, describe, exact_share, judge, mean_loss, overall, passes
-from daemon.evaluation.values import Evaluation, GateVerdict, OwnEvaluation
+from daemon.evaluation.values import EvalAnswer, Evaluation, GateVerdict, OwnEvaluation
 from daemon.fingerprint import minor_version
 from daemon.job import Plan, RunSpec, claimed_on
 from daemon.memory.store import decode_row, memory_dir_of
@@ -84,10 +84,18 @@ class History:
         """The version of the line that scored best on all of some rows, and how."""
         return best_of_line([(version, scores) for version, _, scores in self.line], dataset, rows)
 
-    def write(self, adapter: str, datasets: Mapping[str, Rows]) -> None:
-        """Keep what an adapter scored. Raises OSError."""
-        if self.memory_dir is not None and any(datasets.values()):
-            write_scores(self.memory_dir, adapter, AdapterScores(environment=self.environment, datasets=datasets))
+    def parent_answered(self, name: str) -> Mapping[str, EvalAnswer]:
+        """The rows of an eval that the parent has answered."""
+        return self.line[0][2].answers(name) if self.line else {}
+
+    def write(
+        self, adapter: str, datasets: Mapping[str, Rows], evals: Mapping[str, Mapping[str, EvalAnswer]] | None = None
+    ) -> None:
+        """Keep what an adapter scored and answered. Raises OSError."""
+        answers = {name: of for name, of in (evals or {}).items() if of}
+        if self.memory_dir is not None and (answers or any(datasets.values())):
+            scores = AdapterScores(environment=self.environment, datasets=datasets, evals=answers)
+            write_scores(self.memory_dir, adapter, scores)
 
 
 def environment_of(precision: str, recipe: Recipe, device: str) -> str:
@@ -117,6 +125,7 @@ class Assessor:
     earlier: Sequence[EarlierDataset]
     plan: Plan
     precision: str
+    evals: int = 0  # that are judged beside the datasets
     tokens_scored: int = 0
     _encoded: dict[str, dict[str, list[Example]]] = field(default_factory=dict)  # by dataset, then by row
 
@@ -196,7 +205,7 @@ class Assessor:
             )
         names = {digest: dataset.memory.meta.name for digest, dataset in by_digest.items()}
         evaluation = replace(
-            verdict_over(measured, gate),
+            verdict_over(measured, gate, evals=self.evals),
             unscored=tuple(name for digest, name in names.items() if digest not in rows),
             unmeasured=tuple(one.memory.meta.name for one in self.earlier if not one.held_out),
         )
@@ -236,7 +245,7 @@ class Assessor:
         set_weights(model, interpolate(self.parent_tensors, tensors, blend.alpha))
         mended = [replace(one, after=blend.scored.datasets[one.digest]) for one in measured]
         evaluation = replace(
-            verdict_over(mended, gate),
+            verdict_over(mended, gate, evals=self.evals),
             unscored=evaluation.unscored,
             unmeasured=evaluation.unmeasured,
             alpha=blend.alpha,
@@ -306,9 +315,9 @@ def abandons_current(spec: RunSpec) -> str:
     return f"its sidecar begins a new adapter on the base model, without what {named} has learned"
 
 
-def verdict_over(measured: Sequence[Measured], gate: GateSettings) -> Evaluation:
-    """Judge all datasets together."""
-    datasets = judge(measured, gate)
+def verdict_over(measured: Sequence[Measured], gate: GateSettings, *, evals: int = 0) -> Evaluation:
+    """Judge all datasets together, and with so many evals."""
+    datasets = judge(measured, gate, evals=evals)
     verdict = overall(datasets)
     blocking = [one for one in datasets if not passes(one.verdict, strict=gate.strict)]
     return Evaluation(

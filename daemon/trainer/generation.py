@@ -30,6 +30,13 @@ def generation_config(
     return {**own, "eos_token_id": list(dict.fromkeys(ends))}
 
 
+def ends_of(base: Path, parent: Path | None, *, eos: int | None, learned: Iterable[int] = ()) -> list[int]:
+    """The tokens that an answer ends with, as `generation_config` names them; empty where nothing is known to end it."""
+    own = _ends(_read(base / GENERATION_CONFIG)) or _ends(_read(base / "config.json"))
+    earlier = end_ids(parent) if parent else []
+    return sorted({*own, *([] if eos is None else [eos]), *earlier, *learned})
+
+
 def write_generation_config(folder: Path, config: dict[str, Any] | None) -> None:
     """Write it where there is one."""
     if config is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from daemon.evaluation.statistics import describe_eval
 from daemon.evaluation.values import Evaluation
 from daemon.job import Plan
 from daemon.recipe import Recipe, TrainingSettings
@@ -90,7 +91,12 @@ def data_warnings(examples: Examples, planned: Plan, capacity: Capacity) -> tupl
 
 def evaluation_warnings(evaluation: Evaluation) -> tuple[str, ...]:
     """Return what the user should know of what earlier datasets have lost."""
-    found = [f"lost of an earlier dataset: {reason}" for reason in evaluation.reasons]
+    of_evals = [f"eval {escape(one.name)} {describe_eval(one)}" for one in evaluation.evals]
+    found = [
+        f"fewer rows pass: {reason}" if reason in of_evals else f"lost of an earlier dataset: {reason}"
+        for reason in evaluation.reasons
+    ]
+    found += [f"not measured: {problem}" for problem in evaluation.eval_problems]
     if evaluation.unscored and not evaluation.datasets:
         found.append("no earlier dataset was scored: that would have cost more than [evaluation] max_budget allows")
     if evaluation.alpha is not None and evaluation.gain_kept is not None:

@@ -32,6 +32,7 @@ from daemon.trainer.card import model_card
 from daemon.trainer.checkpoints import Kept, Start, decide_start, keep_best, seal_checkpoints
 from daemon.trainer.collate import PASS_TOKENS, Collator, Example, Examples, in_order, plan
 from daemon.trainer.errors import Interrupted, RunFailure, report_full_disk
+from daemon.trainer.evals import Finished, ask_evals, evals_of
 from daemon.trainer.evaluation import Assessor, keyed
 from daemon.trainer.generation import generation_config
 from daemon.trainer.loop import RunTrainer, enable_gradient_checkpointing, held_out_loss
@@ -348,16 +349,31 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
     try:
         assessor = assessor_of(run, data, start, loaded)
         assessed = assessor.assess(keyed(by_line(loaded.held_out)), data.examples.train)
+        answered = ask_evals(
+            run.spec,
+            Finished(
+                model=loaded.model,
+                tokenizer=data.tokenizer,
+                capacity=data.capacity,
+                base_path=run.base.path,
+                learned_ends=data.examples.end_ids,
+                parent=start.parent,
+                parent_tensors=loaded.initial,
+            ),
+            history=assessor.history(),
+            tick=lambda: report_asking(run),
+        )
     except Interrupted:  # the last checkpoint is sealed: the next attempt goes on here
         return interrupted_result(run, result, fitted)
-    evaluation, norm = assessed.evaluation, lora_b_norm(model)
-    if data.earlier:
+    evaluation, norm = answered.added_to(assessed.evaluation), lora_b_norm(model)
+    if data.earlier or evaluation.evals or evaluation.eval_problems:
         run.writer.event(
             "run.gate_judged",
             verdict=evaluation.verdict,
             reasons=evaluation.reasons,
             scored=[one.name for one in evaluation.datasets],
             unscored=evaluation.unscored,
+            evals={one.name: one.passed for one in evaluation.evals},
             alpha=evaluation.alpha,
             tried=evaluation.tried,
             scored_tokens=evaluation.scored_tokens,
@@ -388,7 +404,7 @@ def finish(run: Run, data: TrainingData, start: Start, loaded: LoadedModel, fitt
     )
     save_candidate(model, data.tokenizer, candidate, base_name=run.base.portable_name, generation=generation)
     adapter_digest = guard.digest_file(candidate / "adapter_model.safetensors").blake3_hex
-    assessor.history().write(adapter_digest, assessed.scores)
+    assessor.history().write(adapter_digest, assessed.scores, answered.candidate)
     result = replace(
         result,
         candidate=str(candidate),
@@ -417,7 +433,14 @@ def assessor_of(run: Run, data: TrainingData, start: Start, loaded: LoadedModel)
         earlier=data.earlier,
         plan=data.plan,
         precision=start.precision,
+        evals=len(evals_of(run.spec).usable),
     )
+
+
+def report_asking(run: Run) -> None:
+    """Show that the run goes on while evals are answered. Raises Interrupted."""
+    run.stop.check()
+    run.writer.progress(phase="evaluating")
 
 
 def interrupted_result(run: Run, result: RunResult, fitted: Fitted) -> RunResult:
