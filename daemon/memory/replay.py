@@ -2,8 +2,8 @@
 
 The arithmetic: with n trained tokens of new rows and a share s, s / (1 - s) * n trained tokens are rehearsed, divided equally
 among the datasets that the parent has learned. A dataset without enough leaves its part to the others. Of small files each
-dataset has at least min_rows rows, as long as the whole stays within max_share; where that is not enough for all, those that
-were rehearsed longest ago come first. No row comes twice.
+dataset has at least min_rows rows, as long as the whole stays within max_share; where that is not enough for all, each has
+fewer rows alike, and those that were rehearsed longest ago have the one more. No row comes twice.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def draw(pools: Sequence[Sequence[int]], budget: Budget, *, min_rows: int) -> li
     totals = [[0, *accumulate(pool)] for pool in pools]  # tokens of the first n rows
     taken = [0] * len(pools)
     spent = 0
-    for at, total in enumerate(totals):
-        rows = min(min_rows, len(total) - 1)
-        while rows and spent + total[rows] > budget.most:
-            rows -= 1
-        taken[at], spent = rows, spent + total[rows]
+    # A row of each at a time, so that where max_share ends it no dataset has gone without for another.
+    for rows in range(1, min(min_rows, max(map(len, pools), default=0)) + 1):
+        for at, total in enumerate(totals):
+            if taken[at] == rows - 1 and rows < len(total) and spent + total[rows] - total[rows - 1] <= budget.most:
+                taken[at], spent = rows, spent + total[rows] - total[rows - 1]
     level = fair_level([total[-1] for total in totals], budget.wanted)
     for at, total in enumerate(totals):
         while taken[at] < len(total) - 1:

@@ -37,8 +37,18 @@ def test_what_a_small_memory_cannot_give_the_others_give() -> None:
 def test_of_small_files_each_dataset_has_sixteen_rows_as_long_as_a_quarter_is_enough() -> None:
     pools = [[10] * 100] * 2
     assert draw(pools, Budget.of(1000, SETTINGS), min_rows=16) == [16, 16]
-    # A quarter of the whole is a third of the new tokens: 333, which is two datasets and one row.
-    assert draw([[10] * 100] * 5, Budget.of(1000, SETTINGS), min_rows=16) == [16, 16, 1, 0, 0]
+
+
+def test_where_a_quarter_is_not_enough_for_all_each_has_fewer_rows_alike() -> None:
+    """However long the rows of one are: none is starved for being the last."""
+    # A quarter of the whole is a third of the new tokens: 333, which is 33 rows; those rehearsed longest ago have one more.
+    assert draw([[10] * 100] * 5, Budget.of(1000, SETTINGS), min_rows=16) == [7, 7, 7, 6, 6]
+    # Facts, dates, and JSON with long rows: each of the others has no more than one row more.
+    assert draw([[12] * 100, [8] * 100, [45] * 100], Budget.of(1800, SETTINGS), min_rows=16) == [10, 9, 9]
+    assert draw([[10] * 100] * 50, Budget.of(1000, SETTINGS), min_rows=16) == [1] * 33 + [0] * 17
+    # One that has few rows, or one that is too long, leaves the room to the others.
+    assert draw([[10] * 2, [10, 900], [10] * 100], Budget.of(600, SETTINGS), min_rows=16) == [2, 1, 16]
+    assert draw([[10] * 2, [10] * 100, [10] * 100], Budget.of(600, SETTINGS), min_rows=16) == [2, 9, 9]
 
 
 @pytest.mark.parametrize("new_tokens", [0, 1, 7, 100, 10_000, 1_000_000])
