@@ -102,6 +102,7 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
         not_before=0.0,
         finished_at=None,
         result=None,
+        first_run=None,
         hint="",
         cancel_request="",
     )

@@ -37,7 +37,8 @@ class JobState(StrEnum):
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     # FAILED, of a job that does not run: an error of this program's own, twice in a row
     JobState.CLAIMED: frozenset({JobState.QUEUED, JobState.REJECTED, JobState.CANCELLED, JobState.FAILED}),
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED, JobState.FAILED}),
+    # SUCCEEDED: it waited for its second run, and a person made the first one's version current
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED, JobState.FAILED, JobState.SUCCEEDED}),
     JobState.RUNNING: frozenset(
         {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.QUEUED}  # QUEUED: interrupted
     ),
@@ -190,6 +191,7 @@ class Job:
     started_at: str | None = None  # of the latest attempt
     finished_at: str | None = None
     result: RunResult | None = None
+    first_run: FirstRun | None = None  # whose version is held while this one rehearses twice the share
 
     @property
     def is_duplicate(self) -> bool:
@@ -202,6 +204,14 @@ class Job:
         if self.state is JobState.FAILED and self.result is not None:
             return self.result.hint
         return self.hint
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstRun:
+    """A run whose version is held while its job runs once more, as `[gate] retry_share` says."""
+
+    version: str
+    result: RunResult
 
 
 @dataclass(frozen=True, kw_only=True)

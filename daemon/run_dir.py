@@ -90,6 +90,17 @@ def begin_attempt(spec: RunSpec) -> Path:
     return run_dir
 
 
+def discard_earlier(run_dir: Path, attempt: int) -> None:
+    """Remove the result of an earlier attempt where this one was recorded and never begun. Raises OSError."""
+    try:
+        is_earlier = read_spec(run_dir).attempt < attempt
+    except (OSError, ValueError):  # whose result it is cannot be told
+        return
+    if is_earlier:
+        for name in ATTEMPT_NAMES:
+            (run_dir / name).unlink(missing_ok=True)
+
+
 def write_identity(run_dir: Path, identity: ProcessIdentity) -> None:
     """Note which process the trainer is, for the daemon's next life. Raises OSError."""
     write_atomic(run_dir / IDENTITY_NAME, to_json(identity))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 import guard
-from daemon import root_identity, version_pruning, versions
+from daemon import root_identity, second_run, version_pruning, versions
 from daemon.base_identity import find_base
 from daemon.config import Settings
 from daemon.errors import ConfigError, DropforgeError, NotFound, is_no_space
@@ -42,7 +43,18 @@ from daemon.holds import (
 )
 from daemon.in_hand import InHand
 from daemon.inbox.archive import Archive
-from daemon.job import FINAL_STATES, RUN_SPEC_VERSION, FailureKind, Job, JobState, Outcome, Progress, RunResult, RunSpec
+from daemon.job import (
+    FINAL_STATES,
+    RUN_SPEC_VERSION,
+    FailureKind,
+    FirstRun,
+    Job,
+    JobState,
+    Outcome,
+    Progress,
+    RunResult,
+    RunSpec,
+)
 from daemon.memory.forgetting import FORGOTTEN_KEY, forgotten
 from daemon.notifications import Hooks
 from daemon.recipe import Recipe
@@ -55,7 +67,7 @@ from daemon.retry import (
     decide,
     decide_not_launched,
 )
-from daemon.run_dir import RunEvent, RunReader, run_dir_of, sealed_step, step_in
+from daemon.run_dir import RunEvent, RunReader, discard_earlier, run_dir_of, sealed_step, step_in
 from daemon.run_window import RunWindow
 from daemon.setting_names import explain
 from daemon.store import JobStore, TransitionRefused
@@ -139,6 +151,7 @@ class Scheduler:
             self._log.warning("trainer.adopted", job=job.id, attempt=job.attempt)
             self.request_stop(cancelled or StopReason.DAEMON_LOST)
             return
+        discard_earlier(run.run_dir, job.attempt)
         result = run.reader.result()
         interrupted = result is not None and result.outcome is Outcome.INTERRUPTED
         run.stop = cancelled or (StopReason.DAEMON_LOST if interrupted else None)
@@ -195,7 +208,7 @@ class Scheduler:
             return
         contradiction = contradicted(self.settings)
         with self._in_hand.handling("prepared", job=ready.id):
-            if contradiction is None and self._finish_duplicate(ready):
+            if contradiction is None and (self._finish_promoted(ready) or self._finish_duplicate(ready)):
                 return
             hold = contradiction or self._hold_for(ready)
             fault = self._own_fault(ready, hold) if hold is not None else ""
@@ -286,6 +299,16 @@ class Scheduler:
             return False
         except TransitionRefused:  # a command moved it at this moment
             return True
+
+    def _finish_promoted(self, job: Job) -> bool:
+        """End a job that waits for its second run when a person made the first one's version current. Returns whether."""
+        if job.first_run is None or not second_run.was_promoted(self.settings, job):
+            return False
+        version, result = job.first_run.version, job.first_run.result
+        with suppress(TransitionRefused):  # a command moved it at this moment
+            reason = f"{result.steps_run} of {result.steps_planned} steps; a person made version {version} current"
+            self._archive.finish(job, JobState.SUCCEEDED, reason, result=result, version=version)
+        return True
 
     def _hold_for(self, job: Job) -> Hold | None:
         """What has to be waited for before this job is launched; reserves the GPU."""
@@ -500,9 +523,18 @@ class Scheduler:
 
         The training goes on from its last checkpoint where the adapter itself is lost.
         """
-        result = with_action(result, self.settings.gate)
+        result, first = with_action(result, self.settings.gate), run.job.first_run
+        recipe = second_run.recipe_of_second(run.job, result, self.settings.gate)
+        if recipe is not None:
+            result = second_run.held_for_now(result)
         try:
+            if first is not None and second_run.first_stays(self.settings, first, result):
+                second_run.give_up(self.settings, result, first.version)
+                self._take_first(run, first, "a second run with twice the share of earlier rows was no better")
+                return
             version = versions.promote_result(self.settings, run.job, result, self._log)
+            if first is not None:
+                second_run.drop(self.settings, first.version)
         except (DropforgeError, guard.GuardError, OSError) as error:
             self._log.error("version.not_promoted", job=run.job.id, error=str(error))
             is_held = is_no_space(error) or bool(contradicted(self.settings))
@@ -521,6 +553,9 @@ class Scheduler:
             reason = f"the finished adapter could not be promoted: {error}".splitlines()[0]
             self._finish(run, RetryDecision(to=JobState.FAILED, reason=reason, failure=FailureKind.INTERNAL), result)
             return
+        if recipe is not None and version.record.get("held"):
+            self._run_again(run, result, recipe, version.name)
+            return
         version_pruning.apply_policy(self.settings, self._log)
         with suppress(OSError):  # the job's row tells it as well
             root_identity.remember_version(self.settings, version.name)
@@ -529,12 +564,46 @@ class Scheduler:
             decision = replace(decision, reason=held_reason(result))
         else:
             self._log.info("version.promoted", job=run.job.id, version=version.name)
+        if first is not None:
+            decision = replace(decision, reason=second_run.told(result, first.version, decision.reason))
         self._finish(run, decision, result, version=version.name)
 
+    def _run_again(self, run: Run, result: RunResult, recipe: Mapping[str, Any], version: str) -> None:
+        """Put a job back into the queue whose version is held, for one more run with twice the share of earlier rows."""
+        reasons = result.evaluation.reasons if result.evaluation else ()
+        share = recipe["replay"]["share"]
+        self._log.warning("job.second_run", job=run.job.id, version=version, share=share, reasons=reasons)
+        decision = RetryDecision(
+            to=JobState.QUEUED, reason=second_run.reason_of_second(result, recipe, version), recipe=recipe
+        )
+        self._finish(run, decision, result, first_run=FirstRun(version=version, result=result))
+
+    def _take_first(self, run: Run, first: FirstRun, why: str) -> None:
+        """End a job with what its first run made: the second one was no better, or failed."""
+        result = first.result
+        try:
+            result = second_run.take(self.settings, result, first.version)
+        except (DropforgeError, guard.GuardError, OSError) as error:  # it stays held: a person decides
+            self._log.error("version.not_promoted", job=run.job.id, error=str(error))
+        reason = second_run.reason_of_first(result, why)
+        self._archive.finish(run.job, JobState.SUCCEEDED, reason, result=result, version=first.version, failure=None)
+        self._leave(run)
+
     def _finish(
-        self, run: Run, decision: RetryDecision, result: RunResult | None, *, version: str | None = None
+        self,
+        run: Run,
+        decision: RetryDecision,
+        result: RunResult | None,
+        *,
+        version: str | None = None,
+        first_run: FirstRun | None = None,
     ) -> None:
-        """End the job, or put it back into the queue."""
+        """End the job, or put it back into the queue; with `first_run` for the second of its runs."""
+        first = run.job.first_run
+        if decision.to is JobState.FAILED and first is not None and second_run.is_there(self.settings, first.version):
+            why = f"the second run, with twice the share of earlier rows, failed: {decision.reason}"
+            self._take_first(run, first, why)
+            return
         fields: dict[str, Any] = {
             "failure": decision.failure,
             "not_before": decision.not_before,
@@ -543,7 +612,9 @@ class Scheduler:
         }
         if decision.recipe is not None:
             fields["recipe"] = decision.recipe
-        if decision.to is JobState.QUEUED and _is_uncounted(run, decision):
+        if first_run is not None:
+            fields["first_run"] = first_run
+        elif decision.to is JobState.QUEUED and _is_uncounted(run, decision):
             fields["attempt"] = run.job.attempt - 1
         if version:
             fields["version"] = version

@@ -267,7 +267,9 @@ def promote(model_dir: Path, candidate: Path, *, job_id: str, record: Mapping[st
     when the candidate is incomplete, not the one whose `adapter_digest` is in the record, or gone without having become a
     version; DropforgeError.
     """
-    version = None if candidate.is_dir() else _of_job(model_dir, job_id)  # the rename is what makes it a version
+    version = (
+        None if candidate.is_dir() else _of_job(model_dir, job_id, record.get("adapter_digest"))
+    )  # the rename is what makes it a version
     if version is None:
         missing = [name for name in ADAPTER_FILES if not (candidate / name).is_file()]
         if missing:
@@ -467,8 +469,14 @@ def read_version(path: Path) -> Version:
     return Version(name=path.name, path=path, record=record if isinstance(record, dict) else {})
 
 
-def _of_job(model_dir: Path, job_id: str) -> Version | None:
-    mine = [version for version in list_versions(model_dir) if version.record.get("job") == job_id]
+def _of_job(model_dir: Path, job_id: str, adapter_digest: object) -> Version | None:
+    """The version that a job's run became; of a job with two runs, the one with this adapter."""
+    mine = [
+        version
+        for version in list_versions(model_dir)
+        if version.record.get("job") == job_id
+        and (adapter_digest is None or version.record.get("adapter_digest") in (None, adapter_digest))
+    ]
     return mine[-1] if mine else None
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from daemon.cli.estimates import format_duration
 from daemon.cli.job_table import JobTable, owner_cells
 from daemon.config import Settings
+from daemon.evaluation.gate import held_reason
 from daemon.evaluation.statistics import describe, describe_eval
 from daemon.inbox import layout
 from daemon.inbox.report import remarks
@@ -254,6 +255,12 @@ def job(
             f"job {item.continues}, whose file was written to after it had been taken" if item.continues else None,
         ),
         ("version", item.version),
+        (
+            "first run",
+            f"version {item.first_run.version}, {escape(held_reason(item.first_run.result), most=1000)}"
+            if item.first_run
+            else None,
+        ),
         *(("warning", Text(escape(note), style="yellow")) for note in item.notes),
     ]
     if item.dataset:

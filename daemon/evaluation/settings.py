@@ -54,6 +54,9 @@ class GateSettings(Section):
     remedies: tuple[Literal["interpolate"], ...] = Field(
         ("interpolate",), description="Tried before the action: blend the version with its parent."
     )
+    retry_share: bool = Field(
+        False, description="Then train once more with twice the share of earlier rows, and take what came out better."
+    )
     min_gain_kept: float = Field(
         0.8, ge=0, le=1, description="Of the gain on the new dataset, what a blend must have to be taken."
     )

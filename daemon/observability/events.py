@@ -241,6 +241,11 @@ EVENTS: Mapping[str, Event] = {
         "A finished adapter has lost something of earlier datasets, and is not current.",
         "job version reasons",
     ),
+    "job.second_run": _event(
+        "warning",
+        "A version has lost something of earlier datasets: its dataset is trained again with twice the share of them.",
+        "job version share reasons",
+    ),
     "version.not_promoted": _event("error", "A finished adapter could not become a version.", "job error"),
     "version.pruned": _event("info", "Old versions were moved aside, as [versions] says.", "versions size_bytes"),
     "version.purged": _event("info", "Versions that were moved aside long ago were deleted.", "versions size_bytes"),

@@ -14,6 +14,7 @@ BEHAVIOUR.json may hold, by attempt ("1", "2", ...) or "*":
   lie_about_steps     claim success after so many steps fewer than planned
   ignore_terminate    true: do not listen to SIGTERM
   spoil_candidate     true: the adapter that the result names is cut short after all
+  evaluation          {"passes": ..., "lost": nats a token of one earlier dataset}: what the gate says, and rows were rehearsed
   seal_seconds        how long the checkpoint takes that a stop asked for
   seal_after          a file that this checkpoint waits for
 """
@@ -34,8 +35,9 @@ from blake3 import blake3
 
 import guard
 from daemon.dataset.rows import iter_rows
+from daemon.evaluation.values import Change, DatasetEvaluation, Evaluation, GateVerdict
 from daemon.fingerprint import fingerprint_run
-from daemon.job import FailureKind, MemoryMeasure, Outcome, RunResult, RunSpec
+from daemon.job import FailureKind, MemoryMeasure, Outcome, ReplayedDataset, RunResult, RunSpec
 from daemon.recipe import Recipe
 from daemon.run_dir import EVENTS_NAME, RunWriter
 from daemon.trainer.attempt import StopFlag, check_unchanged, run_attempt
@@ -141,6 +143,7 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
             base=origin.base.to_record(),
             parent=parent.name if parent else None,
             parent_digest=parent.digest if parent else None,
+            **evaluated(behaviour.get("evaluation") if parent else None),
         )
         if result.outcome is Outcome.INTERRUPTED:
             return result
@@ -151,6 +154,32 @@ def train(spec: RunSpec, report: RunWriter, stop: StopFlag, behaviour: dict[str,
         if behaviour.get("spoil_candidate"):
             (candidate / WEIGHTS_NAME).write_bytes(b"")
         return RunResult(**{**vars(result), "candidate": str(candidate), "adapter_digest": digest})
+
+
+def evaluated(said: dict[str, Any] | None) -> dict[str, Any]:
+    """The fields of a result that tell of one earlier dataset."""
+    if said is None:
+        return {}
+    change = Change(measured=said["lost"], low=said["lost"], high=said["lost"])
+    verdict = GateVerdict.KEPT if said["passes"] else GateVerdict.REGRESSED
+    one = DatasetEvaluation(
+        name="earlier.jsonl",
+        digest="e" * 64,
+        rows=40,
+        tokens=400,
+        loss_before=1.0,
+        loss_after=1.0 + said["lost"],
+        exact_before=1.0,
+        exact_after=1.0,
+        loss=change,
+        exact=Change(measured=0.0, low=0.0, high=0.0),
+        verdict=verdict,
+    )
+    reasons = () if said["passes"] else (f"earlier.jsonl lost {said['lost']}",)
+    return {
+        "evaluation": Evaluation(verdict=verdict, passes=said["passes"], datasets=(one,), reasons=reasons),
+        "replayed": (ReplayedDataset(name="earlier.jsonl", digest="e" * 64, rows=4, tokens=40),),
+    }
 
 
 def seal(prepared: guard.PreparedRun, step: int, weights: str, fingerprint: guard.Fingerprint) -> None:

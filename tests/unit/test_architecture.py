@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("daemon.dataset", "daemon.executors", "daemon.fingerprint", "daemon.gpu", "daemon.holds", "daemon.memory"),
-        *("daemon.held_versions", "daemon.version_pruning"),
+        *("daemon.held_versions", "daemon.second_run", "daemon.version_pruning"),
         *("daemon.observability", "daemon.store", "daemon.root_identity", "daemon.versions"),
         *("daemon.base_identity", "daemon.left_alone"),
     ),
