@@ -203,7 +203,7 @@ EVENTS: Mapping[str, Event] = {
     "run.gate_judged": _event(
         "info",
         "What was lost of earlier datasets, by their held-out rows, and which blend mends it.",
-        "job verdict reasons scored unscored alpha tried scored_tokens seconds",
+        "job verdict reasons scored unscored evals alpha tried scored_tokens seconds",
     ),
     "run.started": _event(
         "info",
