@@ -210,6 +210,10 @@ class _Planner:
             self._left_out.append(
                 LeftOut(name=str(self._key), reason="the key of the seals is a secret: keep a copy apart")
             )
+        if (evals := self._settings.evals_dir).exists():
+            self._left_out.append(
+                LeftOut(name=str(evals), reason="evals may hold programs that are run: keep a copy apart")
+            )
 
     def _plan_inbox(self) -> None:
         inbox = self._settings.inbox_dir

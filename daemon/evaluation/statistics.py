@@ -214,11 +214,13 @@ def describe(one: DatasetEvaluation) -> str:
 
 def describe_eval(one: EvalEvaluation) -> str:
     """Say how many rows of an eval pass, in one line."""
+    rows = f"{one.rows} row{'' if one.rows == 1 else 's'}"
     if one.passed is None:
-        return f"none of {one.rows} rows was answered"
-    answered = f"{one.answered} of {one.rows} rows" if one.answered < one.rows else f"{one.rows} rows"
+        return f"none of {rows} was answered"
+    answered = f"{one.answered} of {rows}" if one.answered < one.rows else rows
     if one.change is None:
         return f"{one.passed:.0%} of {answered} pass"
-    change = f"{-one.change.measured:+.0%}, {-one.change.high:+.0%} to {-one.change.low:+.0%}"
+    measured, low, high = (0 - change for change in (one.change.measured, one.change.high, one.change.low))
+    change = f"{measured:+.0%}, {low:+.0%} to {high:+.0%}"
     compared = f", {one.compared} compared" if one.compared < one.answered else ""
     return f"{one.passed_before:.0%} -> {one.passed_after:.0%} pass ({change}), {answered}{compared}"

@@ -208,7 +208,7 @@ def test_without_a_parents_answers_it_is_told_and_not_judged() -> None:
     assert describe_eval(first) == "50% of 2 rows pass"
     assert with_evals(Evaluation(verdict=GateVerdict.UNMEASURED, passes=True), [first], GATE).passes
     [none] = judge_evals([measured([True], [], rows=1)], GATE)
-    assert describe_eval(none) == "none of 1 rows was answered"
+    assert describe_eval(none) == "none of 1 row was answered"
 
 
 def test_answers_are_kept_beside_scores_and_in_the_matrix(tmp_path: Path) -> None:
