@@ -324,11 +324,15 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | No
         table = tomllib.loads(written)
     except FileNotFoundError:
         table = {}
+    except NotADirectoryError as error:
+        raise ConfigError(
+            operation="use", subject=root, cause="it is a file", hint="name the folder that holds dropforge.toml"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:  # besides what TOML forbids: too many digits, too deep
         raise ConfigError(
             operation="read",
             subject=path,
-            cause="it is nested too deeply" if isinstance(error, RecursionError) else str(error),
+            cause=_unreadable(error),
             hint="mend the file; `dropforge init` in an empty folder shows a complete example",
         ) from error
     _refuse_unknown_variables()
@@ -345,6 +349,25 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, *, text: bytes | No
             faults=faults(error, Settings, written, variable_of=lambda name: variable_of(variables, name)),
             hint="`dropforge init` in an empty folder shows every key with its default",
         ) from error
+
+
+def _unreadable(error: OSError | ValueError | RecursionError) -> str:
+    """Say why a file is no TOML, in words of the file."""
+    match error:
+        case RecursionError():
+            return "it is nested too deeply"
+        case OSError():
+            return (error.strerror or str(error)).lower()
+        case UnicodeDecodeError():
+            line = error.object.count(b"\n", 0, error.start) + 1
+            return f"line {line} is not UTF-8 text"
+    told = str(error).replace("Cannot overwrite a value", "a key stands there twice")
+    return re.sub(r"Cannot declare \((.*?)\) twice", _table_twice, told)
+
+
+def _table_twice(found: re.Match[str]) -> str:
+    names = re.findall("'([^']*)'", found[1])
+    return f"[{'.'.join(names)}] stands there twice"
 
 
 def _with_base_expanded(tables: Mapping[str, Any], path: Path, written: str) -> Mapping[str, Any]:

@@ -103,9 +103,18 @@ def faults(
             sentences.append(f"{start}{place(name)}: {message}{got}")
         else:
             may_be, _ = found.setdefault(f"{start}{place(name)}", ([], f"(got {_shown(item['input'])})"))
-            may_be.append(said.format(**item.get("ctx", {})))
+            may_be.append(said.format(**_plain_numbers(item.get("ctx", {}))))
+            if item["type"] == "tuple_type" and isinstance(item["input"], str | int | float):
+                may_be[-1] += f": [{_shown(item['input'])}]"
     sentences += [f"{start} is {' or '.join(dict.fromkeys(may_be))} {rest}" for start, (may_be, rest) in found.items()]
     return list(dict.fromkeys(sentences))
+
+
+def _plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Bounds as people write them: 0, not 0.0."""
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in values.items()
+    }
 
 
 def line_of(text: str, name: str) -> int | None:

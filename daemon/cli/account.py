@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from daemon.config import CONFIG_NAME, Settings
+from daemon.config import CONFIG_NAME, Settings, find_root
 from daemon.errors import ConfigError
 from daemon.processes import account_name, group_name
 
@@ -34,7 +35,7 @@ class RootAccess:
     def run_hint(self) -> str:
         """Say how a daemon is started here, by this account or by the one that may."""
         if self.may_control and (self.is_owner or self.account_uid != 0):
-            return "`dropforge run` starts one"
+            return f"`{typed(self.root, 'run')}` starts one"
         return f"{self.owner} starts one: `{self.as_owner} --root {self.root} run`, or its service"
 
     @property
@@ -43,6 +44,11 @@ class RootAccess:
         allowed = [word for word, may in (("read", self.may_read), ("drop files", self.may_drop)) if may]
         may = f"may {' and '.join(allowed)}, and no more" if allowed else "may neither read it nor drop files"
         return f"it belongs to {self.owner}, and {self.account} {may}"
+
+
+def typed(root: Path, command: str) -> str:
+    """Return how a command is typed here: with the root's name where it would not be found without."""
+    return f"dropforge {command}" if root == find_root(None) else f"dropforge --root {shlex.quote(str(root))} {command}"
 
 
 def as_account(uid: int) -> str:

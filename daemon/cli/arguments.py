@@ -7,6 +7,14 @@ from typing import Any
 
 SHARED = ("--root",)  # the application's own that take a value
 FLAGS = ("--json",)  # of single commands
+_PLAIN = {
+    "Value error, ": "",
+    "Input should be ": "it has to be ",
+    "a valid integer, unable to parse string as an integer": "a whole number",
+    "a valid number, unable to parse string as a number": "a number",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
 
 
 def reorder(arguments: Sequence[str], application: Any) -> list[str]:
@@ -31,6 +39,13 @@ def reorder(arguments: Sequence[str], application: Any) -> list[str]:
         else:
             kept.append(argument)
     return [*before, *shared, *rest[:path], *(flags if path else ()), *kept, *(() if path else flags), *arguments[end:]]
+
+
+def in_plain_words(message: str) -> str:
+    """Return the sentence of a parser about a wrong value in words of people: the parser of numbers speaks of inputs."""
+    for theirs, ours in _PLAIN.items():
+        message = message.replace(theirs, ours)
+    return message
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:

@@ -13,7 +13,7 @@ import typer
 import guard
 from daemon import config
 from daemon.cli.app import RootContext, app, complain, out
-from daemon.cli.arguments import reorder
+from daemon.cli.arguments import in_plain_words, reorder
 from daemon.errors import DropforgeError
 
 # Each adds its commands to the application, in the order in which help shows them.
@@ -57,6 +57,8 @@ def main() -> NoReturn:
     except Exception as error:  # click's usage errors, which know how to show themselves
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):
             raise
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = in_plain_words(message)  # type: ignore[attr-defined]  # its class is not the library's interface
         error.show()
         code = int(error.exit_code)
     sys.exit(code)

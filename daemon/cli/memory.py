@@ -101,7 +101,10 @@ def _table(facts: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("dataset", "digest", "trained", "kept", "held out", "size", "learned by", ""):
         table.add_column(
-            name, overflow="fold", justify="right" if name in ("trained", "kept", "held out", "size") else "left"
+            name,
+            overflow="fold",
+            no_wrap=name in ("digest", "size", "learned by"),
+            justify="right" if name in ("trained", "kept", "held out", "size") else "left",
         )
     for found in facts:
         learned = found["versions"]
@@ -113,7 +116,7 @@ def _table(facts: list[dict[str, Any]]) -> Table:
             f"{found['kept_rows']:,}",
             f"{found['held_out_rows']:,}",
             format_bytes(found["kept_bytes"]),
-            f"{learned[0]} to {learned[-1]}" if len(learned) > 1 else "".join(learned) or "no version",
+            f"{learned[0]}-{learned[-1]}" if len(learned) > 1 else "".join(learned) or "no version",
             state,
         )
     return table

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from daemon import config, root_identity
 from daemon.cli import render
-from daemon.cli.account import require_own_account
+from daemon.cli.account import require_own_account, typed
 from daemon.cli.app import BEGIN, WATCH, JsonFlag, RootContext, app, out, print_json
 from daemon.cli.jobs import queue_seconds
 from daemon.errors import ConfigError, DropforgeError
@@ -40,7 +40,8 @@ def init_root(
         out.print(
             f"next: set model_name_or_path under [model] in {root_context.root / config.CONFIG_NAME}", markup=False
         )
-    out.print(f"then: dropforge run, and drop .jsonl files into {settings.inbox_dir}", markup=False)
+    run_command = typed(root_context.root, "run")
+    out.print(f"then: {run_command}, and drop .jsonl files into {settings.inbox_dir}", markup=False)
 
 
 @app.command(rich_help_panel=BEGIN)

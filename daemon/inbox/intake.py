@@ -208,7 +208,11 @@ class Intake:
             *([self._unusable] if self._unusable else []),
             *self._archive.warnings(),
             *self._piece_warnings(now),
-            *([f"the inbox is polled: {self._watcher.polling_reason}"] if self._watcher.polling else []),
+            *(
+                [f"the inbox is polled: {why}"]
+                if self._watcher.polling and (why := self._watcher.polling_reason)
+                else []
+            ),
         ]
         return IntakeView(
             watch_mode=self._watcher.mode,

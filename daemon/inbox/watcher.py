@@ -102,13 +102,15 @@ class FolderWatcher:
         self._inotify: InotifyFD | None = None
         self._missed = 0
         self._retry_at = 0.0
-        self.polling_reason = "not watching yet"
+        self.polling_reason = ""  # none while it does not watch
         self.overflows = 0
 
     @property
     def mode(self) -> str:
-        """`inotify`, or `polling (why)`."""
-        return "inotify" if self._inotify is not None else f"polling ({self.polling_reason})"
+        """`inotify`, or `polling (why)`; empty while it does not watch."""
+        if self._inotify is not None:
+            return "inotify"
+        return f"polling ({self.polling_reason})" if self.polling_reason else ""
 
     @property
     def polling(self) -> bool:
@@ -151,6 +153,7 @@ class FolderWatcher:
     def stop(self) -> None:
         """End watching and remove the canaries."""
         self._close()
+        self.polling_reason = ""
         for folder in self._folders.values():
             with suppress(OSError):
                 (folder / CANARY).unlink()

@@ -11,7 +11,7 @@ from daemon.job import JobState
 from tests.support.root import Root, dropforge, wait_until
 
 MakeRoot = Callable[..., Root]
-MENTION = re.compile(r"`dropforge ([^`]*)`")
+MENTION = re.compile(r"`dropforge (?:--root \S+ )?([^`]*)`")
 
 
 def hint_of(said: str, begins: str) -> list[str]:

@@ -117,7 +117,7 @@ def test_memory_lists_what_is_kept_and_says_what_is_not(make_root: MakeRoot, tin
     assert (b["trained_rows"], b["held_out_rows"]) == (20, 0)
     shown = root.run("memory").stdout
     assert "a.jsonl" in shown
-    assert "0001 to 0002" in shown
+    assert "0001-0002" in shown
     assert root.run("rollback", "1").returncode == 0
     assert [one["rehearsed"] for one in json.loads(root.run("memory", "--json").stdout)["datasets"]] == [True, False]
 

@@ -138,6 +138,9 @@ def test_a_clean_restart_is_no_attempt_of_the_job(make_root: MakeRoot) -> None:
     job = root.job("a.jsonl")
     assert job is not None
     assert (job.state, job.attempt) == (JobState.QUEUED, 0)
+    last = read_status(root.settings.status_path)
+    assert last is not None
+    assert (last["watch_mode"], last["warnings"]) == ("", [])  # that it watches no more is no fault
     root.behave({})
     root.start()
     done = root.finished("a.jsonl")
