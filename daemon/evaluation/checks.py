@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -92,20 +92,10 @@ def passes_command(
     """
     facts = {"eval": name, "line": row.line, "prompt": row.prompt, "answer": answer, "expected": row.expected}
     until = time.monotonic() + seconds
-    with tempfile.TemporaryFile() as given:  # a program may end without reading it, and a pipe would fill
-        given.write(json.dumps(facts).encode("ascii"))
-        given.seek(0)
-        try:
-            process = subprocess.Popen(
-                row.command,
-                stdin=given,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as error:
-            raise NotRun(f"{row.command[0]} cannot be run: {error}") from error
+    try:
+        process = _start(row.command, json.dumps(facts).encode("ascii"), folder)
+    except (OSError, ValueError) as error:
+        raise NotRun(f"{row.command[0]} cannot be run: {error}") from error
     try:
         while time.monotonic() < until:
             check_stop()
@@ -116,3 +106,18 @@ def passes_command(
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _start(command: Sequence[str], given: bytes, folder: Path) -> subprocess.Popen[bytes]:
+    """Start a program with `given` on its stdin. Raises OSError, ValueError."""
+    with tempfile.TemporaryFile() as stdin:  # a program may end without reading it, and a pipe would fill
+        stdin.write(given)
+        stdin.seek(0)
+        return subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            start_new_session=True,
+        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pwd
 import re
 import stat
 import sys
@@ -19,11 +20,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from hashlib import blake2b
+from functools import lru_cache
+from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
 from daemon.evaluation.settings import EvaluationSettings, GateSettings
+from daemon.processes import account_name
 from daemon.text import escape, format_bytes
 from guard.json_text import parse_json
 
@@ -87,7 +90,8 @@ class Evals:
 def read_evals(folder: Path) -> Evals:
     """Read all evals of a folder, by name; none where there is no such folder."""
     try:
-        if fault := _others_may_write(folder.stat()):
+        account = folder.parent.stat().st_uid  # whose root it is, whoever asks
+        if fault := _others_may_write(folder.stat(), account):
             return Evals(folder=folder, problems=(f"{folder}: {fault}, so no eval is used",))
         names = sorted(
             path.name for path in folder.iterdir() if path.name.endswith(SUFFIX) and not path.name.startswith(".")
@@ -100,7 +104,7 @@ def read_evals(folder: Path) -> Evals:
     problems: list[str] = []
     for name in names[:MOST_EVALS]:
         try:
-            usable.append(Eval(name=name.removesuffix(SUFFIX), rows=_read_rows(folder / name)))
+            usable.append(Eval(name=name.removesuffix(SUFFIX), rows=_read_rows(folder / name, account)))
         except EvalError as error:
             problems.append(f"evals/{escape(name)}{f' line {error.line}' if error.line else ''}: {error}")
     if len(names) > MOST_EVALS:
@@ -123,10 +127,10 @@ class EvalError(Exception):
         self.line = line
 
 
-def _read_rows(path: Path) -> tuple[EvalRow, ...]:
+def _read_rows(path: Path, account: int) -> tuple[EvalRow, ...]:
     rows: list[EvalRow] = []
     lines_of: dict[str, int] = {}
-    for number, text in enumerate(_read(path).split(b"\n"), start=1):
+    for number, text in enumerate(_read(path, account).split(b"\n"), start=1):
         if not text.strip():
             continue
         if len(rows) >= MOST_ROWS:
@@ -140,7 +144,7 @@ def _read_rows(path: Path) -> tuple[EvalRow, ...]:
     return tuple(rows)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, account: int) -> bytes:
     try:
         # Neither a pipe nor a device is waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -148,7 +152,7 @@ def _read(path: Path) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise EvalError("it is no file")
-            if fault := _others_may_write(status):
+            if fault := _others_may_write(status, account):
                 raise EvalError(fault)
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
@@ -158,11 +162,17 @@ def _read(path: Path) -> bytes:
     return content
 
 
-def _others_may_write(status: os.stat_result) -> str:
-    """Say that others may change what is run here and what the gate judges by; empty where they may not."""
-    if status.st_uid not in (0, os.geteuid()):
-        return f"it belongs to user {status.st_uid}: give it to the daemon's account or to root"
-    by_group = status.st_mode & stat.S_IWGRP and status.st_gid not in (0, os.getegid())
+def _others_may_write(status: os.stat_result, account: int) -> str:
+    """Say that others may change what is run here and what the gate judges by; empty where they may not.
+
+    `account` is the daemon's; its files may be open to the group that it has for itself.
+    """
+    if status.st_uid not in (0, account):
+        return f"it belongs to {account_name(status.st_uid)}: give it to {account_name(account)} or to root"
+    own_groups = {0}
+    with suppress(KeyError):
+        own_groups.add(pwd.getpwuid(account).pw_gid)
+    by_group = status.st_mode & stat.S_IWGRP and status.st_gid not in own_groups
     if status.st_mode & stat.S_IWOTH or by_group:
         return "other accounts may write to it: `chmod go-w` takes that away"
     return ""
@@ -194,7 +204,8 @@ def parse_row(text: bytes, line: int, folder: Path) -> EvalRow:
     for argument in command:
         with suppress(OSError, ValueError):
             if (file := folder / argument).is_file() and file.resolve().is_relative_to(folder.resolve()):
-                digest.update(file.read_bytes())
+                status = file.stat()
+                digest.update(_digest_of(file, status.st_mtime_ns, status.st_size))
     return EvalRow(
         line=line,
         prompt=prompt,
@@ -205,6 +216,12 @@ def parse_row(text: bytes, line: int, folder: Path) -> EvalRow:
         command=command,
         digest=digest.hexdigest(),
     )
+
+
+@lru_cache(maxsize=64)
+def _digest_of(file: Path, mtime_ns: int, size: int) -> bytes:
+    with file.open("rb") as content:
+        return file_digest(content, "blake2b").digest()
 
 
 def _prompt(row: Mapping[str, Any]) -> str | list[dict[str, Any]]:

@@ -17,6 +17,14 @@ PASS_TOKENS = 16384  # of one pass, answers included
 MOST_PROMPTS = 32  # of one pass
 
 
+# What a model's own code may raise that computes losses, and cannot write.
+GENERATION_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+class GenerationError(Exception):
+    """The model cannot write answers; the message says why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Writer:
     """Writes answers under the adapter that the model has at the time."""
@@ -48,6 +56,8 @@ class Writer:
         ids = [[self.pad_token_id] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
         attended = [[0] * pad + [1] * (width - pad) for pad in pads]
         network: Any = self.model.get_base_model()
+        if not callable(getattr(network, "generate", None)):
+            raise GenerationError(f"{type(network).__name__} writes no answers")
         own = network.generation_config
         # The model's own may sample, or penalise what was written.
         network.generation_config = self._config()
@@ -59,6 +69,10 @@ class Writer:
                     generation_config=self._config(),
                     stopping_criteria=StoppingCriteriaList([_Until(until, self.tick)]),
                 )
+        except torch.OutOfMemoryError:
+            raise
+        except GENERATION_ERRORS as error:
+            raise GenerationError(f"{type(error).__name__}: {error}") from error
         finally:
             network.generation_config = own
         return [self.finished(row) for row in written[:, width:].tolist()]

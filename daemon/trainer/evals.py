@@ -23,7 +23,7 @@ from daemon.job import RunSpec, claimed_on
 from daemon.recipe import DataSettings
 from daemon.text import escape
 from daemon.trainer import distributed
-from daemon.trainer.answers import Writer, divide
+from daemon.trainer.answers import GenerationError, Writer, divide
 from daemon.trainer.capacity import Capacity, padding_token
 from daemon.trainer.chat_template import TemplateError
 from daemon.trainer.encode import Encoder, alarm
@@ -110,12 +110,15 @@ def ask_evals(spec: RunSpec, run: Finished, *, history: History, tick: Callable[
         tick=tick,
     )
     parent_path, eos = run.parent.path if run.parent else None, run.tokenizer.eos_token_id
-    answered = examiner.examine(
-        ends=ends_of(run.base_path, parent_path, eos=eos, learned=run.learned_ends),
-        parent=run.parent_tensors if run.parent else None,
-        parent_ends=ends_of(run.base_path, parent_path, eos=eos),
-        known=history.parent_answered,
-    )
+    try:
+        answered = examiner.examine(
+            ends=ends_of(run.base_path, parent_path, eos=eos, learned=run.learned_ends),
+            parent=run.parent_tensors if run.parent else None,
+            parent_ends=ends_of(run.base_path, parent_path, eos=eos),
+            known=history.parent_answered,
+        )
+    except GenerationError as error:  # the run itself is whole
+        return Answered(problems=(*evals.problems, f"no eval was answered: {escape(str(error), most=400)}"))
     if run.parent and answered.parent:
         history.write(run.parent.digest, {}, answered.parent)
     return replace(answered, gate=gate)

@@ -17,7 +17,7 @@ from daemon.evaluation.scores import read_any_scores
 from daemon.evaluation.values import EvalEvaluation, GateAction, GateVerdict
 from daemon.job import Outcome, RunResult, RunSpec
 from daemon.memory.store import memory_dir_of
-from daemon.trainer.answers import Writer, divide
+from daemon.trainer.answers import GenerationError, Writer, divide
 from tests.integration.test_gate import COLOURS, finished, rows, specified
 from tests.support.inprocess import Wish, events, train
 
@@ -116,6 +116,19 @@ def test_an_answer_ends_before_the_token_that_ends_it_or_at_its_longest() -> Non
     assert [writer.finished(ids) for ids in ([1, 9, 7], [7], [1, 2, 3], [1, 2])] == [[1], [], [1, 2, 3], None]
     assert divide([5, 100_000, 3, 4], 8) == [[2, 3, 0], [1]]
     assert [len(places) for places in divide([1] * 40, 8)] == [32, 8]
+
+
+def test_a_model_that_cannot_write_is_told_of() -> None:
+    """Its losses can be computed all the same, and its run is whole."""
+
+    class Bare:
+        def get_base_model(self) -> object:
+            return object()
+
+    model: Any = Bare()
+    writer = Writer(model=model, ends=(), pad_token_id=0, max_new_tokens=3, tick=lambda: None)
+    with pytest.raises(GenerationError, match="writes no answers"):
+        writer.write([[1]], float("inf"))
 
 
 def test_no_time_and_a_stop_are_told_and_nothing_is_lost(
