@@ -18,9 +18,8 @@ from tests.support.root import Root
 # A shell that starts tests in the background has them ignore SIGINT, and every process that they start as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# As many tests at once as there are cores: with as many threads each, torch's wait for each other, six times as long.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# On a machine that does other things as well, other tests among them, torch's threads wait for each other: six times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # A job's life is a hundred fsyncs, of milliseconds each on a disk; what has to survive a cut of the power has disks of its own.

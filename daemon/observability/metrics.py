@@ -43,6 +43,10 @@ class Metrics:
         )
         self._steps = counter("steps_trained", "Optimizer steps of attempts that ended.")
         self._tokens = counter("tokens_trained", "Tokens of attempts that ended, padding not counted.")
+        self._replayed = counter(
+            "replayed_tokens",
+            "Tokens with a loss of earlier datasets' rows in runs that succeeded, those of one epoch.",
+        )
         self._scanned = counter("dataset_bytes_checked", "Bytes of datasets that were read and found good.")
         self._promoted = counter("versions_promoted", "Adapters that became the current version.")
         self._holds = counter("queue_holds", "Times that the queue had to wait.", "kind")
@@ -62,6 +66,8 @@ class Metrics:
             if data.get("was") == JobState.RUNNING:  # else the numbers are those of an attempt that was counted
                 self._steps.inc(max(0, _number(data.get("steps_run")) - _number(data.get("start_step"))))
                 self._tokens.inc(max(0, _number(data.get("tokens_trained"))))
+                if name == "job.succeeded":
+                    self._replayed.inc(sum(max(0, _number(one.get("tokens"))) for one in data.get("replayed") or ()))
         elif name == "dataset.checked":
             self._scanned.inc(_number(data.get("size_bytes")))
         elif name == "version.promoted":

@@ -62,10 +62,23 @@ def finished(spec: RunSpec) -> RunResult:
 
 
 @pytest.fixture(scope="module")
-def held(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunSpec, RunResult]:
-    """A root whose second dataset answers the first one's questions otherwise: its version is held."""
-    folder = tmp_path_factory.mktemp("held")
+def learned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root that has learned one dataset, `a`, to be copied."""
+    folder = tmp_path_factory.mktemp("learned")
     finished(specified(folder, "a", tiny_base, rows(COLOURS[:1], 0)))
+    return folder
+
+
+def copied(learned: Path, folder: Path) -> Path:
+    for name in ("model", "state"):
+        shutil.copytree(learned / name, folder / name, symlinks=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held(tiny_base: Path, learned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunSpec, RunResult]:
+    """A root whose second dataset answers the first one's questions otherwise: its version is held."""
+    folder = copied(learned, tmp_path_factory.mktemp("held"))
     spec = specified(folder, "b", tiny_base, rows(COLOURS[1:2], 500), remedies=[])
     return folder, spec, finished(spec)
 
@@ -105,8 +118,8 @@ def test_the_parents_scores_are_those_of_its_own_run(held: tuple[Path, RunSpec, 
     assert one.loss_before == pytest.approx(own["loss"])
 
 
-def test_a_version_that_loses_nothing_passes(tiny_base: Path, tmp_path: Path) -> None:
-    finished(specified(tmp_path, "a", tiny_base, rows(COLOURS[:1], 0)))
+def test_a_version_that_loses_nothing_passes(tiny_base: Path, learned: Path, tmp_path: Path) -> None:
+    copied(learned, tmp_path)
     more = specified(tmp_path, "more", tiny_base, rows(COLOURS[:1], 500))
     assert train(more, StopAfterLoading()).outcome is Outcome.INTERRUPTED
     result = finished(more)
@@ -120,8 +133,8 @@ def test_a_version_that_loses_nothing_passes(tiny_base: Path, tmp_path: Path) ->
     assert memory is not None
 
 
-def test_nothing_is_scored_where_the_administrator_says_so(tiny_base: Path, tmp_path: Path) -> None:
-    finished(specified(tmp_path, "a", tiny_base, rows(COLOURS[:1], 0)))
+def test_nothing_is_scored_where_the_administrator_says_so(tiny_base: Path, learned: Path, tmp_path: Path) -> None:
+    copied(learned, tmp_path)
     result = finished(specified(tmp_path, "b", tiny_base, rows(COLOURS[1:2], 500), action="off"))
     assert result.evaluation is not None
     assert result.evaluation.verdict is GateVerdict.UNMEASURED

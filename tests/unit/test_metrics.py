@@ -61,7 +61,11 @@ def test_the_endpoint_tells_the_snapshot_and_the_log_s_events() -> None:
     metrics = Metrics()
     metrics.observe(SNAPSHOT, overflows=2, waited_seconds=12.0)
     metrics.observe(SNAPSHOT, overflows=2, waited_seconds=12.0)
-    metrics.count("job.succeeded", {"was": "running", "steps_run": 90, "start_step": 40, "tokens_trained": 1000})
+    replayed = [{"name": "a.jsonl", "tokens": 30}, {"name": "b.jsonl", "tokens": 12}]
+    metrics.count(
+        "job.succeeded",
+        {"was": "running", "steps_run": 90, "start_step": 40, "tokens_trained": 1000, "replayed": replayed},
+    )
     # A person cancelled it after an attempt that was counted when it ended.
     metrics.count("job.cancelled", {"was": "queued", "steps_run": 7, "start_step": 0, "tokens_trained": 70})
     metrics.count("job.failed", {"failure": "diverged"})
@@ -71,6 +75,7 @@ def test_the_endpoint_tells_the_snapshot_and_the_log_s_events() -> None:
     found = told(metrics)
     expected = {
         "dropforge_jobs{state=queued}": 3,
+        "dropforge_replayed_tokens_total": 42,
         "dropforge_status{status=training}": 1,
         "dropforge_status{status=idle}": 0,
         "dropforge_job_step": 5,
