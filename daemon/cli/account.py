@@ -119,10 +119,20 @@ def require_own_account(settings: Settings) -> None:
             cause=f"it belongs to {access.owner}, and what root makes there would keep its daemon out",
             hint=f"`{access.as_owner} ...`; or `chown -R root {settings.root}` if it shall be root's",
         )
+    _require_control(access, "change")
+
+
+def require_whole_view(settings: Settings, operation: str) -> None:
+    """Raise ConfigError for an account that cannot read all of a root; root can. Raises OSError."""
+    if settings.root.exists():
+        _require_control(access_to(settings), operation)
+
+
+def _require_control(access: RootAccess, operation: str) -> None:
     if not access.may_control:
         raise ConfigError(
-            operation="change",
-            subject=settings.root,
+            operation=operation,
+            subject=access.root,
             cause=access.sentence,
-            hint=f"who may become {access.owner} types `{access.as_owner} --root {settings.root} ...`",
+            hint=f"who may become {access.owner} types `{access.as_owner} --root {access.root} ...`",
         )

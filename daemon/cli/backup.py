@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from daemon.cli.account import require_whole_view
 from daemon.cli.app import MACHINE, JsonFlag, app, out, print_json
 from daemon.config import find_root
 from daemon.text import escape, format_bytes
@@ -40,6 +41,7 @@ def backup_root(
     from daemon.backup.create import back_up
     from daemon.backup.plan import Options
 
+    require_whole_view(context.obj.settings, "back up")
     done = back_up(context.obj.settings, target, options=Options(checkpoints=checkpoints, base=base))
     if as_json:
         print_json(_as_dict(done))

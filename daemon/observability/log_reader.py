@@ -94,7 +94,8 @@ def format_line(event: Mapping[str, Any], *, colours: bool, short: bool = False,
             f"\x1b[1m{name}\x1b[0m",
         )
     data = _wrapped(_data(event, VALUE_CHARACTERS), used, width)
-    text = f"{' '.join(filter(None, (when, mark, name)))}  {data}".rstrip()
+    between = "" if data.startswith("\n") else "  "
+    text = f"{' '.join(filter(None, (when, mark, name)))}{between}{data}".rstrip()
     if isinstance(event.get("exception"), str):
         # Each line is marked as part of this event: an error's own text must not pass for another one.
         for part in event["exception"].splitlines():
@@ -114,15 +115,15 @@ def _wrapped(text: str, used: int, width: int | None) -> str:
     """Break a text between words, where `used` columns of its first line are taken; a longer word stays whole."""
     if width is None or used + len(text) <= width:
         return text
+    taken = "x" * (used - 1)  # a word, so that what does not fit behind it goes on below
     lines = textwrap.wrap(
-        text,
+        f"{taken} {text}",
         width=max(width, len(CONTINUED) + 1),
-        initial_indent=" " * used,
         subsequent_indent=CONTINUED,
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return "\n".join(lines)[used:]
+    return "\n".join([lines[0][used:], *lines[1:]])
 
 
 def format_data(event: Mapping[str, Any], *, most: int) -> str:

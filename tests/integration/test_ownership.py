@@ -104,8 +104,8 @@ def test_a_run_directory_that_root_left_holds_its_job(service_root: Root, make_r
 
 DROPPER = 4002
 REFUSED = ("run", "run --once", "pause", "resume", "cancel last", "retry last", "move last --first", "rollback 1", "adopt",
-           "memory forget a.jsonl", "guard clear current_model")  # fmt: skip
-ALLOWED = ("status", "jobs", "show last", "versions", "logs", "memory", "config check", "check {bad}",
+           "memory forget a.jsonl", "guard clear current_model", "backup forge.tar")  # fmt: skip
+ALLOWED = ("status", "jobs", "show last", "versions", "logs", "logs last", "memory", "config check", "check {bad}",
            "submit {file} --no-check")  # fmt: skip
 
 
