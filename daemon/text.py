@@ -68,3 +68,14 @@ LIMITS_HINT = "ask for less, or have its administrator raise the limit in dropfo
 def beyond_limit(wish: str, name: str, limit: float) -> str:
     """Say what was asked for, what the administrator allows, and where: one sentence for every limit."""
     return f"{wish}, but [limits] {name} = {limit:.12g} allows no more"
+
+
+def plain_characters(error: UnicodeError) -> tuple[str, int]:
+    """Replace what a terminal cannot show: an arrow by two characters, all else by its escape. For codecs.register_error.
+
+    Raises `error` when it is about something else than writing.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    wrong = error.object[error.start : error.end]
+    return "".join("->" if char == "→" else ascii(char)[1:-1] for char in wrong), error.end

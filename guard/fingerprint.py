@@ -249,10 +249,10 @@ def _label(name: str) -> str:
 
 
 def _dataset_change(names: tuple[JSON, JSON], change: Difference) -> str:
-    """`Dataset changed: a.jsonl -> b.jsonl (digest 55bde7546e2ee32d -> a97c6a8e1a0c056f)`."""
+    """`Dataset changed: a.jsonl → b.jsonl (digest 55bde7546e2ee32d → a97c6a8e1a0c056f)`."""
     old, new = map(_shown, names)
-    what = f"{old} -> {new}" if old != new else f"the content of {old}"
-    return f"Dataset changed: {what} (digest {_shown(change.old)} -> {_shown(change.new)})"
+    what = f"{old} → {new}" if old != new else f"the content of {old}"
+    return f"Dataset changed: {what} (digest {_shown(change.old)} → {_shown(change.new)})"
 
 
 def _shown(value: JSON) -> str:

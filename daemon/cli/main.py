@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
@@ -15,6 +16,7 @@ from daemon import config
 from daemon.cli.app import RootContext, app, complain, out
 from daemon.cli.arguments import in_plain_words, reorder
 from daemon.errors import DropforgeError
+from daemon.text import plain_characters
 
 # Each adds its commands to the application, in the order in which help shows them.
 from daemon.cli import service, jobs, plot, model, pruning, memory, admin, backup, settings, notify  # isort: skip
@@ -74,8 +76,10 @@ def prepare_process() -> None:
         shown = getattr(sys.stdout, "encoding", None) or "ascii"
         environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": f"{shown}:backslashreplace"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606  our own command line
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
+    codecs.register_error("plain", plain_characters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
     os.umask(os.umask(0o077) | 0o002)
 
 

@@ -40,7 +40,7 @@ def test_a_larger_finished_run_on_disk_takes_no_step_from_the_next_dataset(make_
     assert job.result is not None
     assert (job.result.start_step, job.result.steps_run, job.result.steps_planned) == (0, 2487, 2487)
     assert job.result.cleared == 2
-    assert any("Dataset changed: a.jsonl -> b.jsonl" in reason for reason in job.result.reasons)
+    assert any("Dataset changed: a.jsonl → b.jsonl" in reason for reason in job.result.reasons)
     cleared = [event for event in root.events("guard.checkpoints_cleared") if event["job"] == job.id]
     assert cleared
     assert cleared[0]["cleared"] == 2

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import unicodedata
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.text import escape, printable
+from daemon.text import escape, plain_characters, printable
 
 
 @given(st.text(max_size=100).map(lambda text: text + "\x1b[31m\n\u202e"))
@@ -34,3 +36,10 @@ def test_different_texts_are_shown_differently() -> None:
 
 def test_long_text_is_cut() -> None:
     assert len(escape("x" * 5000)) == 200
+
+
+def test_a_terminal_without_an_arrow_gets_two_characters_and_an_escape_for_all_else() -> None:
+    codecs.register_error("plain", plain_characters)
+    assert "a → \u00e9 \udc80 \U0001f600".encode("ascii", "plain") == rb"a -> \xe9 \udc80 \U0001f600"
+    with pytest.raises(UnicodeDecodeError):
+        b"\xff".decode("utf-8", "plain")

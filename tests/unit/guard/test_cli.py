@@ -68,7 +68,7 @@ def test_the_way_of_a_plain_script_s_directory(
     other.write_text('{"text": "three"}\n')
     code, out, _ = run(capsys, "check", plain, "--dataset", other)
     assert code == 3
-    assert "Dataset changed: rows.jsonl -> other.jsonl" in out
+    assert "Dataset changed: rows.jsonl → other.jsonl" in out
     assert f"clear {plain} --dataset {other}" in out
     recipe.write_text("[lora]\nr = 16\n[training]\nlearning_rate = 1e-4\n")
     code, out, _ = run(capsys, "check", plain, "--dataset", dataset, "--recipe", recipe)

@@ -118,7 +118,7 @@ def test_another_dataset_is_named_beside_the_one_before(folder: Path, tmp_path: 
     assert compatible is False
     assert reason is not None
     changed, lora = reason.split("; ")
-    assert re.fullmatch(rf'Dataset changed: {dataset.name} -> "data b\\n.jsonl" \(digest \w+ -> \w+\)', changed)
+    assert re.fullmatch(rf'Dataset changed: {dataset.name} → "data b\\n.jsonl" \(digest \w+ → \w+\)', changed)
     assert lora == "LoRA alpha: 16 -> 32"
 
 
