@@ -17,6 +17,7 @@ from daemon import held_versions, versions
 from daemon.cli import completion
 from daemon.cli.app import MODEL, JsonFlag, app, out, print_json
 from daemon.cli.evals import eval_comparison, flipped_answers
+from daemon.cli.flipped import flipped_rows, flips_table
 from daemon.config import Settings
 from daemon.errors import DropforgeError, TryLater
 from daemon.evaluation.matrix import Matrix, MatrixSummary, read_matrix, summarise
@@ -152,6 +153,7 @@ def compare_versions(context: typer.Context, before: AnyVersion, after: AnyVersi
     judged = judge(measured, settings.gate, evals=len(evals))
     judged_evals = judge_evals(evals, settings.gate, datasets=len(measured))
     flips = {found.digest: _flips(found) for found in measured}
+    rows = {found.digest: flipped_rows(settings, found) for found in measured}
     flipped = {found.name: flipped_answers(found) for found in evals}
     if as_json:
         print_json(
@@ -159,13 +161,18 @@ def compare_versions(context: typer.Context, before: AnyVersion, after: AnyVersi
                 "before": one.name,
                 "after": other.name,
                 "confidence": settings.gate.confidence,
-                "datasets": [{**asdict(found), "flips": flips[found.digest]} for found in judged],
+                "datasets": [
+                    {**asdict(found), "flips": flips[found.digest], "flipped_rows": rows[found.digest]}
+                    for found in judged
+                ],
                 "evals": [{**asdict(found), "flips": flipped[found.name]} for found in judged_evals],
             }
         )
         return
     if judged:
-        out.print(_comparison(judged, flips))
+        out.print(
+            _comparison(judged, flips), *(flips_table(one.name, rows[one.digest]) for one in judged if rows[one.digest])
+        )
     if judged_evals:
         out.print(*([""] if judged else []), eval_comparison(judged_evals, flipped, before=one.name, after=other.name))
 

@@ -30,6 +30,7 @@ class RowScore:
     loss: float  # nats, summed over its trained tokens
     tokens: int  # trained ones
     exact: bool  # every trained token was the most likely one
+    row: str = ""  # its digest in the memory; empty: scored by a release that did not say
 
 
 @dataclass(frozen=True, kw_only=True)

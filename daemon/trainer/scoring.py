@@ -90,7 +90,10 @@ class Scorer:
             missed[key] += wrong
         return {
             key: RowScore(
-                loss=loss[key], tokens=sum(sample.trained_tokens for sample in samples), exact=missed[key] == 0
+                loss=loss[key],
+                tokens=sum(sample.trained_tokens for sample in samples),
+                exact=missed[key] == 0,
+                row=samples[0].content_digest,
             )
             for key, samples in rows.items()
         }

@@ -113,6 +113,9 @@ def test_the_parents_scores_are_those_of_its_own_run(held: tuple[Path, RunSpec, 
     own = first.record["evaluation"]["own"]
     [scored] = known.datasets.values()
     assert len(scored) == own["rows"] == 16
+    memory = read_memory(dataset_dir(memory_dir_of(folder / "state"), str(first.record["dataset_digest"])))
+    assert memory is not None
+    assert {score.row for score in scored.values()} == {row.digest for row in memory.held_out()}
     assert result.evaluation is not None
     [one] = result.evaluation.datasets
     assert one.loss_before == pytest.approx(own["loss"])
