@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -19,7 +20,7 @@ from daemon.cli.app import MODEL, JsonFlag, app, out, print_json
 from daemon.cli.evals import eval_comparison, flipped_answers
 from daemon.cli.flipped import flipped_rows, flips_table
 from daemon.config import Settings
-from daemon.errors import DropforgeError, TryLater
+from daemon.errors import DropforgeError, NotFound, TryLater
 from daemon.evaluation.matrix import Matrix, MatrixSummary, read_matrix, summarise
 from daemon.evaluation.scores import AdapterScores, read_any_scores
 from daemon.evaluation.statistics import Measured, MeasuredEval, judge, judge_evals
@@ -177,13 +178,25 @@ def compare_versions(context: typer.Context, before: AnyVersion, after: AnyVersi
         out.print(*([""] if judged else []), eval_comparison(judged_evals, flipped, before=one.name, after=other.name))
 
 
-def show_matrix(settings: Settings, *, as_json: bool) -> None:
-    """Print what each version scored on each dataset."""
+def show_matrix(settings: Settings, *, as_json: bool, output: Path | None = None) -> None:
+    """Print what each version scored on each dataset, or draw it into a file. Raises DropforgeError."""
     matrix = _matrix(settings)
     current = versions.current_version(settings.model_dir)
     summary = summarise(matrix, current.name if current else None)
     if as_json:
         print_json({**asdict(matrix), "summary": None if summary is None else asdict(summary)})
+    elif output is not None and matrix.datasets:
+        from daemon.cli.matrix_file import write_matrix
+
+        out.print(
+            f"wrote {escape(str(write_matrix(output, matrix, summary)), most=2000)}", markup=False, soft_wrap=True
+        )
+    elif output is not None:
+        raise NotFound(
+            operation="draw the matrix",
+            cause="there is no version that has learned a dataset yet",
+            hint="`dropforge status` says what the daemon does",
+        )
     elif matrix.rows:
         out.print(_matrix_table(matrix, summary))
     else:

@@ -18,7 +18,7 @@ from daemon.cli.app import MODEL, JsonFlag, app, print_json
 from daemon.cli.app import out as out_console
 from daemon.cli.gate import change_version, show_matrix
 from daemon.config import Settings
-from daemon.errors import DropforgeError
+from daemon.errors import ConfigError, DropforgeError
 from daemon.lineage import read_lineage
 from daemon.processes import child_environment
 from daemon.text import escape
@@ -34,6 +34,10 @@ def show_versions(
     matrix: Annotated[
         bool, typer.Option("--matrix", help="What each version scored on each dataset's held-out rows.")
     ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="With --matrix: a .png, .svg or .pdf file; it is replaced."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List finished adapters, oldest first: what each continued, its dataset, its held-out loss before and after.
@@ -43,8 +47,11 @@ def show_versions(
     if context.invoked_subcommand is not None:
         return
     model_dir = context.obj.settings.model_dir
+    if output is not None and (as_json or not matrix):
+        cause = "--json and --output are two ways out" if as_json else "--output draws the matrix alone"
+        raise ConfigError(operation="list versions", cause=cause, hint="`dropforge versions --matrix -o matrix.svg`")
     if matrix:
-        show_matrix(context.obj.settings, as_json=as_json)
+        show_matrix(context.obj.settings, as_json=as_json, output=output)
         return
     held = read_lineage(model_dir).held()
     found = versions.list_versions(model_dir)

@@ -1,10 +1,10 @@
-"""The picture of `dropforge plot -o FILE`, drawn by matplotlib, which is an extra."""
+"""Pictures in files, drawn by matplotlib, which is an extra; and that of `dropforge plot -o FILE`."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,26 @@ DOTS_PER_INCH = 150
 
 
 def write_plot(path: Path, found: Sequence[JobCurves]) -> Path:
-    """Draw the curves into a file; returns its path. Its name says which kind.
+    """Draw the curves into a file; returns its path. Raises ConfigError, DropforgeError."""
+    return write_figure(path, lambda: figure(found), example="dropforge plot last -o curves.png")
+
+
+def load_matplotlib(*, instead: str) -> tuple[Any, Any]:
+    """Return matplotlib and its figures' class. Raises ConfigError, with what there is `instead`, where it is missing."""
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            operation="plot into a file",
+            cause="it needs matplotlib, which is not installed",
+            hint=f"`pip install 'dropforge[plot]'`; {instead}",
+        ) from error
+    return mpl, Figure
+
+
+def write_figure(path: Path, draw: Callable[[], Any], *, example: str) -> Path:
+    """Write what `draw` returns into a file; returns its path. Its name says which kind.
 
     Raises ConfigError for a kind that is not known or where matplotlib is missing, DropforgeError where it cannot be written.
     """
@@ -31,13 +50,13 @@ def write_plot(path: Path, found: Sequence[JobCurves]) -> Path:
             operation="plot into",
             subject=path,
             cause=f"its name ends in none of {', '.join(KINDS)}",
-            hint="for example `dropforge plot last -o curves.png`",
+            hint=f"for example `{example}`",
         )
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that its font has not: they are drawn as boxes
-        drawn = figure(found)
-        # Without a date the same curves are the same file.
+        drawn = draw()
+        # Without a date the same numbers are the same file.
         drawn.savefig(
             picture, format=kind[1:], dpi=DOTS_PER_INCH, metadata=None if kind == ".png" else {_DATES[kind]: None}
         )
@@ -58,17 +77,9 @@ _DATES = {".svg": "Date", ".pdf": "CreationDate"}
 
 def figure(found: Sequence[JobCurves]) -> Any:
     """Return the matplotlib figure: losses at the left, learning rate and speed at the right. Raises ConfigError."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            operation="plot into a file",
-            cause="it needs matplotlib, which is not installed",
-            hint="`pip install 'dropforge[plot]'`; without a file the curves are drawn in the terminal",
-        ) from error
+    mpl, make = load_matplotlib(instead="without a file the curves are drawn in the terminal")
     with mpl.rc_context({"font.size": 10, "svg.hashsalt": "dropforge", "axes.unicode_minus": False}):
-        drawn = Figure(figsize=INCHES, layout="constrained")
+        drawn = make(figsize=INCHES, layout="constrained")
         grid = drawn.add_gridspec(2, 2, width_ratios=(3, 2))
         losses = drawn.add_subplot(grid[:, 0])
         rates, speeds = (drawn.add_subplot(grid[row, 1], sharex=losses) for row in (0, 1))
