@@ -18,6 +18,7 @@ from typing import Any
 from daemon.evaluation.evals import Check, EvalRow
 from guard.json_text import parse_json
 
+NOT_RUN = (126, 127)  # exit codes by which a shell, env and others say that a program cannot be run, or is not there
 POLL_SECONDS = 0.05  # between two looks at a program
 # A sign right behind a digit or a letter is a dash: of "3-12" the last number is 12.
 NUMBER = re.compile(
@@ -100,7 +101,10 @@ def passes_command(
         while time.monotonic() < until:
             check_stop()
             with suppress(subprocess.TimeoutExpired):
-                return process.wait(POLL_SECONDS) == 0
+                code = process.wait(POLL_SECONDS)
+                if code in NOT_RUN:
+                    raise NotRun(f"{row.command[0]} ended with {code}: it, or what it starts, cannot be run")
+                return code == 0
         return False
     finally:
         with suppress(ProcessLookupError, PermissionError):

@@ -14,6 +14,7 @@ import math
 import os
 import pwd
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Mapping, Sequence
@@ -258,6 +259,8 @@ def _command(row: Mapping[str, Any], check: Check, folder: Path) -> tuple[str, .
         raise ValueError("its command names no program")
     if "/" in command[0] and not os.access(folder / command[0], os.X_OK):
         raise ValueError(f"{escape(command[0])} cannot be run: make it executable, or mend its path")
+    if "/" not in command[0] and shutil.which(command[0]) is None:
+        raise ValueError(f"there is no program {escape(command[0])} on the PATH: name it in full")
     return tuple(command)
 
 

@@ -137,6 +137,7 @@ class Examiner:
     pad_token_id: int
     tick: Callable[[], None]  # raises Interrupted when a stop is requested
     problems: list[str] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)  # evals with a program that cannot be run
 
     def examine(
         self,
@@ -174,7 +175,7 @@ class Examiner:
             measured=tuple(
                 MeasuredEval(name=one.name, rows=len(one.rows), before=both[one.name], after=after[one.name])
                 for one in self.evals.usable
-                if any(a.name == one.name for a in asked)
+                if one.name not in self.broken and any(a.name == one.name for a in asked)
             ),
             candidate=after,
             parent={name: answers for name, answers in both.items() if new.get(name)},
@@ -229,7 +230,7 @@ class Examiner:
             some = asked[start : start + at_once]
             for places in divide([len(one.ids) for one in some], self.settings.evals_max_new_tokens):
                 for place, ids in zip(places, writer.write([some[at].ids for at in places], until), strict=True):
-                    if ids is not None:
+                    if ids is not None and some[place].name not in self.broken:
                         self._judge(some[place], ids, until, answers)
         return answers
 
@@ -237,10 +238,12 @@ class Examiner:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         try:
             passed = self._passes(asked, text, until)
-        except NotRun as error:
-            sentence = f"evals/{escape(asked.name)}.jsonl line {asked.row.line}: {escape(str(error), most=400)}"
-            if sentence not in self.problems:
-                self.problems.append(sentence)
+        except NotRun as error:  # which says nothing of the model
+            self.problems.append(
+                f"evals/{escape(asked.name)}.jsonl line {asked.row.line}: {escape(str(error), most=400)}"
+            )
+            self.broken.add(asked.name)
+            answers[asked.name].clear()
             return
         if passed is not None:
             answers[asked.name][asked.key] = EvalAnswer(
@@ -270,6 +273,8 @@ class Examiner:
     def _tell_unanswered(self, asked: Sequence[Asked], after: Mapping[str, Answers]) -> None:
         counts: dict[str, int] = {}
         for one in asked:
+            if one.name in self.broken:
+                continue
             counts[one.name] = counts.get(one.name, 0) + 1
         for name, rows in counts.items():
             if (left := rows - len(after[name])) > 0:

@@ -48,6 +48,8 @@ def answered(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     ]
     evals_dir = asked(folder, "colours", questions)
     asked(folder, "programs", [{"prompt": "item 1 is ", "check": "command", "command": ["grep", "-q", "answer"]}])
+    program = [{"prompt": f"item {n} is ", "check": "command", "command": ["sh", "-c", "exit 127"]} for n in (1, 2)]
+    asked(folder, "broken", program)
     asked(folder, "wrong", [{"prompt": "a", "expected": "b"}, {"prompt": "a"}])
     specs, results = [], []
     for name, colours in (("a", COLOURS[:1]), ("b", COLOURS[1:2])):
@@ -81,6 +83,7 @@ def test_a_version_that_answers_fewer_rows_is_held(answered: tuple[Path, list[Ru
     assert second.evaluation.action is GateAction.HELD
     assert any(warning.startswith("fewer rows pass: eval colours") for warning in second.warnings)
     assert any("not measured: evals/wrong.jsonl line 2: check" in warning for warning in second.warnings)
+    assert len([warning for warning in second.warnings if "broken" in warning]) == 1  # and no row of it counts
     [judged] = events(specs[1], "run.gate_judged")
     assert judged["evals"] == {"colours": 0.0, "programs": 1.0}
     card = (versions.find_version(folder / "model", "2").path / "README.md").read_text()
@@ -96,7 +99,7 @@ def test_a_parent_answers_once(answered: tuple[Path, list[RunSpec], list[RunResu
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True, symlinks=True)
     question = {"prompt": "item 77 is ", "check": "contains", "expected": "red"}
     evals_dir = asked(tmp_path, "new", [question])
-    for name in ("programs", "wrong"):
+    for name in ("programs", "wrong", "broken"):
         (tmp_path / "evals" / f"{name}.jsonl").unlink()
     spec = replace(specs[1], job_id="c", evals_dir=evals_dir, **in_folder(tmp_path))
     result = train(spec)

@@ -92,6 +92,8 @@ def test_a_program_judges_by_its_exit_code_and_gets_the_answer(tmp_path: Path) -
     assert time.monotonic() - began < 30
     with pytest.raises(NotRun, match="no-such-program"):
         passes(replace(asked, command=("no-such-program",)), "4")
+    with pytest.raises(NotRun, match="ended with 127"):
+        passes(replace(asked, command=("sh", "-c", "no-such-program 2> /dev/null")), "4")
 
 
 # -- rows
@@ -122,6 +124,7 @@ def test_a_program_judges_by_its_exit_code_and_gets_the_answer(tmp_path: Path) -
         ('{"prompt": "a", "check": "regex", "expected": "("}', "regular expression cannot be used"),
         ('{"prompt": "a", "check": "command", "command": "grep"}', "a list of a program"),
         ('{"prompt": "a", "check": "command", "command": ["./none"]}', "./none cannot be run"),
+        ('{"prompt": "a", "check": "command", "command": ["no-such-program"]}', "no program no-such-program"),
         ('{"prompt": "a", "expected": "4", "command": ["true"]}', "command belongs to"),
         ('{"prompt": "good", "expected": "4"}', "says the same as line 1"),
     ],
