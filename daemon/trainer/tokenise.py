@@ -151,22 +151,31 @@ class _Tally:
             else:
                 self.dropped.append(row.line)
 
-    def examples(self, data: DataSettings, held_out_before: Mapping[str, str], *, force: bool) -> Examples:
+    def examples(
+        self,
+        data: DataSettings,
+        held_out_before: Mapping[str, str],
+        held_out_again: AbstractSet[str] = frozenset(),
+        *,
+        force: bool,
+    ) -> Examples:
         """What is trained and what is held out."""
         of_digest = [row[0].content_digest for row in self.kept]
-        withheld = Counter(held_out_before[digest] for digest in of_digest if digest in held_out_before)
+        chosen = choose_held_out(of_digest, data)
+        own = chosen & held_out_again
+        elsewhere = {digest for digest in of_digest if digest in held_out_before and digest not in own}
+        withheld = Counter(held_out_before[digest] for digest in of_digest if digest in elsewhere)
         released: frozenset[str] = frozenset()
         if force and _are_most(withheld, len(self.kept)):
             released = frozenset(held_out_before.keys() & set(of_digest))
-            withheld, held_out_before = Counter(), {}
-        chosen = choose_held_out(of_digest, data)
+            withheld, held_out_before, elsewhere = Counter(), {}, set()
         train: list[Example] = []
         held_out: list[Example] = []
         train_rows = held_out_rows = 0
         for digest, row in zip(of_digest, self.kept, strict=True):
             if digest in chosen:
                 held_out += row
-                held_out_rows += digest not in held_out_before
+                held_out_rows += digest not in elsewhere
             elif digest not in held_out_before:
                 train += row
                 train_rows += 1
@@ -205,6 +214,7 @@ def tokenise(
     processes: int = 1,
     day: date | None = None,
     held_out_before: Mapping[str, str] | None = None,
+    held_out_again: AbstractSet[str] = frozenset(),
     prompts: AbstractSet[str] = frozenset(),
     force: bool = False,
     keep_refused: bool = False,
@@ -212,7 +222,8 @@ def tokenise(
     """Turn rows into Examples and split off the held-out ones by their content.
 
     `read` makes an item a row, or None of one that is to be skipped; `day` as in ChatTemplate. `held_out_before`: digests of
-    rows that are held out of earlier datasets, whose names they map to; such a row is not trained. With `force`, a file that
+    rows that are held out of earlier datasets, whose names they map to; such a row is not trained. `held_out_again`:
+    those of them that an earlier run over this very file held out, which are its own where they are chosen again. With `force`, a file that
     is for the greater part such rows is trained all the same, and they are `released`. `prompts`: those whose `answers` are
     told. More than one process only before CUDA starts: they are forks of this one. Raises what `read` raises, RunFailure(BAD_DATA) when no row has a trained token or one is at fault
     that may not be skipped, RunFailure(CONFIG) when the tokenizer lacks what the rows need. With `keep_refused` nothing of the
@@ -225,7 +236,7 @@ def tokenise(
         tally.add(chunk)
         if not keep_refused and tally.refused and data.on_bad_rows == "reject":
             break
-    examples = tally.examples(data, held_out_before or {}, force=force)
+    examples = tally.examples(data, held_out_before or {}, held_out_again, force=force)
     if not keep_refused:
         require_trainable(examples, data)
     return examples

@@ -185,6 +185,7 @@ def load_examples(run: Run) -> TrainingData:
         processes=max(1, processes // distributed.world_size()),
         day=claimed_on(spec.job_id),
         held_out_before=known.held_out,
+        held_out_again=known.held_out_of(spec.dataset.digest),
         prompts=known.prompts,
         force=spec.force,
     )

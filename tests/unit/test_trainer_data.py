@@ -208,6 +208,19 @@ def test_rows_held_out_of_an_earlier_dataset_are_not_trained_and_counted(tokeniz
     assert {example.content_digest for example in examples.held_out} == chosen
 
 
+def test_a_file_that_is_trained_again_holds_out_its_own_rows_and_withholds_none(tokenizer: Any) -> None:
+    rows = numbered(100)
+    first = tokenise(rows, tokenizer, DATA, read=itself)
+    own = {example.content_digest: "same.jsonl" for example in first.held_out}
+    again = tokenise(rows, tokenizer, DATA, read=itself, held_out_before=own, held_out_again=own.keys())
+    assert (again.held_out_rows, again.train_rows, again.withheld) == (first.held_out_rows, first.train_rows, {})
+    # One that is not chosen any more is not trained all the same.
+    fewer = DATA.model_copy(update={"held_out_min_rows": 0, "held_out_fraction": 0.02})
+    less = tokenise(rows, tokenizer, fewer, read=itself, held_out_before=own, held_out_again=own.keys())
+    assert (less.held_out_rows, less.train_rows) == (2, first.train_rows)
+    assert less.withheld == {"same.jsonl": first.held_out_rows - 2}
+
+
 @pytest.mark.parametrize(("count", "refused"), [(19, True), (20, True), (21, False)])
 def test_a_file_that_is_half_held_out_rows_is_refused_and_trained_by_force(
     tokenizer: Any, count: int, refused: bool
