@@ -55,7 +55,7 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
     for _ in range(3):  # the daemon may change its state in between
         job = store.get(job.id)
         if job.state in FINAL_STATES:
-            raise DropforgeError(operation="cancel job", subject=job.id, cause=f"it is {job.state} already")
+            raise DropforgeError(operation="cancel job", subject=job.id, cause=f"it {_is(job.state)} already")
         request = "return" if hand_back else "cancel"
         try:
             if job.state is JobState.RUNNING:
@@ -70,6 +70,11 @@ def cancel(settings: Settings, store: JobStore, job: Job, *, hand_back: bool) ->
     raise DropforgeError(operation="cancel job", subject=job.id, cause="it is moving", hint="try again")
 
 
+def _is(state: JobState) -> str:
+    """Return the state of a job as the verb of a sentence."""
+    return f"has {state}" if state in (JobState.SUCCEEDED, JobState.FAILED) else f"is {state}"
+
+
 def retry(settings: Settings, store: JobStore, job: Job) -> str:
     """Put a failed, rejected or cancelled job back into the queue.
 
@@ -80,8 +85,10 @@ def retry(settings: Settings, store: JobStore, job: Job) -> str:
         raise DropforgeError(
             operation="retry job",
             subject=job.id,
-            cause=f"it is {job.state}",
-            hint="`dropforge submit --force` trains the same content again" if job.state is JobState.SUCCEEDED else "",
+            cause=f"it {_is(job.state)}",
+            hint="`dropforge submit --force` trains the same content again"
+            if job.state is JobState.SUCCEEDED
+            else f"`dropforge show {job.id}` says where it is on its way",
         )
     # The file first: a crash between the two leaves a finished job with its file in processing/, which is repaired.
     try:

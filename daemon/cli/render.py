@@ -51,7 +51,10 @@ STATE_STYLES = {
 
 def status_view(snapshot: Mapping[str, Any], *, queue_seconds: float | None = None) -> RenderableType:
     """status.json for people; `queue_seconds` until the last queued job is done, where that can be told."""
-    parts: list[RenderableType] = [headline(snapshot)]
+    head = Table.grid()  # which breaks a long line between words
+    head.add_column(overflow="fold")
+    head.add_row(headline(snapshot))
+    parts: list[RenderableType] = [head]
     grid = _grid()
     counts = {name: number for name, number in snapshot.get("queue", {}).items() if number}
     queue = ", ".join(f"{number} {printable(str(name))}" for name, number in counts.items()) or "empty"

@@ -281,6 +281,13 @@ def test_the_log_shows_what_a_person_needs_and_all_of_it_when_asked(
     assert json.loads(run_here(capsys, "--root", str(tmp_path), "logs", "--json")[1]) == event
 
 
+def test_the_status_breaks_its_lines_at_the_width_of_the_terminal() -> None:
+    console = Console(width=80, file=io.StringIO(), color_system=None, soft_wrap=True)  # as the commands print
+    console.print(render.status_view({**SNAPSHOT, "reason": "the reason is a long one; " * 10}))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(cell_len, lines)) <= 80
+
+
 def test_jobs_and_status_say_where_the_running_one_is_and_when_the_queue_is_done() -> None:
     jobs = [Job(id="j1", name="a.jsonl", state=JobState.RUNNING), Job(id="j2", name="b.jsonl", state=JobState.RUNNING)]
     lines = rendered(render.job_list(jobs, running={"id": "j1", "step": 12, "total_steps": 90}))
