@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import guard
-from guard import CheckpointState
+from guard import CheckpointState, checkpoints
+from guard.checkpoints import list_checkpoints
 from tests.unit.guard.conftest import make_checkpoint, make_fingerprint
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
@@ -277,3 +280,134 @@ def test_rotation_spares_the_step_that_it_is_told_to_beside_the_newest(tmp_path:
     assert [path.name for path in guard.rotate(tmp_path, keep=1, spared=(2,))] == ["checkpoint-1", "checkpoint-3"]
     assert steps(tmp_path) == [2, 4]
     assert [path.name for path in guard.rotate(tmp_path, keep=1)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "state", "reason"),
+    [
+        (lambda path: (path / "optimizer.pt").unlink(), "altered", "optimizer.pt is missing"),
+        (lambda path: (path / "added").write_text(""), "altered", "added was added"),
+        (lambda path: (path / "empty").mkdir(), "altered", "folders were added or removed"),
+        (lambda path: (path / "link").symlink_to("x"), "altered", "link is neither a file nor a folder"),
+        (lambda path: (path / "adapter_config.json").write_text("{}"), "altered", "adapter_config.json has 2 bytes instead of 26"),
+        (lambda path: (path / "seal.json").unlink(), "unsealed", "seal.json is missing; it is complete otherwise"),
+        (lambda path: shutil.copytree(path, path.with_name("checkpoint-11")), "altered", "its seal is of step 10"),
+        (lambda path: path.with_name("checkpoint-11").write_text(""), "torn", "it is not a folder"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(tmp_path: Path, damage: Callable[[Path], object], state: str, reason: str) -> None:
+    path = sealed(tmp_path, 10)
+    damage(path)
+    other = path.with_name("checkpoint-11")
+    found = guard.verify_checkpoint(other if other.exists() else path, digests=False)
+    assert (found.state.value, found.reason) == (state, reason)
+    assert not found.belongs_to(make_fingerprint())
+    if state != "torn":
+        assert found.size_bytes == size_of(found.path)
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+
+
+def test_a_checkpoint_by_another_name_has_the_step_of_its_seal(tmp_path: Path) -> None:
+    path = sealed(tmp_path, 10).rename(tmp_path / "copy")
+    found = guard.verify_checkpoint(path)
+    assert (found.step, found.is_intact) == (10, True)
+    (path / "seal.json").unlink()
+    assert guard.verify_checkpoint(path).step == 0
+    with pytest.raises(guard.NotFound, match="no such checkpoint"):
+        guard.verify_checkpoint(tmp_path / "checkpoint-10")
+
+
+def test_strays_are_named_and_what_is_no_folder_cannot_be_listed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-9").write_text("")
+    (tmp_path / "checkpoint-10").symlink_to("nowhere")
+    (tmp_path / "notes").write_text("")
+    found, strays = list_checkpoints(tmp_path)
+    assert found == []
+    assert [(stray.path.name, stray.reason) for stray in strays] == [
+        ("checkpoint-10", "it is a symbolic link"),
+        ("checkpoint-9", "it is not a folder"),
+    ]
+    assert list_checkpoints(tmp_path / "nothing") == ([], [])
+    with pytest.raises(guard.StorageError):
+        list_checkpoints(tmp_path / "notes")
+
+
+def test_one_that_goes_away_while_others_are_looked_at_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who only looks holds no lock: rotation may go on."""
+    for step in (1, 2, 3):
+        sealed(tmp_path, step)
+    real = checkpoints.verify_checkpoint
+
+    def verify(path: Path, **options: Any) -> guard.Checkpoint:
+        if path.name == "checkpoint-3" and path.exists():
+            shutil.rmtree(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(checkpoints, "verify_checkpoint", verify)
+    looks: list[Callable[[], list[int]]] = [
+        lambda: [item.step for item in guard.scan_checkpoints(tmp_path)],
+        lambda: [item.step for item in guard.scan_until_resumable(tmp_path, fingerprint=make_fingerprint())],
+        lambda: [item.step for item in [guard.newest_intact(tmp_path)] if item is not None],
+    ]
+    for look, steps_seen in zip(looks, ([1, 2], [2], [2]), strict=True):
+        if not (tmp_path / "checkpoint-3").exists():
+            sealed(tmp_path, 3)
+        assert look() == steps_seen
+
+
+def test_bytes_are_read_of_this_run_s_own_alone_and_only_where_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flip that only a digest shows; the digests of a foreign run's gigabytes decide nothing."""
+    sealed(tmp_path, 1)
+    flipped = sealed(tmp_path, 2) / "adapter_config.json"
+    flipped.write_bytes(flipped.read_bytes().replace(b"8", b"9"))
+    sealed(tmp_path, 3, lora__r=99)
+    read: set[str] = set()
+    real = checkpoints.digest_file
+    monkeypatch.setattr(checkpoints, "digest_file", lambda path: (read.add(path.parent.name), real(path))[1])
+    ours = make_fingerprint()
+
+    def seen(**options: Any) -> list[tuple[int, str]]:
+        found = guard.scan_until_resumable(tmp_path, fingerprint=ours, **options)
+        return [(item.step, item.state.value) for item in found]
+
+    assert seen(digests=False) == [(2, "intact"), (3, "intact")]
+    assert read == set()
+    assert seen() == [(1, "intact"), (2, "altered"), (3, "intact")]
+    assert read == {"checkpoint-1", "checkpoint-2"}
+    newest = guard.newest_intact(tmp_path, fingerprint=ours)
+    assert newest is not None
+    assert newest.step == 1
+    assert read == {"checkpoint-1", "checkpoint-2"}
+    newest = guard.newest_intact(tmp_path)
+    assert newest is not None
+    assert newest.step == 3
+    assert guard.newest_intact(tmp_path, fingerprint=make_fingerprint(lora__r=7)) is None
+    assert [item.state.value for item in guard.scan_checkpoints(tmp_path, digests=True)] == [
+        "intact",
+        "altered",
+        "intact",
+    ]
+
+
+def test_only_a_missing_key_needs_one(tmp_path: Path) -> None:
+    path = sealed(tmp_path, 10, key=KEY)
+    assert guard.verify_checkpoint(path).needs_key
+    assert not guard.verify_checkpoint(path, key=OTHER_KEY).needs_key
+    assert guard.newest_intact(tmp_path, key=KEY) is not None
+    assert guard.newest_intact(tmp_path) is None
+    seen = guard.scan_until_resumable(tmp_path, fingerprint=make_fingerprint(), key=KEY)
+    assert [item.is_intact for item in seen] == [True]
+
+
+def test_a_rotation_with_nothing_to_remove_leaves_no_trace(tmp_path: Path) -> None:
+    assert guard.rotate(tmp_path, keep=1) == ()
+    sealed(tmp_path, 1)
+    assert guard.rotate(tmp_path, keep=1) == ()
+    assert not (tmp_path / ".staging").exists()

@@ -262,6 +262,132 @@ def test_two_clears_within_a_second_are_two_sets(model_dir: Path) -> None:
     ]
 
 
+def test_a_second_clear_that_fails_notes_that_it_was_undone_and_leaves_the_first(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear_all(model_dir, now=NOW)
+    for step in (1, 2):
+        make_checkpoint(model_dir / f"checkpoint-{step}", step)
+    before = content(model_dir)
+    plan = guard.plan_clear(model_dir, verdict=EVERYTHING, reason="second", now=NOW)
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(plan.set_path) and (plan.set_path / "checkpoint-2").exists():
+            raise OSError(5, "Input/output error")  # everything is moved, and is not known to be durable
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with lock(model_dir), pytest.raises(guard.ClearRefused, match="input/output error"):
+        plan.execute()
+    after = content(model_dir)
+    journal = [json.loads(line) for line in after.pop(".cleared/journal.jsonl").splitlines()]
+    assert [entry["event"] for entry in journal] == ["clear.begun", "clear.done", "clear.begun", "clear.undone"]
+    assert journal[-1] == {"event": "clear.undone", "set": "20261123T120000Z-second"}
+    before.pop(".cleared/journal.jsonl")
+    assert after == before
+    assert [path.name for path in guard.list_cleared_sets(model_dir)] == ["20261123T120000Z-test"]
+
+
+def test_a_set_is_durable_where_it_lies_now_and_gone_from_where_it_lay(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the journal says that it is done."""
+    (model_dir / ".staging" / "leftover").mkdir(parents=True, exist_ok=True)
+    plan = guard.plan_clear(model_dir, verdict=EVERYTHING, now=NOW)
+    real, synced = os.fsync, []
+
+    def fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with lock(model_dir):
+        plan.execute()
+    journal = str(model_dir / ".cleared" / "journal.jsonl")
+    last = len(synced) - synced[::-1].index(journal)
+    due = (plan.set_path, plan.set_path / "staging", model_dir, model_dir / ".staging", model_dir / ".cleared")
+    assert {str(folder) for folder in due} <= set(synced[synced.index(journal) + 1 : last])
+
+
+def test_what_was_given_up_before_is_deleted_whatever_it_is(model_dir: Path) -> None:
+    """Trash alone is no reason for a set."""
+    staging = model_dir / ".staging"
+    make_checkpoint(staging / "trash-checkpoint-1", 1)
+    (staging / "trash-file").write_text("x")
+    with lock(model_dir):
+        plan = guard.plan_clear(model_dir)
+        assert sorted(path.name for path in plan.trash) == ["trash-checkpoint-1", "trash-file"]
+        assert str(plan).startswith(f"nothing to clear in {model_dir}\nkept: checkpoint-30")
+        assert (plan.to_json()["set"], plan.why) == (None, ())
+        assert plan.execute() == guard.ClearResult(set_path=None, cleared=0, size_bytes=0)
+    assert list(staging.iterdir()) == []
+    assert not (model_dir / ".cleared").exists()
+
+
+def test_each_verdict_has_what_it_calls_for_cleared(model_dir: Path, fingerprint: guard.Fingerprint) -> None:
+    (model_dir / ".staging" / "leftover").mkdir(parents=True)
+    shutil.copytree(model_dir / "checkpoint-30", model_dir / "checkpoint-40")
+    (model_dir / "checkpoint-5").write_text("")
+    resume = guard.plan_clear(model_dir, verdict=guard.assess(model_dir, fingerprint=fingerprint), now=NOW)
+    assert [(move.source, move.target, move.is_checkpoint) for move in resume.moves] == [
+        ("checkpoint-40", "checkpoint-40", True),
+        (".staging/leftover", "staging/leftover", False),
+    ]
+    assert (resume.cleared, resume.protected) == (1, model_dir / "checkpoint-30")
+    told = resume.to_json()
+    assert (told["kept"], told["set"]) == (str(model_dir / "checkpoint-30"), "20261123T120000Z-not-of-this-run")
+    assert told["left_alone"] == [{"path": str(model_dir / "checkpoint-5"), "reason": "it is not a folder"}]
+    assert told["moves"][1] == {"from": ".staging/leftover", "to": "staging/leftover", "size_bytes": 0}
+    fresh = guard.plan_clear(model_dir, verdict=Verdict(cause=VerdictCause.NO_CHECKPOINTS), now=NOW)
+    assert [move.source for move in fresh.moves] == [".staging/leftover"]
+    assert fresh.set_path.name == "20261123T120000Z-torn-staging"
+
+
+def test_without_a_verdict_what_is_of_nobody_known_is_cleared_and_a_key_is_asked_for(tmp_path: Path) -> None:
+    empty = guard.plan_clear(tmp_path)
+    assert (empty.moves, empty.why, empty.reason) == ((), (), "torn staging")
+    make_checkpoint(tmp_path / "checkpoint-10", 10)
+    plan = guard.plan_clear(tmp_path)
+    assert [move.source for move in plan.moves] == ["checkpoint-10"]
+    assert plan.why == ("whose checkpoints these are is not known: there is no metadata",)
+    assert plan.reason == "metadata unknown"
+    key = b"k" * 32
+    guard.seal_checkpoint(tmp_path / "checkpoint-10", step=10, fingerprint=make_fingerprint(), key=key)
+    with pytest.raises(guard.UsageError, match="checkpoint-10 is sealed with a key, and none was given"):
+        guard.plan_clear(tmp_path)
+    assert len(guard.plan_clear(tmp_path, key=key).moves) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "name"),
+    [
+        ("Data-Set  changed!", "data-set-changed"),
+        ("ü" * 60, "cleared"),
+        ("a" * 60, "a" * 40),
+        ("a" * 39 + " b", "a" * 39),
+        ("../../etc", "etc"),
+    ],
+)
+def test_a_set_is_named_for_its_reason_and_stays_inside(model_dir: Path, reason: str, name: str) -> None:
+    plan = guard.plan_clear(model_dir, verdict=EVERYTHING, reason=reason, now=NOW)
+    assert plan.set_path == model_dir / ".cleared" / f"20261123T120000Z-{name}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"dataset__digest": "c"}, "dataset-changed"), ({"lora__r": 9, "lora__lora_alpha": 9}, "lora-r-changed")],
+)
+def test_a_set_of_another_run_is_named_for_what_changed_first(
+    model_dir: Path, changes: dict[str, Any], name: str
+) -> None:
+    verdict = guard.assess(model_dir, fingerprint=make_fingerprint(**changes))
+    if "dataset__digest" not in changes:
+        digest = guard.read_metadata(model_dir).run.fingerprint.components["dataset.digest"]  # type: ignore[union-attr]
+        verdict = guard.assess(model_dir, fingerprint=make_fingerprint(dataset__digest=digest, **changes))
+    assert guard.plan_clear(model_dir, verdict=verdict, now=NOW).set_path.name == f"20261123T120000Z-{name}"
+
+
 # -- restore
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import guard
 from guard import MetadataKind
-from guard.metadata import RunMetadata
+from guard.metadata import RunMetadata, load_raw_metadata, parse_metadata
 from tests.unit.guard.conftest import as_user, make_checkpoint, make_fingerprint
 
 NAME = ".dataset_metadata.json"
@@ -169,3 +169,51 @@ def test_finishing_keeps_everything_else(tmp_path: Path) -> None:
     (tmp_path / NAME).unlink()
     with pytest.raises(guard.MetadataUnusable, match="cannot mark as finished"):
         guard.mark_finished(tmp_path, "0008")
+
+
+def test_what_is_read_raw_is_an_object_as_it_stands_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    assert load_raw_metadata(tmp_path) is None
+    for text, raw in (("{", None), ("[1]", None), ('{"schema_version": 9, "x": 1}', {"schema_version": 9, "x": 1})):
+        path.write_text(text)
+        assert load_raw_metadata(tmp_path) == raw
+    path.write_bytes(b'{"x": "\xff"}')
+    assert load_raw_metadata(tmp_path) is None
+
+
+def test_metadata_of_up_to_16_mib_is_read_and_nothing_stays_open(tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    text = json.dumps(make_metadata().to_json())
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    path.write_text(text.ljust(16 * 2**20))
+    assert guard.read_metadata(tmp_path).run == make_metadata()
+    path.write_text(text.ljust(16 * 2**20 + 1))
+    assert "16,777,217 bytes" in guard.read_metadata(tmp_path).reason
+    path.unlink()
+    path.mkdir()
+    assert guard.read_metadata(tmp_path).reason == "it is not a regular file"
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_each_form_is_told_by_its_number(tmp_path: Path, version: int) -> None:
+    value = {**make_metadata().to_json(), "schema_version": version}
+    reading = parse_metadata(value)
+    assert reading.kind is (MetadataKind.LEGACY if version == 1 else MetadataKind.CURRENT)
+    assert reading.run is not None
+    assert reading.run.schema_version == version
+    assert reading.run.finished is None
+    assert (reading.run.fingerprint is None) == (version == 1)
+    assert reading.run.to_json()["components"] == ({} if version == 1 else make_fingerprint().to_json())
+
+
+def test_what_is_written_leaves_nothing_beside_and_keeps_each_thing_that_it_replaces(tmp_path: Path) -> None:
+    """Two unreadable ones within a second have a name each; what can be read is replaced."""
+    for text in ("one", "two"):
+        (tmp_path / NAME).write_text(text)
+        guard.write_metadata(tmp_path, make_metadata())
+    aside = sorted(path.read_text() for path in tmp_path.glob(NAME + ".unreadable-*"))
+    assert aside == ["one", "two"]
+    guard.write_metadata(tmp_path, make_metadata())
+    assert len(list(tmp_path.glob(NAME + "*"))) == 3
+    assert list((tmp_path / ".staging").iterdir()) == []

@@ -172,3 +172,22 @@ def test_a_resume_is_always_from_the_run_s_own_and_never_older_than_it_must_be(
         assert not (own and recorded.same_run(wanted) and finished is None)
     else:
         assert not checkpoints
+
+
+def test_a_verdict_for_programs_says_all_that_its_sentences_do() -> None:
+    """And `changed` names what makes checkpoints stale, not the notes."""
+    noted = make_fingerprint(lora__r=99, training__save_steps=99)
+    stale = guard.decide(metadata=metadata_of(), fingerprint=noted, checkpoints=[checkpoint(10)])
+    assert stale.changed == ("lora.r",)
+    assert [change["name"] for change in stale.to_json()["differences"]] == ["lora.r", "training.save_steps"]
+    assert stale.to_json()["differences"][0] == {"name": "lora.r", "old": 8, "new": 99, "kind": "identity"}
+    assert (stale.to_json()["checkpoint"], stale.to_json()["step"]) == (None, None)
+    found = [checkpoint(10), checkpoint(20, CheckpointState.TORN)]
+    assert guard.decide(metadata=metadata_of(), fingerprint=OURS, checkpoints=found).to_json() == {
+        "verdict": "resume",
+        "checkpoint": "checkpoint-10",
+        "step": 10,
+        "reasons": ["checkpoint-20 is torn: it was damaged"],
+        "differences": [],
+        "passed_over": [{"path": "checkpoint-20", "step": 20, "state": "torn", "reason": "it was damaged"}],
+    }
