@@ -9,8 +9,16 @@ import pytest
 
 from daemon.config import QueueSettings
 from daemon.executors.base import Exit
-from daemon.job import FailureKind, Job, JobState, MemoryMeasure, Outcome, RunResult
-from daemon.retry import FINAL_FAILURES, RetryDecision, StopReason, decide, decide_not_launched, halve_batch
+from daemon.job import LONGEST_BACKOFF_SECONDS, FailureKind, Job, JobState, MemoryMeasure, Outcome, RunResult
+from daemon.retry import (
+    FINAL_FAILURES,
+    HOLDING_FAILURES,
+    RetryDecision,
+    StopReason,
+    decide,
+    decide_not_launched,
+    halve_batch,
+)
 
 QUEUE = QueueSettings(max_attempts=3, retry_seconds=10.0)
 
@@ -228,3 +236,67 @@ def test_a_full_disk_burns_no_attempt() -> None:
     full = RunResult(outcome=Outcome.FAILED, failure=FailureKind.NO_SPACE, message="No space left on device")
     decision = after(full, attempts_without_progress=2, code=1)
     assert (decision.to, decision.attempts_without_progress, decision.not_before) == (JobState.QUEUED, 2, 1010.0)
+
+
+def test_the_back_off_doubles_up_to_its_longest_and_a_step_backs_off_once() -> None:
+    def wait(attempts: int, *, progressed: bool = False, most: int = 100) -> float:
+        queue = QueueSettings(max_attempts=most, retry_seconds=10.0)
+        job = Job(id="a", name="a", state=JobState.RUNNING, attempts_without_progress=attempts)
+        common: dict[str, Any] = {"job": job, "queue": queue, "now": 0.0}
+        return decide(
+            result=None, ended=Exit(signal=9), stop=None, phase="", progressed=progressed, **common
+        ).not_before
+
+    assert [wait(attempts) for attempts in range(4)] == [10.0, 20.0, 40.0, 80.0]
+    assert wait(5, progressed=True) == 10.0
+    assert wait(60) == wait(61) == LONGEST_BACKOFF_SECONDS
+
+
+@pytest.mark.parametrize("kind", sorted(HOLDING_FAILURES))
+def test_what_concerns_every_job_waits_for_a_person_with_the_ways_out(kind: FailureKind) -> None:
+    refused = RunResult(outcome=Outcome.FAILED, failure=kind, message="why", hint="what to do")
+    decision = after(refused, attempts_without_progress=2, code=1)
+    assert (decision.to, decision.failure, decision.reason) == (JobState.QUEUED, kind, "why; what to do")
+    assert (decision.attempts_without_progress, decision.not_before) == (2, 0.0)
+    assert after(replace(refused, hint=""), code=1).reason == "why"
+
+
+def test_a_run_that_stopped_early_is_whole_when_it_ends_before_its_last_step() -> None:
+    early = success(steps_run=4, stopped_early=True)
+    assert after(early, code=0).to is JobState.SUCCEEDED
+    assert after(early, code=0).reason == "4 of 7 steps: the held-out loss had stopped falling"
+    assert after(success(), code=0).reason == "7 of 7 steps"
+    for lie in ({"steps_run": 8}, {"steps_run": 0}, {"candidate": ""}):
+        decision = after(replace(early, **lie), code=0)
+        assert (decision.to, decision.failure) == (JobState.FAILED, FailureKind.INTERNAL)
+    assert after(success(steps_run=1, steps_planned=1), code=0).to is JobState.SUCCEEDED
+
+
+def test_each_end_says_what_happened() -> None:
+    assert after(None, stop=StopReason.STOP, signal=9).reason == (
+        "interrupted: the daemon stops; the trainer had to be ended (killed by SIGKILL)"
+    )
+    assert after(RunResult(outcome=Outcome.INTERRUPTED), stop=StopReason.PAUSE, code=75).reason == (
+        "interrupted: the queue was paused"
+    )
+    assert after(RunResult(outcome=Outcome.INTERRUPTED), code=75).reason == (
+        "interrupted by a signal that the daemon did not send: stopped; will be tried again"
+    )
+    timeout = after(None, stop=StopReason.TIMEOUT, signal=9)
+    assert (timeout.to, timeout.reason) == (JobState.FAILED, "it took longer than job_timeout")
+    waiting = Job(id="a", name="a", state=JobState.RUNNING)
+    full = decide_not_launched(job=waiting, cause="why", refused="", no_space=True, queue=QUEUE, now=1.0)
+    assert full.reason == "the trainer could not be started: why; waits for free space"
+    assert (full.not_before, full.failure) == (11.0, FailureKind.NO_SPACE)
+
+
+def test_out_of_memory_of_a_job_without_a_batch_size_has_one_row_and_a_prime_one_goes_to_it() -> None:
+    bare = Job(id="a", name="a", state=JobState.RUNNING, recipe=None)
+    common: dict[str, Any] = {"ended": Exit(code=1), "stop": None, "phase": "training", "progressed": False}
+    decision = decide(job=bare, result=OOM, queue=QUEUE, now=0.0, **common)
+    assert (decision.to, decision.not_before) == (JobState.FAILED, 0.0)
+    assert decision.reason.startswith("no memory; one row at a time is too much already: set gradient_checkpointing")
+    prime = after(OOM, batch=7, code=1).recipe
+    assert prime is not None
+    training = prime["training"]
+    assert (training["per_device_train_batch_size"], training["gradient_accumulation_steps"]) == (1, 14)

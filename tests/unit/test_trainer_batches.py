@@ -102,3 +102,72 @@ def test_processes_together_learn_what_one_would_and_one_without_rows_learns_not
         assert {part["trained_tokens"] for part in parts} == {8}
         counted = [sum(int((one["labels"][..., 1:] != IGNORE).sum()) for one in part["passes"]) for part in parts]
         assert sorted(counted) == [0, 2, 6]
+
+
+def test_a_pass_may_be_exactly_as_large_as_the_budget() -> None:
+    assert flat_passes([60, 40, 50, 50, 1], budget_tokens=100) == [[0, 1], [2, 3], [4]]
+    assert flat_passes([60, 40], budget_tokens=99) == [[0], [1]]
+    assert padded_passes([50, 50, 50], budget_tokens=150, pass_tokens=1) == [[0, 1, 2]]
+    assert [len(rows) for rows in padded_passes([50, 50, 50], budget_tokens=149, pass_tokens=1)] in ([2, 1], [1, 2])
+    assert padded_passes([200], budget_tokens=100, pass_tokens=1) == [[0]]
+    assert flat_passes([200, 90], budget_tokens=100) == [[0], [1]]
+
+
+def test_the_longest_pass_comes_first_so_that_a_lack_of_memory_shows_at_once() -> None:
+    lengths = [10, 300, 20, 310, 15]
+    passes = padded_passes(lengths, budget_tokens=700, pass_tokens=12)
+    assert passes == [[1, 3], [0, 4, 2]]
+    assert flat_passes([10, 300, 20], budget_tokens=300) == [[1], [2, 0]]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(20, 120), st.integers(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_no_division_of_neighbours_by_length_costs_less(lengths: list[int], budget: int, price: int) -> None:
+    """Against every way to cut the sorted rows, at the same price of a pass."""
+
+    def cost(passes: list[list[int]]) -> int:
+        return sum(max(part) * len(part) + price for part in passes)
+
+    ordered = sorted(lengths)
+    cheapest = min(
+        cost(parts)
+        for cuts in range(2 ** (len(ordered) - 1))
+        for parts in [_cut(ordered, cuts)]
+        if all(len(part) == 1 or max(part) * len(part) <= budget for part in parts)
+    )
+    found = padded_passes(lengths, budget_tokens=budget, pass_tokens=price)
+    assert cost([[lengths[at] for at in rows] for rows in found]) == cheapest
+
+
+def _cut(rows: list[int], cuts: int) -> list[list[int]]:
+    """Cut behind row n where bit n is set."""
+    parts: list[list[int]] = [[]]
+    for at, row in enumerate(rows):
+        parts[-1].append(row)
+        if cuts >> at & 1 and at < len(rows) - 1:
+            parts.append([])
+    return parts
+
+
+def test_each_row_goes_to_the_process_with_the_least_to_do_longest_first() -> None:
+    assert share_rows([10, 30, 20, 30], 2) == [[1, 2], [3, 0]]
+    assert share_rows([5, 5, 5], 2) == [[0, 2], [1]]
+    assert share_rows([], 2) == [[], []]
+
+
+def test_an_epoch_has_as_many_steps_as_its_rows_need_and_the_last_is_the_short_one() -> None:
+    for rows, count in ((8, 2), (7, 3), (16, 1), (5, 4)):
+        batches = StepBatches(lognormal(16), rows_a_step=rows, seed=0, grouped=True)
+        assert (len(batches), len(list(batches))) == (count, count)
+        assert [len(step) for step in batches][:-1] == [rows] * (count - 1)
+
+
+def test_the_groups_of_a_step_have_nothing_to_do_with_each_other_and_ungrouped_rows_neither() -> None:
+    lengths = [length for length in range(1, 257) for _ in range(2)]
+    grouped, single = steps(lengths, 4, 1, 0), steps(lengths, 4, 1, 0, grouped=False)
+    for found in (grouped, single):
+        spread = sorted(max(lengths[at] for at in step) - min(lengths[at] for at in step) for step in found)
+        assert spread[len(spread) // 2] > 20
+    near = [abs(lengths[step[at]] - lengths[step[at + 1]]) for step in grouped for at in (0, 2)]
+    far = [abs(lengths[step[at]] - lengths[step[at + 1]]) for step in single for at in (0, 2)]
+    assert sum(near) < sum(far) / 5
