@@ -39,6 +39,7 @@ CALLS = {
     "pause": "pause --reason NAME",
     "resume": "resume",
     "plot": "plot NAME",
+    "evals": "evals",
     "versions": "versions",
     "merge": "merge NAME",
     "rollback": "rollback NAME",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-_OTHER_DATASET = re.compile(r"Dataset changed: \S+ -> ")  # a later job's verdict names the dataset before it
+_OTHER_DATASET = re.compile(r"Dataset changed: \S+ → ")  # a later job's verdict names the dataset before it
 
 
 def fail(place: str, word: str, most: int, count_path: str) -> None:
