@@ -10,8 +10,10 @@ import pytest
 
 import guard
 from daemon import versions
+from daemon.config import Settings
 from daemon.errors import DropforgeError, NotFound
 from daemon.lineage import read_lineage
+from tests.support.inbox import Record
 from tests.unit.test_versions import candidate, promote
 
 
@@ -131,6 +133,30 @@ def test_only_a_lost_link_is_mended_and_only_to_what_is_there(model_dir: Path) -
     assert shown(model_dir) == ("0003", b"3")
 
 
+def test_the_links_are_durable_before_latest_moves_and_after(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = versions.fsync_dir, []
+
+    def fsync(path: Path) -> None:
+        seen.append(((path / "latest").readlink().name, (path / "vocab.txt").is_symlink()))
+        real(path)
+
+    rollback(model_dir, "2")
+    monkeypatch.setattr(versions, "fsync_dir", fsync)
+    rollback(model_dir, "3")
+    assert seen == [("0002", True), ("0003", True), ("0003", False)]
+
+
+def test_a_lost_latest_is_mended_at_the_start_and_told(model_dir: Path) -> None:
+    settings = Settings(root=model_dir.parent, paths={"current_model": model_dir.name})
+    log = Record()
+    versions.mend_latest(settings, log)
+    assert log.lines == []
+    (model_dir / "latest").unlink()
+    versions.mend_latest(settings, log)
+    assert log.events("version.latest_repaired") == [{"version": "0003"}]
+    assert shown(model_dir) == ("0003", b"3")
+
+
 def test_links_that_are_not_ours_stay(model_dir: Path) -> None:
     (model_dir / "mine").symlink_to("versions/0001/adapter_config.json")
     (model_dir / "other").symlink_to("latest/adapter_config.json")
@@ -164,6 +190,12 @@ def test_no_number_is_used_twice_also_when_its_folder_is_gone(model_dir: Path) -
     assert promote(model_dir, "four", b"4").name == "0004"
     versions.record_restore(model_dir, current="0004", used=41, created_at="then")
     assert promote(model_dir, "five", b"5").name == "0042"
+
+
+def test_a_version_whose_promotion_failed_half_way_is_part_of_the_line(model_dir: Path) -> None:
+    version_of(model_dir, "0004", job="lost")
+    assert promote(model_dir, "five", b"5").name == "0005"
+    assert [event["version"] for event in read_lineage(model_dir).events][-2:] == ["0004", "0005"]
 
 
 def test_a_candidate_that_is_not_what_the_run_wrote_is_lost(model_dir: Path) -> None:

@@ -477,6 +477,9 @@ def test_a_finished_adapter_becomes_the_current_version(rig: Rig) -> None:
     assert version is not None
     assert (version.name, version.record["job"], version.record["steps"]) == ("0001", "a", 3)
     assert [data["version"] for data in rig.log.events("version.promoted")] == ["0001"]
+    metadata = guard.read_metadata(rig.settings.model_dir).run
+    assert metadata is not None
+    assert metadata.finished == "0001"  # what the run left behind is not resumed from
     assert rig.scheduler.run is None
 
 

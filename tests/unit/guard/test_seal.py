@@ -118,7 +118,7 @@ def test_nothing_stays_open_whatever_is_found(path: Path, tmp_path: Path) -> Non
     before = descriptors()
     read_seal(path)
     load_key(key_file)
-    with pytest.raises(guard.UsageError):
+    with pytest.raises(guard.UsageError, match="it is not a regular file"):
         load_key(tmp_path)
     (path / "seal.json").unlink()
     (path / "seal.json").mkdir()
