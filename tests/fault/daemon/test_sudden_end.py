@@ -14,34 +14,26 @@ from daemon.inbox import layout
 from daemon.job import FINAL_STATES, FailureKind, JobState
 from tests.support.root import Root, wait_until
 from tests.support.sound import assert_sound
+from tests.support.steps import ALWAYS, PLACES, TABLES, rows
 
-TABLES = {
-    "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 2},
-    "inbox": {"settle_seconds": 0.05, "rescan_seconds": 0.3},
-}
-ALWAYS = 1_000_000
 MOST_LIVES = 6
 # The steps, and what becomes of the job: it fails; it fails without having been one; or it ended already, and is left alone.
 STEPS = {
-    "a name is found": ("daemon.inbox.candidates:CandidateTracker._examine_candidate", "file"),
-    "the claim": ("daemon.inbox.intake:claim", "file"),
-    "its rows are sent to be checked": ("daemon.inbox.validation:Validator._submit", "job"),
-    "the result of the check": ("daemon.inbox.validation:Validator._apply", "job"),
-    "the duplicate check": ("daemon.scheduler:Scheduler._finish_duplicate", "job"),
-    "the holds": ("daemon.scheduler:Scheduler._hold_for", "job"),
-    "the launch": ("daemon.scheduler:Scheduler._launch", "job"),
-    "observing": ("daemon.scheduler:Scheduler._relay", "job"),
-    "the decision": ("daemon.scheduler:Scheduler._end_attempt", "job"),
-    "the promotion": ("daemon.scheduler:Scheduler._promote", "job"),
-    "the archive": ("daemon.inbox.archive:archive_files", "ended"),
-    "the log": ("daemon.notifications:canonical", "ended"),
-    "the status": ("daemon.status_writer:finished_job", "ended"),
+    "a name is found": "file",
+    "the claim": "file",
+    "its rows are sent to be checked": "job",
+    "the result of the check": "job",
+    "the duplicate check": "job",
+    "the holds": "job",
+    "the launch": "job",
+    "observing": "job",
+    "the decision": "job",
+    "the promotion": "job",
+    "the archive": "ended",
+    "the log": "ended",
+    "the status": "ended",
 }
 QUICK_ONES = {"the launch", "the archive"}
-
-
-def rows(word: str) -> list[dict[str, str]]:
-    return [{"text": f"{word} {number}"} for number in range(4)]
 
 
 def live(root: Root, names: list[str]) -> bool:
@@ -69,7 +61,7 @@ def live(root: Root, names: list[str]) -> bool:
 def test_a_daemon_that_dies_over_one_input_each_time_gives_it_up_after_the_second(
     make_root: Callable[..., Root], tmp_path: Path, step: str
 ) -> None:
-    place, becomes = STEPS[step]
+    place, becomes = PLACES[step], STEPS[step]
     count = tmp_path / "count"
     root = make_root(
         behaviour={}, tables=TABLES, before=("tests.support.injected:die", place, "poison", ALWAYS, str(count))

@@ -9,39 +9,31 @@ import pytest
 
 from daemon.job import JobState
 from tests.support.root import Root, wait_until
+from tests.support.steps import ALWAYS, PLACES, TABLES, rows
 
-TABLES = {
-    "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 2},
-    "inbox": {"settle_seconds": 0.05, "rescan_seconds": 0.3},
-}
-ALWAYS = 1_000_000
 # The steps, and what has to become of the job when the error comes each time.
 STEPS = {
-    "a name is found": ("daemon.inbox.candidates:CandidateTracker._examine_candidate", "file"),
-    "the claim": ("daemon.inbox.intake:claim", "file"),
-    "its rows are sent to be checked": ("daemon.inbox.validation:Validator._submit", "job"),
-    "the result of the check": ("daemon.inbox.validation:Validator._apply", "job"),
-    "the duplicate check": ("daemon.scheduler:Scheduler._finish_duplicate", "job"),
-    "the holds": ("daemon.scheduler:Scheduler._hold_for", "job"),
-    "the launch": ("daemon.scheduler:Scheduler._launch", "job"),
-    "observing": ("daemon.scheduler:Scheduler._relay", "job"),
-    "the decision": ("daemon.scheduler:Scheduler._end_attempt", "job"),
-    "the promotion": ("daemon.scheduler:Scheduler._promote", "job"),
-    "the conclusion": ("daemon.scheduler:Scheduler._finish", None),
-    "the archive": ("daemon.inbox.archive:archive_files", None),
-    "the status": ("daemon.status_writer:finished_job", None),
+    "a name is found": "file",
+    "the claim": "file",
+    "its rows are sent to be checked": "job",
+    "the result of the check": "job",
+    "the duplicate check": "job",
+    "the holds": "job",
+    "the launch": "job",
+    "observing": "job",
+    "the decision": "job",
+    "the promotion": "job",
+    "the conclusion": None,
+    "the archive": None,
+    "the status": None,
 }
-
-
-def rows(word: str) -> list[dict[str, str]]:
-    return [{"text": f"{word} {number}"} for number in range(4)]
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_an_error_at_a_step_is_its_files_own_and_the_second_one_is_the_last(
     make_root: Callable[..., Root], tmp_path: Path, step: str
 ) -> None:
-    place, becomes = STEPS[step]
+    place, becomes = PLACES[step], STEPS[step]
     count = tmp_path / "count"
     root = make_root(
         behaviour={}, tables=TABLES, before=("tests.support.injected:fail", place, "poison", ALWAYS, str(count))
@@ -82,7 +74,7 @@ def test_an_error_at_a_step_is_its_files_own_and_the_second_one_is_the_last(
 def test_an_error_that_comes_once_costs_the_job_nothing(
     make_root: Callable[..., Root], tmp_path: Path, step: str
 ) -> None:
-    place, _ = STEPS[step]
+    place = PLACES[step]
     count = tmp_path / "count"
     root = make_root(
         behaviour={}, tables=TABLES, before=("tests.support.injected:fail", place, "poison", 1, str(count))
