@@ -86,8 +86,10 @@ def start(urls: Sequence[str], notice: Notice) -> subprocess.Popen[bytes]:
 
 
 def outcome(process: subprocess.Popen[bytes], urls: Sequence[str]) -> Sent:
-    """Read what an ended process said."""
-    content = process.stdout.read() if process.stdout is not None else b""
+    """Read what a process said, which is killed unless it has ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    content, _ = process.communicate()
     try:
         found = parse_json(content)
         refused, said = tuple(map(str, found["refused"])), tuple(map(str, found["said"]))
@@ -176,26 +178,21 @@ class NoticeSender:
 
     def _send(self) -> None:
         summary, self._summary = self._summary, Summary()
+        if importlib.util.find_spec("apprise") is None:
+            self._failed(summary, MISSING)
+            return
         try:
-            if importlib.util.find_spec("apprise") is None:
-                raise ConfigError(operation="send", cause=MISSING)
             urls = read_urls(self.settings)
             self._process = start(urls, summary.compose(self.settings.root))
             self._sending = (summary, urls, time.monotonic() + PROCESS_SECONDS)
         except (ConfigError, OSError) as error:
-            problem = error.cause if isinstance(error, ConfigError) and error.cause == MISSING else str(error)
-            self._failed(summary, f"{problem}".splitlines()[0])
+            self._failed(summary, str(error).splitlines()[0])
 
     def _collect(self, process: subprocess.Popen[bytes]) -> None:
         summary, urls, deadline = self._sending
-        if process.poll() is None:
-            if time.monotonic() < deadline:
-                return
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if process.poll() is None and time.monotonic() < deadline:
+            return
         sent = outcome(process, urls)
-        if process.stdout is not None:
-            process.stdout.close()
         self._process = None
         if sent.refused and not sent.any_took:
             self._failed(summary, _not_taken(sent))
@@ -240,12 +237,6 @@ def _not_taken(sent: Sent) -> str:
 def send_now(urls: Sequence[str], notice: Notice) -> Sent:
     """Send a notice and wait for what becomes of it. Raises OSError."""
     process = start(urls, notice)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(PROCESS_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    sent = outcome(process, urls)
-    if process.stdout is not None:
-        process.stdout.close()
-    return sent
+    return outcome(process, urls)

@@ -46,7 +46,7 @@ class RunWindow:
         if time.monotonic() - self._looked_at < LOOK_SECONDS:
             return None
         self._looked_at = time.monotonic()
-        if schedule.pause_celsius and self._measure(settings, _chosen(settings, self._probe.known())):
+        if schedule.pause_celsius and self._is_too_hot(settings, _chosen(settings, self._probe.known())):
             return StopReason.TOO_HOT
         if schedule.at_end == "finish":
             return None
@@ -77,12 +77,12 @@ class RunWindow:
             return f"{gpu.name} is in use by {', '.join(others[:MOST_NAMED])}; jobs start when it is idle ([schedule] gpu_idle)"
         if schedule.pause_celsius and gpu.celsius is None:
             return f"the driver does not tell how hot {gpu.name} is; pause_celsius under [schedule] cannot be kept"
-        if self._measure(settings, gpu):
+        if self._is_too_hot(settings, gpu):
             return f"{gpu.name} has {gpu.celsius:g} degrees Celsius; it goes on at {resume_celsius(schedule):g} ([schedule] pause_celsius)"
         return ""
 
-    def _measure(self, settings: Settings, gpu: Gpu | None) -> bool:
-        """Look whether the GPU is too hot, which it stays until it has cooled."""
+    def _is_too_hot(self, settings: Settings, gpu: Gpu | None) -> bool:
+        """Whether the GPU is too hot, which it stays until it has cooled; remembered between two looks."""
         celsius = gpu.celsius if gpu is not None else None
         self._is_hot = too_hot(settings.schedule, celsius, was_hot=self._is_hot)
         return self._is_hot
